@@ -1,0 +1,50 @@
+"""The contract: protocols, data, and what both sides of the engine agree on."""
+
+from abe.backends.message_queue.base.backoff import Backoff, ConstantBackoff, ExponentialBackoff
+from abe.backends.message_queue.base.capabilities import Capabilities, Durability
+from abe.backends.message_queue.base.consumer import EventConsumer
+from abe.backends.message_queue.base.message import Message
+from abe.backends.message_queue.base.middleware import Middleware, Publication
+from abe.backends.message_queue.base.protocol import MessageQueueBackend, QueueBackend
+from abe.backends.message_queue.base.subscription import Subscription
+from abe.backends.message_queue.base.transport import (
+    Batching,
+    DeadLetter,
+    Delivery,
+    Envelope,
+    Failures,
+    GroupStats,
+    Metadata,
+    Receipt,
+    Receiver,
+    Settlement,
+    Transport,
+    Verb,
+)
+
+__all__ = [
+    "Backoff",
+    "Batching",
+    "Capabilities",
+    "ConstantBackoff",
+    "DeadLetter",
+    "Delivery",
+    "Durability",
+    "Envelope",
+    "EventConsumer",
+    "ExponentialBackoff",
+    "Failures",
+    "GroupStats",
+    "Message",
+    "MessageQueueBackend",
+    "Metadata",
+    "Middleware",
+    "Publication",
+    "QueueBackend",
+    "Receipt",
+    "Receiver",
+    "Settlement",
+    "Subscription",
+    "Transport",
+    "Verb",
+]

@@ -1,0 +1,56 @@
+"""What a backend can do, declared. The contract suite checks the declaration both ways."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Durability(Enum):
+    """What a message survives once its publish returned."""
+
+    NONE = "none"
+    PROCESS_CRASH = "process_crash"
+    POWER_LOSS = "power_loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """A backend class declares one of these; there are no defaults, so that each answer is a decision.
+
+    What is declared must hold. What is not declared must raise `UnsupportedCapabilityError`, never be ignored.
+    """
+
+    groups: bool
+    """Named groups, each with its own copy of every message."""
+
+    key_patterns: bool
+    """``consume(keys=...)`` with ``*`` and ``#``."""
+
+    ordered: bool
+    """One producer, one consumer at concurrency 1, no faults: first in, first out."""
+
+    ordered_per_key: bool
+    """The broker keeps messages of one key in order across the consumers of a group."""
+
+    spurious_duplicates: bool
+    """The broker may deliver a message twice for no reason that the contract names."""
+
+    dead_letter: bool
+    """Dead letters are kept, and can be listed, shown, replayed and purged."""
+
+    max_delay: float | None
+    """The longest ``delay=`` in seconds (infinity: none is too long). None: no delays."""
+
+    lease: float | None
+    """Seconds after which a silent consumer's message is given to another. None: the connection is the lease."""
+
+    redelivery_bound: float | None
+    """Seconds by which a delivery may be late: after a delay or backoff has passed, or a lease has run out. None: no redelivery."""
+
+    publish_dedup: float | None
+    """Seconds within which the same id published again is delivered once. None: never."""
+
+    max_payload_bytes: int
+    """The largest encoded payload, in bytes."""
+
+    durability: Durability
+    """What a message survives once its publish returned."""

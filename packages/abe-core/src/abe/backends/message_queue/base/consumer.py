@@ -1,0 +1,18 @@
+"""What runs a handler over a backend's messages."""
+
+from typing import Protocol, runtime_checkable
+
+from abe.types import EventHandlerFunc, EventHandlerProtocol
+
+
+@runtime_checkable
+class EventConsumer(Protocol):
+    """Runs a handler for each message until it is told to stop."""
+
+    async def run(self, handler: EventHandlerFunc | EventHandlerProtocol) -> None:
+        """Handle messages until cancelled, or until `shutdown` is done. May be called again after that."""
+        ...
+
+    async def shutdown(self) -> None:
+        """Take nothing new, let the handlers that run finish, settle their messages, and return. May be called repeatedly."""
+        ...

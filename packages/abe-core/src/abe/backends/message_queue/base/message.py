@@ -1,0 +1,104 @@
+"""The message that an application handles."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from abe.backends.message_queue.base.transport import Delivery, Metadata
+
+
+class MessageSource(Protocol):
+    """Where a message came from, and where its verdict goes."""
+
+    group: str
+
+    def metadata(self, message: "Message") -> Metadata: ...
+    def lease_lost(self, message: "Message") -> bool: ...
+    async def ack(self, message: "Message") -> None: ...
+    async def nack(self, message: "Message", delay: float | None, reason: str, error: str) -> None: ...
+    async def reject(self, message: "Message", reason: str, error: str) -> None: ...
+    async def extend(self, message: "Message", seconds: float) -> None: ...
+
+
+class Message(dict[str, Any]):
+    """The payload, which it is equal to, with what is known about its delivery.
+
+    `ack`, `nack` and `reject` settle it. The first settlement wins, the same again does nothing, and the opposite raises
+    `AlreadySettledError`. Each returns when the broker has carried it out, and raises `LeaseLostError` when the message was not ours any more
+    (somebody else has it, or will get it). A settlement that was cancelled goes on by itself.
+    """
+
+    # Made by the engine with `Message(payload)` and these three assignments: an __init__ would be half of the cost.
+    __slots__ = ("_delivery", "_source", "_verdict")
+
+    _delivery: Delivery
+    _source: MessageSource
+    _verdict: str | None
+
+    @property
+    def id(self) -> str:
+        """The id given at publish, or the broker's own for a message that a stranger wrote."""
+        return self._source.metadata(self).id
+
+    @property
+    def key(self) -> str:
+        """What the message is about."""
+        return self._source.metadata(self).key
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers given at publish."""
+        return self._source.metadata(self).headers or {}
+
+    @property
+    def published_at(self) -> float:
+        """When it was published, in seconds since the epoch, by the publisher's clock; 0 where nobody wrote it down."""
+        return self._source.metadata(self).published_at / 1000
+
+    @property
+    def attempt(self) -> int:
+        """Which delivery to the group this is: 1 for the first."""
+        return self._delivery.attempt
+
+    @property
+    def group(self) -> str:
+        """The group it was delivered to."""
+        return self._source.group
+
+    @property
+    def lease_lost(self) -> bool:
+        """Whether the broker is known to have taken the message from us: stop, the work will be done again."""
+        return self._source.lease_lost(self)
+
+    async def ack(self) -> None:
+        """The message is done: remove it."""
+        await self._source.ack(self)
+
+    async def nack(self, delay: float | None = None, *, reason: str = "", error: str = "") -> None:
+        """The message failed: deliver it again, or move it to the dead letters if this was its last attempt.
+
+        Args:
+            delay: Seconds before which it must not come back; None: the default backoff for this attempt.
+            reason: Why, for the dead letter.
+            error: A traceback, for the dead letter.
+
+        Raises:
+            UnsupportedCapabilityError: The delay is longer than the backend's `max_delay`.
+        """
+        await self._source.nack(self, delay, reason, error)
+
+    async def reject(self, reason: str = "rejected", *, error: str = "") -> None:
+        """The message will never succeed: move it to the dead letters."""
+        await self._source.reject(self, reason, error)
+
+    async def extend(self, seconds: float) -> None:
+        """Start the lease anew, for a handler that is about to keep the event loop busy. It is renewed by itself otherwise.
+
+        Args:
+            seconds: How long it must hold. More than the backend's lease cannot be had, as a lease that long could not be told from a
+                dead consumer's.
+
+        Raises:
+            UnsupportedCapabilityError: `seconds` is more than the lease.
+            LeaseLostError: The message is not ours any more.
+        """
+        await self._source.extend(self, seconds)

@@ -1,0 +1,119 @@
+"""Keys, groups, headers and key patterns: what every backend can carry, checked before any I/O.
+
+Patterns are AMQP topic words: a key is split at its dots; ``*`` stands for exactly one word, ``#`` for any number of words, none included.
+Only a whole word is a wildcard: in ``a*`` the star is a star. In a key nothing is a wildcard.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Final
+
+from abe.errors import InvalidNameError
+from abe.settings import plain_name
+
+MAX_KEY_BYTES: Final = 200
+"""RabbitMQ allows 255 bytes, of which delayed messages use some."""
+
+MAX_HEADER_BYTES: Final = 16 * 1024
+"""All headers of a message together. SQS counts them within the message's size."""
+
+DEFAULT_GROUP: Final = "default"
+"""What ``group=None`` means, on every backend."""
+
+EVERYTHING: Final = ("#",)
+
+
+def check_key(key: str) -> str:
+    """Return `key`.
+
+    Raises:
+        InvalidNameError: It is empty, over 200 bytes of UTF-8, or not text.
+    """
+    return _check_text(key, "key")
+
+
+def check_patterns(keys: Sequence[str]) -> tuple[str, ...]:
+    """Return key patterns as a sorted tuple without repetitions.
+
+    Raises:
+        InvalidNameError: There is none, or one of them could not match any key.
+    """
+    if isinstance(keys, str):
+        raise InvalidNameError(f"keys must be a list of patterns: write [{keys!r}], not {keys!r}")
+    if not keys:
+        raise InvalidNameError("keys is empty, so nothing would be delivered: leave it out to get every key")
+    return tuple(sorted({_check_text(pattern, "key pattern") for pattern in keys}))
+
+
+def check_group(group: str | None) -> str:
+    """Return the name of the group, ``default`` for None.
+
+    Raises:
+        InvalidNameError: It is not 1 to 64 letters, digits, ``.``, ``_`` or ``-``.
+    """
+    if group is None:
+        return DEFAULT_GROUP
+    try:
+        plain_name(group)
+    except ValueError as exc:
+        raise InvalidNameError(f"a group must be {exc}, not {group!r}") from None
+    return group
+
+
+def check_headers(headers: Mapping[str, str] | None) -> Mapping[str, str] | None:
+    """Return a copy of `headers`, or None when there are none.
+
+    Raises:
+        InvalidNameError: A name or a value is not text, a name is empty, or together they are over 16 KiB.
+    """
+    if not headers:
+        return None
+    size = 0
+    for name, value in headers.items():
+        for what, text in (("header name", name), (f"value of header {name!r}", value)):
+            if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise InvalidNameError(f"a {what} must be a string, not {type(text).__name__}")
+            try:
+                size += len(text.encode())
+            except UnicodeEncodeError:
+                raise InvalidNameError(f"the {what} {text!r} is not valid Unicode text") from None
+        if not name:
+            raise InvalidNameError("a header name must not be empty")
+    if size > MAX_HEADER_BYTES:
+        raise InvalidNameError(f"the headers take {size} bytes; at most {MAX_HEADER_BYTES} are carried")
+    return dict(headers)
+
+
+@lru_cache(maxsize=4096)
+def matches(pattern: str, key: str) -> bool:
+    """Whether `key` is one of those that `pattern` stands for."""
+    return _match(pattern.split("."), key.split("."))
+
+
+def _match(pattern: list[str], key: list[str]) -> bool:
+    # The states of the pattern that are possible after each word, instead of recursion: '#' would make that exponential.
+    states = _open(pattern, {0})
+    for word in key:
+        stay = {state for state in states if state < len(pattern) and pattern[state] == "#"}
+        move = {state + 1 for state in states if state < len(pattern) and pattern[state] in ("*", word) and pattern[state] != "#"}
+        states = _open(pattern, stay | move)
+    return len(pattern) in states
+
+
+def _open(pattern: list[str], states: set[int]) -> set[int]:
+    for state in range(len(pattern)):
+        if state in states and pattern[state] == "#":
+            states = states | {state + 1}
+    return states
+
+
+def _check_text(text: str, what: str) -> str:
+    if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidNameError(f"a {what} must be a string, not {type(text).__name__}")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise InvalidNameError(f"the {what} {text!r} is not valid Unicode text") from None
+    if not 1 <= size <= MAX_KEY_BYTES:
+        raise InvalidNameError(f"a {what} must be 1 to {MAX_KEY_BYTES} bytes of UTF-8, not {size}")
+    return text

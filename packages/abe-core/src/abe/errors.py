@@ -1,0 +1,141 @@
+"""Every error that Abstract Backend raises: one tree, a class for each thing that a caller does differently.
+
+    AbeError
+    +-- ConfigurationError (ValueError)      a setting, variable, name or handler is wrong: fix the deployment or the code
+    |   +-- InvalidNameError                 a key, group, header or pattern that no backend could carry
+    |   `-- PermissionDeniedError            the broker knows us, and refuses: credentials or rights
+    +-- BackendNotFoundError (RuntimeError)  no such provider is installed, or it cannot be imported
+    +-- BackendConnectionError               the broker cannot be reached; a retry can help
+    +-- BackendClosedError (RuntimeError)    used after close
+    +-- EventLoopError (RuntimeError)        used from another event loop, or after fork
+    +-- PublishRejectedError                 the message is certainly not in the broker
+    |   +-- BackpressureError                a limit of the broker or of the group is reached; a retry can help
+    |   +-- UnroutableError                  `mandatory`, and no group wants the key
+    |   `-- PartialPublishError              some messages of `publish_many` failed; says which, and why
+    +-- PublishUnknownError                  the message may be in the broker, or not; publish it again with the same id
+    +-- PayloadError (ValueError)            the payload is not JSON
+    |   +-- PayloadTooLargeError             it is larger than the backend declares
+    |   `-- DecodeError                      a received body or envelope is not what it should be
+    +-- LeaseLostError                       the broker has given the message to somebody else, or will
+    +-- AlreadySettledError                  the message was settled the other way before
+    `-- UnsupportedCapabilityError           this backend declares that it cannot do that
+
+Every error says whether the same call may succeed later (`retryable`) and whether the broker may have accepted the message
+(`maybe_accepted`); the client library's own error, if there is one, is its ``__cause__``. Providers add subclasses, no second tree.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class AbeError(Exception):
+    """The root of the tree."""
+
+    retryable: ClassVar[bool] = False
+    """Whether the same call may succeed later, with nothing changed by the caller."""
+
+    maybe_accepted: ClassVar[bool] = False
+    """Whether the broker may have accepted the message, so that publishing it again may double it."""
+
+
+class ConfigurationError(AbeError, ValueError):
+    """A setting is wrong. The text names it, and says what would be right."""
+
+
+class InvalidNameError(ConfigurationError):
+    """A key, group, namespace, header or pattern is outside what every backend can carry."""
+
+
+class PermissionDeniedError(ConfigurationError):
+    """The broker refuses these credentials, or these credentials that operation. Trying again does not help."""
+
+
+class BackendNotFoundError(AbeError, RuntimeError):
+    """No installed provider has that name, or it could not be imported."""
+
+
+class BackendConnectionError(AbeError):
+    """The broker cannot be reached, or the connection to it broke."""
+
+    retryable = True
+
+
+class BackendClosedError(AbeError, RuntimeError):
+    """The backend or the subscription was closed."""
+
+
+class EventLoopError(AbeError, RuntimeError):
+    """A backend belongs to the event loop, and to the process, in which it was first used."""
+
+
+class PublishRejectedError(AbeError):
+    """The message was not published: it is certainly absent.
+
+    Args:
+        text: What happened.
+        retryable: Whether the same publish may succeed later.
+    """
+
+    def __init__(self, text: str, *, retryable: bool = True) -> None:
+        super().__init__(text)
+        self.retryable = retryable  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class BackpressureError(PublishRejectedError):
+    """The broker, or the group's `max_backlog`, is full. Nothing was stored, and nothing was dropped to make room."""
+
+
+class UnroutableError(PublishRejectedError):
+    """Groups exist, none of them wants the key, and the caller said ``mandatory=True``."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, retryable=False)
+
+
+class PublishUnknownError(AbeError):
+    """The broker may or may not have the message: its confirm did not come. Publish again with the same id."""
+
+    retryable = True
+    maybe_accepted = True
+
+
+class PartialPublishError(PublishRejectedError):
+    """Some messages of a `publish_many` were not published.
+
+    Attributes:
+        failures: Each failed message's position in the call, and its own error.
+    """
+
+    def __init__(self, failures: Sequence[tuple[int, AbeError]], total: int) -> None:
+        shown = "; ".join(f"#{index}: {error}" for index, error in failures[:3])
+        more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
+        super().__init__(
+            f"{len(failures)} of {total} messages failed: {shown}{more}",
+            retryable=all(error.retryable for _, error in failures),
+        )
+        self.failures = tuple(failures)
+        self.maybe_accepted = any(error.maybe_accepted for _, error in failures)  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class PayloadError(AbeError, ValueError):
+    """The payload is outside the JSON model. Nothing was sent."""
+
+
+class PayloadTooLargeError(PayloadError):
+    """The encoded payload is larger than the backend's `max_payload_bytes`. Nothing was sent."""
+
+
+class DecodeError(PayloadError):
+    """A received body or envelope cannot be decoded."""
+
+
+class LeaseLostError(AbeError):
+    """The lease on the message ran out before it was settled: somebody else may have it by now."""
+
+
+class AlreadySettledError(AbeError):
+    """The message was already settled, with the opposite verdict."""
+
+
+class UnsupportedCapabilityError(AbeError):
+    """The backend declares that it does not have this capability."""

@@ -1,0 +1,252 @@
+"""Environment to frozen, typed settings: the only reader of ``os.environ``.
+
+A provider's settings are a frozen dataclass whose fields are made by `setting`: each names its variable, how its text is read,
+and what it must be. `from_env` reads them, the constructor checks them, `repr` hides the secret ones, and the docs' tables are made
+from the same fields.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Final, Self
+
+from abe.errors import ConfigurationError
+
+_HIDDEN: Final = "***"
+_NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?\Z")
+
+
+def setting(
+    variable: str,
+    parse: Callable[[str], Any],
+    *,
+    help: str,
+    default: Any = MISSING,
+    check: Callable[[Any], Any] | None = None,
+    secret: bool = False,
+) -> Any:
+    """Declare a settings field.
+
+    Args:
+        variable: The environment variable that sets it. An empty variable counts as unset.
+        parse: Text to value; raises ValueError with what the text should be.
+        help: One line for the docs' table.
+        default: The value when neither the argument nor the variable is given; without one, the setting is required.
+        check: Raises ValueError when a value (parsed or given) is out of range.
+        secret: The value, or part of it, is a credential: it is shown nowhere.
+    """
+    metadata = {"variable": variable, "parse": parse, "help": help, "check": check, "secret": secret}
+    return field(default=default, metadata=metadata)
+
+
+def env_text(variable: str, *aliases: str, environ: Mapping[str, str] | None = None) -> str | None:
+    """Return the first of the variables that is set and not empty, or None."""
+    values = os.environ if environ is None else environ
+    return next((values[name] for name in (variable, *aliases) if values.get(name)), None)
+
+
+def env_flag(variable: str, environ: Mapping[str, str] | None = None) -> bool:
+    """Return whether a switch is on. Unset is off.
+
+    Raises:
+        ConfigurationError: The text is neither a yes nor a no.
+    """
+    text = env_text(variable, environ=environ)
+    try:
+        return text is not None and boolean(text)
+    except ValueError as exc:
+        raise ConfigurationError(f"{variable} must be {exc}, not {text!r}") from None
+
+
+def boolean(text: str) -> bool:
+    """Read a switch."""
+    if text.strip().lower() in {"1", "true", "yes", "on"}:
+        return True
+    if text.strip().lower() in {"0", "false", "no", "off"}:
+        return False
+    raise ValueError("true or false")
+
+
+def integer(minimum: int) -> Callable[[str], int]:
+    """Return a reader of integers of at least `minimum`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError(f"an integer of at least {minimum}") from None
+        return at_least(minimum)(value)  # type: ignore[no-any-return]
+
+    return parse
+
+
+def seconds(text: str) -> float:
+    """Read a duration in seconds, above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError("a number of seconds above 0") from None
+    return positive(value)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Read a comma-separated list of names."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def at_least(minimum: int) -> Callable[[Any], Any]:
+    """Return a check that a value is an integer of at least `minimum` (None passes: it means unset)."""
+
+    def check(value: Any) -> Any:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
+            raise ValueError(f"an integer of at least {minimum}")
+        return value
+
+    return check
+
+
+def positive(value: Any) -> Any:
+    """Check that a value is a finite number of seconds above zero."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError("a number of seconds above 0")
+    return value
+
+
+def plain_name(value: Any) -> Any:
+    """Check that a value is a name that every broker can carry as it is."""
+    if not isinstance(value, str) or not _NAME.match(value):
+        raise ValueError("1 to 64 letters, digits, '.', '_' or '-', with a letter or digit at both ends")
+    return value
+
+
+def plain_names(value: Any) -> Any:
+    """Check that each element of a tuple is a plain name."""
+    return tuple(plain_name(name) for name in value)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class QueueSettings:
+    """What every backend built on the engine can be told. A provider's settings extend it.
+
+    Raises:
+        ConfigurationError: A value is out of range; the text names the setting, its variable, and what would be right.
+    """
+
+    namespace: str = setting(
+        "QUEUE_NAMESPACE",
+        str,
+        default="application_events",
+        check=plain_name,
+        help="Everything the backend keeps in the broker lives under this name; two namespaces share nothing.",
+    )
+    groups: tuple[str, ...] = setting(
+        "QUEUE_GROUPS",
+        names,
+        default=(),
+        check=plain_names,
+        help="Groups to declare when the backend connects, separated by commas.",
+    )
+    prefetch: int = setting(
+        "QUEUE_PREFETCH",
+        integer(1),
+        default=20,
+        check=at_least(1),
+        help="Messages that a plain `async for` holds at most; `AsyncLoopConsumer` sets its own from its concurrency.",
+    )
+    lease: float = setting(
+        "QUEUE_LEASE_SECONDS",
+        seconds,
+        default=30.0,
+        check=positive,
+        help="How long a silent consumer keeps a message, in seconds. A live one renews it every third of that.",
+    )
+    max_attempts: int = setting(
+        "QUEUE_MAX_ATTEMPTS",
+        integer(1),
+        default=5,
+        check=at_least(1),
+        help="Deliveries of a message to a group before it goes to the group's dead letters.",
+    )
+    publish_timeout: float = setting(
+        "QUEUE_PUBLISH_TIMEOUT_SECONDS",
+        seconds,
+        default=10.0,
+        check=positive,
+        help="How long a publish tries before it raises, in seconds.",
+    )
+    close_timeout: float = setting(
+        "QUEUE_CLOSE_TIMEOUT_SECONDS",
+        seconds,
+        default=5.0,
+        check=positive,
+        help="How long closing waits for a broker that does not answer, in seconds.",
+    )
+    max_backlog: int | None = setting(
+        "QUEUE_MAX_BACKLOG",
+        integer(1),
+        default=None,
+        check=at_least(1),
+        help="Waiting messages of a group above which publish raises BackpressureError. Unset: no limit but the broker's.",
+    )
+    max_unconfirmed: int = setting(
+        "QUEUE_MAX_UNCONFIRMED",
+        integer(1),
+        default=5_000,
+        check=at_least(1),
+        help="Messages on their way to the broker above which publish waits.",
+    )
+    max_unconfirmed_bytes: int = setting(
+        "QUEUE_MAX_UNCONFIRMED_BYTES",
+        integer(1),
+        default=32 * 1024 * 1024,
+        check=at_least(1),
+        help="Bytes on their way to the broker above which publish waits.",
+    )
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            check = item.metadata.get("check")
+            try:
+                if check is not None:
+                    check(getattr(self, item.name))
+            except ValueError as exc:
+                raise ConfigurationError(_complaint(item, getattr(self, item.name), exc)) from None
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
+        """Read the settings from the environment. No I/O.
+
+        Args:
+            environ: What to read instead of ``os.environ``.
+
+        Raises:
+            ConfigurationError: A required variable is missing, or one is malformed; the text names it.
+        """
+        values: dict[str, Any] = {}
+        for item in fields(cls):
+            if "variable" not in item.metadata:
+                continue
+            text = env_text(item.metadata["variable"], environ=environ)
+            if text is None:
+                if item.default is MISSING:
+                    raise ConfigurationError(f"{item.metadata['variable']} is not set: {item.metadata['help']}")
+                continue
+            try:
+                values[item.name] = item.metadata["parse"](text)
+            except ValueError as exc:
+                raise ConfigurationError(_complaint(item, text, exc)) from None
+        return cls(**values)
+
+    def __repr__(self) -> str:
+        shown = (
+            f"{item.name}={_HIDDEN if item.metadata.get('secret') else repr(getattr(self, item.name))}"
+            for item in fields(self)
+        )
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _complaint(item: Field[Any], value: Any, exc: ValueError) -> str:
+    given = "" if item.metadata["secret"] else f", not {value!r}"
+    return f"{item.metadata['variable']} (setting {item.name!r}) must be {exc}{given}"

@@ -1,0 +1,65 @@
+"""Type aliases and structural protocols: what application code and providers write in their signatures.
+
+Nothing here has behaviour. A provider needs to subclass none of it: a class that has the methods is the protocol.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
+
+JSONPrimitive: TypeAlias = str | int | float | bool | None
+JSONValue: TypeAlias = "JSONPrimitive | JSONList | JSONDict"
+JSONList: TypeAlias = "list[JSONValue]"
+JSONDict: TypeAlias = "dict[str, JSONValue]"
+
+MessageQueueKey: TypeAlias = str
+"""What a message is about: dot-separated words, 1 to 200 bytes of UTF-8, e.g. ``"order.created"``."""
+
+MessageQueuePayload: TypeAlias = dict[str, Any]
+"""A JSON object. ``Any`` rather than ``JSONValue``, so that handlers may read ``payload["order"]["id"]`` without casts."""
+
+MessageQueueMessage: TypeAlias = dict[str, Any]
+"""What a consumer iterates over. Backends built on the engine yield ``Message``, which is such a dict."""
+
+MessageQueueBackendConfig: TypeAlias = dict[str, Any]
+ConsumerGroup: TypeAlias = str
+QueueKey: TypeAlias = MessageQueueKey
+QueuePayload: TypeAlias = MessageQueuePayload
+
+WebhookEventPayload: TypeAlias = dict[str, Any]
+AsyncEventHandlerFunc: TypeAlias = Callable[[Any], Awaitable[object]]
+SyncEventHandlerFunc: TypeAlias = Callable[[Any], object]
+EventHandlerFunc: TypeAlias = AsyncEventHandlerFunc | SyncEventHandlerFunc
+
+
+@runtime_checkable
+class EventHandlerProtocol(Protocol):
+    """An object that handles events."""
+
+    async def handle_event(self, event: Any) -> object:
+        """Handle one event. Returning means success; an exception means failure."""
+        ...
+
+
+@runtime_checkable
+class MessageQueueBackendProtocol(Protocol):
+    """A message queue. These three methods are all that a provider must have.
+
+    What else our own backends offer (``connect``, ``declare``, ``dead_letters`` ...) is on ``QueueBackend``'s richer
+    sibling, ``abe.backends.message_queue.engine.TransportBackend``.
+    """
+
+    async def publish(self, key: MessageQueueKey, payload: MessageQueuePayload) -> None:
+        """Hand a message to the broker. Returning means that the broker has taken responsibility for it.
+
+        May be called by any number of tasks at once. A cancelled call leaves none or one copy behind.
+        """
+        ...
+
+    def consume(self, *, group: ConsumerGroup | None = None) -> AsyncIterator[MessageQueueMessage]:
+        """Iterate over the messages of `group` (None: the group ``default``), which its consumers share."""
+        ...
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """Make an instance from environment variables. No I/O happens here."""
+        ...
