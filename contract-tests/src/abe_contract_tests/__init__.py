@@ -1,0 +1,1 @@
+"""The contract of Abstract Backend, as a test suite."""

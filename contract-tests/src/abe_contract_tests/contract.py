@@ -1,0 +1,220 @@
+"""What a clause test holds in its hands: the `Contract` of one backend, in a namespace of its own."""
+
+import asyncio
+import logging
+import os
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any, Final, cast
+from unittest.mock import patch
+
+from abe.backends.message_queue.base import Capabilities
+from abe_contract_tests.accounting import Accounting
+from abe_contract_tests.clauses import declares
+from abe_contract_tests.harness import Harness, Oracle
+from abe_contract_tests.worker import Worker, WorkerFunction, start_worker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from abe.backends.message_queue.engine import TransportBackend
+
+DEFAULT_BOUND: Final = 10.0
+"""Seconds that a wait may take where a test does not say; nothing in the contract takes longer on a healthy machine."""
+
+DEFAULT_LEASE: Final = 1.0
+"""Short, so that waiting for a lease to run out is quick; long enough for a busy machine to renew it in time."""
+
+_SETTLE_STEP: Final = 0.02
+
+
+def time_factor() -> float:
+    """Return what every bound is multiplied by: ``ABE_CONTRACT_TIME_FACTOR``, for machines that are slow."""
+    return float(os.environ.get("ABE_CONTRACT_TIME_FACTOR", "1"))
+
+
+class Contract:
+    """One test's view of the provider under test. The fixture ``contract`` makes it, on a fresh random namespace, and cleans up after it."""
+
+    def __init__(self, harness: Harness, *, lease: float = DEFAULT_LEASE) -> None:
+        self.harness: Final = harness
+        self.lease: Final = lease
+        """The lease that the backends are configured with, in seconds."""
+        self.namespace: Final = f"contract-{token_hex(6)}"
+        self.logs: Final[list[logging.LogRecord]] = []
+        """What the loggers ``abe*`` said during the test, at every level."""
+        self.probed: Final[list[str]] = []
+        """Capabilities that turned out undeclared, so that the negative probe ran in place of the test."""
+        self._backends: list[Any] = []
+        self._workers: list[Worker] = []
+        self._oracle: Oracle | None = None
+
+    @property
+    def backend_class(self) -> "type[TransportBackend]":
+        """The production class."""
+        return cast("type[TransportBackend]", self.harness.backend)
+
+    def backend(self, **overrides: str) -> "TransportBackend":
+        """Make a backend as production does, with ``from_env()``. It is closed at the end of the test.
+
+        Args:
+            overrides: Environment variables on top of the harness's; empty means unset.
+        """
+        with self.environ(**overrides):
+            backend = self.backend_class.from_env()
+        self._backends.append(backend)
+        return backend
+
+    def environment(self, **overrides: str) -> Mapping[str, str]:
+        """Return the environment variables of this test's backends."""
+        return {**self.harness.environment(self.namespace, lease=self.lease), **overrides}
+
+    @contextmanager
+    def environ(self, **overrides: str) -> "Iterator[None]":
+        """Put them into ``os.environ`` for the body."""
+        with patch.dict(os.environ, self.environment(**overrides)):
+            yield
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What a backend of this test declares."""
+        with self.environ():
+            return self.backend_class.from_env().capabilities
+
+    def declares(self, capability: str) -> bool:
+        """Whether that field of the capabilities is declared."""
+        return declares(self.capabilities, capability)
+
+    async def probe(self, capability: str) -> None:
+        """Assert that the capability, which is not declared, is refused where somebody uses it."""
+        from abe_contract_tests.probes import PROBES  # the probes use this class
+
+        self.probed.append(capability)
+        await PROBES[capability](self)
+
+    async def oracle(self) -> Oracle:
+        """Return the broker as its native client sees it."""
+        if self._oracle is None:
+            self._oracle = await self.harness.oracle(self.namespace)
+        return self._oracle
+
+    def bound(self, bound: float | str = DEFAULT_BOUND) -> float:
+        """Return a bound in seconds, scaled by the global factor.
+
+        Args:
+            bound: Seconds; or the name of what declares them, ``"lease"`` or a capability such as ``"redelivery_bound"``.
+        """
+        if isinstance(bound, str):
+            declared = self.lease if bound == "lease" else getattr(self.capabilities, bound)
+            assert isinstance(declared, int | float), f"{bound} is not declared, so nothing can be bounded by it"
+            bound = declared
+        return bound * time_factor()
+
+    def within(self, seconds: float | str | None = None) -> asyncio.Timeout:
+        """Bound a wait: ``async with contract.within(5):``. Every wait of a test goes through it."""
+        return asyncio.timeout(self.bound(DEFAULT_BOUND if seconds is None else seconds))
+
+    def worker(self, function: WorkerFunction, **arguments: Any) -> AbstractAsyncContextManager[Worker]:
+        """Run ``async def function(backend, report, receive, **arguments)`` as another member of the application; see `Worker`.
+
+        Args:
+            function: A module-level function. ``report(value)`` sends a JSON value to the test, ``await receive()`` waits for one from it;
+                `backend` is made by ``from_env()`` in the worker, and is closed when the function returns.
+            arguments: JSON values.
+        """
+        return self._worker(function, {}, arguments)
+
+    def worker_with(
+        self, overrides: Mapping[str, str], function: WorkerFunction, **arguments: Any
+    ) -> AbstractAsyncContextManager[Worker]:
+        """The same as `worker`, with environment variables on top of the harness's."""
+        return self._worker(function, overrides, arguments)
+
+    @asynccontextmanager
+    async def _worker(
+        self, function: WorkerFunction, overrides: Mapping[str, str], arguments: Mapping[str, Any]
+    ) -> AsyncIterator[Worker]:
+        worker = await start_worker(self.harness, self.environment(**overrides), function, arguments)
+        self._workers.append(worker)
+        try:
+            yield worker
+        finally:
+            await worker.kill()
+
+    def accounting(self) -> Accounting:
+        """Return an empty account of what one group should get."""
+        return Accounting()
+
+    @asynccontextmanager
+    async def leaks(self, *, seconds: float = 5.0) -> AsyncIterator[None]:
+        """Assert that the body leaves no task, file descriptor or thread behind, `seconds` after its end at the latest."""
+        before = _resources()
+        yield
+        deadline = asyncio.get_running_loop().time() + self.bound(seconds)
+        while left := _left(before, _resources()):
+            assert asyncio.get_running_loop().time() < deadline, f"left behind: {'; '.join(left)}"
+            await asyncio.sleep(_SETTLE_STEP)
+
+    @contextmanager
+    def capturing(self) -> "Iterator[None]":
+        """Collect what the library logs into `logs`, for as long as the test runs."""
+        root, ours = logging.getLogger(), logging.getLogger("abe")
+        handler, level = _Collector(self.logs), ours.level
+        root.addHandler(handler)
+        ours.setLevel(logging.DEBUG)
+        try:
+            yield
+        finally:
+            ours.setLevel(level)
+            root.removeHandler(handler)
+
+    async def aclose(self) -> None:
+        """Close what the test opened, the newest first, and remove what it left in the broker."""
+        problems: list[Exception] = []
+        for backend in reversed(self._backends):
+            if (close := getattr(backend, "disconnect", None)) is None:
+                continue
+            try:
+                async with self.within():
+                    await close()
+            except Exception as exc:
+                problems.append(exc)
+        if self._oracle is not None:
+            await self._oracle.aclose()
+        await self.harness.clean(self.namespace)
+        if problems:
+            raise ExceptionGroup("closing the backends of the test failed", problems)
+
+
+class _Collector(logging.Handler):
+    def __init__(self, records: list[logging.LogRecord]) -> None:
+        super().__init__(logging.DEBUG)
+        self.records = records
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith("abe"):
+            self.records.append(record)
+
+
+def _resources() -> dict[str, set[Any]]:
+    current = asyncio.current_task()
+    found: dict[str, set[Any]] = {
+        "tasks": {task for task in asyncio.all_tasks() if task is not current},
+        "threads": set(threading.enumerate()),
+    }
+    if sys.platform == "linux":
+        # Numbers of descriptors are used again, so only how many there are tells anything.
+        found["descriptors"] = set(range(len(os.listdir("/proc/self/fd"))))
+    return found
+
+
+def _left(before: Mapping[str, set[Any]], now: Mapping[str, set[Any]]) -> list[str]:
+    extra: Callable[[str], set[Any]] = lambda kind: now[kind] - before[kind]  # noqa: E731
+    return [f"{len(extra(kind))} {kind} {_named(kind, extra(kind))}".rstrip() for kind in now if extra(kind)]
+
+
+def _named(kind: str, items: set[Any]) -> str:
+    return "" if kind == "descriptors" else str(sorted(map(str, items))[:5])

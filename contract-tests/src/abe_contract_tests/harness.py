@@ -1,0 +1,102 @@
+"""What the author of a provider writes so that the suite can test it, and what the suite's tests see of it.
+
+An author subclasses `Harness` (one per provider) and implements `Oracle` with the broker's *native* client, so that what the backend says
+about the broker can be checked against the broker.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+from abe.types import MessageQueueBackendProtocol
+
+Evidence = Literal["real broker", "emulator", "in process"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What the broker itself holds for a group."""
+
+    waiting: int
+    in_flight: int
+    delayed: int
+    dead: int
+
+    @property
+    def total(self) -> int:
+        """Every message that is not dead."""
+        return self.waiting + self.in_flight + self.delayed
+
+
+class Oracle(Protocol):
+    """The broker, seen and touched by its native client. One per test, on that test's namespace."""
+
+    async def inject(self, group: str, body: bytes, *, key: str = "injected") -> None:
+        """Put a body on the group's queue as a stranger would, with no metadata but (where the broker has a place for it) the key."""
+        ...
+
+    async def inject_version(self, group: str, body: bytes) -> None:
+        """Put a message of ours on the group's queue whose envelope says a version that nobody knows."""
+        ...
+
+    async def counts(self, group: str) -> Counts:
+        """Count the group's messages."""
+        ...
+
+    async def consumers(self, group: str) -> int:
+        """Count the consumers that the broker knows in the group, dead ones included."""
+        ...
+
+    async def connections(self) -> int:
+        """Count the connections to the broker (all namespaces), the oracle's own left out."""
+        ...
+
+    async def aclose(self) -> None:
+        """Disconnect."""
+        ...
+
+
+class Harness(ABC):
+    """One provider on one broker. The suite makes one instance a session."""
+
+    name: ClassVar[str]
+    """How the provider is called in reports and in ``--contract``."""
+
+    backend: ClassVar[type[MessageQueueBackendProtocol]]
+    """The production class."""
+
+    evidence: ClassVar[Evidence]
+    """What a pass proves."""
+
+    networked: ClassVar[bool] = True
+    """Whether the broker lives in another process: worker processes share it, and it can be unreachable."""
+
+    def start(self) -> None:
+        """Start the broker, or find it. Raises `ServiceUnavailable` (abe_contract_tests.services) when it cannot be had."""
+
+    def stop(self) -> None:
+        """Stop what `start` started."""
+
+    @abstractmethod
+    def environment(self, namespace: str, *, lease: float) -> Mapping[str, str]:
+        """Return the environment variables with which ``from_env()`` makes a backend in that namespace, with that lease in seconds."""
+
+    @abstractmethod
+    async def oracle(self, namespace: str) -> Oracle:
+        """Return the oracle of that namespace."""
+
+    def unreachable(self, namespace: str) -> Mapping[str, str]:
+        """Return an environment whose broker refuses connections (networked only)."""
+        raise NotImplementedError
+
+    def wrong_credentials(self, namespace: str) -> tuple[Mapping[str, str], str] | None:
+        """Return an environment whose credentials are refused, and the secret in it; None where the broker has no credentials."""
+        return None
+
+    async def clean(self, namespace: str) -> None:
+        """Remove what a test left in that namespace. Only brokers that outlive the run need it."""
+
+    def broker_version(self) -> str:
+        """Return the broker's name and version, for the report."""
+        return self.evidence

@@ -1,0 +1,1 @@
+"""The harnesses of the project's own providers."""
