@@ -66,7 +66,11 @@ def _explain(payload: object) -> str:
     """Say where a refused payload leaves the JSON model, for the error's text."""
     if type(payload) is not dict:
         return f"the payload is a {type(payload).__name__}: it must be a dict with string keys"
-    return f"the payload is not JSON: {_misfit(payload, 'payload')}"
+    try:
+        return f"the payload is not JSON: {_misfit(payload, 'payload')}"
+    except RecursionError:
+        # msgspec goes a few levels deeper than Python does.
+        return "the payload is not JSON, and nested too deeply to say where"
 
 
 def _misfit(value: object, path: str) -> str:

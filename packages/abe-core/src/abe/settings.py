@@ -34,11 +34,12 @@ def setting(
         parse: Text to value; raises ValueError with what the text should be.
         help: One line for the docs' table.
         default: The value when neither the argument nor the variable is given; without one, the setting is required.
-        check: Raises ValueError when a value (parsed or given) is out of range.
+        check: Raises ValueError when a value (parsed or given) is out of range. None is not checked where it is the default: it means unset.
         secret: The value, or part of it, is a credential: it is shown nowhere.
     """
     metadata = {"variable": variable, "parse": parse, "help": help, "check": check, "secret": secret}
-    return field(default=default, metadata=metadata)
+    # A subclass that forgets `repr=False` gets the dataclass's own repr: that one must not show a secret either.
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 def env_text(variable: str, *aliases: str, environ: Mapping[str, str] | None = None) -> str | None:
@@ -97,10 +98,10 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def at_least(minimum: int) -> Callable[[Any], Any]:
-    """Return a check that a value is an integer of at least `minimum` (None passes: it means unset)."""
+    """Return a check that a value is an integer of at least `minimum`."""
 
     def check(value: Any) -> Any:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise ValueError(f"an integer of at least {minimum}")
         return value
 
@@ -122,7 +123,9 @@ def plain_name(value: Any) -> Any:
 
 
 def plain_names(value: Any) -> Any:
-    """Check that each element of a tuple is a plain name."""
+    """Check that a value is a tuple of plain names."""
+    if not isinstance(value, tuple):
+        raise ValueError("a tuple of names")  # noqa: TRY004
     return tuple(plain_name(name) for name in value)
 
 
@@ -207,12 +210,13 @@ class QueueSettings:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            check = item.metadata.get("check")
+            check, value = item.metadata.get("check"), getattr(self, item.name)
+            if check is None or (value is None and item.default is None):
+                continue
             try:
-                if check is not None:
-                    check(getattr(self, item.name))
+                check(value)
             except ValueError as exc:
-                raise ConfigurationError(_complaint(item, getattr(self, item.name), exc)) from None
+                raise ConfigurationError(_complaint(item, value, exc)) from None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:

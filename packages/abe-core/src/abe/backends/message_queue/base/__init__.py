@@ -2,6 +2,7 @@
 
 from abe.backends.message_queue.base.backoff import Backoff, ConstantBackoff, ExponentialBackoff
 from abe.backends.message_queue.base.capabilities import Capabilities, Durability
+from abe.backends.message_queue.base.clock import Clock, MonotonicClock
 from abe.backends.message_queue.base.consumer import EventConsumer
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.middleware import Middleware, Publication
@@ -26,6 +27,7 @@ __all__ = [
     "Backoff",
     "Batching",
     "Capabilities",
+    "Clock",
     "ConstantBackoff",
     "DeadLetter",
     "Delivery",
@@ -39,6 +41,7 @@ __all__ = [
     "MessageQueueBackend",
     "Metadata",
     "Middleware",
+    "MonotonicClock",
     "Publication",
     "QueueBackend",
     "Receipt",

@@ -1,9 +1,12 @@
 """How long to wait before the next try, from the number of tries so far."""
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
+
+from abe.errors import ConfigurationError
 
 Backoff: TypeAlias = Callable[[int], float]
 """From the attempt that failed, 1 for the first, to the seconds until the next."""
@@ -23,12 +26,14 @@ class ExponentialBackoff:
     jitter: bool = True
 
     def __post_init__(self) -> None:
-        if not (self.initial > 0 and self.factor >= 1 and self.maximum >= self.initial):
-            raise ValueError(f"a backoff needs initial > 0, factor >= 1 and maximum >= initial: {self}")
+        if not (0 < self.initial <= self.maximum < math.inf and 1 <= self.factor < math.inf):
+            raise ConfigurationError(f"a backoff needs initial > 0, factor >= 1 and maximum >= initial, all finite: {self}")
 
     def __call__(self, attempt: int) -> float:
-        # Past 2 ** 64 the maximum has long been reached; without the bound a float would overflow.
-        delay = min(self.maximum, self.initial * self.factor ** min(attempt - 1, 64))
+        try:
+            delay = min(self.maximum, self.initial * float(self.factor) ** (attempt - 1))
+        except OverflowError:
+            delay = self.maximum
         return delay * random.uniform(0.5, 1.0) if self.jitter else delay  # noqa: S311
 
 
@@ -39,8 +44,8 @@ class ConstantBackoff:
     seconds: float
 
     def __post_init__(self) -> None:
-        if self.seconds < 0:
-            raise ValueError(f"a backoff cannot be negative: {self.seconds}")
+        if not 0 <= self.seconds < math.inf:
+            raise ConfigurationError(f"a backoff must be a number of seconds of at least 0, not {self.seconds}")
 
     def __call__(self, attempt: int) -> float:
         return self.seconds

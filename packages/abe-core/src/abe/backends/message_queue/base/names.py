@@ -32,6 +32,15 @@ def check_key(key: str) -> str:
     return _check_text(key, "key")
 
 
+def check_id(id: str) -> str:
+    """Return the message id.
+
+    Raises:
+        InvalidNameError: It is empty, over 200 bytes of UTF-8, or not text.
+    """
+    return _check_text(id, "message id")
+
+
 def check_patterns(keys: Sequence[str]) -> tuple[str, ...]:
     """Return key patterns as a sorted tuple without repetitions.
 

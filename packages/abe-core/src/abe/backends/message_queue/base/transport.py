@@ -45,10 +45,10 @@ class Delivery:
     """A message that the broker gave us, until it is settled.
 
     `header` is the metadata as the broker carried it, parsed by `Receiver.metadata` when somebody asks; `fault` says why the
-    envelope cannot be read, if so.
+    envelope cannot be read, if so; `lost` becomes true when it turns out that the delivery is not ours any more.
     """
 
-    __slots__ = ("attempt", "body", "fault", "header", "receipt")
+    __slots__ = ("attempt", "body", "fault", "header", "lost", "receipt")
 
     def __init__(self, receipt: Receipt, body: bytes, header: object, attempt: int, fault: str | None = None) -> None:
         self.receipt = receipt
@@ -56,6 +56,7 @@ class Delivery:
         self.header = header
         self.attempt = attempt
         self.fault = fault
+        self.lost = False
 
 
 class Verb(Enum):

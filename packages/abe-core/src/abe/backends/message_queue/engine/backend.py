@@ -1,0 +1,395 @@
+"""A transport made into a backend: everything that must behave alike, whichever broker is underneath."""
+
+import asyncio
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from types import TracebackType
+from typing import Final, Self, TypeVar
+
+from abe.backends.message_queue.base.backoff import ExponentialBackoff
+from abe.backends.message_queue.base.capabilities import Capabilities
+from abe.backends.message_queue.base.clock import Clock, MonotonicClock
+from abe.backends.message_queue.base.middleware import Middleware, Publication, PublishNext
+from abe.backends.message_queue.base.names import (
+    DEFAULT_GROUP,
+    check_group,
+    check_headers,
+    check_id,
+    check_key,
+    check_patterns,
+)
+from abe.backends.message_queue.base.transport import Envelope, GroupStats, Transport
+from abe.backends.message_queue.engine.dead_letters import DeadLetters
+from abe.backends.message_queue.engine.inbox import Inbox
+from abe.backends.message_queue.engine.session import Session
+from abe.backends.message_queue.engine.subscription import GroupSubscription
+from abe.codec import Codec, JSONCodec
+from abe.errors import (
+    AbeError,
+    BackendClosedError,
+    BackendConnectionError,
+    ConfigurationError,
+    EventLoopError,
+    PartialPublishError,
+    PayloadTooLargeError,
+    UnroutableError,
+    UnsupportedCapabilityError,
+)
+from abe.settings import QueueSettings
+from abe.types import MessageQueuePayload
+
+_T = TypeVar("_T")
+
+
+class _Ids:
+    """Message ids: a random prefix of 64 bits for each process, then a counter; a fork begins anew."""
+
+    def __init__(self) -> None:
+        self.renew()
+        os.register_at_fork(after_in_child=self.renew)
+
+    def renew(self) -> None:
+        prefix, serial = os.urandom(8).hex(), count().__next__
+        self.next = lambda: f"{prefix}{serial():x}"
+
+
+_ids: Final = _Ids()
+_BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=1.0)
+_MOST_KNOWN_KEYS: Final = 10_000
+
+
+class TransportBackend(ABC):
+    """A message queue on a transport. A provider names its capabilities and makes its transport; the rest is here.
+
+    It connects when it is first used, or by `connect`, reconnects by itself, and belongs to the event loop and process of its first
+    use. When that loop is closed, the next use begins anew in the loop that runs then.
+
+    Args:
+        settings: The provider's settings.
+        codec: Payload to bytes and back.
+        middleware: Wraps each publish, the first outermost.
+        clock: What leases, delays and backoffs are measured by.
+    """
+
+    capabilities: Capabilities
+    """Declared on the class; an instance's own says what its settings make of it."""
+
+    def __init__(
+        self,
+        settings: QueueSettings,
+        *,
+        codec: Codec | None = None,
+        middleware: Sequence[Middleware] = (),
+        clock: Clock | None = None,
+    ) -> None:
+        self.settings = settings
+        if self.capabilities.lease is not None:
+            self.capabilities = replace(self.capabilities, lease=settings.lease)
+        self.unroutable = 0
+        """Messages that no group wanted, so far."""
+        self._codec = codec or JSONCodec()
+        self._clock = clock or MonotonicClock()
+        self._send: PublishNext | None = None
+        for layer in reversed(middleware):
+            self._send = partial(layer.publish, forward=self._send or self._forward)
+        self._known_keys: set[str] = set()
+        self._session: Session | None = None
+        self._closed = False
+
+    @classmethod
+    @abstractmethod
+    def from_env(cls) -> Self:
+        """Make an instance from environment variables. No I/O happens here."""
+
+    @abstractmethod
+    def make_transport(self) -> Transport:
+        """Return a new transport, not connected yet, for the event loop that runs now."""
+
+    async def publish(
+        self,
+        key: str,
+        payload: MessageQueuePayload,
+        *,
+        headers: Mapping[str, str] | None = None,
+        id: str | None = None,
+        delay: float | None = None,
+        mandatory: bool = False,
+    ) -> None:
+        """Hand a message to the broker. Returning means that the broker has taken responsibility for it.
+
+        Waits while too much is on its way. May be called by any number of tasks at once; a cancelled call leaves none or one copy.
+
+        Args:
+            key: What it is about: 1 to 200 bytes of UTF-8, words separated by dots.
+            payload: A JSON object. It is taken as it is now.
+            headers: Strings that travel beside it.
+            id: The message's id, for publishing it again after `PublishUnknownError`; made up when left out.
+            delay: Seconds before which it must not be delivered.
+            mandatory: Raise when groups exist and none of them wants the key.
+
+        Raises:
+            PayloadError: The payload is not JSON (`PayloadTooLargeError`: or too large); nothing was sent.
+            InvalidNameError: The key, the id or a header cannot be carried; nothing was sent.
+            PublishRejectedError: The message is certainly not in the broker (`BackpressureError`: because something is full).
+            PublishUnknownError: The message may be in the broker, or not.
+            UnsupportedCapabilityError: The delay is longer than this backend can hold.
+            BackendClosedError: The backend was closed.
+        """
+        if self._send is not None:
+            return await self._send(Publication(key, payload, headers, id, delay or 0.0, mandatory))
+        session = self._here()
+        outcome = await session.publisher.publish(self._envelope(key, payload, headers, id, delay))
+        if outcome is not None:
+            self._judge(outcome, mandatory)
+        return None
+
+    async def publish_many(self, items: Iterable[Publication | tuple[str, MessageQueuePayload]]) -> None:
+        """Publish messages, each confirmed on its own, in few round trips.
+
+        Args:
+            items: Publications, or (key, payload) pairs. All of them are encoded before the first is sent.
+
+        Raises:
+            PayloadError: One of them is not JSON; the text says which. Nothing was sent. Likewise `InvalidNameError`.
+            PartialPublishError: Some were not published; it says which, and why. The others were.
+        """
+        publications = [item if isinstance(item, Publication) else Publication(*item) for item in items]
+        if self._send is not None:
+            results = await asyncio.gather(*map(self._send, publications), return_exceptions=True)
+        else:
+            session = self._here()
+            envelopes: list[Envelope] = []
+            for index, item in enumerate(publications):
+                try:
+                    envelopes.append(self._envelope(item.key, item.payload, item.headers, item.id, item.delay))
+                except AbeError as exc:
+                    exc.args = (f"message #{index}: {exc}",)
+                    raise
+            results = list(await session.publisher.publish_many(envelopes))
+        failures: list[tuple[int, AbeError]] = []
+        for index, result in enumerate(results):
+            try:
+                if isinstance(result, AbeError):
+                    self._judge(result, publications[index].mandatory)
+                elif result is not None:
+                    raise result
+            except AbeError as exc:
+                failures.append((index, exc))
+        if failures:
+            raise PartialPublishError(failures, len(publications))
+
+    def consume(
+        self,
+        *,
+        group: str | None = None,
+        keys: Sequence[str] | None = None,
+        prefetch: int | None = None,
+        max_attempts: int | None = None,
+    ) -> GroupSubscription:
+        """Return the messages of a group, to iterate over; see `Subscription`.
+
+        Args:
+            group: The group, which its consumers share; None: ``default``.
+            keys: The key patterns that the group wants from now on. None: what it wanted before; everything, for a new group.
+            prefetch: Messages held at most; None: the setting.
+            max_attempts: Deliveries before a message is dead; None: the setting.
+
+        Raises:
+            InvalidNameError: The group or a pattern is none that a broker can carry.
+            UnsupportedCapabilityError: This backend has no groups, or no patterns.
+            BackendClosedError: The backend was closed.
+        """
+        if self._closed:
+            raise BackendClosedError("the backend was closed; connect() opens it again")
+        name, patterns = self._group(group), self._patterns(keys)
+        prefetch = _at_least_1("prefetch", self.settings.prefetch if prefetch is None else prefetch)
+        attempts = _at_least_1("max_attempts", self.settings.max_attempts if max_attempts is None else max_attempts)
+        return GroupSubscription(partial(self._subscribe, name, patterns, prefetch, attempts))
+
+    async def connect(self) -> None:
+        """Connect now rather than at first use, once and without retries; opens a closed backend again.
+
+        Raises:
+            BackendConnectionError: The broker cannot be reached.
+            ConfigurationError: It refuses us, or is configured so that the contract cannot hold.
+        """
+        self._closed = False
+        await self._call(_nothing, patient=False)
+
+    async def disconnect(self) -> None:
+        """Close: finish what is on its way, end the subscriptions, disconnect. Bounded by `close_timeout`; may be called repeatedly."""
+        self._closed = True
+        session = self._session
+        if session is not None and not session.loop.is_closed():
+            if session.loop is not asyncio.get_running_loop():
+                raise EventLoopError("disconnect() must run in the event loop in which the backend was used")
+            await session.close()
+        self._session = None
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.disconnect()
+
+    async def ping(self) -> None:
+        """Ask the broker for a sign of life.
+
+        Raises:
+            BackendConnectionError: There is none.
+        """
+        await self._call(lambda session: session.transport.ping(), patient=False)
+
+    async def declare(self, group: str | None = None, keys: Sequence[str] | None = None) -> None:
+        """Make a group exist ahead of its consumers, with exactly these key patterns (None: see `consume`)."""
+        name, patterns = self._group(group), self._patterns(keys)
+        await self._call(lambda session: session.transport.declare(name, patterns))
+
+    async def delete_group(self, group: str | None = None) -> None:
+        """End a group: its messages, dead letters included, are gone. A no-op when there is none."""
+        name = self._group(group)
+        await self._call(lambda session: session.transport.delete_group(name))
+
+    async def groups(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the groups that exist, each with its key patterns."""
+        return await self._call(lambda session: session.transport.groups())
+
+    async def stats(self, group: str | None = None) -> GroupStats:
+        """Count a group's messages."""
+        name = self._group(group)
+        return await self._call(lambda session: session.transport.stats(name))
+
+    def dead_letters(self, group: str | None = None) -> DeadLetters:
+        """Return the dead letters of a group, to list, show, replay and purge.
+
+        Raises:
+            UnsupportedCapabilityError: This backend keeps none.
+        """
+        if not self.capabilities.dead_letter:
+            raise UnsupportedCapabilityError(f"{type(self).__name__} keeps no dead letters")
+        return DeadLetters(self._call, self._group(group))
+
+    async def _forward(self, publication: Publication) -> None:
+        p = publication
+        outcome = await self._here().publisher.publish(self._envelope(p.key, p.payload, p.headers, p.id, p.delay))
+        if outcome is not None:
+            self._judge(outcome, p.mandatory)
+
+    def _envelope(
+        self, key: str, payload: MessageQueuePayload, headers: Mapping[str, str] | None, id: str | None, delay: float | None
+    ) -> Envelope:
+        if key not in self._known_keys:
+            check_key(key)
+            if len(self._known_keys) >= _MOST_KNOWN_KEYS:
+                self._known_keys.clear()
+            self._known_keys.add(key)
+        body = self._codec.encode(payload)
+        if len(body) > self.capabilities.max_payload_bytes:
+            raise PayloadTooLargeError(
+                f"the payload is {len(body)} bytes of {self.capabilities.max_payload_bytes}: store it elsewhere, and publish where it is"
+            )
+        return Envelope(
+            _ids.next() if id is None else check_id(id),
+            key,
+            body,
+            int(time.time() * 1000),
+            check_headers(headers) if headers else None,
+            self._delay(delay) if delay else 0.0,
+        )
+
+    def _delay(self, delay: float) -> float:
+        if not delay > 0:
+            raise ConfigurationError(f"a delay must be a number of seconds from 0, not {delay!r}")
+        if self.capabilities.max_delay is None or delay > self.capabilities.max_delay:
+            limit = "not at all" if self.capabilities.max_delay is None else f"by at most {self.capabilities.max_delay:g} s"
+            raise UnsupportedCapabilityError(f"delay={delay:g}: {type(self).__name__} can delay messages {limit}")
+        return delay
+
+    def _judge(self, outcome: AbeError, mandatory: bool) -> None:
+        if isinstance(outcome, UnroutableError) and not mandatory:
+            self.unroutable += 1
+        else:
+            raise outcome
+
+    def _group(self, group: str | None) -> str:
+        if group is not None and group != DEFAULT_GROUP and not self.capabilities.groups:
+            raise UnsupportedCapabilityError(f"group={group!r}: {type(self).__name__} has no groups but {DEFAULT_GROUP!r}")
+        return check_group(group)
+
+    def _patterns(self, keys: Sequence[str] | None) -> tuple[str, ...] | None:
+        if keys is not None and not self.capabilities.key_patterns:
+            raise UnsupportedCapabilityError(f"keys={keys!r}: {type(self).__name__} delivers every key to every group")
+        return None if keys is None else check_patterns(keys)
+
+    async def _subscribe(self, group: str, patterns: tuple[str, ...] | None, prefetch: int, max_attempts: int) -> Inbox:
+        async def join(session: Session) -> Inbox:
+            await session.transport.declare(group, patterns)
+            receiver = await session.transport.subscribe(group, prefetch)
+            inbox = Inbox(
+                receiver,
+                group=group,
+                prefetch=prefetch,
+                max_attempts=max_attempts,
+                max_delay=self.capabilities.max_delay,
+                lease=self.capabilities.lease,
+                codec=self._codec,
+                clock=self._clock,
+                close_timeout=self.settings.close_timeout,
+                left=session.inboxes.discard,
+            )
+            session.inboxes.add(inbox)
+            return inbox
+
+        return await self._call(join)
+
+    async def _call(self, operation: Callable[[Session], Awaitable[_T]], *, patient: bool = True) -> _T:
+        """Run an operation on the connected transport, within `publish_timeout`; when patient, again after a lost connection."""
+        session, tries = self._here(), 0
+        error: BackendConnectionError | None = None
+        try:
+            async with asyncio.timeout(self.settings.publish_timeout):
+                while True:
+                    try:
+                        await session.opened()
+                        return await operation(session)
+                    except BackendConnectionError as exc:
+                        if not patient:
+                            raise
+                        error, tries = exc, tries + 1
+                    await asyncio.sleep(_BACKOFF(tries))
+        except TimeoutError as exc:
+            why = f": {error}" if error else ""
+            text = f"the broker did not answer within {self.settings.publish_timeout:g} s{why}"
+            raise BackendConnectionError(text) from error or exc
+
+    def _here(self) -> Session:
+        """Return what is open in the event loop that runs now, or begin it."""
+        loop, session = asyncio.get_running_loop(), self._session
+        if session is not None and session.loop is loop:
+            return session
+        if self._closed:
+            raise BackendClosedError("the backend was closed; connect() opens it again")
+        if session is not None and not session.loop.is_closed():
+            raise EventLoopError(
+                "the backend belongs to another event loop, or to the process that forked this one: make one backend for each"
+            )
+        session = self._session = Session(self.make_transport(), self.settings)
+        return session
+
+
+async def _nothing(_: Session) -> None:
+    """Nothing but what `_call` does before."""
+
+
+def _at_least_1(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigurationError(f"{name} must be an integer of at least 1, not {value!r}")
+    return value

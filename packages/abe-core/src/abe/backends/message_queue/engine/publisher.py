@@ -1,0 +1,253 @@
+"""Publishing: what is published in one turn of the event loop leaves together.
+
+A lone publish leaves at once, in its caller's own task. Concurrent ones collect into a batch that leaves on the next turn of the loop;
+while as many batches as the transport allows are under way, the next one collects until one returns. There is no timer and no task per
+message, and a publisher that is cancelled leaves alone: its batch goes on without it.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+from abe.backends.message_queue.base.backoff import ExponentialBackoff
+from abe.backends.message_queue.base.transport import Envelope, Transport
+from abe.errors import AbeError, BackendClosedError, BackendConnectionError, PublishRejectedError, PublishUnknownError
+
+_BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=2.0)
+
+
+class _Batch:
+    __slots__ = ("deadline", "envelopes", "futures", "size")
+
+    def __init__(self, deadline: float) -> None:
+        self.envelopes: list[Envelope] = []
+        self.futures: list[asyncio.Future[AbeError | None]] = []
+        self.size = 0
+        self.deadline = deadline
+
+
+class Publisher:
+    """Coalesces messages into batches, bounds what is on its way, and retries within the deadline with the same ids.
+
+    Args:
+        transport: Where batches go.
+        opened: Returns once the transport is connected.
+        timeout: Seconds from `publish` to an outcome.
+        max_count: Messages on their way above which `publish` waits.
+        max_bytes: Bytes on their way above which `publish` waits.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        opened: Callable[[], Awaitable[None]],
+        *,
+        timeout: float,
+        max_count: int,
+        max_bytes: int,
+    ) -> None:
+        self._transport = transport
+        self._opened = opened
+        self._timeout = timeout
+        self._max_count = max_count
+        self._max_bytes = max_bytes
+        self._limits = transport.batching
+        self._loop = asyncio.get_running_loop()
+        self._current: _Batch | None = None
+        self._ready: deque[_Batch] = deque()
+        self._flying = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._scheduled = False
+        self._alone = True
+        self._count = 0
+        self._bytes = 0
+        self._room: deque[asyncio.Future[None]] = deque()
+        self._closed = False
+        self._idle: asyncio.Future[None] | None = None
+
+    async def publish(self, envelope: Envelope) -> AbeError | None:
+        """Publish a message, and return its outcome: None when the broker has it."""
+        while self._count >= self._max_count or self._bytes >= self._max_bytes:
+            await self._wait_for_room()
+        if self._closed:
+            raise BackendClosedError("the backend was closed")
+        size = len(envelope.body)
+        self._count += 1
+        self._bytes += size
+        if self._alone and not self._flying and self._current is None:
+            return await self._publish_alone(envelope, size)
+        return await self._enqueue(envelope, size)
+
+    async def publish_many(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
+        """Publish messages, and return their outcomes, all in this order."""
+        futures: list[asyncio.Future[AbeError | None]] = []
+        for envelope in envelopes:
+            while self._count >= self._max_count or self._bytes >= self._max_bytes:
+                await self._wait_for_room()
+            if self._closed:
+                raise BackendClosedError("the backend was closed")
+            size = len(envelope.body)
+            self._count += 1
+            self._bytes += size
+            futures.append(self._enqueue(envelope, size))
+        return await asyncio.gather(*futures)
+
+    async def close(self, timeout: float) -> None:
+        """Refuse new messages, and wait up to `timeout` seconds for those on their way; then give them up."""
+        self._closed = True
+        if self._count:
+            self._idle = self._loop.create_future()
+            await asyncio.wait([self._idle], timeout=timeout)
+        for batch in (*self._ready, *([self._current] if self._current else [])):
+            error = BackendClosedError("the backend was closed before the message could be sent")
+            self._finish(batch, [error] * len(batch.futures))
+        self._ready.clear()
+        self._current = None
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._make_room(len(self._room))
+
+    def _enqueue(self, envelope: Envelope, size: int) -> asyncio.Future[AbeError | None]:
+        batch = self._current
+        if batch is None:
+            batch = self._current = _Batch(self._loop.time() + self._timeout)
+            if self._flying < self._limits.flights and not self._scheduled:
+                self._scheduled = True
+                self._loop.call_soon(self._fly)
+        future: asyncio.Future[AbeError | None] = self._loop.create_future()
+        batch.envelopes.append(envelope)
+        batch.futures.append(future)
+        batch.size += size
+        if len(batch.futures) >= self._limits.messages or batch.size >= self._limits.bytes:
+            self._ready.append(batch)
+            self._current = None
+        return future
+
+    async def _publish_alone(self, envelope: Envelope, size: int) -> AbeError | None:
+        self._flying += 1
+        try:
+            return (await self._deliver([envelope], self._loop.time() + self._timeout))[0]
+        finally:
+            self._release(1, size)
+            self._landed()
+
+    def _fly(self) -> None:
+        self._scheduled = False
+        while self._flying < self._limits.flights and (self._ready or self._current is not None):
+            if self._ready:
+                batch = self._ready.popleft()
+            else:
+                assert self._current is not None
+                batch, self._current = self._current, None
+            self._flying += 1
+            self._alone = len(batch.futures) == 1
+            task = self._loop.create_task(self._run(batch))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, batch: _Batch) -> None:
+        outcomes: Sequence[AbeError | None] = ()
+        try:
+            outcomes = await self._deliver(batch.envelopes, batch.deadline)
+        except asyncio.CancelledError:
+            outcomes = [PublishUnknownError("the backend was closed before the confirm came") for _ in batch.futures]
+        except AbeError as exc:
+            outcomes = [exc] * len(batch.futures)
+        finally:
+            self._finish(batch, outcomes)
+            self._landed()
+
+    def _landed(self) -> None:
+        self._flying -= 1
+        if (self._ready or self._current is not None) and not self._closed:
+            self._fly()
+
+    async def _deliver(self, envelopes: Sequence[Envelope], deadline: float) -> Sequence[AbeError | None]:
+        """Send until every message has an outcome, or the deadline passes.
+
+        Raises:
+            AbeError: A permanent error, which is every message's.
+        """
+        outcomes: list[AbeError | None] = [None] * len(envelopes)
+        pending = list(range(len(envelopes)))
+        tries, unknown, sending = 0, False, False
+        error: AbeError | None = None
+        try:
+            async with asyncio.timeout_at(deadline):
+                while self._loop.time() < deadline:
+                    try:
+                        sending = False
+                        await self._opened()
+                        sending = True
+                        results = await self._transport.send([envelopes[i] for i in pending] if tries else envelopes)
+                        sending = False
+                    except (BackendConnectionError, PublishUnknownError) as exc:
+                        unknown = unknown or exc.maybe_accepted
+                        error = exc
+                    else:
+                        if not results:
+                            return outcomes
+                        for index, result in zip(pending, results, strict=True):
+                            outcomes[index] = result
+                        again = (BackendConnectionError, PublishUnknownError)
+                        pending = [i for i in pending if isinstance(outcomes[i], again)]
+                        if not pending:
+                            return outcomes
+                        error = outcomes[pending[0]]
+                        unknown = unknown or any(_maybe_accepted(outcomes[i]) for i in pending)
+                    tries += 1
+                    await asyncio.sleep(_BACKOFF(tries))
+        except TimeoutError:
+            unknown = unknown or sending
+        for index in pending:
+            outcomes[index] = self._gave_up(unknown, error)
+        return outcomes
+
+    def _gave_up(self, unknown: bool, cause: AbeError | None) -> AbeError:
+        why = f": {cause}" if cause else ""
+        failure: AbeError
+        if unknown:
+            failure = PublishUnknownError(
+                f"no confirm within {self._timeout:g} s{why}. The broker may have the message or not: publish it again with the same id"
+            )
+        else:
+            failure = PublishRejectedError(f"the message could not be sent within {self._timeout:g} s{why}")
+        failure.__cause__ = cause
+        return failure
+
+    def _finish(self, batch: _Batch, outcomes: Sequence[AbeError | None]) -> None:
+        for future, outcome in zip(batch.futures, outcomes, strict=True):
+            if not future.done():
+                future.set_result(outcome)
+        self._release(len(batch.futures), batch.size)
+
+    def _release(self, count: int, size: int) -> None:
+        self._count -= count
+        self._bytes -= size
+        self._make_room(count)
+        if self._idle is not None and not self._count and not self._idle.done():
+            self._idle.set_result(None)
+
+    async def _wait_for_room(self) -> None:
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._room.append(future)
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self._make_room(1)  # woken and cancelled at once: hand the place on
+            raise
+
+    def _make_room(self, places: int) -> None:
+        while places and self._room:
+            future = self._room.popleft()
+            if not future.done():
+                future.set_result(None)
+                places -= 1
+
+
+def _maybe_accepted(outcome: AbeError | None) -> bool:
+    return outcome is not None and outcome.maybe_accepted

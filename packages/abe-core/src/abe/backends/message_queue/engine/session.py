@@ -1,0 +1,48 @@
+"""What a backend has while it is open in one event loop."""
+
+import asyncio
+
+from abe.backends.message_queue.base.transport import Transport
+from abe.backends.message_queue.engine.inbox import Inbox
+from abe.backends.message_queue.engine.publisher import Publisher
+from abe.settings import QueueSettings
+
+
+class Session:
+    """A transport, its publisher and the inboxes that take from it, all of the running event loop."""
+
+    def __init__(self, transport: Transport, settings: QueueSettings) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.transport = transport
+        self.publisher = Publisher(
+            transport,
+            self.opened,
+            timeout=settings.publish_timeout,
+            max_count=settings.max_unconfirmed,
+            max_bytes=settings.max_unconfirmed_bytes,
+        )
+        self.inboxes: set[Inbox] = set()
+        self._undeclared = settings.groups
+        self._close_timeout = settings.close_timeout
+        self._closing: asyncio.Task[None] | None = None
+
+    async def opened(self) -> None:
+        """Return once the transport is connected, and the groups of the settings exist."""
+        await self.transport.open()
+        if self._undeclared:
+            for group in self._undeclared:
+                await self.transport.declare(group, None)
+            self._undeclared = ()
+
+    async def close(self) -> None:
+        """Finish what is on its way, end the subscriptions, and disconnect, whatever the broker does."""
+        if self._closing is None:
+            self._closing = self.loop.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        await asyncio.gather(
+            self.publisher.close(self._close_timeout),
+            *(inbox.close() for inbox in self.inboxes),
+        )
+        await self.transport.close()

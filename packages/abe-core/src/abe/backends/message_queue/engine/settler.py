@@ -1,0 +1,153 @@
+"""Settlement: the verdicts of one turn of the event loop leave together.
+
+A verdict that cannot be carried out because the connection broke is tried again until the lease must have run out.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any, Final, TypeAlias
+
+from abe.backends.message_queue.base.backoff import ExponentialBackoff
+from abe.backends.message_queue.base.clock import Clock, sleep
+from abe.backends.message_queue.base.transport import Delivery, Failures, Receiver, Settlement
+from abe.errors import AbeError, LeaseLostError
+
+_log: Final = logging.getLogger("abe.engine")
+_BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=2.0)
+_MOST: Final = 500
+"""Verdicts a call: what keeps one call to the broker short."""
+
+Waiter: TypeAlias = asyncio.Future[AbeError | None]
+
+
+class Settler:
+    """Coalesces acknowledgements and other verdicts.
+
+    Args:
+        receiver: Carries them out.
+        sure: Whether the leases of what we hold are certainly still ours.
+        sent: Called when acknowledgements have left, so that more messages can be taken.
+        patience: Seconds for which a verdict is worth trying.
+        clock: What `patience` is measured by.
+    """
+
+    def __init__(
+        self,
+        receiver: Receiver,
+        sure: Callable[[], bool],
+        sent: Callable[[], None],
+        patience: float,
+        clock: Clock,
+    ) -> None:
+        self._receiver = receiver
+        self._sure = sure
+        self._sent = sent
+        self._patience = patience
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._acks: list[Delivery] = []
+        self._asked: list[tuple[Delivery, Waiter]] = []
+        self._verdicts: list[tuple[Delivery, Waiter, Settlement]] = []
+        self._scheduled = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def ack(self, delivery: Delivery) -> None:
+        """Acknowledge with the next batch. A failure is logged."""
+        self._acks.append(delivery)
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def submit(self, delivery: Delivery, settlement: Settlement | None) -> Waiter:
+        """Carry out a verdict (None: acknowledge) with the next batch; the future's result is what went wrong, or None."""
+        waiter: Waiter = self._loop.create_future()
+        if settlement is None:
+            self._asked.append((delivery, waiter))
+        else:
+            self._verdicts.append((delivery, waiter, settlement))
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+        return waiter
+
+    async def drain(self) -> None:
+        """Return when everything submitted so far has been carried out, or given up."""
+        self._flush()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def abandon(self) -> None:
+        """Give up what is not carried out yet."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        acks, self._acks = self._acks, []
+        asked, self._asked = self._asked, []
+        verdicts, self._verdicts = self._verdicts, []
+        for start in range(0, len(acks), _MOST):
+            self._start(self._send_acks(acks[start : start + _MOST]))
+        for start in range(0, len(asked), _MOST):
+            batch = asked[start : start + _MOST]
+            receipts = [delivery.receipt for delivery, _ in batch]
+            # Somebody waits for the answer, so each one is verified: a plain acknowledgement may not tell which of them was lost.
+            self._start(self._answer(batch, partial(self._receiver.ack, receipts, verify=True)))
+        for start in range(0, len(verdicts), _MOST):
+            part = verdicts[start : start + _MOST]
+            settlements = [settlement for _, _, settlement in part]
+            self._start(self._answer([item[:2] for item in part], partial(self._receiver.settle, settlements)))
+        if acks or asked or verdicts:
+            self._sent()
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _send_acks(self, deliveries: Sequence[Delivery]) -> None:
+        receipts = [delivery.receipt for delivery in deliveries]
+        try:
+            failures = await self._persist(lambda: self._receiver.ack(receipts, verify=not self._sure()))
+        except AbeError as exc:
+            failures = dict.fromkeys(receipts, exc)
+        if failures:
+            for delivery in deliveries:
+                delivery.lost = delivery.lost or delivery.receipt in failures
+            _log.warning(
+                "%d of %d acknowledgements were not carried out, so these messages will be delivered again: %s",
+                len(failures),
+                len(deliveries),
+                next(iter(failures.values())),
+            )
+
+    async def _answer(self, batch: Sequence[tuple[Delivery, Waiter]], call: Callable[[], Awaitable[Failures]]) -> None:
+        outcome: AbeError | None = LeaseLostError("the subscription was closed before the broker could be told")
+        failures: Failures = {}
+        try:
+            failures = await self._persist(call)
+            outcome = None
+        except AbeError as exc:
+            outcome = exc
+        finally:
+            for delivery, waiter in batch:
+                error = outcome or failures.get(delivery.receipt)
+                delivery.lost = error is not None
+                if not waiter.done():
+                    waiter.set_result(error)
+
+    async def _persist(self, call: Callable[[], Awaitable[Failures]]) -> Failures:
+        deadline = self._clock.time() + self._patience
+        tries = 0
+        while True:
+            try:
+                return await call()
+            except AbeError as exc:
+                tries += 1
+                pause = _BACKOFF(tries)
+                if not exc.retryable or self._clock.time() + pause > deadline:
+                    raise
+                _log.debug("settlement failed, trying again: %s", exc)
+                await sleep(self._clock, pause)

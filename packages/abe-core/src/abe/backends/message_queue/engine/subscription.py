@@ -1,0 +1,141 @@
+"""What `consume` returns."""
+
+import asyncio
+import logging
+import traceback
+import weakref
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Final, Self
+
+from abe.backends.message_queue.base.message import Message
+from abe.backends.message_queue.engine.inbox import Inbox
+from abe.errors import AbeError, AlreadySettledError, BackendClosedError
+
+_log: Final = logging.getLogger("abe.engine")
+
+
+class GroupSubscription:
+    """The messages of a group; the contract is on ``base.Subscription``.
+
+    The inbox does the work and never refers back to this object: when a loop over it is left by ``break`` and nobody holds it, it is
+    collected, and the inbox is closed.
+
+    Args:
+        start: Subscribes, and returns the inbox.
+    """
+
+    def __init__(self, start: Callable[[], Awaitable[Inbox]]) -> None:
+        self._start = start
+        self._starting: asyncio.Task[Inbox] | None = None
+        self._inbox: Inbox | None = None
+        self._current: Message | None = None
+        self._waiting = False
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        await self._started()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        current, self._current = self._current, None
+        try:
+            if isinstance(exc, Exception) and current is not None:
+                await _fail(current, exc)
+        finally:
+            await self.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Message:
+        if self._waiting:
+            raise RuntimeError("this subscription is being asked for its next message already; let one task iterate, or use receive()")
+        self._waiting = True
+        try:
+            inbox = self._inbox or await self._started()
+            current, self._current = self._current, None
+            if current is not None and current._verdict is None and not self._closed:  # pyright: ignore[reportPrivateUsage]
+                inbox.ack_soon(current)
+            message = inbox.take()
+            if message is None:
+                message = await inbox.receive()
+        except BackendClosedError:
+            raise StopAsyncIteration from None
+        finally:
+            self._waiting = False
+        self._current = message
+        return message
+
+    def take(self) -> Message | None:
+        """Return the next message if one is at hand, else None."""
+        return None if self._inbox is None else self._inbox.take()
+
+    async def receive(self) -> Message:
+        """Wait for the next message, which the caller settles."""
+        if self._closed:
+            raise BackendClosedError("the subscription was closed")
+        return await (self._inbox or await self._started()).receive()
+
+    def ack_soon(self, message: Message) -> None:
+        """Acknowledge a message of ours with the next batch, without waiting; a failure is logged."""
+        if self._inbox is not None:
+            self._inbox.ack_soon(message)
+
+    async def release(self, message: Message) -> None:
+        """Give a message back as if it had never been taken; nothing happens when it is settled already."""
+        if self._inbox is not None:
+            await self._inbox.release(message)
+
+    async def stop(self) -> None:
+        """Take nothing new, and give back what nobody was handed yet."""
+        if self._inbox is not None:
+            await self._inbox.stop()
+
+    async def aclose(self) -> None:
+        """Give back everything that is not settled, and leave the group."""
+        self._closed = True
+        if self._starting is not None and not self._starting.done():
+            self._starting.cancel()
+            await asyncio.wait([self._starting])
+        if self._inbox is not None:
+            await self._inbox.close()
+
+    async def _started(self) -> Inbox:
+        """Subscribe once, however many ask, and even if the one who asked first is cancelled."""
+        if self._closed:
+            raise BackendClosedError("the subscription was closed")
+        if self._starting is None:
+            self._starting = asyncio.get_running_loop().create_task(_subscribe(self._start, weakref.ref(self)))
+        starting = self._starting
+        try:
+            await asyncio.wait([starting])
+        finally:
+            if starting.done() and starting is self._starting and (starting.cancelled() or starting.exception()):
+                self._starting = None
+        if starting.cancelled():
+            raise BackendClosedError("the subscription was closed")
+        return starting.result()
+
+
+async def _subscribe(start: Callable[[], Awaitable[Inbox]], wanted: "weakref.ref[GroupSubscription]") -> Inbox:
+    inbox = await start()
+    subscription = wanted()
+    if subscription is None:
+        await inbox.close()
+    else:
+        subscription._inbox = inbox  # pyright: ignore[reportPrivateUsage]
+        weakref.finalize(subscription, inbox.close_soon).atexit = False
+    return inbox
+
+
+async def _fail(message: Message, exc: Exception) -> None:
+    error = "".join(traceback.format_exception(exc))
+    try:
+        await message.nack(reason=f"{type(exc).__name__} in the consuming block", error=error)
+    except AlreadySettledError:
+        return
+    except AbeError as failure:
+        _log.warning("a failed message of group %r could not be given back: %s", message.group, failure)
