@@ -1,0 +1,23 @@
+"""Brokers for tests: at an address, in a container, or as a private process, all behind one face."""
+
+from abe_contract_tests.services._base import (
+    Broker,
+    FaultUnsupportedError,
+    NotReadyError,
+    Service,
+    ServiceUnavailable,
+)
+from abe_contract_tests.services._choice import choose
+from abe_contract_tests.services.redis import Redis, TlsFiles, redis_service
+
+__all__ = [
+    "Broker",
+    "FaultUnsupportedError",
+    "NotReadyError",
+    "Redis",
+    "Service",
+    "ServiceUnavailable",
+    "TlsFiles",
+    "choose",
+    "redis_service",
+]

@@ -1,0 +1,63 @@
+"""A broker that somebody else runs."""
+
+from typing import ClassVar, NoReturn
+
+from abe_contract_tests.services._base import Broker, FaultUnsupportedError, NotReadyError, Service, ServiceUnavailable
+
+
+class AddressService(Service):
+    """A broker at an address from the environment: used, never hurt."""
+
+    evidence: ClassVar[str] = "address from the environment"
+    faults: ClassVar[bool] = False
+
+    def __init__(self, broker: Broker, url: str) -> None:
+        """Make the service; `start` looks whether anybody answers."""
+        self._broker = broker
+        self._url = url
+        self._version = ""
+
+    @property
+    def url(self) -> str:
+        """The address as it was given."""
+        return self._url
+
+    @property
+    def version(self) -> str:
+        """The broker's name and version, empty before `start`."""
+        return self._version
+
+    def start(self) -> None:
+        """Look whether the broker answers."""
+        try:
+            self._version = self._broker.probe(self._url)
+        except (NotReadyError, OSError, ValueError) as exc:
+            # The address is not repeated: it may hold a password.
+            raise ServiceUnavailable(
+                f"no {self._broker.name} answers at {self._broker.address_variable}: {exc}"
+            ) from exc
+
+    def stop(self) -> None:
+        """Do nothing: what we did not start we do not stop."""
+
+    def kill(self) -> None:
+        """Refuse."""
+        self._refuse()
+
+    def terminate(self) -> None:
+        """Refuse."""
+        self._refuse()
+
+    def pause(self) -> None:
+        """Refuse."""
+        self._refuse()
+
+    def resume(self) -> None:
+        """Refuse."""
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise FaultUnsupportedError(
+            f"the {self._broker.name} at {self._broker.address_variable} is not ours to hurt; "
+            "unset the variable to have a private one"
+        )

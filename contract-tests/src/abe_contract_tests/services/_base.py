@@ -1,0 +1,163 @@
+"""What a broker's module says about its broker, and what a test may do to a running one."""
+
+import secrets
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Final, Self
+
+_PORTS: Final = range(20_000, 32_000)
+_PORT_ATTEMPTS: Final = 100
+
+
+class ServiceUnavailable(Exception):  # noqa: N818 - an outcome of looking for a broker, reported as INCOMPLETE
+    """No broker can be had here; the text says what to install or what went wrong."""
+
+
+class NotReadyError(Exception):
+    """The broker does not serve yet."""
+
+
+class FaultUnsupportedError(Exception):
+    """A fault was asked of a broker that is not ours to hurt."""
+
+
+class Broker(ABC):
+    """How one kind of broker is started, addressed and greeted: all that a module for a new broker subclasses."""
+
+    name: ClassVar[str]
+    """The broker's name, for reports."""
+
+    address_variable: ClassVar[str]
+    """The environment variable whose address wins over everything."""
+
+    container_port: ClassVar[int]
+    """The port that the image serves on."""
+
+    start_timeout: ClassVar[float] = 30.0
+    """Seconds until a starting broker must serve."""
+
+    @property
+    @abstractmethod
+    def image(self) -> str:
+        """The container image."""
+
+    @abstractmethod
+    def url(self, port: int) -> str:
+        """Return the address of a broker of ours that listens on that port of 127.0.0.1."""
+
+    @abstractmethod
+    def probe(self, url: str) -> str:
+        """Greet the broker without its client library and return its name and version.
+
+        Raises:
+            NotReadyError: It answers, but does not serve yet.
+            OSError: It cannot be reached.
+        """
+
+    @abstractmethod
+    def command(self, port: int, directory: Path) -> Sequence[str]:
+        """Return the command of a private process.
+
+        It stays in the foreground, listens on 127.0.0.1 only and keeps its data in the directory.
+
+        Raises:
+            ServiceUnavailable: No server is installed; the text says what to install.
+        """
+
+    def environment(self, port: int, directory: Path) -> Mapping[str, str]:
+        """Return what the private process needs in its environment, beside ours."""
+        return {}
+
+    def started(self, log: str) -> bool:
+        """Return whether the private process says that it serves: an answer on the port alone may be a stranger's."""
+        return True
+
+    @abstractmethod
+    def container_command(self) -> Sequence[str]:
+        """Return the command inside the container."""
+
+
+class Service(ABC):
+    """One broker of a test run. The methods block, and are for one caller at a time.
+
+    Data live from the first `start` to `stop`: a killed or terminated broker starts again on the same address with
+    what it had.
+    """
+
+    evidence: ClassVar[str]
+    """Where the broker runs, for reports."""
+
+    faults: ClassVar[bool] = True
+    """Whether `kill`, `terminate`, `restart`, `pause` and `resume` work; else they raise `FaultUnsupportedError`."""
+
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """The broker's address, the same until `stop`."""
+
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """The broker's name and version."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start the broker and return when it serves.
+
+        Raises:
+            ServiceUnavailable: It does not serve in time; the text shows the end of its log.
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End the broker and delete its data. Harmless when there is nothing to end."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End the broker as a crash would (SIGKILL); the data stay as they are."""
+
+    @abstractmethod
+    def terminate(self) -> None:
+        """Shut the broker down in order; the data stay."""
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Freeze the broker: its connections stay open and nothing answers."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Let a frozen broker go on."""
+
+    def restart(self) -> None:
+        """Shut the broker down in order and start it again."""
+        self.terminate()
+        self.start()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on.
+
+    It lies below the range from which Linux takes the local ports of outgoing connections: a client that retries the
+    address of a killed server could otherwise be given that very port, and talk to itself.
+    """
+    for _ in range(_PORT_ATTEMPTS):
+        port = secrets.choice(_PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise ServiceUnavailable(f"no free port among {_PORTS.start} to {_PORTS.stop - 1}")
