@@ -3,11 +3,11 @@
 This list is the contract's one source: the suite's verdict, the documentation's page and the manifest test are made from it.
 """
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from inspect import iscoroutinefunction
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar, cast
 
 import pytest
 
@@ -31,7 +31,7 @@ class Clause:
     """Whether every backend keeps it, or those that declare its `capability`."""
 
     capability: str | None = None
-    """The field of `Capabilities` without which there is nothing to keep; a MUST clause may have one too (no lease, no expired lease)."""
+    """The field of `Capabilities` without which there is nothing to keep. A MUST clause may have one too: no lease, no expired lease."""
 
     unless: str | None = None
     """The field of `Capabilities` whose declaration excuses from it."""
@@ -367,36 +367,47 @@ def clause(*ids: str, capability: str | None = None, three_methods: bool = False
 
     Args:
         ids: Which.
-        capability: A field of `Capabilities`. Where the backend does not declare it, the test is replaced by that capability's negative
-            probe: using it must raise `UnsupportedCapabilityError` at the call.
-        three_methods: The test uses ``publish``, ``consume`` and ``from_env`` only, so that it also runs against a provider that has nothing
-            else.
+        capability: A field of `Capabilities`. Where the backend does not declare it, the test is replaced by that capability's
+            negative probe: using it must raise `UnsupportedCapabilityError` at the call. A clause that has a capability of its own
+            brings it along.
+        three_methods: The test uses ``publish``, ``consume`` and ``from_env`` only, so that it also runs against a provider that has
+            nothing else.
+
+    Raises:
+        ValueError: There is no such clause, or no such capability.
     """
     unknown = [id for id in ids if id not in BY_ID]
     if unknown or not ids:
         raise ValueError(f"not clauses of the contract: {unknown}" if unknown else "a test must name its clauses")
-    if capability is not None and capability not in Capabilities.__dataclass_fields__:
+    needed = {item.capability for id in ids if (item := BY_ID[id]).capability} | ({capability} - {None})
+    unless = {item.unless for id in ids if (item := BY_ID[id]).unless}
+    if not needed <= Capabilities.__dataclass_fields__.keys():
         raise ValueError(f"Capabilities has no field {capability!r}")
 
     def decorate(test: _Test) -> _Test:
-        checked = test if capability is None else _probing(test, capability)
-        mark = pytest.mark.contract_clause(*ids, capability=capability, three_methods=three_methods)
+        checked = _conditional(test, sorted(filter(None, needed)), sorted(filter(None, unless)))
         # Tests are coroutines whatever the asyncio_mode of the project that runs them.
-        return pytest.mark.asyncio(mark(checked))  # type: ignore[no-any-return]
+        marked: _Test = pytest.mark.asyncio(pytest.mark.contract_clause(*ids, three_methods=three_methods)(checked))
+        return marked
 
     return decorate
 
 
-def _probing(test: _Test, capability: str) -> _Test:
+def _conditional(test: _Test, needed: Sequence[str], unless: Sequence[str]) -> _Test:
+    if not needed and not unless:
+        return test
     if not iscoroutinefunction(test):
         raise TypeError(f"{test.__name__}: only a plain coroutine function can be tied to a capability")
 
     @wraps(test)
     async def run_or_probe(**arguments: Any) -> None:
         contract = arguments["contract"]
-        if contract.declares(capability):
+        undeclared = [name for name in needed if not contract.declares(name)]
+        excused = [name for name in unless if contract.declares(name)]
+        for name in undeclared:
+            await contract.probe(name)
+        contract.excused.extend(excused)
+        if not undeclared and not excused:
             await test(**arguments)
-        else:
-            await contract.probe(capability)
 
-    return run_or_probe  # type: ignore[return-value]  # pyright: ignore[reportReturnType]
+    return cast("_Test", run_or_probe)

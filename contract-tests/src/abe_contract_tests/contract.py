@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -18,8 +18,6 @@ from abe_contract_tests.harness import Harness, Oracle
 from abe_contract_tests.worker import Worker, WorkerFunction, start_worker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from abe.backends.message_queue.engine import TransportBackend
 
 DEFAULT_BOUND: Final = 10.0
@@ -48,6 +46,8 @@ class Contract:
         """What the loggers ``abe*`` said during the test, at every level."""
         self.probed: Final[list[str]] = []
         """Capabilities that turned out undeclared, so that the negative probe ran in place of the test."""
+        self.excused: Final[list[str]] = []
+        """Capabilities that turned out declared and excuse from the test."""
         self._backends: list[Any] = []
         self._workers: list[Worker] = []
         self._oracle: Oracle | None = None
@@ -68,12 +68,19 @@ class Contract:
         self._backends.append(backend)
         return backend
 
+    def unreachable_backend(self, **overrides: str) -> "TransportBackend":
+        """Make a backend whose broker refuses connections (networked only). It is closed at the end of the test."""
+        with patch.dict(os.environ, {**self.harness.unreachable(self.namespace), **overrides}):
+            backend = self.backend_class.from_env()
+        self._backends.append(backend)
+        return backend
+
     def environment(self, **overrides: str) -> Mapping[str, str]:
         """Return the environment variables of this test's backends."""
         return {**self.harness.environment(self.namespace, lease=self.lease), **overrides}
 
     @contextmanager
-    def environ(self, **overrides: str) -> "Iterator[None]":
+    def environ(self, **overrides: str) -> Iterator[None]:
         """Put them into ``os.environ`` for the body."""
         with patch.dict(os.environ, self.environment(**overrides)):
             yield
@@ -87,6 +94,10 @@ class Contract:
     def declares(self, capability: str) -> bool:
         """Whether that field of the capabilities is declared."""
         return declares(self.capabilities, capability)
+
+    def undeclared(self) -> list[str]:
+        """Return the capabilities that the backend does not declare."""
+        return [name for name in Capabilities.__dataclass_fields__ if not self.declares(name)]
 
     async def probe(self, capability: str) -> None:
         """Assert that the capability, which is not declared, is refused where somebody uses it."""
@@ -159,7 +170,7 @@ class Contract:
             await asyncio.sleep(_SETTLE_STEP)
 
     @contextmanager
-    def capturing(self) -> "Iterator[None]":
+    def capturing(self) -> Iterator[None]:
         """Collect what the library logs into `logs`, for as long as the test runs."""
         root, ours = logging.getLogger(), logging.getLogger("abe")
         handler, level = _Collector(self.logs), ours.level
@@ -212,9 +223,5 @@ def _resources() -> dict[str, set[Any]]:
 
 
 def _left(before: Mapping[str, set[Any]], now: Mapping[str, set[Any]]) -> list[str]:
-    extra: Callable[[str], set[Any]] = lambda kind: now[kind] - before[kind]  # noqa: E731
-    return [f"{len(extra(kind))} {kind} {_named(kind, extra(kind))}".rstrip() for kind in now if extra(kind)]
-
-
-def _named(kind: str, items: set[Any]) -> str:
-    return "" if kind == "descriptors" else str(sorted(map(str, items))[:5])
+    left = {kind: now[kind] - before[kind] for kind in now}
+    return [f"{len(extra)} {kind} {sorted(map(str, extra))[:5]}" for kind, extra in left.items() if extra]

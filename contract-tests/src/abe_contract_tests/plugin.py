@@ -2,17 +2,26 @@
 
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final, cast
 
 import pytest
 import pytest_asyncio
 
+from abe_contract_tests.clauses import MARK
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.harness import Harness
-from abe_contract_tests.selection import load_harness, selected_harnesses
+from abe_contract_tests.manifest import is_of_the_suite, suite_test
+from abe_contract_tests.reporting import RESULT, Ledger
+from abe_contract_tests.selection import harness_label, load_harness, selected_harnesses
+from abe_contract_tests.services import ServiceUnavailable
+from abe_contract_tests.verdict import NO_BROKER, Result
+from abe_contract_tests.waivers import Waiver, read_waivers
 
 pytest.register_assert_rewrite("abe_contract_tests.suite", "abe_contract_tests.accounting", "abe_contract_tests.probes")
+
+_waivers: Final = pytest.StashKey[tuple[Waiver, ...]]()
+_result: Final = pytest.StashKey[Result]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,28 +30,102 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--contract",
         action="append",
         metavar="NAME",
-        help="Test this provider: a registered harness's name, or module:Class. May be given repeatedly.",
+        help="Test this provider: the name of a registered harness, or module:Class. May be given repeatedly.",
     )
+    group.addoption(
+        "--contract-strict",
+        action="store_true",
+        help="Let an INCOMPLETE verdict fail the run whatever it is for, as it does where the variable CI is set.",
+    )
+    group.addoption("--contract-waivers", metavar="FILE", help="Clauses that may fail for a time: a TOML file of [[waiver]] tables.")
+    group.addoption("--contract-report", metavar="FILE", help="Write the results as JSON.")
     parser.addini("contract_harnesses", "What --contract is when it is not given.", type="args", default=[])
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "contract_clause(*ids): the clauses of the contract that the test proves.")
+    config.addinivalue_line("markers", f"{MARK}(*ids): the clauses of the contract that the test proves.")
+    config.stash[_waivers] = read_waivers(config.getoption("--contract-waivers"))
+    for name in config.getoption("--contract") or ():
+        load_harness(name)
+    if not hasattr(config, "workerinput"):
+        # Under pytest-xdist the workers run the tests, and only the controller sees all of their results.
+        config.pluginmanager.register(Ledger(config, config.stash[_waivers]), "abe-contract-ledger")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "contract_harness" in metafunc.fixturenames:
-        names = selected_harnesses(metafunc.config)
-        if not names:
-            raise pytest.Collector.CollectError("say what to test: --contract NAME, or the ini option contract_harnesses")
-        metafunc.parametrize("contract_harness", names, ids=[name.rpartition(":")[2] for name in names], indirect=True, scope="session")
+    if "contract_harness" not in metafunc.fixturenames:
+        return
+    names = selected_harnesses(metafunc.config)
+    if not names:
+        raise pytest.Collector.CollectError("say what to test: --contract NAME, or the ini option contract_harnesses")
+    labels = [harness_label(name) for name in names]
+    metafunc.parametrize("contract_harness", names, ids=labels, indirect=True, scope="session")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept: list[pytest.Item] = []
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker(MARK) is not None and hasattr(item, "callspec"):
+            name: str = item.callspec.params["contract_harness"]
+            if not _prepare(item, name, config.stash[_waivers]):
+                continue
+        kept.append(item)
+    items[:] = kept
+
+
+def _prepare(item: pytest.Function, name: str, waivers: tuple[Waiver, ...]) -> bool:
+    """Tell the item what it proves; return whether it says anything about that provider."""
+    test = suite_test(item.function, item.path.stem)
+    assert test is not None
+    if not test.applies_to(load_harness(name)):
+        return False
+    item.stash[_result] = Result(test=test.name, harness=name, clauses=test.clauses)
+    for waiver in waivers:
+        if waiver.clause in test.clauses and waiver.harness in (None, name) and not waiver.expired:
+            item.add_marker(pytest.mark.xfail(reason=f"waived: {waiver.reason}", strict=False))
+    return True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if isinstance(item, pytest.Function) and item.get_closest_marker(MARK) is not None and (reason := _tampered(item)):
+        pytest.fail(reason, pytrace=False)
+
+
+def _tampered(item: pytest.Function) -> str:
+    if not is_of_the_suite(item.function):
+        return "a clause test was redefined: only the suite's own tests prove clauses"
+    for name in ("contract", "contract_harness"):
+        fixtures = item._fixtureinfo.name2fixturedefs.get(name, ())  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        if any(fixture.func.__module__ != __name__ for fixture in fixtures):
+            return f"the fixture {name!r} was overridden: clauses are proved with the suite's own"
+    return ""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = cast("pytest.TestReport", (yield))
+    if (result := item.stash.get(_result, None)) is not None:
+        # Plain data in the user properties is what pytest-xdist carries from a worker to the controller.
+        contract = cast("Contract | None", cast("Any", item).funcargs.get("contract"))
+        told = {"test": result.test, "harness": result.harness, "clauses": list(result.clauses)}
+        if contract is not None:
+            told |= {"probed": contract.probed, "excused": contract.excused, "broker": contract.harness.broker_version()}
+        report.user_properties.append((RESULT, told))
+    return report  # type: ignore[return-value]  # pyright: ignore[reportReturnType]
 
 
 @pytest.fixture(scope="session")
 def contract_harness(request: pytest.FixtureRequest) -> Iterator[Harness]:
-    """The provider's harness, its broker started."""
+    """The provider's harness, its broker started. Without a broker its tests are skipped, and fail where the variable CI is set."""
     harness = load_harness(request.param)()
-    harness.start()
+    try:
+        harness.start()
+    except ServiceUnavailable as exc:
+        if os.environ.get("CI"):
+            pytest.fail(f"{NO_BROKER}{exc}", pytrace=False)
+        pytest.skip(f"{NO_BROKER}{exc}")
     try:
         yield harness
     finally:
@@ -50,11 +133,37 @@ def contract_harness(request: pytest.FixtureRequest) -> Iterator[Harness]:
 
 
 @pytest_asyncio.fixture
-async def contract(contract_harness: Harness, request: pytest.FixtureRequest) -> AsyncIterator[Contract]:
+async def contract(contract_harness: Harness) -> AsyncIterator[Contract]:
     """The provider under test, in a namespace of this test's own."""
     held = Contract(contract_harness)
-    with held.capturing():
+    with held.capturing(), _no_blocking(contract_harness):
         try:
             yield held
         finally:
             await held.aclose()
+
+
+def _no_blocking(harness: Harness) -> AbstractContextManager[object]:
+    """Let a blocking call of the library or the provider raise in the event loop, where blockbuster is installed."""
+    try:
+        from blockbuster import BlockBuster
+    except ImportError:
+        return nullcontext()
+    detector = BlockBuster(["abe", harness.backend.__module__.partition(".")[0]])
+    # A lock that guards a few lines is not what this looks for.
+    for name in [name for name in detector.functions if "Lock" in name]:
+        del detector.functions[name]
+    return _Active(detector)
+
+
+class _Active:
+    def __init__(self, detector: Any) -> None:
+        self._detector = detector
+
+    def __enter__(self) -> None:
+        self._detector.activate()
+
+    def __exit__(self, *_: object) -> None:
+        self._detector.deactivate()
+
+

@@ -35,3 +35,8 @@ def load_harness(name: str) -> type[Harness]:
     if not (isinstance(found, type) and issubclass(found, Harness)):
         raise pytest.UsageError(f"{name} is not a subclass of abe_contract_tests.harness.Harness: {found!r}")
     return found
+
+
+def harness_label(name: str) -> str:
+    """Return what stands for the harness in the ids of tests."""
+    return load_harness(name).name

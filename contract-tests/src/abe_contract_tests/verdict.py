@@ -1,0 +1,215 @@
+"""From the results of tests to a verdict on each provider: PASS, FAIL or INCOMPLETE.
+
+A clause passes when each of its tests ran and passed. A test that was not executed (deselected, skipped, expected to fail) makes its
+clauses, and the verdict, incomplete: what was not executed is never green.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+from abe_contract_tests.clauses import CLAUSES, CONTRACT_VERSION, Clause
+from abe_contract_tests.harness import Harness
+from abe_contract_tests.manifest import SuiteTest, is_minimal
+from abe_contract_tests.waivers import Waiver
+
+NO_BROKER = "no broker: "
+"""How the reason of a skip begins when the harness could not start."""
+
+
+class Status(str, Enum):
+    """How a clause stands."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    NOT_RUN = "not run"
+    UNDECLARED = "refused, as undeclared"
+    EXCUSED = "excused by a declared capability"
+    WAIVED = "waived"
+    LATER = "not covered by this version of the suite"
+    NOT_APPLICABLE = "says nothing about a broker in this process"
+    NOT_OFFERED = "not offered: the provider has the three methods only"
+
+
+class Verdict(str, Enum):
+    """How a provider stands."""
+
+    PASS = "PASS"  # noqa: S105
+    FAIL = "FAIL"
+    INCOMPLETE = "INCOMPLETE"
+
+
+@dataclass(slots=True)
+class Result:
+    """One run of a test, with one set of parameters."""
+
+    test: str
+    harness: str
+    clauses: tuple[str, ...]
+    outcome: str = "passed"
+    """passed, failed, skipped, xfailed or xpassed."""
+    detail: str = ""
+    seconds: float = 0.0
+    probed: list[str] = field(default_factory=list)
+    """Undeclared capabilities, whose negative probes ran in place of the test."""
+    excused: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ClauseResult:
+    """How one clause stands, and why."""
+
+    clause: Clause
+    status: Status
+    detail: str = ""
+    results: tuple[Result, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HarnessVerdict:
+    """How one provider stands."""
+
+    harness: str
+    backend: str
+    evidence: str
+    broker: str
+    verdict: Verdict
+    clauses: tuple[ClauseResult, ...]
+    complaints: tuple[str, ...]
+    """What fails the run beside the clauses: waivers that expired, or that waive what passes."""
+    tolerable: bool
+    """For INCOMPLETE: whether all that is missing was left out by the user's own selection, or for want of a broker."""
+
+    def count(self, *statuses: Status) -> int:
+        """Return how many clauses stand so."""
+        return sum(item.status in statuses for item in self.clauses)
+
+    def report(self) -> dict[str, Any]:
+        """Return the plain result, for JSON."""
+        return {
+            "harness": self.harness,
+            "backend": self.backend,
+            "evidence": self.evidence,
+            "broker": self.broker,
+            "verdict": self.verdict.value,
+            "complaints": list(self.complaints),
+            "clauses": [
+                {
+                    "id": item.clause.id,
+                    "level": item.clause.level,
+                    "text": item.clause.text,
+                    "status": item.status.value,
+                    "detail": item.detail,
+                    "tests": [asdict(result) for result in item.results],
+                }
+                for item in self.clauses
+            ],
+        }
+
+
+def contract_report(verdicts: Iterable[HarnessVerdict]) -> dict[str, Any]:
+    """Return the plain result of a run, for JSON."""
+    return {"contract": CONTRACT_VERSION, "providers": [verdict.report() for verdict in verdicts]}
+
+
+def judge(
+    name: str,
+    harness: type[Harness],
+    tests: Sequence[SuiteTest],
+    results: Sequence[Result],
+    waivers: Sequence[Waiver] = (),
+    *,
+    broker: str = "",
+    selected: bool = False,
+) -> HarnessVerdict:
+    """Judge one provider.
+
+    Args:
+        name: How the provider was chosen.
+        harness: Its harness.
+        tests: All tests of the suite.
+        results: Those of this provider's runs.
+        waivers: What is waived for it.
+        broker: Its version.
+        selected: The user asked for some of the tests only.
+    """
+    applicable = [test for test in tests if test.applies_to(harness)]
+    found: Mapping[str, list[Result]] = defaultdict(list)
+    for result in results:
+        found[result.test].append(result)
+    waived = {waiver.clause: waiver for waiver in waivers if waiver.harness in (None, name)}
+    clauses = tuple(
+        _judge_clause(item, harness, [test for test in applicable if item.id in test.clauses], found, waived) for item in CLAUSES
+    )
+    complaints = tuple(
+        complaint for item in clauses if (complaint := _complaint(item, waived.get(item.clause.id)))
+    )
+    if complaints or any(item.status is Status.FAILED for item in clauses):
+        verdict = Verdict.FAIL
+    elif any(item.status is Status.NOT_RUN for item in clauses):
+        verdict = Verdict.INCOMPLETE
+    else:
+        verdict = Verdict.PASS
+    return HarnessVerdict(
+        harness=name,
+        backend=f"{harness.backend.__module__}:{harness.backend.__qualname__}",
+        evidence=harness.evidence,
+        broker=broker,
+        verdict=verdict,
+        clauses=clauses,
+        complaints=complaints,
+        tolerable=_tolerable(applicable, found, selected=selected),
+    )
+
+
+def _judge_clause(
+    item: Clause,
+    harness: type[Harness],
+    tests: Sequence[SuiteTest],
+    found: Mapping[str, list[Result]],
+    waived: Mapping[str, Waiver],
+) -> ClauseResult:
+    if item.later:
+        return ClauseResult(item, Status.LATER)
+    if item.networked_only and not harness.networked:
+        return ClauseResult(item, Status.NOT_APPLICABLE)
+    if not tests:
+        return ClauseResult(item, Status.NOT_OFFERED if is_minimal(harness) else Status.NOT_RUN, "the suite has no test of it")
+    results = tuple(result for test in tests for result in found.get(test.name, ()))
+    missing = [test.name for test in tests if not found.get(test.name)]
+    status, detail = _status(results, missing)
+    if item.id in waived and status in (Status.FAILED, Status.NOT_RUN) and not missing:
+        return ClauseResult(item, Status.WAIVED, waived[item.id].reason, results)
+    return ClauseResult(item, status, detail, results)
+
+
+def _status(results: Sequence[Result], missing: Sequence[str]) -> tuple[Status, str]:
+    if failed := [result for result in results if result.outcome == "failed"]:
+        return Status.FAILED, ", ".join(dict.fromkeys(result.test for result in failed))
+    if missing:
+        return Status.NOT_RUN, f"not collected: {', '.join(missing)}"
+    if idle := [result for result in results if result.outcome in ("skipped", "xfailed")]:
+        return Status.NOT_RUN, "; ".join(dict.fromkeys(f"{result.test} {result.outcome}: {result.detail}" for result in idle))
+    if all(result.probed for result in results):
+        return Status.UNDECLARED, ", ".join(dict.fromkeys(name for result in results for name in result.probed))
+    if all(result.excused for result in results):
+        return Status.EXCUSED, ", ".join(dict.fromkeys(name for result in results for name in result.excused))
+    return Status.PASSED, ""
+
+
+def _complaint(item: ClauseResult, waiver: Waiver | None) -> str:
+    if waiver is None:
+        return ""
+    if waiver.expired:
+        return f"the waiver of {waiver.clause} expired on {waiver.expires}"
+    if item.status not in (Status.WAIVED, Status.FAILED, Status.NOT_RUN):
+        return f"{waiver.clause} is waived, and holds ({item.status.value}): remove the waiver"
+    return ""
+
+
+def _tolerable(tests: Sequence[SuiteTest], found: Mapping[str, list[Result]], *, selected: bool) -> bool:
+    idle = [result for test in tests for result in found.get(test.name, ()) if result.outcome in ("skipped", "xfailed")]
+    complete = all(found.get(test.name) for test in tests)
+    return (complete or selected) and all(result.detail.startswith(NO_BROKER) for result in idle)

@@ -1,0 +1,53 @@
+"""Clauses that a provider is known not to keep yet: written down, with a reason and an end."""
+
+import tomllib
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from abe_contract_tests.clauses import BY_ID
+
+
+@dataclass(frozen=True, slots=True)
+class Waiver:
+    """A clause that may fail until a day, and must not pass before the waiver is taken away."""
+
+    clause: str
+    reason: str
+    expires: date
+    harness: str | None = None
+    """The provider it is for; None: each that the run is about."""
+
+    @property
+    def expired(self) -> bool:
+        """Whether its last day is over."""
+        return date.today() > self.expires  # noqa: DTZ011 - a day on the calendar of whoever runs this
+
+
+def read_waivers(path: str | None) -> tuple[Waiver, ...]:
+    """Read the ``[[waiver]]`` tables of a TOML file.
+
+    Raises:
+        pytest.UsageError: It cannot be read, or a waiver lacks something.
+    """
+    if path is None:
+        return ()
+    try:
+        tables = tomllib.loads(Path(path).read_text()).get("waiver", [])
+        return tuple(_waiver(table) for table in tables)
+    except (OSError, ValueError, TypeError) as exc:
+        raise pytest.UsageError(f"{path}: {exc}") from exc
+
+
+def _waiver(table: dict[str, Any]) -> Waiver:
+    waiver = Waiver(**table)
+    if waiver.clause not in BY_ID:
+        raise ValueError(f"{waiver.clause} is not a clause of the contract")
+    if type(waiver.expires) is not date:
+        raise ValueError(f"{waiver.clause}: expires must be a date, such as 2030-01-31, not {waiver.expires!r}")
+    if not waiver.reason.strip():
+        raise ValueError(f"{waiver.clause}: a waiver needs its reason")
+    return waiver
