@@ -1,0 +1,206 @@
+"""Logging for applications. The library itself only logs: nothing here runs on import.
+
+Logger names are fixed: the core logs below ``abe`` (``abe.consumer``, ``abe.engine``, ``abe.loader``), a provider below
+``abe.<the name it is loaded by>``.
+"""
+
+import importlib
+import logging
+import logging.config
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from abe.errors import ConfigurationError
+from abe.logging.settings import Level, LoggingConfig, level_number
+from abe.settings import env_flag
+
+__all__ = [
+    "LoggingConfig",
+    "apply_debug_switches",
+    "create_log_file_path",
+    "get_logger",
+    "get_logger_level",
+    "get_logging_dict_config",
+    "set_logger_level",
+    "setup_logging_from_config",
+]
+
+CORE_LOGGER: Final = "abe"
+PROVIDER_LOGGERS: Final = ("abe.memory", "abe.rabbitmq", "abe.redis", "abe.sqs")
+
+_JSON_MODULE: Final = "pythonjsonlogger.json"
+
+
+def setup_logging_from_config(config: LoggingConfig | None = None) -> None:
+    """Put a config into effect for the whole process. To be called once, where the application starts.
+
+    The root logger's handlers are replaced, so that calling it again changes the log instead of doubling it. Loggers
+    that exist keep working. The debug switches are applied again afterwards, since they are meant to win.
+
+    Args:
+        config: What is wanted; None: the defaults.
+
+    Raises:
+        ConfigurationError: The file cannot be written, JSON is asked for and not installed, or a debug switch is
+            neither on nor off. The logging that was there is left as it was.
+    """
+    config = config or LoggingConfig()
+    settings = get_logging_dict_config(config)
+    if config.enable_file and config.log_file is not None:
+        path = create_log_file_path(config.log_file, config.log_dir)
+        try:
+            path.open("a").close()
+        except OSError as exc:
+            raise ConfigurationError(f"logging setting 'log_file': cannot write {path}: {exc.strerror}") from exc
+    levels = _switched_on(None)
+    logging.config.dictConfig(settings)
+    _set_debug(levels)
+
+
+def get_logging_dict_config(config: LoggingConfig) -> dict[str, Any]:
+    """Return a config in the form of ``logging.config.dictConfig``, to build on. It changes nothing.
+
+    The log file's folder must exist when the result is used: `create_log_file_path` makes it.
+
+    Raises:
+        ConfigurationError: The file would be outside of `log_dir`, or JSON is asked for and not installed.
+    """
+    handlers: dict[str, Any] = {}
+    if config.enable_console:
+        handlers["console"] = {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}
+    if config.enable_file and config.log_file is not None:
+        handlers["file"] = {
+            "class": "logging.handlers.RotatingFileHandler",
+            "formatter": "line",
+            "filename": str(_inside(config.log_file, config.log_dir)),
+            "maxBytes": config.max_bytes,
+            "backupCount": config.backup_count,
+            "encoding": config.encoding,
+        }
+    # With no handler at all, logging would print warnings on stderr by its last resort.
+    handlers = handlers or {"nowhere": {"class": "logging.NullHandler"}}
+    names = list(handlers)
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": _formatter(config)},
+        "handlers": handlers,
+        "root": {"level": level_number(config.level), "handlers": names},
+        "loggers": {
+            name: {
+                "level": level_number(level),
+                "propagate": config.propagate,
+                "handlers": [] if config.propagate else names,
+            }
+            for name, level in config.logger_levels.items()
+        },
+    }
+
+
+def get_logger(name: str = CORE_LOGGER) -> logging.Logger:
+    """Return the logger of that name: the standard one, with nothing added."""
+    return logging.getLogger(name)
+
+
+def set_logger_level(name: str, level: Level) -> None:
+    """Set the level of one logger, and of those below it that have none of their own.
+
+    Raises:
+        ConfigurationError: It is no level; the text says what would be one.
+    """
+    try:
+        logging.getLogger(name).setLevel(level_number(level))
+    except ValueError as exc:
+        raise ConfigurationError(f"the level of logger {name!r} must be {exc}, not {level!r}") from None
+
+
+def get_logger_level(name: str = CORE_LOGGER) -> int:
+    """Return the number of the level that holds for a logger: its own, or that of the nearest logger above."""
+    return logging.getLogger(name).getEffectiveLevel()
+
+
+def create_log_file_path(log_file: str, log_dir: str | None = None) -> Path:
+    """Return the absolute path of a log file, and make the folder it is in.
+
+    Args:
+        log_file: The file. With `log_dir` it is relative to that, and may not lead out of it: not by ``..``, not as an
+            absolute path, not through a symbolic link.
+        log_dir: The folder; None: `log_file` is taken as it is.
+
+    Raises:
+        ConfigurationError: The path leads out of `log_dir`, names no file, or its folder cannot be made.
+    """
+    path = _inside(log_file, log_dir)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigurationError(f"the log folder {path.parent} cannot be made: {exc.strerror}") from exc
+    return path
+
+
+def apply_debug_switches(
+    environ: Mapping[str, str] | None = None, *, provider: str | None = None, package: str | None = None
+) -> None:
+    """Put loggers at DEBUG as the environment asks for. No handler is added, and a switch that is off changes nothing.
+
+    ``ABSTRACT_BACKEND_DEBUG`` is for the core's logger ``abe``; what has no level of its own below it follows.
+    ``MESSAGE_QUEUE_BACKEND_DEBUG`` is for the providers': our own, and the one that is being loaded.
+
+    Args:
+        environ: What to read instead of ``os.environ``.
+        provider: The name a provider was loaded by: its logger is ``abe.<name>``.
+        package: The module of the provider's class: a logger named after its top-level package is a provider's too.
+
+    Raises:
+        ConfigurationError: A switch is set to neither a yes nor a no; the text names it.
+    """
+    _set_debug(_switched_on(environ, provider, package))
+
+
+def _switched_on(
+    environ: Mapping[str, str] | None, provider: str | None = None, package: str | None = None
+) -> list[str]:
+    names = [CORE_LOGGER] if env_flag("ABSTRACT_BACKEND_DEBUG", environ) else []
+    if not env_flag("MESSAGE_QUEUE_BACKEND_DEBUG", environ):
+        return names
+    names += PROVIDER_LOGGERS
+    if provider:
+        names.append(f"{CORE_LOGGER}.{provider}")
+    # The memory backend lives in `abe` itself, whose logger is the core's.
+    top = (package or "").partition(".")[0]
+    if top not in {"", "__main__", CORE_LOGGER}:
+        names.append(top)
+    return names
+
+
+def _set_debug(names: list[str]) -> None:
+    for name in names:
+        logging.getLogger(name).setLevel(logging.DEBUG)
+
+
+def _formatter(config: LoggingConfig) -> dict[str, Any]:
+    if not config.use_json_formatter:
+        return {"format": config.format, "datefmt": config.date_format}
+    try:
+        importlib.import_module(_JSON_MODULE)
+    except ImportError as exc:
+        raise ConfigurationError(
+            "logging setting 'use_json_formatter' needs python-json-logger: pip install abe-core[json-logs]"
+        ) from exc
+    return {"()": f"{_JSON_MODULE}.JsonFormatter", "fmt": config.format, "datefmt": config.date_format}
+
+
+def _inside(log_file: str, log_dir: str | None) -> Path:
+    folder = None if log_dir is None else Path(log_dir)
+    try:
+        path = Path(log_file).resolve() if folder is None else (folder / log_file).resolve()
+        outside = folder is not None and folder.resolve() not in path.parents
+    except (ValueError, OSError, RuntimeError) as exc:
+        # A null character, a loop of links, a folder that may not be read.
+        raise ConfigurationError(f"the log file {log_file!r} is not a usable path: {exc}") from exc
+    if outside:
+        raise ConfigurationError(f"the log file must stay inside {log_dir!r}, and {log_file!r} leads out of it")
+    if not log_file or log_file.endswith("/") or path.is_dir():
+        raise ConfigurationError(f"the log file must name a file, and {log_file!r} names a folder")
+    return path
