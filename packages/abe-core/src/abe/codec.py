@@ -39,8 +39,8 @@ _decode_object: Final = msgspec.json.Decoder(dict[str, Any]).decode
 class JSONCodec:
     """UTF-8 JSON by msgspec, guarded: what JSON cannot hold is refused, never changed.
 
-    msgspec alone writes NaN as null, sets and tuples as lists, integer keys as strings, and bytes as base64. Decoding what was written
-    and comparing it with the payload refuses them all, at C speed.
+    msgspec alone writes NaN as null, sets and tuples as lists, integer keys as strings, and bytes as base64. Decoding
+    what was written and comparing it with the payload refuses them all, at C speed.
     """
 
     def encode(self, payload: MessageQueuePayload) -> bytes:
@@ -67,7 +67,7 @@ def _explain(payload: object) -> str:
     if type(payload) is not dict:
         return f"the payload is a {type(payload).__name__}: it must be a dict with string keys"
     try:
-        return f"the payload is not JSON: {_misfit(payload, 'payload')}"
+        return f"the payload is not JSON: {_misfit(payload, 'payload')}"  # pyright: ignore[reportUnknownArgumentType]
     except RecursionError:
         # msgspec goes a few levels deeper than Python does.
         return "the payload is not JSON, and nested too deeply to say where"

@@ -1,8 +1,8 @@
 """Environment to frozen, typed settings: the only reader of ``os.environ``.
 
-A provider's settings are a frozen dataclass whose fields are made by `setting`: each names its variable, how its text is read,
-and what it must be. `from_env` reads them, the constructor checks them, `repr` hides the secret ones, and the docs' tables are made
-from the same fields.
+A provider's settings are a frozen dataclass whose fields are made by `setting`: each names its variable, how its text
+is read, and what it must be. `from_env` reads them, the constructor checks them, `repr` hides the secret ones, and the
+docs' tables are made from the same fields.
 """
 
 import math
@@ -34,7 +34,8 @@ def setting(
         parse: Text to value; raises ValueError with what the text should be.
         help: One line for the docs' table.
         default: The value when neither the argument nor the variable is given; without one, the setting is required.
-        check: Raises ValueError when a value (parsed or given) is out of range. None is not checked where it is the default: it means unset.
+        check: Raises ValueError when a value (parsed or given) is out of range. Where None is the default it means
+            unset, and is not checked.
         secret: The value, or part of it, is a credential: it is shown nowhere.
     """
     metadata = {"variable": variable, "parse": parse, "help": help, "check": check, "secret": secret}
@@ -89,7 +90,7 @@ def seconds(text: str) -> float:
         value = float(text)
     except ValueError:
         raise ValueError("a number of seconds above 0") from None
-    return positive(value)
+    return float(positive(value))
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -126,7 +127,7 @@ def plain_names(value: Any) -> Any:
     """Check that a value is a tuple of plain names."""
     if not isinstance(value, tuple):
         raise ValueError("a tuple of names")  # noqa: TRY004
-    return tuple(plain_name(name) for name in value)
+    return tuple(plain_name(name) for name in value)  # pyright: ignore[reportUnknownVariableType]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -191,7 +192,7 @@ class QueueSettings:
         integer(1),
         default=None,
         check=at_least(1),
-        help="Waiting messages of a group above which publish raises BackpressureError. Unset: no limit but the broker's.",
+        help="Waiting messages of a group above which publish raises BackpressureError. Unset: the broker's limit.",
     )
     max_unconfirmed: int = setting(
         "QUEUE_MAX_UNCONFIRMED",

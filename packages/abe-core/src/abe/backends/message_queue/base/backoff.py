@@ -16,8 +16,8 @@ Backoff: TypeAlias = Callable[[int], float]
 class ExponentialBackoff:
     """``min(maximum, initial * factor ** (attempt - 1))`` seconds.
 
-    With jitter the result is drawn evenly between half of that and all of it, so that what failed together does not come back
-    together ("equal jitter", M. Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015).
+    With jitter the result is drawn evenly between half of that and all of it, so that what failed together does not
+    come back together ("equal jitter", M. Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015).
     """
 
     initial: float = 1.0
@@ -27,7 +27,7 @@ class ExponentialBackoff:
 
     def __post_init__(self) -> None:
         if not (0 < self.initial <= self.maximum < math.inf and 1 <= self.factor < math.inf):
-            raise ConfigurationError(f"a backoff needs initial > 0, factor >= 1 and maximum >= initial, all finite: {self}")
+            raise ConfigurationError(f"a backoff needs finite initial > 0, factor >= 1, maximum >= initial: {self}")
 
     def __call__(self, attempt: int) -> float:
         try:

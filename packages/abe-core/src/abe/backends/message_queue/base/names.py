@@ -1,7 +1,7 @@
 """Keys, groups, headers and key patterns: what every backend can carry, checked before any I/O.
 
-Patterns are AMQP topic words: a key is split at its dots; ``*`` stands for exactly one word, ``#`` for any number of words, none included.
-Only a whole word is a wildcard: in ``a*`` the star is a star. In a key nothing is a wildcard.
+Patterns are AMQP topic words: a key is split at its dots; ``*`` stands for exactly one word, ``#`` for any number of
+words, none included. Only a whole word is a wildcard: in ``a*`` the star is a star. In a key nothing is a wildcard.
 """
 
 from collections.abc import Mapping, Sequence
@@ -100,11 +100,11 @@ def matches(pattern: str, key: str) -> bool:
 
 
 def _match(pattern: list[str], key: list[str]) -> bool:
-    # The states of the pattern that are possible after each word, instead of recursion: '#' would make that exponential.
+    # The states of the pattern that are possible after each word; '#' would make a recursion exponential.
     states = _open(pattern, {0})
     for word in key:
         stay = {state for state in states if state < len(pattern) and pattern[state] == "#"}
-        move = {state + 1 for state in states if state < len(pattern) and pattern[state] in ("*", word) and pattern[state] != "#"}
+        move = {state + 1 for state in states - stay if state < len(pattern) and pattern[state] in ("*", word)}
         states = _open(pattern, stay | move)
     return len(pattern) in states
 
