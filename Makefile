@@ -1,0 +1,57 @@
+# Everything that a person or a build server runs. `make help` lists it.
+
+BACKEND ?= memory
+CONTRACT ?= redis
+ARGS ?=
+
+SUITE := contract-tests/src/abe_contract_tests/suite
+UV = $(or $(shell scripts/bootstrap),$(error no uv, and none could be installed))
+RUN = $(UV) run --locked
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test contract containers check lint imports types workflows bench environment brokers
+
+help: ## List the commands.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: environment ## Show the main job, as it happens: make demo, make demo BACKEND=redis.
+	@if [ "$(BACKEND)" != memory ]; then scripts/ci/brokers; fi
+	$(RUN) python examples/demo.py --backend $(BACKEND)
+
+test: environment brokers ## Run every test, on brokers of their own. ARGS goes to pytest.
+	$(RUN) pytest $(ARGS)
+
+contract: environment brokers ## Run the contract suite alone: make contract CONTRACT=redis.
+	$(RUN) pytest $(SUITE) --contract $(CONTRACT) $(ARGS)
+
+containers: environment ## Run the contract suite on brokers in containers, the images built here where no registry answers.
+	scripts/ci/offline-images
+	ABE_TEST_SERVICES=containers $(RUN) pytest $(SUITE) --contract $(CONTRACT) $(ARGS)
+
+check: lint imports types workflows ## Lint, type-check, and hold the lock file and the layers to their rules.
+
+lint: environment
+	$(UV) lock --check
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+
+imports: environment
+	$(RUN) lint-imports
+
+types: environment
+	$(RUN) mypy
+	$(RUN) pyright
+
+workflows: environment
+	$(RUN) actionlint
+	@echo "actionlint: no findings"
+
+bench: environment brokers ## Measure throughput and latency beside the raw clients.
+	$(RUN) python -m benchmarks $(ARGS)
+
+environment:
+	@echo "environment: the locked packages, in .venv"
+	@$(UV) sync --locked --quiet
+
+brokers:
+	@scripts/ci/brokers
