@@ -33,7 +33,8 @@ def level_number(level: Any) -> int:
 
 def _format(value: Any) -> None:
     try:
-        formatter = logging.Formatter(value if isinstance(value, str) and value else "")
+        # Nothing, to logging, is a format too.
+        formatter = logging.Formatter(value if isinstance(value, str) and value else "{}")
         formatter.format(logging.getLogRecordFactory()("abe", logging.INFO, "", 0, "", (), None))
     except (ValueError, TypeError, KeyError):
         # Found here, it is one error; found by a handler, it would be one on stderr for each record.
