@@ -1,0 +1,174 @@
+"""What ships: every distribution is built once, and used from its wheel alone, outside the workspace."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PROJECTS = sorted([*(path.parent for path in ROOT.glob("packages/*/pyproject.toml")), ROOT / "contract-tests"])
+PACKAGES = {project.name: re.sub(r"^abe-core$", "abe", project.name).replace("-", "_") for project in PROJECTS} | {
+    "contract-tests": "abe_contract_tests"
+}
+IDS = [project.name for project in PROJECTS]
+
+
+@dataclass(frozen=True)
+class Built:
+    """One distribution's files."""
+
+    sdist: Path
+    wheel: Path
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    """Run a command outside the workspace's environment and return its standard output."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("QUEUE_", "MESSAGE_QUEUE_"))}
+    for name in ("PYTHONPATH", "VIRTUAL_ENV", "REDIS_URL", "ABSTRACT_BACKEND_DEBUG"):
+        kept.pop(name, None)
+    done = subprocess.run(list(command), env=kept | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def find_uv() -> str:
+    """Return the uv that runs us, or one that is at hand."""
+    local = ROOT / ".tools" / "uv" / "bin" / "uv"
+    found = os.environ.get("UV") or shutil.which("uv") or (str(local) if local.exists() else None)
+    assert found is not None, "no uv found: run the tests by `make test`"
+    return found
+
+
+def build(project: Path, target: Path, *options: str) -> list[Path]:
+    # The workspace's own hatchling, so that a build asks no package index for one.
+    run(sys.executable, "-m", "build", "--no-isolation", *options, "--outdir", target, project)
+    return sorted(target.iterdir())
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
+    """Every distribution: the sdist, and the wheel that is built from the sdist."""
+    found = {}
+    for project in PROJECTS:
+        files = build(project, tmp_path_factory.mktemp(project.name))
+        sdist, wheel = sorted(files, key=lambda path: path.suffix == ".whl")
+        found[project.name] = Built(sdist, wheel)
+    return found
+
+
+def environment_with(directory: Path, *wheels: Path) -> Path:
+    """Make a virtual environment that holds the wheels and what they depend on, and return its Python."""
+    uv = find_uv()
+    run(uv, "venv", "--quiet", "--no-project", "--python", sys.executable, directory)
+    python = directory / "bin" / "python"
+    install = [uv, "pip", "install", "--quiet", "--python", python, *wheels]
+    try:
+        # What the workspace depends on was fetched once; it is asked for again only where it was not kept.
+        run(*install, "--offline")
+    except AssertionError:
+        run(*install)
+    return python
+
+
+@pytest.fixture(scope="session")
+def core_alone(built: dict[str, Built], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment_with(tmp_path_factory.mktemp("clean") / "core", built["abe-core"].wheel)
+
+
+@pytest.fixture(scope="session")
+def core_and_redis(built: dict[str, Built], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    wheels = built["abe-core"].wheel, built["abe-backend-redis"].wheel
+    return environment_with(tmp_path_factory.mktemp("clean") / "redis", *wheels)
+
+
+LOAD = textwrap.dedent("""
+    import json, sys, warnings
+    from abe.backends.message_queue.loader import load_backend
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        backend = load_backend()
+    print(json.dumps({
+        "class": type(backend).__name__,
+        "module": type(backend).__module__.partition(".")[0],
+        "file": sys.modules[type(backend).__module__.partition(".")[0]].__file__,
+        "warnings": [each.category.__name__ for each in caught],
+    }))
+""")
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_a_wheel_holds_its_package_and_the_marker_of_types(built: dict[str, Built], name: str) -> None:
+    names = contents(built[name].wheel)
+    package = PACKAGES[name]
+    assert f"{package}/py.typed" in names
+    assert f"{package}/__init__.py" in names
+    tops = {each.partition("/")[0] for each in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {package}
+    assert any(each.endswith(".dist-info/licenses/LICENSE") for each in names)
+
+
+@pytest.mark.parametrize("name", [name for name in IDS if name != "contract-tests"])
+def test_a_wheel_holds_no_tests(built: dict[str, Built], name: str) -> None:
+    files = [Path(each) for each in contents(built[name].wheel)]
+    assert [path for path in files if "tests" in path.parts or path.name.startswith(("test_", "conftest"))] == []
+
+
+@pytest.mark.parametrize("project", PROJECTS, ids=IDS)
+def test_the_sdist_builds_to_the_same_wheel_as_the_tree(built: dict[str, Built], project: Path, tmp_path: Path) -> None:
+    (wheel,) = build(project, tmp_path, "--wheel")
+    assert contents(wheel) == contents(built[project.name].wheel)
+
+
+@pytest.mark.parametrize("name", [name for name in IDS if name != "contract-tests"])
+def test_an_sdist_brings_its_tests(built: dict[str, Built], name: str) -> None:
+    with tarfile.open(built[name].sdist) as archive:
+        names = [each.partition("/")[2] for each in archive.getnames()]
+    assert any(each.startswith("tests/test_") for each in names)
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_versions_are_the_same_everywhere(built: dict[str, Built], name: str) -> None:
+    version = built[name].wheel.name.split("-")[1]
+    assert version == built["abe-core"].wheel.name.split("-")[1]
+
+
+def test_core_alone_gives_the_memory_backend_with_a_warning(core_alone: Path) -> None:
+    loaded = json.loads(run(core_alone, "-I", "-c", LOAD))
+    assert loaded["class"] == "MemoryBackend"
+    assert loaded["warnings"] == ["UserWarning"]
+    assert Path(loaded["file"]).is_relative_to(core_alone.parents[1])
+
+
+def test_core_alone_depends_on_one_package(core_alone: Path) -> None:
+    listed = run(find_uv(), "pip", "list", "--quiet", "--format", "json", "--python", core_alone)
+    assert {each["name"] for each in json.loads(listed)} == {"abe-core", "msgspec"}
+
+
+def test_a_provider_is_found_by_its_name(core_and_redis: Path) -> None:
+    chosen = {"QUEUE_BACKEND": "redis", "REDIS_URL": "redis://localhost:6379/0"}
+    loaded = json.loads(run(core_and_redis, "-I", "-c", LOAD, **chosen))
+    assert (loaded["module"], loaded["class"]) == ("abe_backend_redis", "RedisBackend")
+    assert loaded["warnings"] == []
+    assert Path(loaded["file"]).is_relative_to(core_and_redis.parents[1])
+
+
+def test_the_contract_suite_is_a_plugin_of_pytest(
+    built: dict[str, Built], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = tmp_path_factory.mktemp("clean") / "contract"
+    python = environment_with(directory, built["abe-core"].wheel, built["contract-tests"].wheel)
+    assert "--contract" in run(python, "-I", "-m", "pytest", "--help")
