@@ -1,0 +1,161 @@
+"""The scripts behind the make targets and continuous integration."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(
+    path
+    for path in [*ROOT.glob("scripts/*"), *ROOT.glob("scripts/ci/*"), ROOT / ".ci/run"]
+    if path.is_file() and path.read_bytes().startswith(b"#!")
+)
+IDS = [str(path.relative_to(ROOT)) for path in SCRIPTS]
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(command), cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A project that holds the scripts and nothing else."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    return tmp_path
+
+
+@pytest.fixture
+def idle() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process
+        process.kill()
+
+
+def write_executable(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=IDS)
+def test_a_script_is_executable_and_parses(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    assert run("bash", "-n", script).returncode == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=IDS)
+def test_a_script_names_no_host_and_says_what_it_is_for(script: Path) -> None:
+    text = script.read_text()
+    assert re.findall(r"\b(?:[a-z0-9-]+\.)+(?:com|org|net|io|dev)\b", text.replace("docker.io ", "docker ")) == []
+    assert text.splitlines()[1].startswith("# ")
+
+
+def test_help_lists_the_commands() -> None:
+    listed = run("make", "--no-print-directory", "help").stdout
+    for command in ("demo", "test", "check", "containers", "contract", "bench"):
+        assert f"make {command} " in listed
+
+
+def test_the_compose_file_publishes_on_the_loopback_address_only() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    ports = re.findall(r'^ +- "(.*:\d+)"$', text, flags=re.MULTILINE)
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_the_workflow_may_only_read() -> None:
+    text = (ROOT / ".github/workflows/ci.yml").read_text()
+    assert "permissions:\n  contents: read\n" in text
+    assert all(re.fullmatch(r"[\w./-]+@v\d+", use) for use in re.findall(r"uses: (\S+)", text))
+
+
+class TestAptInstall:
+    def test_it_does_nothing_when_nothing_is_missing(self) -> None:
+        if shutil.which("dpkg-query") is None:
+            pytest.skip("no Debian packages on this system")
+        done = run(ROOT / "scripts/ci/apt-install", "dpkg", "base-files")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+    def test_it_says_what_to_install_where_it_may_not(self, tmp_path: Path) -> None:
+        write_executable(tmp_path / "id", "#!/bin/sh\necho 1000\n")
+        write_executable(tmp_path / "sudo", "#!/bin/sh\nexit 1\n")
+        write_executable(tmp_path / "apt-get", "#!/bin/sh\nexit 1\n")
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        done = run(ROOT / "scripts/ci/apt-install", "no-such-package-of-ours", PATH=path)
+        assert done.returncode == 1
+        assert "apt-get install no-such-package-of-ours" in done.stderr
+
+
+class TestDockerEngine:
+    def test_it_wants_to_know_what_to_do(self) -> None:
+        done = run(ROOT / "scripts/ci/docker-engine")
+        assert done.returncode == 2
+        assert "start|stop" in done.stderr
+
+    def test_stop_spares_a_process_that_is_no_engine(self, tree: Path, idle: subprocess.Popen[bytes]) -> None:
+        (tree / ".tools").mkdir()
+        (tree / ".tools/dockerd.pid").write_text(f"{idle.pid}\n")
+        assert run(tree / "scripts/ci/docker-engine", "stop").returncode == 0
+        assert idle.poll() is None
+        assert not (tree / ".tools/dockerd.pid").exists()
+
+    def test_stop_without_a_start_does_nothing(self, tree: Path) -> None:
+        done = run(tree / "scripts/ci/docker-engine", "stop")
+        assert (done.returncode, done.stdout) == (0, "")
+
+
+class TestBootstrap:
+    def test_it_takes_the_uv_on_the_path(self, tree: Path) -> None:
+        write_executable(tree / "bin/uv", "#!/bin/sh\nexit 0\n")
+        done = run(tree / "scripts/bootstrap", PATH=f"{tree / 'bin'}:{os.environ['PATH']}")
+        assert done.stdout.strip() == str(tree / "bin/uv")
+
+    def test_it_takes_the_one_it_installed_before(self, tree: Path) -> None:
+        write_executable(tree / "bin/uv", "#!/bin/sh\nexit 1\n")
+        write_executable(tree / ".tools/uv/bin/uv", "#!/bin/sh\nexit 0\n")
+        done = run(tree / "scripts/bootstrap", PATH=f"{tree / 'bin'}:{os.environ['PATH']}")
+        assert done.stdout.strip() == str(tree / ".tools/uv/bin/uv")
+
+
+class TestWholeRun:
+    """`.ci/run` with a make and a package manager that only report."""
+
+    def run(self, tree: Path, make: str) -> subprocess.CompletedProcess[str]:
+        write_executable(tree / "scripts/ci/apt-install", "#!/bin/sh\necho installed: $*\n")
+        write_executable(tree / "bin/make", f"#!/bin/sh\nfor target; do :; done\n{make}\n")
+        return run("bash", tree / ".ci/run", cwd=tree, PATH=f"{tree / 'bin'}:{os.environ['PATH']}")
+
+    def test_it_ends_with_the_closing_lines_of_the_runners(self, tree: Path) -> None:
+        done = self.run(tree, 'echo noise; echo "==== 3 passed in 0.10s ===="; echo "$target went well"')
+        assert done.returncode == 0
+        heading, line = done.stdout.splitlines()[-2:]
+        assert heading.startswith("== containers: passed in ")
+        assert line == "==== 3 passed in 0.10s ===="
+
+    @pytest.mark.parametrize("target", ["check", "test", "containers"])
+    def test_one_failure_fails_it_and_the_rest_is_run(self, tree: Path, target: str) -> None:
+        done = self.run(tree, f'echo "ran $target"; test "$target" != {target}')
+        assert done.returncode == 1
+        assert f"== {target}: FAILED with status 1" in done.stdout
+        for each in ("check", "test", "containers"):
+            assert f"ran {each}\n" in done.stdout
+
+    def test_it_stops_the_engine_that_a_step_started(self, tree: Path) -> None:
+        engine = '#!/bin/sh\nif [ "$1" = stop ]; then rm .tools/dockerd.pid; echo engine stopped; fi\n'
+        write_executable(tree / "scripts/ci/docker-engine", engine)
+        done = self.run(tree, 'if [ "$target" = containers ]; then echo 1 > .tools/dockerd.pid; fi')
+        assert "engine stopped" in done.stdout
+
+    def test_it_leaves_an_engine_that_ran_before(self, tree: Path) -> None:
+        write_executable(tree / "scripts/ci/docker-engine", "#!/bin/sh\necho engine stopped\n")
+        (tree / ".tools").mkdir()
+        (tree / ".tools/dockerd.pid").write_text("1\n")
+        assert "engine stopped" not in self.run(tree, "true").stdout
