@@ -218,6 +218,14 @@ def test_a_plain_name_is_one(name: str) -> None:
     assert plain_name(name) == name
 
 
+def test_the_readme_s_table_is_the_settings_class() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    for item in fields(QueueSettings):
+        default = "unset" if item.default in (None, ()) else f"`{item.default}`"
+        row = f"| `{item.metadata['variable']}` | `{item.name}` | {default} | {item.metadata['help']} |"
+        assert row in readme.splitlines()
+
+
 def test_only_one_module_reads_the_environment() -> None:
     package = Path(abe.__path__[0])
     readers = {str(path.relative_to(package)) for path in package.rglob("*.py") if "os.environ" in code(path)}

@@ -1,6 +1,8 @@
 """The protocols: what fits them, and what does not."""
 
+import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any, Self, get_args
 
 import pytest
@@ -47,6 +49,15 @@ def test_an_object_with_handle_event_is_a_handler_and_a_function_is_not() -> Non
 def test_the_backend_has_one_protocol_under_three_names() -> None:
     assert MessageQueueBackend is QueueBackend is MessageQueueBackendProtocol
     assert base.MessageQueueBackend is base.QueueBackend is MessageQueueBackendProtocol
+
+
+def test_the_provider_in_the_readme_is_a_backend() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    found = re.search(r"## Minimal provider\n.*?```python\n(.*?)```", readme, re.DOTALL)
+    assert found is not None
+    names: dict[str, Any] = {}
+    exec(found[1], names)
+    assert isinstance(names["backend"], MessageQueueBackendProtocol)
 
 
 def test_the_short_names_are_the_long_ones() -> None:
