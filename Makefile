@@ -9,7 +9,7 @@ UV = $(or $(shell scripts/bootstrap),$(error no uv, and none could be installed)
 RUN = $(UV) run --locked
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test contract containers check lint imports types workflows bench environment brokers
+.PHONY: help demo test contract containers check lock lint format imports mypy pyright workflows bench environment brokers
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,18 +28,24 @@ containers: environment ## Run the contract suite on brokers in containers, the 
 	scripts/ci/offline-images
 	ABE_TEST_SERVICES=containers $(RUN) pytest $(SUITE) --contract $(CONTRACT) $(ARGS)
 
-check: lint imports types workflows ## Lint, type-check, and hold the lock file and the layers to their rules.
+check: lock lint format imports mypy pyright workflows ## Lint, type-check, and hold the lock file and the layers to their rules.
+
+lock: environment
+	$(UV) lock --check
 
 lint: environment
-	$(UV) lock --check
 	$(RUN) ruff check
+
+format: environment
 	$(RUN) ruff format --check
 
 imports: environment
 	$(RUN) lint-imports
 
-types: environment
+mypy: environment
 	$(RUN) mypy
+
+pyright: environment
 	$(RUN) pyright
 
 workflows: environment

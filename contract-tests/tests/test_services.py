@@ -293,6 +293,15 @@ class TestChoice:
         monkeypatch.setattr("abe_contract_tests.services._choice.image_problem", lambda _: None)
         assert isinstance(redis_service(environ={"ABE_TEST_REDIS_SERVER": "valkey"}), ProcessService)
 
+    def test_a_machine_without_an_engine_has_no_containers(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        image_problem.cache_clear()
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
+        with pytest.raises(ServiceUnavailable, match="no Docker engine answers"):
+            redis_service(environ=CONTAINERS)
+        image_problem.cache_clear()
+
     def test_an_unknown_wish_is_refused(self) -> None:
         with pytest.raises(ServiceUnavailable, match="containers or processes"):
             redis_service(environ={"ABE_TEST_SERVICES": "pigeons"})

@@ -1,8 +1,10 @@
 """A broker in a container, through testcontainers."""
 
 import functools
+import os
 import shlex
 import shutil
+import socket
 import time
 from importlib import import_module
 from typing import Any, ClassVar, Final
@@ -14,6 +16,7 @@ _ATTEMPTS: Final = 5
 _POLL: Final = 0.05
 _ORDERLY: Final = 10
 _ENGINE_TIMEOUT: Final = 60
+_ENGINE_ADDRESS: Final = "unix:///var/run/docker.sock"
 
 
 @functools.cache
@@ -35,6 +38,18 @@ def image_problem(image: str) -> str | None:
     except (errors.DockerException, OSError) as exc:
         return f"{type(exc).__name__}: {exc}"
     return None
+
+
+def _engine_listens(address: str) -> bool:
+    # The client library leaks its socket where nobody listens, so that case is found out without it.
+    if not address.startswith("unix://"):
+        return True
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(address.removeprefix("unix://"))
+        except OSError:
+            return False
+    return True
 
 
 def _provide(client: Any, image: str, not_found: type[Exception]) -> None:
