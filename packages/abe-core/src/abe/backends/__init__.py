@@ -1,1 +1,27 @@
+"""Backends, and the application's shared one."""
 
+import asyncio
+from weakref import WeakKeyDictionary
+
+from abe.backends.message_queue.base.protocol import MessageQueueBackend
+from abe.backends.message_queue.loader import load_backend
+
+__all__ = ["get_message_queue_backend"]
+
+_shared: "WeakKeyDictionary[asyncio.AbstractEventLoop, MessageQueueBackend]" = WeakKeyDictionary()
+
+
+def get_message_queue_backend() -> MessageQueueBackend:
+    """Return the application's one backend in the running event loop, made by `load_backend` when first asked for.
+
+    A call in a hot path opens no new connection. Close it once, where the application ends.
+
+    Raises:
+        RuntimeError: No event loop is running.
+        BackendNotFoundError: See `load_backend`.
+    """
+    loop = asyncio.get_running_loop()
+    backend = _shared.get(loop)
+    if backend is None:
+        backend = _shared[loop] = load_backend()
+    return backend

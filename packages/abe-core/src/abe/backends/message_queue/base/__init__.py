@@ -7,7 +7,7 @@ from abe.backends.message_queue.base.consumer import EventConsumer
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.middleware import Middleware, Publication
 from abe.backends.message_queue.base.protocol import MessageQueueBackend, QueueBackend
-from abe.backends.message_queue.base.subscription import Subscription
+from abe.backends.message_queue.base.subscription import SubscribableBackend, Subscription
 from abe.backends.message_queue.base.transport import (
     Batching,
     DeadLetter,
@@ -47,6 +47,7 @@ __all__ = [
     "Receipt",
     "Receiver",
     "Settlement",
+    "SubscribableBackend",
     "Subscription",
     "Transport",
     "Verb",

@@ -21,7 +21,7 @@ class Publication:
 
 
 PublishNext: TypeAlias = Callable[[Publication], Awaitable[None]]
-HandleNext: TypeAlias = Callable[[Message], Awaitable[None]]
+HandleNext: TypeAlias = Callable[[Message], Awaitable[object]]
 
 
 class Middleware:

@@ -1,9 +1,10 @@
 """The consuming side that applications and consumers see."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
+from abe.backends.message_queue.base.capabilities import Capabilities
 from abe.backends.message_queue.base.message import Message
 
 
@@ -39,10 +40,36 @@ class Subscription(Protocol):
         """
         ...
 
+    def ack_soon(self, message: Message) -> None:
+        """Acknowledge with the next batch, without waiting; nothing happens when it is settled already; a failure is logged."""
+        ...
+
+    async def release(self, message: Message) -> None:
+        """Give a message back as if it had never been taken; nothing happens when it is settled already."""
+        ...
+
     async def stop(self) -> None:
         """Take nothing new from the broker, and give back what nobody was handed yet; what was handed out keeps its lease."""
         ...
 
     async def aclose(self) -> None:
         """Stop, carry out the settlements that wait, give back everything else, and leave the group. May be called repeatedly."""
+        ...
+
+
+@runtime_checkable
+class SubscribableBackend(Protocol):
+    """What a backend offers beyond the three methods, and `AsyncLoopConsumer` needs for retries, concurrency and shutdown."""
+
+    capabilities: Capabilities
+
+    def consume(
+        self,
+        *,
+        group: str | None = None,
+        keys: Sequence[str] | None = None,
+        prefetch: int | None = None,
+        max_attempts: int | None = None,
+    ) -> Subscription:
+        """Return the messages of a group."""
         ...

@@ -159,8 +159,10 @@ class TransportBackend(ABC):
             PartialPublishError: Some were not published; it says which, and why. The others were.
         """
         publications = [item if isinstance(item, Publication) else Publication(*item) for item in items]
+        results: Sequence[BaseException | None]
         if self._send is not None:
-            results = await asyncio.gather(*map(self._send, publications), return_exceptions=True)
+            send = self._send
+            results = list(await asyncio.gather(*(send(item) for item in publications), return_exceptions=True))
         else:
             session = self._here()
             envelopes: list[Envelope] = []
@@ -170,7 +172,7 @@ class TransportBackend(ABC):
                 except AbeError as exc:
                     exc.args = (f"message #{index}: {exc}",)
                     raise
-            results = list(await session.publisher.publish_many(envelopes))
+            results = await session.publisher.publish_many(envelopes)
         failures: list[tuple[int, AbeError]] = []
         for index, result in enumerate(results):
             try:

@@ -1,0 +1,346 @@
+"""`AsyncLoopConsumer`: runs a handler for each message of a group."""
+
+import asyncio
+import logging
+import traceback
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+from abe.backends.message_queue.base.backoff import ExponentialBackoff
+from abe.backends.message_queue.base.consumer import EventConsumer
+from abe.backends.message_queue.base.message import Message
+from abe.backends.message_queue.base.middleware import Middleware
+from abe.backends.message_queue.base.protocol import MessageQueueBackend
+from abe.backends.message_queue.base.subscription import SubscribableBackend, Subscription
+from abe.backends.message_queue.handler import Handle, adapt
+from abe.backends.message_queue.retry import Reject, RetryPolicy
+from abe.backends.message_queue.time_limit import TimeLimit
+from abe.errors import (
+    AbeError,
+    AlreadySettledError,
+    BackendClosedError,
+    BackendConnectionError,
+    ConfigurationError,
+    DecodeError,
+    UnsupportedCapabilityError,
+)
+from abe.types import EventHandlerFunc, EventHandlerProtocol
+
+_log: Final = logging.getLogger("abe.consumer")
+_RECONNECT: Final = ExponentialBackoff(initial=0.1, maximum=10.0)
+_STUBBORN: Final = 5.0
+"""Seconds for which a cancelled handler is waited for."""
+
+
+class AsyncLoopConsumer:
+    """Runs a handler over a group's messages, by a fixed set of workers.
+
+    A message is acknowledged after its handler returned, and never before. A handler's exception is logged, and the message is tried
+    again after the policy's backoff, or moved to the dead letters. A fatal error of the backend (credentials, configuration) ends `run`. A
+    backend that offers only the three methods of the protocol is run one message at a time, without retries; it says so in the log.
+
+    To add behaviour around the handler, pass middleware, or override `handle`.
+
+    Args:
+        backend: Where messages come from.
+        group: The group to consume; None: ``default``.
+        concurrency: Messages handled at once.
+        retry: What becomes of failed messages; None: five attempts with exponential backoff.
+        timeout: Seconds that a handler may take; it is cancelled then, and the message fails. A synchronous handler's thread cannot be
+            stopped: the message fails, and the thread runs on.
+        grace: Seconds that handlers get to finish in `shutdown`.
+        ordered_by_key: Handle messages of one key one after the other, in the order received, while other keys run beside them. A message
+            that has to be retried lets its successors pass.
+        middleware: Wraps the handler, the first outermost.
+        keys: The key patterns that the group wants; None: see ``consume``.
+        prefetch: Messages held at most; None: twice the concurrency.
+
+    Raises:
+        ConfigurationError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        backend: MessageQueueBackend,
+        group: str | None = None,
+        *,
+        concurrency: int = 1,
+        retry: RetryPolicy | None = None,
+        timeout: float | None = None,
+        grace: float = 25.0,
+        ordered_by_key: bool = False,
+        middleware: Sequence[Middleware] = (),
+        keys: Sequence[str] | None = None,
+        prefetch: int | None = None,
+    ) -> None:
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(f"concurrency must be an integer of at least 1, not {concurrency!r}")
+        if timeout is not None and not timeout > 0:
+            raise ConfigurationError(f"timeout must be a number of seconds above 0, or None, not {timeout!r}")
+        if not grace >= 0:
+            raise ConfigurationError(f"grace must be a number of seconds from 0, not {grace!r}")
+        self._backend = backend
+        self._group = group
+        self._concurrency = concurrency
+        self._policy = retry or RetryPolicy()
+        self._timeout = timeout
+        self._grace = grace
+        self._ordered = ordered_by_key
+        self._middleware = middleware
+        self._keys = keys
+        self._prefetch = prefetch
+        self._running = False
+        self._stopping = asyncio.Event()
+        self._stopped = asyncio.Event()
+        self._workers: list[asyncio.Task[None]] = []
+        self._minimal = not isinstance(backend, SubscribableBackend)
+        if self._minimal and (retry or concurrency > 1 or ordered_by_key or keys is not None or prefetch is not None):
+            raise UnsupportedCapabilityError(
+                f"{type(backend).__name__} has only the three methods of the protocol: retry, concurrency, ordered_by_key, keys and prefetch need more"
+            )
+
+    async def handle(self, message: Message, handler: Handle) -> None:
+        """Handle one message; override it to wrap every handler call.
+
+        Returning means success, an exception means failure. An override may settle the message itself (``ack``, ``nack``, ``reject``): the
+        first settlement wins.
+
+        Args:
+            message: The message; a plain dict, from a backend that has no more.
+            handler: The application's handler, made async, within its time limit.
+        """
+        await handler(message)
+
+    async def run(self, handler: EventHandlerFunc | EventHandlerProtocol) -> None:
+        """Handle messages until cancelled, or until `shutdown` is done.
+
+        While the broker cannot be reached it tries again, with backoff.
+
+        Raises:
+            ConfigurationError: The handler cannot be one; the text says why. Or the broker refuses us.
+            AbeError: Another error that a retry does not help.
+        """
+        if self._running:
+            raise RuntimeError("this consumer is running already: make another one to run two")
+        executors: list[Executor] = []
+        limited = adapt(handler, partial(self._threads, executors))
+        limit = None
+        if self._timeout is not None:
+            limit = TimeLimit(self._timeout)
+            limited = partial(limit.run, limited)
+        call: Handle = partial(self.handle, handler=limited)
+        for layer in reversed(self._middleware):
+            call = partial(layer.handle, forward=call)
+        self._running = True
+        self._stopping, self._stopped = asyncio.Event(), asyncio.Event()
+        try:
+            await (self._run_minimal(call) if self._minimal else self._run(call))
+        finally:
+            if limit is not None:
+                limit.close()
+            for executor in executors:
+                executor.shutdown(wait=False, cancel_futures=True)
+            self._running = False
+            self._stopped.set()
+
+    async def shutdown(self) -> None:
+        """Take nothing new, let the handlers that run finish within the grace period, acknowledge, and return when `run` has ended.
+
+        What is not finished by then is cancelled, and given back. Called by a handler, it returns at once: the handler has to
+        finish first.
+        """
+        self._stopping.set()
+        if self._running and asyncio.current_task() not in self._workers:
+            await self._stopped.wait()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.shutdown()
+
+    def _threads(self, executors: list[Executor]) -> Executor:
+        executors.append(ThreadPoolExecutor(self._concurrency, thread_name_prefix="abe-handler"))
+        return executors[-1]
+
+    async def _run(self, call: Handle) -> None:
+        subscription = await self._subscribe()
+        if subscription is None:
+            return
+        try:
+            await self._work(subscription, call)
+        finally:
+            await subscription.aclose()
+
+    async def _subscribe(self) -> Subscription | None:
+        """Subscribe, however long the broker is away; None when `shutdown` came first."""
+        assert isinstance(self._backend, SubscribableBackend)
+        stopping = asyncio.create_task(self._stopping.wait())
+        tries = 0
+        try:
+            while not stopping.done():
+                subscription = self._backend.consume(
+                    group=self._group,
+                    keys=self._keys,
+                    prefetch=self._prefetch or 2 * self._concurrency,
+                    max_attempts=self._policy.max_attempts,
+                )
+                entering = asyncio.create_task(subscription.__aenter__())
+                try:
+                    await asyncio.wait([entering, stopping], return_when=asyncio.FIRST_COMPLETED)
+                    if entering.done():
+                        return entering.result()
+                except BackendConnectionError as exc:
+                    tries += 1
+                    _log.warning("group %r cannot be subscribed to, trying again: %s", self._group, exc)
+                    await asyncio.wait([stopping], timeout=_RECONNECT(tries))
+                finally:
+                    if not entering.done():
+                        entering.cancel()
+                        await subscription.aclose()
+            return None
+        finally:
+            stopping.cancel()
+
+    async def _work(self, subscription: Subscription, call: Handle) -> None:
+        lanes: dict[str, deque[Message]] | None = {} if self._ordered else None
+        self._workers = workers = [
+            asyncio.create_task(self._worker(subscription, call, lanes)) for _ in range(self._concurrency)
+        ]
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            done, _ = await asyncio.wait([*workers, stopping], return_when=asyncio.FIRST_COMPLETED)
+            # A worker that ended by itself found the subscription closed, or raised something fatal.
+            if all(task.exception() is None for task in done):
+                await subscription.stop()
+                _, late = await asyncio.wait(workers, timeout=self._grace)
+                if late:
+                    _log.warning("%d handlers did not finish within %g s: they are cancelled, their messages go back", len(late), self._grace)
+        finally:
+            stopping.cancel()
+            for task in workers:
+                task.cancel()
+            _, stubborn = await asyncio.wait(workers, timeout=_STUBBORN)
+            if stubborn:
+                _log.error("%d handlers ignore their cancellation and are left behind", len(stubborn))
+            self._workers = []
+        for task in workers:
+            if task.done() and not task.cancelled():
+                task.result()
+
+    async def _worker(self, subscription: Subscription, call: Handle, lanes: dict[str, deque[Message]] | None) -> None:
+        take = subscription.take
+        streak = 0
+        while True:
+            message = take()
+            if message is None:
+                try:
+                    message = await subscription.receive()
+                except BackendClosedError:
+                    return
+            if lanes is None:
+                await self._one(subscription, call, message)
+            else:
+                await self._lane(subscription, call, message, lanes)
+            streak += 1
+            if not streak & 63:
+                await asyncio.sleep(0)  # a handler that never suspends must not keep the loop to itself
+
+    async def _one(self, subscription: Subscription, call: Handle, message: Message) -> None:
+        try:
+            await call(message)
+        except Exception as exc:
+            await self._failed(message, exc)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Not us: something that the handler waited for was cancelled.
+            await self._failed(message, RuntimeError("something that the handler awaited was cancelled"))
+        else:
+            subscription.ack_soon(message)
+
+    async def _lane(
+        self, subscription: Subscription, call: Handle, message: Message, lanes: dict[str, deque[Message]]
+    ) -> None:
+        try:
+            key = message.key
+        except DecodeError as exc:
+            return await self._failed(message, exc)
+        if key in lanes:
+            lanes[key].append(message)  # whoever handles this key now will come to it
+            return None
+        lane = lanes[key] = deque([message])
+        started = False
+        try:
+            while lane:
+                message = lane.popleft()
+                if self._stopping.is_set() and started:
+                    await subscription.release(message)
+                else:
+                    started = True
+                    await self._one(subscription, call, message)
+        finally:
+            del lanes[key]
+        return None
+
+    async def _failed(self, message: Message, exc: Exception) -> None:
+        verdict = self._policy.judge(exc, message.attempt)
+        error = "".join(traceback.format_exception(exc))
+        try:
+            if isinstance(verdict, Reject):
+                _log.error("a message of group %r is rejected: %s", message.group, verdict.reason, exc_info=exc)
+                await message.reject(verdict.reason, error=error)
+            else:
+                _log.error(
+                    "the handler failed on a message of group %r, attempt %d of %d: %s",
+                    message.group,
+                    message.attempt,
+                    self._policy.max_attempts,
+                    verdict.reason,
+                    exc_info=exc,
+                )
+                await message.nack(verdict.after, reason=verdict.reason, error=error)
+        except AlreadySettledError:
+            _log.info("the handler had settled the message before it failed")
+        except AbeError as failure:
+            _log.warning("the failed message could not be given back, its lease will run out: %s", failure)
+
+    async def _run_minimal(self, call: Handle) -> None:
+        _log.warning(
+            "%s has only the three methods of the protocol: messages are handled one at a time, and one whose handler fails "
+            "is logged and not retried",
+            type(self._backend).__name__,
+        )
+        iterator = aiter(self._backend.consume(group=self._group))
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            while not self._stopping.is_set():
+                asking = asyncio.ensure_future(anext(iterator))
+                try:
+                    await asyncio.wait([asking, stopping], return_when=asyncio.FIRST_COMPLETED)
+                    if not asking.done():
+                        break
+                    message = asking.result()
+                except StopAsyncIteration:
+                    break
+                finally:
+                    asking.cancel()
+                try:
+                    await call(message)
+                except Exception as exc:
+                    _log.error("the handler failed, and the message is not retried: %s", exc, exc_info=exc)
+        finally:
+            stopping.cancel()
+            if isinstance(iterator, AsyncGenerator):
+                await iterator.aclose()
+
+
+if TYPE_CHECKING:
+    _: type[EventConsumer] = AsyncLoopConsumer
