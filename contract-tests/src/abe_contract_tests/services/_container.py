@@ -29,6 +29,8 @@ def image_problem(image: str) -> str | None:
         return (
             f"the Python package {exc.name} is not installed (it comes with the extra abe-contract-tests[containers])"
         )
+    if not _engine_listens(os.environ.get("DOCKER_HOST") or _ENGINE_ADDRESS):
+        return "no Docker engine answers; install one, or start it"
     try:
         client = docker.from_env(timeout=_ENGINE_TIMEOUT)
         try:
