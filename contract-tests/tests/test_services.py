@@ -159,6 +159,9 @@ class TestProcess:
             url = parent.stdout.readline().strip()
             host, _, port = url.removeprefix("redis://").partition("/")[0].partition(":")
             with socket.create_connection((host, int(port)), timeout=10) as connection:
+                # An answer says that the connection is accepted: one that only waits would be reset.
+                connection.sendall(b"PING\r\n")
+                assert connection.recv(16) == b"+PONG\r\n"
                 parent.send_signal(signal.SIGKILL)
                 # The end of the server is the end of its connections.
                 assert connection.recv(1) == b""
