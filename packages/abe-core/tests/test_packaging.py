@@ -30,12 +30,12 @@ class Built:
     wheel: Path
 
 
-def run(*command: str | Path, **environment: str) -> str:
+def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> str:
     """Run a command outside the workspace's environment and return its standard output."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("QUEUE_", "MESSAGE_QUEUE_"))}
     for name in ("PYTHONPATH", "VIRTUAL_ENV", "REDIS_URL", "ABSTRACT_BACKEND_DEBUG"):
         kept.pop(name, None)
-    done = subprocess.run(list(command), env=kept | environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(list(command), cwd=cwd, env=kept | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -109,6 +109,26 @@ LOAD = textwrap.dedent("""
     }))
 """)
 
+APPLICATION = textwrap.dedent("""
+    from abe.backends.message_queue.consumer import AsyncLoopConsumer
+    from abe.backends.message_queue.loader import load_backend
+    from abe.types import JSONDict, MessageQueueMessage
+
+
+    async def handle(event: JSONDict) -> None:
+        print(event["order_id"])
+
+
+    async def main() -> None:
+        backend = load_backend()
+        await backend.publish("orders.created", {"order_id": "o-1"})
+        async for message in backend.consume(group="billing"):
+            first: MessageQueueMessage = message
+            print(first["order_id"])
+            break
+        await AsyncLoopConsumer(backend, "billing").run(handle)
+""")
+
 
 @pytest.mark.parametrize("name", IDS)
 def test_a_wheel_holds_its_package_and_the_marker_of_types(built: dict[str, Built], name: str) -> None:
@@ -156,6 +176,17 @@ def test_core_alone_gives_the_memory_backend_with_a_warning(core_alone: Path) ->
 def test_core_alone_depends_on_one_package(core_alone: Path) -> None:
     listed = run(find_uv(), "pip", "list", "--quiet", "--format", "json", "--python", core_alone)
     assert {each["name"] for each in json.loads(listed)} == {"abe-core", "msgspec"}
+
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_an_application_type_checks_strictly_against_the_wheel(core_alone: Path, tmp_path: Path, checker: str) -> None:
+    (tmp_path / "application.py").write_text(APPLICATION)
+    if checker == "mypy":
+        found = ["mypy", "--strict", "--python-executable", core_alone, "--cache-dir", tmp_path / "cache"]
+    else:
+        (tmp_path / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "strict"}))
+        found = ["pyright", "--pythonpath", core_alone]
+    run(sys.executable, "-m", *found, "application.py", cwd=tmp_path)
 
 
 def test_a_provider_is_found_by_its_name(core_and_redis: Path) -> None:
