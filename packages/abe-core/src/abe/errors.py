@@ -10,8 +10,8 @@
     +-- EventLoopError (RuntimeError)        used from another event loop, or after fork
     +-- PublishRejectedError                 the message is certainly not in the broker
     |   +-- BackpressureError                a limit of the broker or of the group is reached; a retry can help
-    |   +-- UnroutableError                  `mandatory`, and no group wants the key
-    |   `-- PartialPublishError              some messages of `publish_many` failed; says which, and why
+    |   `-- UnroutableError                  `mandatory`, and no group wants the key
+    +-- PartialPublishError                  some messages of `publish_many` failed; says which, and why
     +-- PublishUnknownError                  the message may be in the broker, or not; publish it again with the same id
     +-- PayloadError (ValueError)            the payload is not JSON
     |   +-- PayloadTooLargeError             it is larger than the backend declares
@@ -25,16 +25,16 @@ Every error says whether the same call may succeed later (`retryable`) and wheth
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Self
 
 
 class AbeError(Exception):
     """The root of the tree."""
 
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
     """Whether the same call may succeed later, with nothing changed by the caller."""
 
-    maybe_accepted: ClassVar[bool] = False
+    maybe_accepted: bool = False
     """Whether the broker may have accepted the message, so that publishing it again may double it."""
 
 
@@ -69,16 +69,9 @@ class EventLoopError(AbeError, RuntimeError):
 
 
 class PublishRejectedError(AbeError):
-    """The message was not published: it is certainly absent.
+    """The message was not published: it is certainly absent."""
 
-    Args:
-        text: What happened.
-        retryable: Whether the same publish may succeed later.
-    """
-
-    def __init__(self, text: str, *, retryable: bool = True) -> None:
-        super().__init__(text)
-        self.retryable = retryable  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    retryable = True
 
 
 class BackpressureError(PublishRejectedError):
@@ -88,8 +81,7 @@ class BackpressureError(PublishRejectedError):
 class UnroutableError(PublishRejectedError):
     """Groups exist, none of them wants the key, and the caller said ``mandatory=True``."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text, retryable=False)
+    retryable = False
 
 
 class PublishUnknownError(AbeError):
@@ -99,22 +91,27 @@ class PublishUnknownError(AbeError):
     maybe_accepted = True
 
 
-class PartialPublishError(PublishRejectedError):
-    """Some messages of a `publish_many` were not published.
+class PartialPublishError(AbeError):
+    """Some messages of a `publish_many` were not published; the others were.
 
     Attributes:
-        failures: Each failed message's position in the call, and its own error.
+        failures: Each failed message's position in the call, and its own error, which says more.
+        total: How many messages there were.
+        retryable: Whether a retry can help all of the failed ones.
+        maybe_accepted: Whether the broker may have any of the failed ones.
     """
 
     def __init__(self, failures: Sequence[tuple[int, AbeError]], total: int) -> None:
         shown = "; ".join(f"#{index}: {error}" for index, error in failures[:3])
         more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
-        super().__init__(
-            f"{len(failures)} of {total} messages failed: {shown}{more}",
-            retryable=all(error.retryable for _, error in failures),
-        )
+        super().__init__(f"{len(failures)} of {total} messages failed: {shown}{more}")
         self.failures = tuple(failures)
-        self.maybe_accepted = any(error.maybe_accepted for _, error in failures)  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+        self.total = total
+        self.retryable = all(error.retryable for _, error in failures)
+        self.maybe_accepted = any(error.maybe_accepted for _, error in failures)
+
+    def __reduce__(self) -> tuple[type[Self], tuple[tuple[tuple[int, AbeError], ...], int]]:
+        return type(self), (self.failures, self.total)
 
 
 class PayloadError(AbeError, ValueError):

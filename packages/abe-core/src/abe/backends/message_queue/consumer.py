@@ -14,6 +14,7 @@ from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.consumer import EventConsumer
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.middleware import Middleware
+from abe.backends.message_queue.base.names import check_count
 from abe.backends.message_queue.base.protocol import MessageQueueBackend
 from abe.backends.message_queue.base.subscription import SubscribableBackend, Subscription
 from abe.backends.message_queue.handler import Handle, adapt
@@ -77,8 +78,7 @@ class AsyncLoopConsumer:
         keys: Sequence[str] | None = None,
         prefetch: int | None = None,
     ) -> None:
-        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigurationError(f"concurrency must be an integer of at least 1, not {concurrency!r}")
+        check_count("concurrency", concurrency)
         if timeout is not None and not timeout > 0:
             raise ConfigurationError(f"timeout must be a number of seconds above 0, or None, not {timeout!r}")
         if not grace >= 0:

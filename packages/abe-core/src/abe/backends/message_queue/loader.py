@@ -38,6 +38,7 @@ def load_backend(name: str | None = None) -> MessageQueueBackend:
         BackendNotFoundError: No provider of the name given is installed, or it cannot be imported. Nothing else is taken in its place.
         Exception: Whatever `from_env` raises, as it is.
     """
+    apply_debug_switches()
     installed = installed_backends()
     chosen = name or env_text(*VARIABLES)
     if chosen is None:

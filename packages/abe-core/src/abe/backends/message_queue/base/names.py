@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Final
 
-from abe.errors import InvalidNameError
+from abe.errors import ConfigurationError, InvalidNameError
 from abe.settings import plain_name
 
 MAX_KEY_BYTES: Final = 200
@@ -67,6 +67,17 @@ def check_group(group: str | None) -> str:
     except ValueError as exc:
         raise InvalidNameError(f"a group must be {exc}, not {group!r}") from None
     return group
+
+
+def check_count(name: str, value: object) -> int:
+    """Return the value of an argument that counts something.
+
+    Raises:
+        ConfigurationError: It is not an integer of at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name} must be an integer of at least 1, not {value!r}")
+    return value
 
 
 def check_headers(headers: Mapping[str, str] | None) -> Mapping[str, str] | None:

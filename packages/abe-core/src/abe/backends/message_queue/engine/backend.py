@@ -17,6 +17,7 @@ from abe.backends.message_queue.base.clock import Clock, MonotonicClock
 from abe.backends.message_queue.base.middleware import Middleware, Publication, PublishNext
 from abe.backends.message_queue.base.names import (
     DEFAULT_GROUP,
+    check_count,
     check_group,
     check_headers,
     check_id,
@@ -162,7 +163,7 @@ class TransportBackend(ABC):
         results: Sequence[BaseException | None]
         if self._send is not None:
             send = self._send
-            results = list(await asyncio.gather(*(send(item) for item in publications), return_exceptions=True))
+            results = await asyncio.gather(*(send(item) for item in publications), return_exceptions=True)
         else:
             session = self._here()
             envelopes: list[Envelope] = []
@@ -209,8 +210,8 @@ class TransportBackend(ABC):
         if self._closed:
             raise BackendClosedError("the backend was closed; connect() opens it again")
         name, patterns = self._group(group), self._patterns(keys)
-        prefetch = _at_least_1("prefetch", self.settings.prefetch if prefetch is None else prefetch)
-        attempts = _at_least_1("max_attempts", self.settings.max_attempts if max_attempts is None else max_attempts)
+        prefetch = check_count("prefetch", self.settings.prefetch if prefetch is None else prefetch)
+        attempts = check_count("max_attempts", self.settings.max_attempts if max_attempts is None else max_attempts)
         return GroupSubscription(partial(self._subscribe, name, patterns, prefetch, attempts))
 
     async def connect(self) -> None:
@@ -390,8 +391,3 @@ class TransportBackend(ABC):
 async def _nothing(_: Session) -> None:
     """Nothing but what `_call` does before."""
 
-
-def _at_least_1(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigurationError(f"{name} must be an integer of at least 1, not {value!r}")
-    return value

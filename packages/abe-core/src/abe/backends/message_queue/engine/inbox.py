@@ -126,7 +126,7 @@ class Inbox:
             except asyncio.CancelledError:
                 if future.done() and not future.cancelled():
                     self._wake(1)  # woken and cancelled at once: somebody else takes the message
-                else:
+                elif future in self._waiters:
                     self._waiters.remove(future)
                 raise
             if len(self._buffer) > 1:

@@ -1,0 +1,65 @@
+"""The backend's public face."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
+
+from abe.backends.message_queue.base import (
+    Capabilities,
+    Durability,
+    MessageQueueBackend,
+    Middleware,
+    Transport,
+)
+from abe.backends.message_queue.engine import TransportBackend
+from abe.codec import Codec
+from abe_backend_redis._settings import RedisSettings
+from abe_backend_redis._transport import RedisTransport
+
+
+class RedisBackend(TransportBackend):
+    """A message queue on Redis Streams: Redis from 6.2, or Valkey.
+
+    Args:
+        settings: Where Redis is, and what every backend can be told.
+        codec: Payload to bytes and back.
+        middleware: Wraps each publish, the first outermost.
+    """
+
+    settings: RedisSettings
+    capabilities = Capabilities(
+        groups=True,
+        key_patterns=True,
+        ordered=True,
+        ordered_per_key=False,
+        spurious_duplicates=False,
+        dead_letter=True,
+        max_delay=math.inf,
+        lease=30.0,
+        redelivery_bound=1.0,
+        publish_dedup=None,
+        max_payload_bytes=16 * 1024 * 1024,
+        durability=Durability.PROCESS_CRASH,
+    )
+
+    def __init__(
+        self,
+        settings: RedisSettings | None = None,
+        *,
+        codec: Codec | None = None,
+        middleware: Sequence[Middleware] = (),
+    ) -> None:
+        super().__init__(settings or RedisSettings(), codec=codec, middleware=middleware)
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """Make an instance from the ``REDIS_*`` and ``QUEUE_*`` variables. No I/O happens here."""
+        return cls(RedisSettings.from_env())
+
+    def make_transport(self) -> Transport:
+        """Return a transport to the server of the settings."""
+        return RedisTransport(self.settings)
+
+
+if TYPE_CHECKING:
+    _: type[MessageQueueBackend] = RedisBackend

@@ -1,0 +1,211 @@
+"""One connection to Redis: redis-py logs in, then the bytes are ours.
+
+redis-py brings TLS, ACL users, Unix sockets and the rest of its URL; its reading and writing would be most of what a message costs.
+So after the login its transport gets this protocol: whole replies by hiredis, each to the oldest caller.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, TypeAlias
+
+import hiredis
+from redis.asyncio.connection import AbstractConnection, Connection, parse_url
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from abe.errors import BackendConnectionError
+from abe_backend_redis._errors import ReplyError, translate, translated
+from abe_backend_redis._settings import RedisSettings
+
+_log: Final = logging.getLogger("abe.redis")
+
+Reply: TypeAlias = Any
+Argument: TypeAlias = object
+"""Bytes, text or a number; what else is there, packing refuses."""
+
+pack: Callable[[Sequence[Argument]], bytes] = hiredis.pack_command  # type: ignore[assignment]
+"""Turns a command into the bytes that Redis reads. (hiredis declares it for tuples of one.)"""
+
+
+class Wire(asyncio.Protocol):
+    """Sends commands, and hands each reply to whoever waits for it.
+
+    Args:
+        address: For texts.
+        patience: Seconds without any reply, while one is due, after which the connection counts as dead.
+    """
+
+    def __init__(self, address: str, patience: float) -> None:
+        self._address = address
+        self._patience = patience
+        self._loop = asyncio.get_running_loop()
+        self._reader = hiredis.Reader(replyError=ReplyError)
+        self._waiting: deque[asyncio.Future[Reply]] = deque()
+        self._heard = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._login: object = None
+        self._transport: asyncio.WriteTransport | None = None
+
+    @classmethod
+    async def connect(cls, settings: RedisSettings, name: str, patience: float) -> "Wire":
+        """Connect and log in, at the address as it resolves now.
+
+        Raises:
+            BackendConnectionError: Redis cannot be reached.
+            PermissionDeniedError: It does not let us in.
+        """
+        wire = cls(settings.address, patience)
+        with translated(settings.address):
+            wire._adopt(await _login(settings, name))
+        return wire
+
+    @property
+    def alive(self) -> bool:
+        """Whether commands can be sent."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    def call(self, *command: Argument) -> asyncio.Future[Reply]:
+        """Send a command. The future's result is the reply; its exception a `ReplyError`, or `BackendConnectionError` when none will come."""
+        return self.send(pack(command), 1)[0]
+
+    def call_many(self, *commands: Sequence[Argument]) -> list[asyncio.Future[Reply]]:
+        """Send commands in one write."""
+        return self.send(b"".join(map(pack, commands)), len(commands))
+
+    def send(self, data: bytes, replies: int) -> list[asyncio.Future[Reply]]:
+        """Send packed commands that have so many replies."""
+        futures: list[asyncio.Future[Reply]] = [self._loop.create_future() for _ in range(replies)]
+        if self._transport is None or self._transport.is_closing():
+            error = BackendConnectionError(f"the connection to redis at {self._address} is closed")
+            for future in futures:
+                future.set_exception(error)
+            return futures
+        if not self._waiting:
+            self._heard = self._loop.time()
+        self._waiting.extend(futures)
+        self._transport.write(data)
+        return futures
+
+    def close(self) -> None:
+        """Disconnect; whoever waits is told."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """Hand out the replies that are complete."""
+        self._heard = self._loop.time()
+        self._reader.feed(data)
+        try:
+            while (reply := self._reader.gets()) is not False:
+                future = self._waiting.popleft()
+                if not future.done():
+                    if isinstance(reply, ReplyError):
+                        future.set_exception(reply)
+                    else:
+                        future.set_result(reply)
+        except (hiredis.ProtocolError, IndexError) as exc:
+            _log.error("redis at %s sent what is no reply: %s", self._address, exc)
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell everybody who waits."""
+        if self._timer is not None:
+            self._timer.cancel()
+        while self._waiting:
+            future = self._waiting.popleft()
+            if not future.done():
+                error = BackendConnectionError(f"the connection to redis at {self._address} was lost")
+                error.__cause__ = exc
+                future.set_exception(error)
+
+    def _adopt(self, login: AbstractConnection) -> None:
+        """Take over the transport. The two private names are what a newer redis-py could break; a test watches them."""
+        writer = login._writer  # pyright: ignore[reportPrivateUsage]
+        assert writer is not None
+        login._reader = login._writer = None  # pyright: ignore[reportPrivateUsage]
+        self._login = writer  # kept: a collected StreamWriter closes its transport
+        self._transport = transport = writer.transport
+        transport.set_protocol(self)
+        self._watch()
+
+    def _watch(self) -> None:
+        if self._waiting and self._loop.time() - self._heard > self._patience:
+            _log.warning("redis at %s has not answered for %.1f s: the connection is given up", self._address, self._patience)
+            self.close()
+        else:
+            self._timer = self._loop.call_later(self._patience / 4, self._watch)
+
+
+async def _login(settings: RedisSettings, name: str) -> AbstractConnection:
+    options: dict[str, Any] = dict(parse_url(settings.url))
+    kind: Callable[..., AbstractConnection] = options.pop("connection_class", Connection)
+    options |= {key: value for key in ("username", "password") if (value := getattr(settings, key)) is not None}
+    options |= {
+        "protocol": 2,
+        "client_name": name,
+        "retry": Retry(NoBackoff(), 0),  # retries are the engine's: a client that repeats a write by itself doubles it
+        "socket_timeout": settings.connect_timeout,
+        "socket_connect_timeout": settings.connect_timeout,
+        "health_check_interval": 0,
+    }
+    options.pop("max_connections", None)
+    login = kind(**options)
+    try:
+        await login.connect()  # type: ignore[no-untyped-call]
+    except BaseException:
+        await login.disconnect(nowait=True)
+        raise
+    return login
+
+
+class Link:
+    """A connection that is made when it is needed, and made anew when it was lost.
+
+    Args:
+        settings: Where to, and as whom.
+        name: The connection's name in Redis's list of clients.
+        patience: See `Wire`.
+        prepare: Run on each new connection before it is used.
+    """
+
+    def __init__(self, settings: RedisSettings, name: str, patience: float, prepare: Callable[[Wire], Awaitable[None]]) -> None:
+        self._settings = settings
+        self._name = name
+        self._patience = patience
+        self._prepare = prepare
+        self._wire: Wire | None = None
+        self._connecting = asyncio.Lock()
+        self._closed = False
+
+    async def get(self) -> Wire:
+        """Return a live connection.
+
+        Raises:
+            AbeError: There is none to be had; see `Wire.connect`.
+        """
+        if self._wire is not None and self._wire.alive:
+            return self._wire
+        async with self._connecting:
+            if self._wire is not None and self._wire.alive:
+                return self._wire
+            if self._closed:
+                raise BackendConnectionError(f"the connection to redis at {self._settings.address} was closed")
+            wire = await Wire.connect(self._settings, self._name, self._patience)
+            try:
+                await self._prepare(wire)
+            except ReplyError as exc:
+                wire.close()
+                raise translate(exc, self._settings.address) from exc
+            except BaseException:
+                wire.close()
+                raise
+            self._wire = wire
+            return wire
+
+    def close(self) -> None:
+        """Disconnect for good."""
+        self._closed = True
+        if self._wire is not None:
+            self._wire.close()

@@ -1,0 +1,10 @@
+-- Renews the leases that are still the consumer's. KEYS: stream. ARGV: consumer, ids. Returns the ids that are not.
+local lost, ours = {}, {'XCLAIM', KEYS[1], 'group', ARGV[1], '0'}
+for i = 2, #ARGV do
+  if redis.call('XPENDING', KEYS[1], 'group', ARGV[i], ARGV[i], 1, ARGV[1])[1] then ours[#ours + 1] = ARGV[i] else lost[#lost + 1] = ARGV[i] end
+end
+if #ours > 5 then
+  ours[#ours + 1] = 'JUSTID'
+  redis.call(unpack(ours))
+end
+return lost

@@ -1,0 +1,302 @@
+"""The primitives: what the engine asks of Redis."""
+
+import asyncio
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
+from abe.backends.message_queue.base import Transport as TransportProtocol
+from abe.backends.message_queue.base.names import matches
+from abe.errors import (
+    AbeError,
+    BackendConnectionError,
+    BackpressureError,
+    ConfigurationError,
+    PublishUnknownError,
+    UnroutableError,
+)
+from abe_backend_redis import _wire
+from abe_backend_redis._connection import Link, Reply, Wire, pack
+from abe_backend_redis._errors import ReplyError, code, translate, translated
+from abe_backend_redis._receiver import RedisReceiver
+from abe_backend_redis._scripts import SCRIPTS
+from abe_backend_redis._settings import RedisSettings
+from abe_backend_redis._topology import Topology
+
+_log: Final = logging.getLogger("abe.redis")
+_FLOOR: Final = (6, 2)
+_PAGE: Final = 500
+_MOST_ROUTES: Final = 10_000
+_STALE: Final = 20
+"""Times that the groups may change under one batch before it counts as failed."""
+
+
+class _Registry:
+    """The groups as they were at one version, and which of them wants which key."""
+
+    def __init__(self, topology: Topology, version: bytes, groups: Mapping[str, tuple[str, ...]], max_backlog: int) -> None:
+        self.groups = groups
+        self._patterns = list(groups.values())
+        keys = [topology.version]
+        for group in groups:
+            keys += [topology.queue(group), topology.delayed(group)]
+        if not groups:
+            keys += [topology.held, topology.held_delayed]
+        self._head = (b"EVALSHA", SCRIPTS["publish"].sha, len(keys), *keys, version, max_backlog)
+        self._routes: dict[str, bytes] = {}
+
+    def pack(self, envelopes: Sequence[Envelope]) -> bytes:
+        """Return the call that publishes: messages for the same groups, with the same delay, make a run."""
+        args: list[object] = [*self._head]
+        routes = self._routes
+        run_mask, run_delay, place, count = b"", -1.0, 0, 0
+        for envelope in envelopes:
+            mask = routes.get(envelope.key) or self.route(envelope.key)
+            if mask != run_mask or envelope.delay != run_delay:
+                if count:
+                    args[place] = count
+                run_mask, run_delay, count = mask, envelope.delay, 0
+                args += (mask, -int(-run_delay * 1000 // 1), 0)
+                place = len(args) - 1
+            args += (_wire.pack(envelope), envelope.body)
+            count += 1
+        args[place] = count
+        return pack(tuple(args))
+
+    def route(self, key: str) -> bytes:
+        """Return a digit for each group: 1 for those that want the key."""
+        if len(self._routes) >= _MOST_ROUTES:
+            self._routes.clear()
+        wanted = [any(matches(pattern, key) for pattern in patterns) for patterns in self._patterns]
+        mask = b"".join(b"1" if want else b"0" for want in wanted) or b"1"  # no group: the held messages
+        self._routes[key] = mask
+        return mask
+
+    def unroutable(self, envelopes: Sequence[Envelope]) -> list[int]:
+        """Return the positions of messages that no group wants."""
+        return [i for i, envelope in enumerate(envelopes) if b"1" not in self.route(envelope.key)]
+
+    @property
+    def all_routed(self) -> bool:
+        """Whether every key seen so far is wanted by some group."""
+        return all(b"1" in mask for mask in self._routes.values())
+
+
+class RedisTransport:
+    """Streams and scripts on one Redis server.
+
+    It has two connections, one to publish and one for everything else, and each receiver has its own to read.
+    """
+
+    batching = Batching(messages=250, bytes=256 * 1024, flights=2)
+
+    def __init__(self, settings: RedisSettings) -> None:
+        self.settings = settings
+        self.topology = Topology(settings.namespace)
+        self.has_xackdel = False
+        self._publishing = Link(settings, "abe-publish", settings.publish_timeout, self._prepare)
+        self._controlling = Link(settings, "abe-control", settings.publish_timeout, self._prepare)
+        self._registry: _Registry | None = None
+        self._checked = False
+
+    async def open(self) -> None:
+        """Connect to publish; check the server once."""
+        await self._publishing.get()
+
+    async def close(self) -> None:
+        """Disconnect."""
+        self._publishing.close()
+        self._controlling.close()
+
+    async def ping(self) -> None:
+        """PING."""
+        wire = await self.control()
+        with translated(self.settings.address):
+            await wire.call(b"PING")
+
+    async def control(self) -> Wire:
+        """Return the connection for everything but publishing and reading."""
+        return await self._controlling.get()
+
+    async def send(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
+        """Publish by one script call, again if the groups changed meanwhile."""
+        wire = await self._publishing.get()
+        for _ in range(_STALE):
+            registry = self._registry or await self._load_registry(wire)
+            reply = await self._publish(wire, registry.pack(envelopes))
+            if reply is not None:
+                return _outcomes(registry, envelopes, reply)
+            self._registry = None
+        raise BackendConnectionError("the groups change faster than messages can be published")
+
+    async def declare(self, group: str, patterns: tuple[str, ...] | None) -> None:
+        """Register the group and move the held messages that it wants."""
+        names = self.topology
+        keys = [names.groups, names.version, names.queue(group), names.delayed(group), names.held, names.held_delayed]
+        wanted = b"" if patterns is None else msgspec.json.encode(patterns)
+        position: Reply = b"-"
+        while position:
+            position = await self.run("declare", keys, [group, wanted, position])
+
+    async def delete_group(self, group: str) -> None:
+        """Delete what the group has."""
+        names = self.topology
+        keys = [names.groups, names.version, names.queue(group), names.delayed(group), names.dead(group)]
+        await self.run("delete", keys, [group])
+
+    async def groups(self) -> Mapping[str, tuple[str, ...]]:
+        """Read the registry."""
+        return (await self._load_registry(await self.control())).groups
+
+    async def subscribe(self, group: str, prefetch: int) -> RedisReceiver:
+        """Make a consumer with a name of its own; Redis learns of it with its first read."""
+        return RedisReceiver(self, group, self.settings.lease)
+
+    async def stats(self, group: str) -> GroupStats:
+        """Count."""
+        names = self.topology
+        keys = [names.queue(group), names.delayed(group), names.dead(group)]
+        waiting, in_flight, delayed, dead, age = await self.run("stats", keys, [])
+        oldest = None if age < 0 else age / 1000
+        return GroupStats(waiting=waiting, in_flight=in_flight, delayed=delayed, dead=dead, oldest=oldest)
+
+    async def dead_letters(self, group: str, limit: int) -> Sequence[DeadLetter]:
+        """Read from the old end."""
+        return [_wire.dead_letter(*entry) for entry in await self._page(group, b"-", limit)]
+
+    async def find_dead_letter(self, group: str, id: str) -> DeadLetter | None:
+        """Look through all of them."""
+        for letter, _ in await self._find(group, {id}):
+            return letter
+        return None
+
+    async def replay(self, group: str, ids: Collection[str] | None) -> int:
+        """Move them in steps; each is in one place at any time."""
+        keys, moved = [self.topology.dead(group), self.topology.queue(group)], 0
+        entries = [entry for _, entry in await self._find(group, ids)]
+        for start in range(0, len(entries), _PAGE):
+            moved += await self.run("replay", keys, entries[start : start + _PAGE])
+        return moved
+
+    async def purge(self, group: str, ids: Collection[str] | None) -> int:
+        """Delete them."""
+        removed = 0
+        entries = [entry for _, entry in await self._find(group, ids)]
+        wire = await self.control()
+        with translated(self.settings.address):
+            for start in range(0, len(entries), _PAGE):
+                removed += await wire.call(b"XDEL", self.topology.dead(group), *entries[start : start + _PAGE])
+        return removed
+
+    async def run(self, name: str, keys: Sequence[bytes], args: Sequence[object], *, wire: Wire | None = None) -> Reply:
+        """Run a script, by default on the control connection.
+
+        Raises:
+            AbeError: The script failed, or the connection broke; with `wire`, a `ReplyError` as it is.
+        """
+        own = wire is None
+        wire = wire or await self.control()
+        script = SCRIPTS[name]
+        call = (b"EVALSHA", script.sha, len(keys), *keys, *args)
+        try:
+            try:
+                return await wire.call(*call)
+            except ReplyError as exc:
+                if code(exc) != "NOSCRIPT":
+                    raise
+                await wire.call(b"SCRIPT", b"LOAD", script.text)
+                return await wire.call(*call)
+        except ReplyError as exc:
+            if own:
+                raise translate(exc, self.settings.address) from exc
+            raise
+
+    async def _publish(self, wire: Wire, data: bytes) -> Reply:
+        """Send a packed publish; None when the groups have changed."""
+        try:
+            return await wire.send(data, 1)[0]
+        except BackendConnectionError as exc:
+            raise PublishUnknownError(f"{exc}, before the confirm came") from exc
+        except ReplyError as exc:
+            if code(exc) == "STALE":
+                return None
+            if code(exc) == "NOSCRIPT":
+                await wire.call(b"SCRIPT", b"LOAD", SCRIPTS["publish"].text)
+                return None
+            raise translate(exc, self.settings.address) from exc
+
+    async def _load_registry(self, wire: Wire) -> _Registry:
+        keys = [self.topology.version, self.topology.groups]
+        with translated(self.settings.address):
+            version, flat = await self.run("registry", keys, [], wire=wire)
+        groups = {
+            group.decode(): tuple(msgspec.json.decode(patterns, type=list[str]))
+            for group, patterns in sorted(zip(flat[::2], flat[1::2], strict=True))
+        }
+        self._registry = _Registry(self.topology, version, groups, self.settings.max_backlog or 0)
+        return self._registry
+
+    async def _prepare(self, wire: Wire) -> None:
+        if not self._checked:
+            await self._check(wire)
+            self._checked = True
+        await asyncio.gather(*wire.call_many(*((b"SCRIPT", b"LOAD", script.text) for script in SCRIPTS.values())))
+
+    async def _check(self, wire: Wire) -> None:
+        """Look at the server: how old it is, whether it may drop our keys, whether it keeps them."""
+        try:
+            text = await wire.call(b"INFO")
+        except ReplyError as exc:
+            _log.info("redis at %s does not let us look at its configuration, which is not checked: %s", self.settings.address, exc)
+            return
+        info = dict(line.split(":", 1) for line in text.decode(errors="replace").splitlines() if ":" in line)
+        version = tuple(int(part) for part in info.get("redis_version", "0").split(".")[:2] if part.isdigit())
+        if version < _FLOOR:
+            raise ConfigurationError(
+                f"redis at {self.settings.address} is version {info.get('redis_version')}: 6.2 is the oldest that has the commands needed"
+            )
+        self.has_xackdel = version >= (8, 2) and "valkey_version" not in info
+        policy = info.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction" and info.get("maxmemory", "0") != "0":
+            raise ConfigurationError(
+                f"redis at {self.settings.address} has maxmemory-policy {policy!r}: it may drop messages without a word when memory runs out. "
+                f"Set it to 'noeviction'"
+            )
+        if info.get("aof_enabled") != "1":
+            _log.warning(
+                "redis at %s has appendonly off: messages since its last snapshot are lost when it stops. Set 'appendonly yes' to keep them",
+                self.settings.address,
+            )
+
+    async def _page(self, group: str, start: bytes, count: int) -> Sequence[tuple[bytes, list[bytes]]]:
+        wire = await self.control()
+        with translated(self.settings.address):
+            return await wire.call(b"XRANGE", self.topology.dead(group), start, b"+", b"COUNT", count)  # type: ignore[no-any-return]
+
+    async def _find(self, group: str, ids: Collection[str] | None) -> list[tuple[DeadLetter, bytes]]:
+        """Return the dead letters with these ids (None: all), and where they are."""
+        found: list[tuple[DeadLetter, bytes]] = []
+        start = b"-"
+        while page := await self._page(group, start, _PAGE):
+            letters = ((_wire.dead_letter(entry, fields), entry) for entry, fields in page)
+            found += [(letter, entry) for letter, entry in letters if ids is None or letter.id in ids]
+            start = b"(" + page[-1][0]
+        return found
+
+
+def _outcomes(registry: _Registry, envelopes: Sequence[Envelope], rejected: Sequence[int]) -> Sequence[AbeError | None]:
+    if not rejected and registry.all_routed:
+        return ()
+    outcomes: list[AbeError | None] = [None] * len(envelopes)
+    for position in registry.unroutable(envelopes):
+        outcomes[position] = UnroutableError(f"no group wants the key {envelopes[position].key!r}")
+    for position in rejected:
+        outcomes[position] = BackpressureError("a group that wants the message has max_backlog messages waiting")
+    return outcomes
+
+
+if TYPE_CHECKING:
+    _: type[TransportProtocol] = RedisTransport

@@ -1,0 +1,102 @@
+"""Envelopes to stream entries and back. Pure.
+
+An entry has two fields: ``m``, a JSON array ``[1, id, key, milliseconds]`` with the headers as a fifth element if there are any, and ``p``,
+the body. One that was tried before has ``a`` too, the deliveries so far. A stranger writes ``p`` alone, or with ``k``, the key.
+A dead letter has ``r``, ``e`` and ``t`` besides: reason, error, and the time of death in milliseconds.
+"""
+
+from collections.abc import Sequence
+from typing import Final, TypeAlias
+
+import msgspec
+
+from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Metadata
+from abe.errors import DecodeError
+
+VERSION: Final = 1
+_MARK: Final = b"[%d," % VERSION
+
+Fields: TypeAlias = Sequence[bytes]
+"""Names and values by turns, as Redis returns them."""
+
+
+class _Meta(msgspec.Struct, array_like=True, frozen=True):
+    version: int
+    id: str
+    key: str
+    published_at: int
+    headers: dict[str, str] | None = None
+
+
+_encode: Final = msgspec.json.Encoder().encode
+_decode: Final = msgspec.json.Decoder(_Meta).decode
+
+
+def pack(envelope: Envelope) -> bytes:
+    """Return the field ``m``."""
+    id, key, _, published_at, headers, _ = envelope
+    return _encode((VERSION, id, key, published_at) if headers is None else (VERSION, id, key, published_at, headers))
+
+
+def unpack(header: bytes) -> Metadata:
+    """Read the field ``m``.
+
+    Raises:
+        DecodeError: It is not what `pack` writes.
+    """
+    try:
+        meta = _decode(header)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise DecodeError(f"the envelope cannot be read: {exc}") from exc
+    return Metadata(meta.id, meta.key, meta.published_at, meta.headers)
+
+
+def delivery(entry: bytes, fields: Fields, count: int = 1) -> Delivery:
+    """Make a delivery of a stream entry.
+
+    Args:
+        entry: The entry's id in the stream, which is the receipt.
+        fields: Its fields.
+        count: How often the entry was delivered from where it is now.
+    """
+    if len(fields) == 4 and fields[0] == b"m" and fields[2] == b"p" and fields[1].startswith(_MARK):
+        return Delivery(entry, fields[3], fields[1], count)
+    named = dict(zip(fields[::2], fields[1::2], strict=True))
+    body, header = named.get(b"p"), named.get(b"m")
+    attempt = _number(named.get(b"a")) + count
+    if body is None:
+        return Delivery(entry, b"", _stranger(entry, named), attempt, "the entry has no field 'p'")
+    if header is None:
+        return Delivery(entry, body, _stranger(entry, named), attempt)
+    if not header.startswith(_MARK):
+        return Delivery(entry, body, _stranger(entry, named), attempt, "the envelope is of a version that is not known here")
+    return Delivery(entry, body, header, attempt)
+
+
+def dead_letter(entry: bytes, fields: Fields) -> DeadLetter:
+    """Read an entry of the dead letters, whatever it once was."""
+    named = dict(zip(fields[::2], fields[1::2], strict=True))
+    header = named.get(b"m", b"")
+    try:
+        metadata = unpack(header) if header.startswith(_MARK) else _stranger(entry, named)
+    except DecodeError:
+        metadata = _stranger(entry, named)
+    return DeadLetter(
+        id=metadata.id,
+        key=metadata.key,
+        body=named.get(b"p", b""),
+        headers=metadata.headers or {},
+        attempts=_number(named.get(b"a")),
+        reason=named.get(b"r", b"").decode(errors="replace"),
+        error=named.get(b"e", b"").decode(errors="replace"),
+        published_at=metadata.published_at / 1000,
+        dead_at=_number(named.get(b"t")) / 1000,
+    )
+
+
+def _stranger(entry: bytes, named: dict[bytes, bytes]) -> Metadata:
+    return Metadata(entry.decode(), named.get(b"k", b"").decode(errors="replace"))
+
+
+def _number(text: bytes | None) -> int:
+    return int(text) if text is not None and text.isdigit() else 0
