@@ -1,0 +1,1 @@
+"""What an application's tests need: a clock they move, a backend that records, fixtures."""
