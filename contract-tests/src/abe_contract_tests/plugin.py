@@ -17,8 +17,12 @@ from abe_contract_tests.selection import harness_label, load_harness, selected_h
 from abe_contract_tests.services import ServiceUnavailable
 from abe_contract_tests.verdict import NO_BROKER, Result
 from abe_contract_tests.waivers import Waiver, read_waivers
+from abe_contract_tests.watchdog import watching
 
 pytest.register_assert_rewrite("abe_contract_tests.suite", "abe_contract_tests.accounting", "abe_contract_tests.probes")
+
+_STALL: Final = 20.0
+"""Seconds for which an event loop may stand still before its test is ended."""
 
 _waivers: Final = pytest.StashKey[tuple[Waiver, ...]]()
 _result: Final = pytest.StashKey[Result]()
@@ -136,7 +140,7 @@ def contract_harness(request: pytest.FixtureRequest) -> Iterator[Harness]:
 async def contract(contract_harness: Harness) -> AsyncIterator[Contract]:
     """The provider under test, in a namespace of this test's own."""
     held = Contract(contract_harness)
-    with held.capturing(), _no_blocking(contract_harness):
+    with held.capturing(), watching(held.bound(_STALL)), _no_blocking(contract_harness):
         try:
             yield held
         finally:

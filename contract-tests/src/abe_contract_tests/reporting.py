@@ -53,12 +53,16 @@ class Ledger:
         """Judge, and turn a green exit status red where the verdict is not."""
         if self._config.option.collectonly or not self._results:
             return
+        try:
+            tests = suite_tests()
+        except ImportError:
+            return  # pytest has reported it as an error of the collection; nothing can be said of clauses without all of the tests
         selected = self._selected()
         for name in selected_harnesses(self._config):
             results = [result for result in self._results.values() if result.harness == name]
             broker = self._brokers.get(name, "none")
             self._verdicts.append(
-                judge(name, load_harness(name), suite_tests(), results, self._waivers, broker=broker, selected=selected)
+                judge(name, load_harness(name), tests, results, self._waivers, broker=broker, selected=selected)
             )
         if (path := self._config.getoption("--contract-report")) is not None:
             Path(path).write_text(json.dumps(contract_report(self._verdicts), indent=1) + "\n")
@@ -101,8 +105,9 @@ def _detail(report: pytest.TestReport) -> str:
         return str(report.wasxfail)
     if isinstance(report.longrepr, tuple):
         return report.longrepr[2].removeprefix("Skipped: ")
-    lines = report.longreprtext.splitlines()
-    return next((line.removeprefix("E").strip() for line in lines if line.startswith("E ")), lines[-1] if lines else "")
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = str(report.longrepr) if crash is None else str(crash.message)
+    return text.partition("\n")[0]
 
 
 def _write(out: pytest.TerminalReporter, verdict: HarnessVerdict, *, full: bool) -> None:

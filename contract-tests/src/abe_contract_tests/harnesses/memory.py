@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
+from uuid import uuid4
 
 from abe.backends.message_queue.base import Envelope
 from abe.backends.message_queue.service import memory
@@ -38,11 +39,11 @@ class _MemoryOracle:
         self._name = namespace
 
     async def inject(self, group: str, body: bytes, *, key: str = "injected") -> None:
-        self._put(group, Envelope(f"injected-{id(body):x}", key, body, 0))
+        self._put(group, Envelope(f"injected-{uuid4().hex}", key, body, 0))
 
     async def inject_version(self, group: str, body: bytes) -> None:
         # Nothing is written down in memory, so there is no version to get wrong: what is left is a body that no codec reads.
-        self._put(group, Envelope(f"injected-{id(body):x}", "injected", b"\x09" + body, 0))
+        self._put(group, Envelope(f"injected-{uuid4().hex}", "injected", b"\x09" + body, 0))
 
     async def counts(self, group: str) -> Counts:
         space = self._space()

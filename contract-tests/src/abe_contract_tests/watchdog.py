@@ -1,0 +1,41 @@
+"""Ends a test whose event loop stands still: no time-out of asyncio's can, as it needs the loop that stands."""
+
+import asyncio
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+
+class LoopStalledError(AssertionError):
+    """Something kept the event loop busy, or blocked it; the traceback shows where it was."""
+
+
+@contextmanager
+def watching(seconds: float) -> Iterator[None]:
+    """Raise `LoopStalledError` inside of whatever runs when the running event loop has not turned for that long.
+
+    Does nothing in other threads than the main one, and where there are no timer signals.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+    loop = asyncio.get_running_loop()
+
+    def stalled(*_: object) -> NoReturn:
+        raise LoopStalledError(f"the event loop did not turn for {seconds:g} s")
+
+    def beat() -> None:
+        nonlocal timer
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        timer = loop.call_later(seconds / 4, beat)
+
+    before = signal.signal(signal.SIGALRM, stalled)
+    timer = loop.call_soon(beat)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
