@@ -11,15 +11,20 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeAlias
 
 import hiredis
+import redis
 from redis.asyncio.connection import AbstractConnection, Connection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.driver_info import DriverInfo
 
 from abe.errors import BackendConnectionError
-from abe_backend_redis._errors import ReplyError, translate, translated
+from abe_backend_redis._errors import ReplyError, translated
 from abe_backend_redis._settings import RedisSettings
 
 _log: Final = logging.getLogger("abe.redis")
+
+_DRIVER: Final = DriverInfo(lib_version=redis.__version__)
+"""Made here once: made by each connection it would read the installed metadata, and block the event loop."""
 
 Reply: TypeAlias = Any
 Argument: TypeAlias = object
@@ -145,6 +150,7 @@ async def _login(settings: RedisSettings, name: str) -> AbstractConnection:
     options |= {
         "protocol": 2,
         "client_name": name,
+        "driver_info": _DRIVER,
         "retry": Retry(NoBackoff(), 0),  # retries are the engine's: a client that repeats a write by itself doubles it
         "socket_timeout": settings.connect_timeout,
         "socket_connect_timeout": settings.connect_timeout,
@@ -176,36 +182,51 @@ class Link:
         self._patience = patience
         self._prepare = prepare
         self._wire: Wire | None = None
-        self._connecting = asyncio.Lock()
+        self._connecting: asyncio.Task[Wire] | None = None
         self._closed = False
 
     async def get(self) -> Wire:
         """Return a live connection.
+
+        However many ask, one is made; who is cancelled stops waiting, and the connection is made all the same.
 
         Raises:
             AbeError: There is none to be had; see `Wire.connect`.
         """
         if self._wire is not None and self._wire.alive:
             return self._wire
-        async with self._connecting:
-            if self._wire is not None and self._wire.alive:
-                return self._wire
-            if self._closed:
-                raise BackendConnectionError(f"the connection to redis at {self._settings.address} was closed")
-            wire = await Wire.connect(self._settings, self._name, self._patience)
-            try:
-                await self._prepare(wire)
-            except ReplyError as exc:
-                wire.close()
-                raise translate(exc, self._settings.address) from exc
-            except BaseException:
-                wire.close()
-                raise
-            self._wire = wire
-            return wire
+        if self._closed:
+            raise self._was_closed()
+        if self._connecting is None or self._connecting.done():
+            # In a task of its own also because redis-py waits with wait_for, which on Python 3.11 may swallow a cancellation.
+            self._connecting = asyncio.get_running_loop().create_task(self._connect())
+        connecting = self._connecting
+        await asyncio.wait([connecting])
+        if connecting.cancelled():
+            raise self._was_closed()
+        return connecting.result()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Disconnect for good."""
         self._closed = True
+        if self._connecting is not None and not self._connecting.done():
+            self._connecting.cancel()
+            await asyncio.wait([self._connecting])
         if self._wire is not None:
             self._wire.close()
+
+    async def _connect(self) -> Wire:
+        wire = await Wire.connect(self._settings, self._name, self._patience)
+        try:
+            with translated(self._settings.address):
+                await self._prepare(wire)
+        except BaseException:
+            wire.close()
+            raise
+        self._wire = wire
+        if self._closed:
+            wire.close()
+        return wire
+
+    def _was_closed(self) -> BackendConnectionError:
+        return BackendConnectionError(f"the connection to redis at {self._settings.address} was closed")

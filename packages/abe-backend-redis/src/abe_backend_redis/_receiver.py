@@ -139,7 +139,7 @@ class RedisReceiver:
             if self._client:
                 await self._leave((), for_good=True)
         finally:
-            self._link.close()
+            await self._link.close()
 
     async def _prepare(self, wire: Wire) -> None:
         self._client = await wire.call(b"CLIENT", b"ID")

@@ -108,8 +108,8 @@ class RedisTransport:
 
     async def close(self) -> None:
         """Disconnect."""
-        self._publishing.close()
-        self._controlling.close()
+        await self._publishing.close()
+        await self._controlling.close()
 
     async def ping(self) -> None:
         """PING."""

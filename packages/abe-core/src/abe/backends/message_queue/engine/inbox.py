@@ -206,9 +206,15 @@ class Inbox:
         await asyncio.shield(self._close_once())
 
     def close_soon(self) -> None:
-        """Close without waiting, from any thread; nothing happens when the event loop is closed."""
+        """Close without waiting, from any thread; nothing happens when the event loop is closed, or about to be."""
+
+        def close() -> None:
+            # Nobody but an event loop that ends cancels the task before `close` does: a new task would never be run.
+            if not self._fetching.done() and not self._fetching.cancelling():
+                self._close_once()
+
         try:
-            self._loop.call_soon_threadsafe(self._close_once)
+            self._loop.call_soon_threadsafe(close)
         except RuntimeError:
             _log.debug("the event loop of group %r was closed before its subscription", self.group)
 
