@@ -1,0 +1,59 @@
+"""C-MEM: a backlog waits in the broker, not in the client."""
+
+from abe_contract_tests.clauses import clause
+from abe_contract_tests.contract import Contract
+from abe_contract_tests.suite import workers
+from abe_contract_tests.suite.steps import collect, numbered, until_in_flight
+
+BACKLOG = 200_000
+CHUNK = 10_000
+PREFETCH = 50
+PAYLOAD = "x" * 150
+CONSTANT = 16 * 1024 * 1024
+"""Bytes for buffers, the allocator and late imports: the backlog's payloads alone are about twice as much."""
+
+
+@clause("C-MEM-01")
+async def test_a_backlog_of_200000_leaves_a_stalled_client_small(contract: Contract) -> None:
+    backend = contract.backend()
+    oracle = await contract.oracle()
+    async with contract.within(60):
+        await backend.declare("g")
+        await backend.publish("order.created", {"n": -1})
+        async with contract.worker(workers.stall, group="g", prefetch=PREFETCH) as worker:
+            assert await worker.next_report() == "stalled"
+            await worker.send("how much?")
+            before = await worker.next_report()
+            for start in range(0, BACKLOG, CHUNK):
+                await backend.publish_many(
+                    [("order.created", {"n": n, "text": PAYLOAD}) for n in range(start, start + CHUNK)]
+                )
+            await worker.send("how much?")
+            growth = await worker.next_report() - before
+            counts = await oracle.counts("g")
+            assert counts.total == BACKLOG + 1
+            assert 0 < counts.in_flight <= PREFETCH
+            assert growth <= PREFETCH * len(PAYLOAD) + CONSTANT, f"{growth / 1e6:.0f} MB"
+        await backend.delete_group("g")
+
+
+@clause("C-MEM-01")
+async def test_a_client_holds_no_more_than_its_limit_of_a_backlog(contract: Contract) -> None:
+    backend = contract.backend()
+    oracle = await contract.oracle()
+    async with contract.within(20):
+        await backend.declare("g")
+        await backend.publish_many(numbered(5_000))
+        async with backend.consume(group="g", prefetch=PREFETCH) as stalled:
+            await stalled.receive()
+            held = 1
+            # Whatever the client fetched is at hand or held by now, once it has all it may have.
+            while stalled.take() is not None:
+                held += 1
+            assert held <= PREFETCH
+            async with backend.consume(group="g", prefetch=500) as others:
+                await collect(others, 5_000 - PREFETCH)
+            counts = await oracle.counts("g")
+            assert counts.total <= PREFETCH
+            await until_in_flight(oracle, "g", counts.total)
+        await backend.delete_group("g")

@@ -1,0 +1,229 @@
+"""C-PSN-01 and C-PSN-02: messages that nobody can handle."""
+
+import asyncio
+import time
+from collections import Counter
+
+import pytest
+from abe.backends.message_queue.base import ConstantBackoff, Message
+from abe.backends.message_queue.consumer import AsyncLoopConsumer
+from abe.backends.message_queue.retry import Reject, RetryPolicy
+
+from abe_contract_tests.clauses import clause
+from abe_contract_tests.contract import Contract
+from abe_contract_tests.suite import workers
+from abe_contract_tests.suite.steps import collect, collect_distinct, numbered, numbers, until_dead, until_empty
+
+GARBAGE = (
+    b"\xff\xfe not text",
+    b"not json",
+    b"[1, 2]",
+    b'"a string"',
+    b"{",
+    b'{"a": }',
+    b"\x00",
+    b"null",
+    b'{"\xff": 1}',
+)
+
+
+@clause("C-PSN-01", capability="dead_letter")
+async def test_undecodable_messages_are_dead_lettered_raw_and_delay_nobody(contract: Contract) -> None:
+    backend = contract.backend()
+    oracle = await contract.oracle()
+    async with contract.within(15):
+        await backend.declare("g")
+        await backend.publish("order.created", {"n": 0})
+        for n, body in enumerate(GARBAGE, 1):
+            await oracle.inject("g", body, key="bad")
+            await backend.publish("order.created", {"n": n})
+        async with backend.consume(group="g", prefetch=1) as subscription:
+            async with contract.within(2):
+                good = await collect(subscription, len(GARBAGE) + 1)
+            await until_dead(oracle, "g", len(GARBAGE))
+            await until_empty(oracle, "g")
+        letters = await backend.dead_letters("g").list()
+    assert sorted(numbers(good)) == list(range(len(GARBAGE) + 1))
+    assert sorted(letter.body for letter in letters) == sorted(GARBAGE)
+    for letter in letters:
+        assert letter.reason
+        assert letter.id
+        assert letter.attempts >= 1
+        assert letter.dead_at > 0
+
+
+@clause("C-PSN-01", capability="dead_letter")
+async def test_undecodable_messages_do_not_end_an_iteration_or_a_consumer(contract: Contract) -> None:
+    backend = contract.backend()
+    oracle = await contract.oracle()
+    seen: list[int] = []
+    done = asyncio.Event()
+
+    async def handler(message: Message) -> None:
+        seen.append(message["n"])
+        if len(seen) == 6:
+            done.set()
+
+    async with contract.within(15):
+        await backend.declare("g")
+        await oracle.inject("g", GARBAGE[0])
+        await backend.publish("order.created", {"n": 0})
+        async with backend.consume(group="g") as subscription:
+            async for message in subscription:
+                assert message == {"n": 0}
+                await message.ack()
+                break
+        consumer = AsyncLoopConsumer(backend, "g", concurrency=2)
+        running = asyncio.create_task(consumer.run(handler))
+        for n in range(6):
+            await oracle.inject("g", GARBAGE[n])
+            await backend.publish("order.created", {"n": n})
+        await done.wait()
+        await until_dead(oracle, "g", 7)
+        await until_empty(oracle, "g")
+        await consumer.shutdown()
+        await running
+
+
+@clause("C-PSN-02", capability="dead_letter")
+async def test_after_its_last_attempt_a_message_is_a_dead_letter_that_tells_everything(contract: Contract) -> None:
+    backend = contract.backend()
+    oracle = await contract.oracle()
+    before = time.time()
+    async with contract.within():
+        async with backend.consume(group="g", max_attempts=3) as subscription:
+            await backend.publish(
+                "order.created", {"n": 1, "text": "é"}, headers={"trace": "abc", "ü": "ö"}, id="order-1"
+            )
+            for attempt in (1, 2, 3):
+                message = await subscription.receive()
+                assert message.attempt == attempt
+                await message.nack(delay=0, reason="the shop is closed", error=f"Traceback of attempt {attempt}")
+            await until_dead(oracle, "g", 1)
+            assert (await oracle.counts("g")).total == 0
+            assert subscription.take() is None
+        (letter,) = await backend.dead_letters("g").list()
+        assert await backend.dead_letters("g").get("order-1") == letter
+    assert letter.id == "order-1"
+    assert letter.key == "order.created"
+    assert letter.body == '{"n":1,"text":"é"}'.encode()
+    assert letter.headers == {"trace": "abc", "ü": "ö"}
+    assert letter.attempts == 3
+    assert letter.reason == "the shop is closed"
+    assert letter.error == "Traceback of attempt 3"
+    # The broker's clock may be another machine's; on a test's it is not minutes off.
+    assert before - 1 <= letter.published_at <= letter.dead_at + 1
+    assert letter.dead_at <= time.time() + 60
+
+
+@clause("C-PSN-02", capability="dead_letter")
+@pytest.mark.parametrize("verdict", ["exception", "reject"])
+async def test_a_handler_that_fails_for_good_fills_the_dead_letter(contract: Contract, verdict: str) -> None:
+    backend = contract.backend()
+    oracle = await contract.oracle()
+    attempts: Counter[int] = Counter()
+
+    async def handler(message: Message) -> None:
+        attempts[message["n"]] += 1
+        if message["n"] == 0:
+            raise Reject("never") if verdict == "reject" else ValueError("always")
+
+    async with contract.within():
+        await backend.declare("g")
+        await backend.publish_many(numbered(50))
+        consumer = AsyncLoopConsumer(backend, "g", retry=RetryPolicy(max_attempts=3, backoff=ConstantBackoff(0.05)))
+        running = asyncio.create_task(consumer.run(handler))
+        await until_dead(oracle, "g", 1)
+        await until_empty(oracle, "g")
+        await consumer.shutdown()
+        await running
+        (letter,) = await backend.dead_letters("g").list()
+    assert attempts.pop(0) == letter.attempts == (1 if verdict == "reject" else 3)
+    assert ("never" if verdict == "reject" else "always") in letter.reason
+    assert verdict == "reject" or "ValueError" in letter.error
+    # The others were neither held up nor repeated.
+    assert attempts == dict.fromkeys(range(1, 50), 1)
+
+
+@clause("C-PSN-02", capability="dead_letter")
+async def test_others_keep_flowing_while_a_message_fails_and_waits(contract: Contract) -> None:
+    backend = contract.backend()
+    async with contract.within():
+        await backend.declare("g")
+        await backend.publish_many(numbered(101))
+        async with backend.consume(group="g", prefetch=1) as subscription, contract.within(5):
+            seen: set[int] = set()
+            while len(seen) < 100:
+                message = await subscription.receive()
+                if message["n"] == 0:
+                    await message.nack(delay=30)
+                else:
+                    seen.add(message["n"])
+                    await message.ack()
+        counts = await (await contract.oracle()).counts("g")
+        assert (counts.delayed, counts.total) == (1, 1)
+
+
+@clause("C-PSN-02", capability="dead_letter")
+async def test_a_message_that_kills_its_process_ends_in_the_dead_letters(contract: Contract) -> None:
+    backend = contract.backend()
+    oracle = await contract.oracle()
+    async with contract.within(25):
+        await backend.declare("g")
+        await backend.publish("order.created", {"poison": True, "n": 0}, id="killer")
+        for attempt in (1, 2):
+            async with contract.worker(workers.hold, group="g", max_attempts=2, poison=True) as worker:
+                assert await worker.next_report() == "subscribed"
+                assert await worker.next_report() == {"n": 0, "id": "killer", "attempt": attempt}
+                await worker.kill()
+        await backend.publish_many(numbered(2, start=1))
+        async with backend.consume(group="g", max_attempts=2) as subscription:
+            # Never yielded a third time: whoever takes it next buries it before the handler runs.
+            assert sorted(numbers(await collect(subscription, 2))) == [1, 2]
+            waiting = asyncio.ensure_future(subscription.receive())
+            await until_dead(oracle, "g", 1)
+            await until_empty(oracle, "g")
+            assert not waiting.done()
+            waiting.cancel()
+            await asyncio.wait([waiting])
+        (letter,) = await backend.dead_letters("g").list()
+    assert letter.id == "killer"
+    assert letter.reason
+    assert letter.attempts >= 2
+
+
+@clause("C-PSN-02", capability="dead_letter")
+async def test_a_process_killed_in_the_middle_of_the_move_loses_no_message(contract: Contract) -> None:
+    backend = contract.backend()
+    oracle = await contract.oracle()
+    async with contract.within(25):
+        await backend.declare("g")
+        await backend.publish_many(numbered(60))
+        async with contract.worker(workers.reject_all, group="g", count=60) as worker:
+            reported = [await worker.next_report() for _ in range(3)]
+            await worker.kill()
+        counts = await oracle.counts("g")
+        assert counts.dead >= len(reported)
+        assert counts.dead + counts.total >= 60
+        async with backend.consume(group="g") as subscription:
+            while (await oracle.counts("g")).total:
+                if (message := subscription.take()) is not None:
+                    await message.reject("rejected by the survivor")
+                await asyncio.sleep(0)
+        letters = await backend.dead_letters("g").list(limit=200)
+    moved = Counter(letter.body for letter in letters)
+    assert set(moved) == {b'{"n":%d}' % n for n in range(60)}
+
+
+@clause("C-PSN-02", capability="dead_letter")
+async def test_the_setting_protects_a_plain_loop_too(contract: Contract) -> None:
+    backend = contract.backend(QUEUE_MAX_ATTEMPTS="2")
+    oracle = await contract.oracle()
+    async with contract.within(), backend.consume(group="g") as subscription:
+        await backend.publish("order.created", {"n": 1})
+        for _ in range(2):
+            await (await subscription.receive()).nack(delay=0)
+        await backend.publish("order.created", {"n": 2})
+        assert set(await collect_distinct(subscription, [2])) == {2}
+        await until_dead(oracle, "g", 1)
+        await until_empty(oracle, "g")
