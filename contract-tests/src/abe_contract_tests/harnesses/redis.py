@@ -11,6 +11,8 @@ from abe_contract_tests.harness import Counts, Evidence, Harness, Oracle
 from abe_contract_tests.services import Service, redis_service
 
 _RELEASED: Final = "released"
+_GROUP: Final = "group"
+"""The consumer group of every stream."""
 """The consumer under whose name a closing consumer leaves what others should have at once."""
 
 _NOBODY_LISTENS: Final = "redis://127.0.0.1:1/0"
@@ -84,7 +86,7 @@ class _RedisOracle:
             pending, length = {"pending": 0, "consumers": []}, 0
         else:
             async with self._client.pipeline(transaction=True) as pipe:
-                pipe.xpending(stream, group)
+                pipe.xpending(stream, _GROUP)
                 pipe.xlen(stream)
                 pending, length = await pipe.execute()
         held = pending["pending"] - sum(
@@ -98,7 +100,7 @@ class _RedisOracle:
         )
 
     async def consumers(self, group: str) -> int:
-        found = await self._client.xinfo_consumers(f"{self._prefix}:queue:{group}", group)
+        found = await self._client.xinfo_consumers(f"{self._prefix}:queue:{group}", _GROUP)
         return sum(consumer["name"] != _RELEASED.encode() for consumer in found)
 
     async def connections(self) -> int:
