@@ -1,0 +1,31 @@
+"""The backends as fixtures, closed when the test ends: where pytest-asyncio is there to run async fixtures."""
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import pytest_asyncio
+
+if TYPE_CHECKING:
+    from abe.backends.message_queue.service.memory import MemoryBackend
+    from abe.testing.clock import ManualClock
+    from abe.testing.recording import RecordingBackend
+
+
+@pytest_asyncio.fixture
+async def memory_backend(manual_clock: "ManualClock") -> "AsyncIterator[MemoryBackend]":
+    """A memory backend with nothing in it, on `manual_clock`."""
+    from abe.testing.memory import fresh_memory_backend
+
+    backend = fresh_memory_backend(manual_clock)
+    yield backend
+    await backend.disconnect()
+
+
+@pytest_asyncio.fixture
+async def recording_backend(manual_clock: "ManualClock") -> "AsyncIterator[RecordingBackend]":
+    """A backend that records what is published, on `manual_clock`."""
+    from abe.testing.recording import RecordingBackend
+
+    backend = RecordingBackend(clock=manual_clock)
+    yield backend
+    await backend.disconnect()

@@ -1,0 +1,87 @@
+"""Test entry points: the loader finds a test's backend as it finds an installed provider."""
+
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from importlib.metadata import Distribution, DistributionFinder, EntryPoint, EntryPoints
+from os import PathLike
+from typing import Any, cast
+from uuid import uuid4
+
+from abe.backends.message_queue.base.protocol import MessageQueueBackend
+from abe.backends.message_queue.loader import ENTRY_POINT_GROUP
+
+
+class _TestEntryPoint(EntryPoint):
+    """An entry point that loads an object at hand, which no import path need lead to."""
+
+    def load(self) -> Any:
+        return vars(self)["loaded"]
+
+
+class _TestDistribution(Distribution):
+    """What would be installed: one distribution with one entry point."""
+
+    def __init__(self, name: str, loaded: type[MessageQueueBackend]) -> None:
+        self._metadata = f"Metadata-Version: 2.1\nName: abe-testing-{uuid4().hex}\nVersion: 0\n"
+        point = _TestEntryPoint(name, f"{loaded.__module__}:{loaded.__qualname__}", ENTRY_POINT_GROUP)
+        vars(point)["loaded"] = loaded
+        self._points = EntryPoints([point])
+
+    def read_text(self, filename: str) -> str | None:
+        return self._metadata if filename == "METADATA" else None
+
+    def locate_file(self, path: str | PathLike[str]) -> Any:
+        raise NotImplementedError("a test's distribution has no files")
+
+    @property
+    def entry_points(self) -> EntryPoints:
+        return self._points
+
+
+class _TestFinder(DistributionFinder):
+    """Finds the test's distribution, and no module."""
+
+    def __init__(self, distribution: Distribution) -> None:
+        self._distribution = distribution
+
+    def find_spec(self, *_: object) -> None:
+        return None
+
+    def find_distributions(
+        self,
+        context: DistributionFinder.Context = DistributionFinder.Context(),  # noqa: B008 - the base class's signature
+    ) -> Iterator[Distribution]:
+        if context.name in (None, self._distribution.name):
+            yield self._distribution
+
+
+@contextmanager
+def registered_backend(name: str, backend: type[MessageQueueBackend] | MessageQueueBackend) -> Generator[None]:
+    """Register a backend under `name`, as an installed distribution would, until the block ends.
+
+    `importlib.metadata` finds it, so `load_backend` does, wherever an application has imported that to. It comes before
+    an installed provider of the same name.
+
+    Args:
+        name: What ``QUEUE_BACKEND``, or the argument of `load_backend`, says.
+        backend: A class, whose `from_env` the loader calls; or an instance, which the loader then returns each time.
+    """
+    loaded = backend if isinstance(backend, type) else _class_of(backend)
+    # The last distribution of several that have a name for an entry point is the one that the loader takes.
+    finder = _TestFinder(_TestDistribution(name, loaded))
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+def _class_of(backend: MessageQueueBackend) -> type[MessageQueueBackend]:
+    base = type(backend)
+    members = {
+        "from_env": staticmethod(lambda: backend),
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+    }
+    return cast("type[MessageQueueBackend]", type(base.__name__, (base,), members))
