@@ -6,6 +6,7 @@ So after the login its transport gets this protocol: whole replies by hiredis, e
 
 import asyncio
 import logging
+import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeAlias
@@ -17,7 +18,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.driver_info import DriverInfo
 
-from abe.errors import BackendConnectionError
+from abe.errors import BackendConnectionError, ConfigurationError
 from abe_backend_redis._errors import ReplyError, translated
 from abe_backend_redis._settings import RedisSettings
 
@@ -143,7 +144,7 @@ class Wire(asyncio.Protocol):
             self._timer = self._loop.call_later(self._patience / 4, self._watch)
 
 
-async def _login(settings: RedisSettings, name: str) -> AbstractConnection:
+def _prepared(settings: RedisSettings, name: str) -> AbstractConnection:
     options: dict[str, Any] = dict(parse_url(settings.url))
     kind: Callable[..., AbstractConnection] = options.pop("connection_class", Connection)
     options |= {key: value for key in ("username", "password") if (value := getattr(settings, key)) is not None}
@@ -157,7 +158,17 @@ async def _login(settings: RedisSettings, name: str) -> AbstractConnection:
         "health_check_interval": 0,
     }
     options.pop("max_connections", None)
-    login = kind(**options)
+    for option in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
+        if option in options and not os.path.isfile(options[option]):
+            raise ValueError(f"{option} names no file")
+    return kind(**options)
+
+
+async def _login(settings: RedisSettings, name: str) -> AbstractConnection:
+    try:
+        login = _prepared(settings, name)
+    except (TypeError, ValueError) as exc:  # they name the parameter, and do not show its value
+        raise ConfigurationError(f"REDIS_URL has a query parameter that is wrong: {exc}") from exc
     try:
         await login.connect()  # type: ignore[no-untyped-call]
     except BaseException:

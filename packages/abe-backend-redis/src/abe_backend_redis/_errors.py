@@ -1,5 +1,7 @@
 """Redis's errors made ours: the only module that knows the client's exceptions."""
 
+import re
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -53,22 +55,32 @@ _BY_TYPE: Final[tuple[tuple[type[BaseException], type[AbeError]], ...]] = (
 _HINTS: Final[dict[type[AbeError], str]] = {
     PermissionDeniedError: "check the user, the password, and the user's rights",
     BackpressureError: "it takes no writes now",
-    ConfigurationError: "the namespace's keys are used by something else: choose another QUEUE_NAMESPACE",
 }
+_FOREIGN_KEYS: Final = "the namespace's keys are used by something else: choose another QUEUE_NAMESPACE"
+_CERTIFICATE: Final = "check ssl_ca_certs in REDIS_URL, and that the certificate is for this host"
+
+_IN_SCRIPT: Final = re.compile(r"ERR Error running script .*?(?:@user_script: ?\d+: )+-?([A-Z]+) ")
+"""How Redis before 7.0 wraps the error of a command within a script."""
 
 
 def code(error: BaseException) -> str:
     """Return the first word of a reply that is an error."""
-    return str(error).partition(" ")[0]
+    text = str(error)
+    wrapped = _IN_SCRIPT.match(text)
+    return wrapped[1] if wrapped else text.partition(" ")[0]
 
 
 def translate(exc: BaseException, address: str) -> AbeError:
     """Return our error for one of the client's."""
     kind = _BY_CODE.get(code(exc)) if isinstance(exc, ReplyError) else None
-    if kind is None:
-        kind = next((ours for theirs, ours in _BY_TYPE if isinstance(exc, theirs)), RedisError)
-    hint = f" ({_HINTS[kind]})" if kind in _HINTS else ""
-    return kind(f"redis at {address}: {exc}{hint}")
+    if isinstance(exc.__context__, ssl.SSLCertVerificationError):  # redis-py shows it as a lost connection, which would be tried for ever
+        kind, hint = ConfigurationError, _CERTIFICATE
+    elif kind is ConfigurationError:
+        hint = _FOREIGN_KEYS
+    else:
+        kind = kind or next((ours for theirs, ours in _BY_TYPE if isinstance(exc, theirs)), RedisError)
+        hint = _HINTS.get(kind, "")
+    return kind(f"redis at {address}: {exc}{hint and f' ({hint})'}")
 
 
 @contextmanager

@@ -27,7 +27,6 @@ TICK: Final = 0.5
 _READ_PATIENCE: Final = TICK + 5.0
 """Seconds after which a read that should have returned means that the connection is dead."""
 
-_REAP_EVERY: Final = 60.0
 _UNBLOCK_EVERY: Final = 0.02
 
 
@@ -45,16 +44,23 @@ class RedisReceiver:
         self._group = group
         names = transport.topology
         self._stream, self._delayed, self._dead = names.queue(group), names.delayed(group), names.dead(group)
+        self._alive = names.alive(group)
         self._consumer = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}".encode()
         self._lease = b"%d" % (lease * 1000)
-        self._forgotten = b"%d" % (2 * lease * 1000 + 10_000)
+        self._forgotten = b"%d" % (2 * lease * 1000)
+        self._beat_every = lease / 3
         self._loop = asyncio.get_running_loop()
         self._link = Link(transport.settings, f"abe-read-{group}", _READ_PATIENCE, self._prepare)
         self._client = 0
         self._reading: asyncio.Future[Reply] | None = None
         self._next_tick = 0.0
-        self._next_reap = self._loop.time() + _REAP_EVERY
+        self._next_beat = 0.0
         self._stopping = False
+
+    async def beat(self, wire: Wire | None = None) -> None:
+        """Say that this consumer lives, and forget those that do not."""
+        self._next_beat = self._loop.time() + self._beat_every
+        await self._transport.run("beat", [self._stream, self._alive], [self._consumer, self._forgotten], wire=wire)
 
     async def receive(self, limit: int) -> Sequence[Delivery]:
         """Read what is new; before that, now and then, what became due and what others left behind."""
@@ -64,7 +70,7 @@ class RedisReceiver:
         try:
             if self._loop.time() >= self._next_tick:
                 left_behind = await self._tick(wire, limit)
-                if left_behind:
+                if left_behind or self._stopping:
                     return left_behind
             entries = await self._read(wire, limit)
         except ReplyError as exc:
@@ -136,8 +142,7 @@ class RedisReceiver:
     async def close(self) -> None:
         """Give back everything, and be forgotten."""
         try:
-            if self._client:
-                await self._leave((), for_good=True)
+            await self._leave((), for_good=True)
         finally:
             await self._link.close()
 
@@ -150,9 +155,8 @@ class RedisReceiver:
         pause = TICK if due < 0 else min(TICK, due / 1000)
         now = self._loop.time()
         self._next_tick = now if len(entries) == limit else now + pause
-        if now >= self._next_reap:
-            self._next_reap = now + _REAP_EVERY
-            await self._transport.run("reap", [self._stream], [self._forgotten], wire=wire)
+        if now >= self._next_beat:
+            await self.beat(wire)
         return [_wire.delivery(entry, fields, count) for entry, fields, count in entries]
 
     async def _read(self, wire: Wire, limit: int) -> Sequence[tuple[bytes, list[bytes]]]:
@@ -174,7 +178,7 @@ class RedisReceiver:
 
     async def _leave(self, receipts: Collection[Receipt], *, for_good: bool) -> Collection[Receipt]:
         try:
-            return await self._transport.run("recover", [self._stream], [self._consumer, int(for_good), *receipts])  # type: ignore[no-any-return]
+            return await self._transport.run("recover", [self._stream, self._alive], [self._consumer, int(for_good), *receipts])  # type: ignore[no-any-return]
         except AbeError as exc:
             if isinstance(exc.__cause__, ReplyError) and code(exc.__cause__) == "NOGROUP":
                 return receipts  # the group was deleted, with all that we held

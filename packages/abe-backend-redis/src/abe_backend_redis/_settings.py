@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from abe.errors import ConfigurationError
 from abe.settings import QueueSettings, positive, seconds, setting
@@ -70,7 +70,7 @@ class RedisSettings(QueueSettings):
             ("REDIS_USERNAME", self.username, parts.username),
             ("REDIS_PASSWORD", self.password, parts.password),
         ):
-            if given is not None and inside and given != inside:
+            if given is not None and inside and given != unquote(inside):
                 raise ConfigurationError(f"{name} and REDIS_URL both have one, and they differ: leave it out of one of them")
 
     @property

@@ -38,3 +38,7 @@ class Topology:
     def dead(self, group: str) -> bytes:
         """Stream: the group's dead letters."""
         return self._tag + b"dead:" + group.encode()
+
+    def alive(self, group: str) -> bytes:
+        """Sorted set by the time of their last sign of life in milliseconds: the group's consumers."""
+        return self._tag + b"alive:" + group.encode()

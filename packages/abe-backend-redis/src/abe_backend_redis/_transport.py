@@ -144,7 +144,7 @@ class RedisTransport:
     async def delete_group(self, group: str) -> None:
         """Delete what the group has."""
         names = self.topology
-        keys = [names.groups, names.version, names.queue(group), names.delayed(group), names.dead(group)]
+        keys = [names.groups, names.version, names.queue(group), names.delayed(group), names.dead(group), names.alive(group)]
         await self.run("delete", keys, [group])
 
     async def groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -152,8 +152,10 @@ class RedisTransport:
         return (await self._load_registry(await self.control())).groups
 
     async def subscribe(self, group: str, prefetch: int) -> RedisReceiver:
-        """Make a consumer with a name of its own; Redis learns of it with its first read."""
-        return RedisReceiver(self, group, self.settings.lease)
+        """Make a consumer with a name of its own."""
+        receiver = RedisReceiver(self, group, self.settings.lease)
+        await receiver.beat()
+        return receiver
 
     async def stats(self, group: str) -> GroupStats:
         """Count."""

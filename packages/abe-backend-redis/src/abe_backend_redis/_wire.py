@@ -1,12 +1,13 @@
 """Envelopes to stream entries and back. Pure.
 
 An entry has two fields: ``m``, a JSON array ``[1, id, key, milliseconds]`` with the headers as a fifth element if there are any, and ``p``,
-the body. One that was tried before has ``a`` too, the deliveries so far. A stranger writes ``p`` alone, or with ``k``, the key.
+the body. One that was tried before has ``a`` too, the deliveries so far. A stranger writes ``p`` alone, or with ``k``, the key, and
+``i``, its id; without that the entry's id is the message's.
 A dead letter has ``r``, ``e`` and ``t`` besides: reason, error, and the time of death in milliseconds.
 """
 
 from collections.abc import Sequence
-from typing import Final, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 import msgspec
 
@@ -24,7 +25,7 @@ class _Meta(msgspec.Struct, array_like=True, frozen=True):
     version: int
     id: str
     key: str
-    published_at: int
+    published_at: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
     headers: dict[str, str] | None = None
 
 
@@ -95,8 +96,8 @@ def dead_letter(entry: bytes, fields: Fields) -> DeadLetter:
 
 
 def _stranger(entry: bytes, named: dict[bytes, bytes]) -> Metadata:
-    return Metadata(entry.decode(), named.get(b"k", b"").decode(errors="replace"))
+    return Metadata(named.get(b"i", entry).decode(errors="replace"), named.get(b"k", b"").decode(errors="replace"))
 
 
 def _number(text: bytes | None) -> int:
-    return int(text) if text is not None and text.isdigit() else 0
+    return int(text) if text is not None and text.isdigit() and len(text) < 16 else 0

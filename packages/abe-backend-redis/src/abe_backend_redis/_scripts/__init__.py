@@ -5,10 +5,10 @@ from importlib.resources import files
 from typing import Final
 
 NAMES: Final = (
+    "beat",
     "declare",
     "delete",
     "publish",
-    "reap",
     "recover",
     "registry",
     "renew",

@@ -1,5 +1,5 @@
 -- After a lost connection, or at the end: gives back what the consumer was sent and does not know of.
--- KEYS: stream. ARGV: consumer, whether it leaves for good (1 or 0), the ids that it holds. Returns those of them that are not its own any more.
+-- KEYS: stream, the consumers' signs of life. ARGV: consumer, whether it leaves for good (1 or 0), the ids that it holds. Returns those of them that are not its own any more.
 local call, held, ours = redis.call, {}, {}
 for i = 3, #ARGV do held[ARGV[i]] = true end
 local from = '-'
@@ -16,5 +16,8 @@ while from do
 end
 local lost = {}
 for i = 3, #ARGV do if not ours[ARGV[i]] then lost[#lost + 1] = ARGV[i] end end
-if ARGV[2] == '1' then call('XGROUP', 'DELCONSUMER', KEYS[1], 'group', ARGV[1]) end
+if ARGV[2] == '1' then
+  call('XGROUP', 'DELCONSUMER', KEYS[1], 'group', ARGV[1])
+  call('ZREM', KEYS[2], ARGV[1])
+end
 return lost

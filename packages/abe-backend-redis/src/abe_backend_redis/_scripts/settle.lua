@@ -15,10 +15,18 @@ for i = 2, #ARGV, 5 do
   else
     local entry = verb ~= 'ack' and call('XRANGE', KEYS[1], id, id)[1]
     if entry then
-      local fields, attempts = {}, pending[4]
+      local fields, attempts, named = {}, pending[4], false
       for f = 1, #entry[2], 2 do
         if entry[2][f] == 'a' then attempts = attempts + (tonumber(entry[2][f + 1]) or 0)
-        else fields[#fields + 1] = entry[2][f]; fields[#fields + 1] = entry[2][f + 1] end
+        else
+          fields[#fields + 1] = entry[2][f]
+          fields[#fields + 1] = entry[2][f + 1]
+          named = named or entry[2][f] == 'm' or entry[2][f] == 'i'
+        end
+      end
+      if not named then -- a stranger's: it keeps the id by which it was known first
+        fields[#fields + 1] = 'i'
+        fields[#fields + 1] = id
       end
       fields[#fields + 1] = 'a'
       fields[#fields + 1] = tostring(attempts)

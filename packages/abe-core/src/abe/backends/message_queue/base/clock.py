@@ -46,3 +46,12 @@ async def sleep(clock: Clock, seconds: float) -> None:
         await done.wait()
     finally:
         timer.cancel()
+
+
+async def pause(ended: asyncio.Event, seconds: float) -> bool:
+    """Wait that long in real time, or until the event is set; return whether it is."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await ended.wait()
+    except TimeoutError:
+        return False

@@ -367,7 +367,7 @@ class TransportBackend(ABC):
                         if not patient:
                             raise
                         error, tries = exc, tries + 1
-                    await asyncio.sleep(_BACKOFF(tries))
+                    await session.pause(_BACKOFF(tries))
         except TimeoutError as exc:
             why = f": {error}" if error else ""
             text = f"the broker did not answer within {self.settings.publish_timeout:g} s{why}"

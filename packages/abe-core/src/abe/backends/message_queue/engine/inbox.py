@@ -32,7 +32,7 @@ _UNRENEWED_PATIENCE: Final = 30.0
 class Inbox:
     """Deliveries between the broker and whoever handles them.
 
-    At most `prefetch` of them are ours at any time: in the buffer, in a handler, or with a verdict that has not left yet. The
+    At most `prefetch` of them are ours at any time: in the buffer, in a handler, or with a verdict that the broker has not confirmed. The
     next ones are asked for, half of the bound at a time, while the buffered ones are handled.
 
     Args:
@@ -297,7 +297,8 @@ class Inbox:
 
     def _room(self) -> int:
         """How many to ask for: at most half the bound, so that the next ones travel while these are handled; none, if hardly any fit."""
-        room = min(self._prefetch - len(self._live), max(1, self._prefetch // 2))
+        free = self._prefetch - len(self._live) - self._settler.outstanding
+        room = min(free, max(1, self._prefetch // 2))
         return room if room >= max(1, self._prefetch // 4) else 0
 
     async def _wait_for_space(self) -> None:

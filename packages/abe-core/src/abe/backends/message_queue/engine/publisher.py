@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
+from abe.backends.message_queue.base.clock import pause
 from abe.backends.message_queue.base.transport import Envelope, Transport
 from abe.errors import AbeError, BackendClosedError, BackendConnectionError, PublishRejectedError, PublishUnknownError
 
@@ -65,6 +66,7 @@ class Publisher:
         self._room: deque[asyncio.Future[None]] = deque()
         self._closed = False
         self._idle: asyncio.Future[None] | None = None
+        self._abandoned = asyncio.Event()
 
     async def publish(self, envelope: Envelope) -> AbeError | None:
         """Publish a message, and return its outcome: None when the broker has it."""
@@ -99,6 +101,7 @@ class Publisher:
         if self._count:
             self._idle = self._loop.create_future()
             await asyncio.wait([self._idle], timeout=timeout)
+        self._abandoned.set()
         for batch in (*self._ready, *([self._current] if self._current else [])):
             error = BackendClosedError("the backend was closed before the message could be sent")
             self._finish(batch, [error] * len(batch.futures))
@@ -177,7 +180,7 @@ class Publisher:
         error: AbeError | None = None
         try:
             async with asyncio.timeout_at(deadline):
-                while self._loop.time() < deadline:
+                while self._loop.time() < deadline and not self._abandoned.is_set():
                     try:
                         sending = False
                         await self._opened()
@@ -199,7 +202,7 @@ class Publisher:
                         error = outcomes[pending[0]]
                         unknown = unknown or any(_maybe_accepted(outcomes[i]) for i in pending)
                     tries += 1
-                    await asyncio.sleep(_BACKOFF(tries))
+                    await pause(self._abandoned, _BACKOFF(tries))
         except TimeoutError:
             unknown = unknown or sending
         for index in pending:
@@ -208,13 +211,14 @@ class Publisher:
 
     def _gave_up(self, unknown: bool, cause: AbeError | None) -> AbeError:
         why = f": {cause}" if cause else ""
+        when = "before the backend was closed" if self._abandoned.is_set() else f"within {self._timeout:g} s"
         failure: AbeError
         if unknown:
             failure = PublishUnknownError(
-                f"no confirm within {self._timeout:g} s{why}. The broker may have the message or not: publish it again with the same id"
+                f"no confirm {when}{why}. The broker may have the message or not: publish it again with the same id"
             )
         else:
-            failure = PublishRejectedError(f"the message could not be sent within {self._timeout:g} s{why}")
+            failure = PublishRejectedError(f"the message could not be sent {when}{why}")
         failure.__cause__ = cause
         return failure
 

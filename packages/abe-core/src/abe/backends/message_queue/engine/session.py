@@ -2,9 +2,11 @@
 
 import asyncio
 
+from abe.backends.message_queue.base.clock import pause
 from abe.backends.message_queue.base.transport import Transport
 from abe.backends.message_queue.engine.inbox import Inbox
 from abe.backends.message_queue.engine.publisher import Publisher
+from abe.errors import BackendClosedError
 from abe.settings import QueueSettings
 
 
@@ -25,6 +27,7 @@ class Session:
         self._undeclared = settings.groups
         self._close_timeout = settings.close_timeout
         self._closing: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()
 
     async def opened(self) -> None:
         """Return once the transport is connected, and the groups of the settings exist."""
@@ -34,6 +37,15 @@ class Session:
                 await self.transport.declare(group, None)
             self._undeclared = ()
 
+    async def pause(self, seconds: float) -> None:
+        """Wait before another try.
+
+        Raises:
+            BackendClosedError: The session is being closed: there will be none.
+        """
+        if await pause(self._ended, seconds):
+            raise BackendClosedError("the backend was closed")
+
     async def close(self) -> None:
         """Finish what is on its way, end the subscriptions, and disconnect, whatever the broker does."""
         if self._closing is None:
@@ -41,6 +53,7 @@ class Session:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
+        self._ended.set()
         await asyncio.gather(
             self.publisher.close(self._close_timeout),
             *(inbox.close() for inbox in self.inboxes),

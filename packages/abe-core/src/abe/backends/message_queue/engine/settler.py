@@ -28,7 +28,7 @@ class Settler:
     Args:
         receiver: Carries them out.
         sure: Whether the leases of what we hold are certainly still ours.
-        sent: Called when acknowledgements have left, so that more messages can be taken.
+        settled: Called when verdicts were carried out, so that more messages can be taken.
         patience: Seconds for which a verdict is worth trying.
         clock: What `patience` is measured by.
     """
@@ -37,13 +37,13 @@ class Settler:
         self,
         receiver: Receiver,
         sure: Callable[[], bool],
-        sent: Callable[[], None],
+        settled: Callable[[], None],
         patience: float,
         clock: Clock,
     ) -> None:
         self._receiver = receiver
         self._sure = sure
-        self._sent = sent
+        self._settled = settled
         self._patience = patience
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -52,10 +52,13 @@ class Settler:
         self._verdicts: list[tuple[Delivery, Waiter, Settlement]] = []
         self._scheduled = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self.outstanding = 0
+        """Verdicts that the broker does not know yet: it still counts these messages as ours."""
 
     def ack(self, delivery: Delivery) -> None:
         """Acknowledge with the next batch. A failure is logged."""
         self._acks.append(delivery)
+        self.outstanding += 1
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._flush)
@@ -63,6 +66,7 @@ class Settler:
     def submit(self, delivery: Delivery, settlement: Settlement | None) -> Waiter:
         """Carry out a verdict (None: acknowledge) with the next batch; the future's result is what went wrong, or None."""
         waiter: Waiter = self._loop.create_future()
+        self.outstanding += 1
         if settlement is None:
             self._asked.append((delivery, waiter))
         else:
@@ -89,23 +93,27 @@ class Settler:
         asked, self._asked = self._asked, []
         verdicts, self._verdicts = self._verdicts, []
         for start in range(0, len(acks), _MOST):
-            self._start(self._send_acks(acks[start : start + _MOST]))
+            part = acks[start : start + _MOST]
+            self._start(self._send_acks(part), len(part))
         for start in range(0, len(asked), _MOST):
             batch = asked[start : start + _MOST]
             receipts = [delivery.receipt for delivery, _ in batch]
             # Somebody waits for the answer, so each one is verified: a plain acknowledgement may not tell which of them was lost.
-            self._start(self._answer(batch, partial(self._receiver.ack, receipts, verify=True)))
+            self._start(self._answer(batch, partial(self._receiver.ack, receipts, verify=True)), len(batch))
         for start in range(0, len(verdicts), _MOST):
-            part = verdicts[start : start + _MOST]
-            settlements = [settlement for _, _, settlement in part]
-            self._start(self._answer([item[:2] for item in part], partial(self._receiver.settle, settlements)))
-        if acks or asked or verdicts:
-            self._sent()
+            some = verdicts[start : start + _MOST]
+            settlements = [settlement for _, _, settlement in some]
+            self._start(self._answer([item[:2] for item in some], partial(self._receiver.settle, settlements)), len(some))
 
-    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _start(self, coroutine: Coroutine[Any, Any, None], count: int) -> None:
+        def done(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self.outstanding -= count
+            self._settled()
+
         task = self._loop.create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(done)
 
     async def _send_acks(self, deliveries: Sequence[Delivery]) -> None:
         receipts = [delivery.receipt for delivery in deliveries]
