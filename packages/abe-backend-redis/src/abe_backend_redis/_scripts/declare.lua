@@ -12,22 +12,33 @@ local function split(text)
 end
 local patterns = {}
 for i, pattern in ipairs(cjson.decode(wanted)) do patterns[i] = split(pattern) end
-local function match(pattern, p, key, k)
-  local word = pattern[p]
-  if word == nil then return key[k] == nil end
-  if word == '#' then
-    for rest = k, #key + 1 do if match(pattern, p + 1, key, rest) then return true end end
-    return false
+local function match(pattern, words)
+  -- The states of the pattern that are possible after each word; '#' would make a recursion exponential.
+  local states = {[1] = true}
+  for w = 0, #words do
+    local after = {}
+    for p = 1, #pattern + 1 do
+      if states[p] and pattern[p] == '#' then
+        states[p + 1], after[p] = true, true
+      elseif states[p] and w < #words and (pattern[p] == '*' or pattern[p] == words[w + 1]) then
+        after[p + 1] = true
+      end
+    end
+    if w < #words then states = after end
   end
-  return key[k] ~= nil and (word == '*' or word == key[k]) and match(pattern, p + 1, key, k + 1)
+  return states[#pattern + 1] or false
 end
 local function wants(fields)
   local key = ''
   for i = 1, #fields, 2 do
-    if fields[i] == 'm' then key = cjson.decode(fields[i + 1])[3] end
+    if fields[i] == 'k' then key = fields[i + 1] end
+    if fields[i] == 'm' then
+      local read, meta = pcall(cjson.decode, fields[i + 1])
+      key = read and type(meta) == 'table' and type(meta[3]) == 'string' and meta[3] or ''
+    end
   end
   local words = split(key)
-  for _, pattern in ipairs(patterns) do if match(pattern, 1, words, 1) then return true end end
+  for _, pattern in ipairs(patterns) do if match(pattern, words) then return true end end
   return false
 end
 
