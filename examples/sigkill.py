@@ -84,6 +84,12 @@ async def spawn(*arguments: str) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(sys.executable, __file__, *arguments, stdout=asyncio.subprocess.PIPE)
 
 
+async def left(backend: TransportBackend, group: str) -> int:
+    """Return how many messages a group still has to handle."""
+    stats = await backend.stats(group)
+    return stats.waiting + stats.in_flight + stats.delayed
+
+
 def handled(journals: Sequence[Path]) -> tuple[Counter[int], Counter[int]]:
     """Return how often each message was handled, and how many had which attempt."""
     numbers, attempts = Counter[int](), Counter[int]()
@@ -107,8 +113,8 @@ async def experiment(count: int, directory: Path) -> bool:
             publisher = await spawn("publisher", str(count))
             say("main", f"a process publishes {count} messages")
             victim = journals[GROUPS[0]][0]
-            while sum(handled([victim])[0].values()) < count // 20:
-                await asyncio.sleep(0.02)  # noqa: ASYNC110 - it happens in another process
+            while sum(handled([victim])[0].values()) < count // 20:  # noqa: ASYNC110 - another process writes it
+                await asyncio.sleep(0.02)
             workers[victim].kill()
             await workers[victim].wait()
             say("main", f"SIGKILL: consumer process {workers[victim].pid} of {GROUPS[0]} is dead")
@@ -118,8 +124,8 @@ async def experiment(count: int, directory: Path) -> bool:
             confirmed = int((await publisher.communicate())[0])
             say("main", f"the publisher is done: {confirmed} confirmed")
             for group in GROUPS:
-                while (stats := await backend.stats(group)).waiting + stats.in_flight + stats.delayed:
-                    await asyncio.sleep(0.1)  # noqa: ASYNC110 - it happens in other processes
+                while await left(backend, group):  # noqa: ASYNC110 - other processes do it
+                    await asyncio.sleep(0.1)
                 say("main", f"{group} is drained")
         finally:
             for worker in workers.values():
