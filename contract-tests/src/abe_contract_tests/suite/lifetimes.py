@@ -15,7 +15,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from abe.errors import AbeError, EventLoopError
-
 from abe_contract_tests.suite.steps import collect, collect_distinct
 
 if TYPE_CHECKING:
