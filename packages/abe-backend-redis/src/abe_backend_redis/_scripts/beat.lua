@@ -3,6 +3,7 @@
 local call = redis.call
 local t = call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
+if call('EXISTS', KEYS[1]) == 0 then return redis.error_reply('NOGROUP the stream is gone') end
 call('XGROUP', 'CREATECONSUMER', KEYS[1], 'group', ARGV[1])
 call('ZADD', KEYS[2], now, ARGV[1])
 local gone = 0
