@@ -43,7 +43,7 @@ class _MemoryOracle:
 
     async def inject_version(self, group: str, body: bytes) -> None:
         # Nothing is written down in memory, so there is no version to get wrong: what is left is a body that no codec reads.
-        self._put(group, Envelope(f"injected-{uuid4().hex}", "injected", b"\x09" + body, 0))
+        self._put(group, Envelope(f"injected-{uuid4().hex}", "injected", b"\xff" + body, 0))
 
     async def counts(self, group: str) -> Counts:
         space = self._space()

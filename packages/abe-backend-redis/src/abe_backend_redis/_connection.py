@@ -73,7 +73,7 @@ class Wire(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def call(self, *command: Argument) -> asyncio.Future[Reply]:
-        """Send a command. The future's result is the reply; its exception a `ReplyError`, or `BackendConnectionError` when none will come."""
+        """Send a command. The future's result is the reply, its exception a `ReplyError`, or `BackendConnectionError` if none will come."""
         return self.send(pack(command), 1)[0]
 
     def call_many(self, *commands: Sequence[Argument]) -> list[asyncio.Future[Reply]]:
@@ -138,7 +138,9 @@ class Wire(asyncio.Protocol):
 
     def _watch(self) -> None:
         if self._waiting and self._loop.time() - self._heard > self._patience:
-            _log.warning("redis at %s has not answered for %.1f s: the connection is given up", self._address, self._patience)
+            _log.warning(
+                "redis at %s has not answered for %.1f s: the connection is given up", self._address, self._patience
+            )
             self.close()
         else:
             self._timer = self._loop.call_later(self._patience / 4, self._watch)
@@ -187,7 +189,9 @@ class Link:
         prepare: Run on each new connection before it is used.
     """
 
-    def __init__(self, settings: RedisSettings, name: str, patience: float, prepare: Callable[[Wire], Awaitable[None]]) -> None:
+    def __init__(
+        self, settings: RedisSettings, name: str, patience: float, prepare: Callable[[Wire], Awaitable[None]]
+    ) -> None:
         self._settings = settings
         self._name = name
         self._patience = patience

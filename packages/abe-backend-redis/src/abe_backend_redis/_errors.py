@@ -2,7 +2,7 @@
 
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Final
 
@@ -73,7 +73,9 @@ def code(error: BaseException) -> str:
 def translate(exc: BaseException, address: str) -> AbeError:
     """Return our error for one of the client's."""
     kind = _BY_CODE.get(code(exc)) if isinstance(exc, ReplyError) else None
-    if isinstance(exc.__context__, ssl.SSLCertVerificationError):  # redis-py shows it as a lost connection, which would be tried for ever
+    if isinstance(
+        exc.__context__, ssl.SSLCertVerificationError
+    ):  # redis-py shows it as a lost connection, which would be tried for ever
         kind, hint = ConfigurationError, _CERTIFICATE
     elif kind is ConfigurationError:
         hint = _FOREIGN_KEYS
@@ -84,7 +86,7 @@ def translate(exc: BaseException, address: str) -> AbeError:
 
 
 @contextmanager
-def translated(address: str) -> Iterator[None]:
+def translated(address: str) -> Generator[None]:
     """Turn the client's errors into ours.
 
     Raises:

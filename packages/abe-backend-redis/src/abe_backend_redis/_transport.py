@@ -37,7 +37,9 @@ _STALE: Final = 20
 class _Registry:
     """The groups as they were at one version, and which of them wants which key."""
 
-    def __init__(self, topology: Topology, version: bytes, groups: Mapping[str, tuple[str, ...]], max_backlog: int) -> None:
+    def __init__(
+        self, topology: Topology, version: bytes, groups: Mapping[str, tuple[str, ...]], max_backlog: int
+    ) -> None:
         self.groups = groups
         self._patterns = list(groups.values())
         keys = [topology.version]
@@ -144,7 +146,14 @@ class RedisTransport:
     async def delete_group(self, group: str) -> None:
         """Delete what the group has."""
         names = self.topology
-        keys = [names.groups, names.version, names.queue(group), names.delayed(group), names.dead(group), names.alive(group)]
+        keys = [
+            names.groups,
+            names.version,
+            names.queue(group),
+            names.delayed(group),
+            names.dead(group),
+            names.alive(group),
+        ]
         await self.run("delete", keys, [group])
 
     async def groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -252,7 +261,11 @@ class RedisTransport:
         try:
             text = await wire.call(b"INFO")
         except ReplyError as exc:
-            _log.info("redis at %s does not let us look at its configuration, which is not checked: %s", self.settings.address, exc)
+            _log.info(
+                "redis at %s does not let us look at its configuration, which is not checked: %s",
+                self.settings.address,
+                exc,
+            )
             return
         info = dict(line.split(":", 1) for line in text.decode(errors="replace").splitlines() if ":" in line)
         version = tuple(int(part) for part in info.get("redis_version", "0").split(".")[:2] if part.isdigit())
@@ -264,12 +277,12 @@ class RedisTransport:
         policy = info.get("maxmemory_policy", "noeviction")
         if policy != "noeviction" and info.get("maxmemory", "0") != "0":
             raise ConfigurationError(
-                f"redis at {self.settings.address} has maxmemory-policy {policy!r}: it may drop messages without a word when memory runs out. "
+                f"redis at {self.settings.address} has maxmemory-policy {policy!r}: it may drop messages silently when memory runs out. "
                 f"Set it to 'noeviction'"
             )
         if info.get("aof_enabled") != "1":
             _log.warning(
-                "redis at %s has appendonly off: messages since its last snapshot are lost when it stops. Set 'appendonly yes' to keep them",
+                "redis at %s has appendonly off: what came since its last snapshot is lost when it stops. Set 'appendonly yes' to keep it",
                 self.settings.address,
             )
 

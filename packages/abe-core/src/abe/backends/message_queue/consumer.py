@@ -2,21 +2,21 @@
 
 import asyncio
 import logging
-import traceback
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
+from traceback import format_exception
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, cast
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.consumer import EventConsumer
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.middleware import Middleware
 from abe.backends.message_queue.base.names import check_count
-from abe.backends.message_queue.base.protocol import MessageQueueBackend
-from abe.backends.message_queue.base.subscription import SubscribableBackend, Subscription
+from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
+from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.handler import Handle, adapt
 from abe.backends.message_queue.retry import Reject, RetryPolicy
 from abe.backends.message_queue.time_limit import TimeLimit
@@ -97,10 +97,11 @@ class AsyncLoopConsumer:
         self._stopping = asyncio.Event()
         self._stopped = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
-        self._minimal = not isinstance(backend, SubscribableBackend)
+        self._minimal = not isinstance(backend, FullBackend)
         if self._minimal and (retry or concurrency > 1 or ordered_by_key or keys is not None or prefetch is not None):
             raise UnsupportedCapabilityError(
-                f"{type(backend).__name__} has only the three methods of the protocol: retry, concurrency, ordered_by_key, keys and prefetch need more"
+                f"{type(backend).__name__} has only the three methods of the protocol: "
+                "retry, concurrency, ordered_by_key, keys and prefetch need more"
             )
 
     async def handle(self, message: Message, handler: Handle) -> None:
@@ -180,12 +181,12 @@ class AsyncLoopConsumer:
 
     async def _subscribe(self) -> Subscription | None:
         """Subscribe, however long the broker is away; None when `shutdown` came first."""
-        assert isinstance(self._backend, SubscribableBackend)
+        backend = cast("FullBackend", self._backend)
         stopping = asyncio.create_task(self._stopping.wait())
         tries = 0
         try:
             while not stopping.done():
-                subscription = self._backend.consume(
+                subscription = backend.consume(
                     group=self._group,
                     keys=self._keys,
                     prefetch=self._prefetch or 2 * self._concurrency,
@@ -221,7 +222,11 @@ class AsyncLoopConsumer:
                 await subscription.stop()
                 _, late = await asyncio.wait(workers, timeout=self._grace)
                 if late:
-                    _log.warning("%d handlers did not finish within %g s: they are cancelled, their messages go back", len(late), self._grace)
+                    _log.warning(
+                        "%d handlers did not finish within %g s: they are cancelled, their messages go back",
+                        len(late),
+                        self._grace,
+                    )
         finally:
             stopping.cancel()
             for task in workers:
@@ -255,7 +260,7 @@ class AsyncLoopConsumer:
     async def _one(self, subscription: Subscription, call: Handle, message: Message) -> None:
         try:
             await call(message)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever a handler raises is its failure, and is logged
             await self._failed(message, exc)
         except asyncio.CancelledError:
             task = asyncio.current_task()
@@ -292,7 +297,7 @@ class AsyncLoopConsumer:
 
     async def _failed(self, message: Message, exc: Exception) -> None:
         verdict = self._policy.judge(exc, message.attempt)
-        error = "".join(traceback.format_exception(exc))
+        error = "".join(format_exception(exc))
         try:
             if isinstance(verdict, Reject):
                 _log.error("a message of group %r is rejected: %s", message.group, verdict.reason, exc_info=exc)
@@ -334,7 +339,7 @@ class AsyncLoopConsumer:
                     asking.cancel()
                 try:
                     await call(message)
-                except Exception as exc:
+                except Exception as exc:  # noqa: BLE001 - likewise
                     _log.error("the handler failed, and the message is not retried: %s", exc, exc_info=exc)
         finally:
             stopping.cancel()

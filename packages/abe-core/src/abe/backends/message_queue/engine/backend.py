@@ -56,7 +56,7 @@ class _Ids:
 
     def renew(self) -> None:
         prefix, serial = os.urandom(8).hex(), count().__next__
-        self.next = lambda: f"{prefix}{serial():x}"
+        self.next: Callable[[], str] = lambda: f"{prefix}{serial():x}"
 
 
 _ids: Final = _Ids()
@@ -161,8 +161,8 @@ class TransportBackend(ABC):
         """
         publications = [item if isinstance(item, Publication) else Publication(*item) for item in items]
         results: Sequence[BaseException | None]
-        if self._send is not None:
-            send = self._send
+        send = self._send
+        if send is not None:
             results = await asyncio.gather(*(send(item) for item in publications), return_exceptions=True)
         else:
             session = self._here()
@@ -287,7 +287,12 @@ class TransportBackend(ABC):
             self._judge(outcome, p.mandatory)
 
     def _envelope(
-        self, key: str, payload: MessageQueuePayload, headers: Mapping[str, str] | None, id: str | None, delay: float | None
+        self,
+        key: str,
+        payload: MessageQueuePayload,
+        headers: Mapping[str, str] | None,
+        id: str | None,
+        delay: float | None,
     ) -> Envelope:
         if key not in self._known_keys:
             check_key(key)
@@ -312,7 +317,9 @@ class TransportBackend(ABC):
         if not delay > 0:
             raise ConfigurationError(f"a delay must be a number of seconds from 0, not {delay!r}")
         if self.capabilities.max_delay is None or delay > self.capabilities.max_delay:
-            limit = "not at all" if self.capabilities.max_delay is None else f"by at most {self.capabilities.max_delay:g} s"
+            limit = (
+                "not at all" if self.capabilities.max_delay is None else f"by at most {self.capabilities.max_delay:g} s"
+            )
             raise UnsupportedCapabilityError(f"delay={delay:g}: {type(self).__name__} can delay messages {limit}")
         return delay
 
@@ -324,7 +331,9 @@ class TransportBackend(ABC):
 
     def _group(self, group: str | None) -> str:
         if group is not None and group != DEFAULT_GROUP and not self.capabilities.groups:
-            raise UnsupportedCapabilityError(f"group={group!r}: {type(self).__name__} has no groups but {DEFAULT_GROUP!r}")
+            raise UnsupportedCapabilityError(
+                f"group={group!r}: {type(self).__name__} has no groups but {DEFAULT_GROUP!r}"
+            )
         return check_group(group)
 
     def _patterns(self, keys: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -390,4 +399,3 @@ class TransportBackend(ABC):
 
 async def _nothing(_: Session) -> None:
     """Nothing but what `_call` does before."""
-

@@ -151,7 +151,9 @@ class Inbox:
                 del self._live[delivery.receipt]
                 self._settler.ack(delivery)
             else:
-                _log.warning("a message of group %r was handled, but its lease was lost: it will be handled again", self.group)
+                _log.warning(
+                    "a message of group %r was handled, but its lease was lost: it will be handled again", self.group
+                )
 
     async def ack(self, message: Message) -> None:
         """Acknowledge; see `Message.ack`."""
@@ -163,7 +165,9 @@ class Inbox:
         if delay is None:
             delay = _RETRY(delivery.attempt)
         if delay and (self._max_delay is None or delay > self._max_delay):
-            raise UnsupportedCapabilityError(f"nack(delay={delay:g}): this backend can delay by at most {self._max_delay or 0:g} s")
+            raise UnsupportedCapabilityError(
+                f"nack(delay={delay:g}): this backend can delay by at most {self._max_delay or 0:g} s"
+            )
         if delivery.attempt >= self._max_attempts:
             settlement = Settlement(delivery.receipt, Verb.DEAD, reason=reason or "max_attempts", error=error)
         else:
@@ -172,7 +176,9 @@ class Inbox:
 
     async def reject(self, message: Message, reason: str, error: str) -> None:
         """Bury it; see `Message.reject`."""
-        await self._settle(message, "reject", Settlement(_delivery(message).receipt, Verb.DEAD, reason=reason, error=error))
+        await self._settle(
+            message, "reject", Settlement(_delivery(message).receipt, Verb.DEAD, reason=reason, error=error)
+        )
 
     async def release(self, message: Message) -> None:
         """Give a message back as if it had never been taken. Nothing happens when it is settled already."""
@@ -245,7 +251,11 @@ class Inbox:
                 await self._give_back(list(self._live.values()))
                 await self._settler.drain()
         except (AbeError, TimeoutError) as exc:
-            _log.warning("the broker did not take back the messages of group %r in time: their leases will run out (%r)", self.group, exc)
+            _log.warning(
+                "the broker did not take back the messages of group %r in time: their leases will run out (%r)",
+                self.group,
+                exc,
+            )
         finally:
             self._fetching.cancel()
             self._keeping.cancel()
@@ -327,7 +337,9 @@ class Inbox:
             if delivery is not None:
                 delivery.lost = True
         if receipts:
-            _log.warning("%d leases of group %r were lost: these messages will be delivered again", len(receipts), self.group)
+            _log.warning(
+                "%d leases of group %r were lost: these messages will be delivered again", len(receipts), self.group
+            )
             self._make_space()
 
     def _bury(self, delivery: Delivery, reason: str, error: str) -> None:
@@ -341,7 +353,9 @@ class Inbox:
         delivery = _delivery(message)
         if self._live.get(delivery.receipt) is not delivery:
             delivery.lost = True
-            raise LeaseLostError(f"{verdict}: the message is not ours any more: its lease was lost, or its subscription was closed")
+            raise LeaseLostError(
+                f"{verdict}: the message is not ours any more: its lease was lost, or its subscription was closed"
+            )
         del self._live[delivery.receipt]
         error = await self._settler.submit(delivery, settlement)
         if error is not None:

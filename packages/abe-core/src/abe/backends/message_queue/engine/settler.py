@@ -103,7 +103,9 @@ class Settler:
         for start in range(0, len(verdicts), _MOST):
             some = verdicts[start : start + _MOST]
             settlements = [settlement for _, _, settlement in some]
-            self._start(self._answer([item[:2] for item in some], partial(self._receiver.settle, settlements)), len(some))
+            self._start(
+                self._answer([item[:2] for item in some], partial(self._receiver.settle, settlements)), len(some)
+            )
 
     def _start(self, coroutine: Coroutine[Any, Any, None], count: int) -> None:
         def done(task: asyncio.Task[None]) -> None:

@@ -27,14 +27,13 @@ from abe.backends.message_queue.base import (
     GroupStats,
     Metadata,
     Middleware,
-    MonotonicClock,
     Receipt,
     Settlement,
     Transport,
     Verb,
 )
 from abe.backends.message_queue.base.names import EVERYTHING, matches
-from abe.backends.message_queue.base.protocol import MessageQueueBackend
+from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
 from abe.backends.message_queue.engine import TransportBackend
 from abe.codec import Codec
 from abe.errors import AbeError, BackpressureError, LeaseLostError, UnroutableError
@@ -71,7 +70,7 @@ class _Queue:
         self.delayed: list[tuple[float, int, _Item]] = []
         self.held: dict[Receipt, _Held] = {}
         self.dead: list[tuple[DeadLetter, Envelope]] = []
-        self.waiting: dict["_MemoryReceiver", None] = {}
+        self.waiting: dict[_MemoryReceiver, None] = {}
         self._serial = count().__next__
         self._receipt = count().__next__
         self._next_deadline = math.inf
@@ -321,7 +320,9 @@ class _MemoryTransport:
             for envelope in envelopes:
                 queues = self._namespace.route(envelope.key)
                 if any(self._full(queue) for queue in queues):
-                    outcomes.append(BackpressureError(f"a group has {self._max_backlog} messages waiting already (max_backlog)"))
+                    outcomes.append(
+                        BackpressureError(f"a group has {self._max_backlog} messages waiting already (max_backlog)")
+                    )
                     continue
                 for queue in queues:
                     queue.put(envelope, now + envelope.delay, now)
@@ -445,3 +446,4 @@ class MemoryBackend(TransportBackend):
 
 if TYPE_CHECKING:
     _: type[MessageQueueBackend] = MemoryBackend
+    __: type[FullBackend] = MemoryBackend
