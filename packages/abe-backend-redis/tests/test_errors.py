@@ -78,6 +78,19 @@ def test_the_code_is_found_in_the_text_of_a_script_that_failed(name: str) -> Non
         assert type(translate(ReplyError(wrapped), "h")) is kind
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ERR The user executing the script can't run this command or subcommand script: 3449, on @user_script:40.",
+        "ERR The user executing the script can't access at least one of the keys mentioned in the command arguments script: 3449",
+        "ERR ACL failure in script: User app has no permissions to run the 'xadd' command script: 3449, on @user_script:40.",
+        "ERR Error running script (call to f_3449): @user_script:40: @user_script: 40: The user executing the script can't run this",
+    ],
+)
+def test_a_right_that_a_script_lacks_is_one_that_the_user_lacks(text: str) -> None:
+    assert type(translate(ReplyError(text), "h")) is PermissionDeniedError
+
+
 @pytest.mark.parametrize(("exc", "kind"), EXCEPTIONS)
 def test_an_exception_becomes_ours_by_its_type(exc: BaseException, kind: type[AbeError]) -> None:
     assert type(translate(exc, "h:6379")) is kind

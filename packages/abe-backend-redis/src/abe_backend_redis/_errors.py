@@ -62,10 +62,15 @@ _CERTIFICATE: Final = "check ssl_ca_certs in REDIS_URL, and that the certificate
 _IN_SCRIPT: Final = re.compile(r"ERR Error running script .*?(?:@user_script: ?\d+: )+-?([A-Z]+) ")
 """How Redis before 7.0 wraps the error of a command within a script."""
 
+_NO_RIGHT: Final = re.compile(r"^ERR .*(ACL failure in script|The user executing the script can't)")
+"""How a script says that the user lacks a right, before 7.2 in other words than later."""
+
 
 def code(error: BaseException) -> str:
     """Return the first word of a reply that is an error."""
     text = str(error)
+    if _NO_RIGHT.search(text):
+        return "NOPERM"
     wrapped = _IN_SCRIPT.match(text)
     return wrapped[1] if wrapped else text.partition(" ")[0]
 

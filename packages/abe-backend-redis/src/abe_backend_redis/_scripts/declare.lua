@@ -61,8 +61,8 @@ if call('EXISTS', KEYS[5]) == 1 then
     if call('XLEN', KEYS[5]) == 0 then call('DEL', KEYS[5]) end
   end
 end
-local made = redis.pcall('XGROUP', 'CREATE', KEYS[3], 'group', '0', 'MKSTREAM')
-if type(made) == 'table' and made.err and not string.find(made.err, 'BUSYGROUP', 1, true) then return made end
+-- Only where it is missing: Redis refuses this command when memory is full, and then consumers are needed most.
+if redis.pcall('XPENDING', KEYS[3], 'group').err then call('XGROUP', 'CREATE', KEYS[3], 'group', '0', 'MKSTREAM') end
 if current ~= wanted then
   call('HSET', KEYS[1], ARGV[1], wanted)
   local now = call('TIME')
