@@ -236,7 +236,7 @@ class TestRights:
         assert caplog.messages == []
         documented = README.read_text().partition("ACL SETUSER")[2].partition("```")[0]
         assert set(MINIMAL[1:]) | {"+client|unblock", "+info"} == {
-            word for word in documented.split() if word[0] in "+-" and word != "-"
+            word for word in documented.split() if word[0] in "+-"
         }
 
     async def test_who_may_not_unblock_reads_waits_for_them(self, launch: Any, lab_at: Any, until: Until) -> None:
