@@ -215,6 +215,8 @@ class Link:
         if self._connecting is None or self._connecting.done():
             # In a task of its own also because redis-py waits with wait_for, which on Python 3.11 may swallow a cancellation.
             self._connecting = asyncio.get_running_loop().create_task(self._connect())
+            # If everybody who waits is cancelled, nobody looks at the failure: that is no error.
+            self._connecting.add_done_callback(lambda task: task.cancelled() or task.exception())
         connecting = self._connecting
         await asyncio.wait([connecting])
         if connecting.cancelled():

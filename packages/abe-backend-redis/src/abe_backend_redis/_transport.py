@@ -227,6 +227,8 @@ class RedisTransport:
 
     async def _publish(self, wire: Wire, data: bytes) -> Reply:
         """Send a packed publish; None when the groups have changed."""
+        if not wire.alive:
+            raise BackendConnectionError(f"the connection to redis at {self.settings.address} was lost")
         try:
             return await wire.send(data, 1)[0]
         except BackendConnectionError as exc:

@@ -18,7 +18,7 @@ from abe.backends.message_queue.base.names import check_count
 from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
 from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.handler import Handle, adapt
-from abe.backends.message_queue.retry import Reject, RetryPolicy
+from abe.backends.message_queue.retry import Reject, Retry, RetryPolicy
 from abe.backends.message_queue.time_limit import TimeLimit
 from abe.errors import (
     AbeError,
@@ -296,7 +296,7 @@ class AsyncLoopConsumer:
         return None
 
     async def _failed(self, message: Message, exc: Exception) -> None:
-        verdict = self._policy.judge(exc, message.attempt)
+        verdict = self._judge(message, exc)
         error = "".join(format_exception(exc))
         try:
             if isinstance(verdict, Reject):
@@ -316,6 +316,18 @@ class AsyncLoopConsumer:
             _log.info("the handler had settled the message before it failed")
         except AbeError as failure:
             _log.warning("the failed message could not be given back, its lease will run out: %s", failure)
+
+    def _judge(self, message: Message, exc: Exception) -> Retry | Reject:
+        try:
+            verdict = self._policy.judge(exc, message.attempt)
+        except Exception as fault:  # noqa: BLE001 - the policy is the application's code: its faults must not stop the others' messages
+            _log.error("the retry policy failed, the default backoff is taken: %s", fault, exc_info=fault)
+            return Retry(reason=f"{type(exc).__name__}: {exc}")
+        longest = cast("FullBackend", self._backend).capabilities.max_delay or 0.0
+        if isinstance(verdict, Retry) and verdict.after is not None and not 0 <= verdict.after <= longest:
+            _log.warning("a backoff of %r s is not possible, it is brought within 0 to %g s", verdict.after, longest)
+            verdict = Retry(after=longest if verdict.after > longest else 0.0, reason=verdict.reason)
+        return verdict
 
     async def _run_minimal(self, call: Handle) -> None:
         _log.warning(

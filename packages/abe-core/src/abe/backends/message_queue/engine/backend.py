@@ -345,6 +345,9 @@ class TransportBackend(ABC):
         async def join(session: Session) -> Inbox:
             await session.transport.declare(group, patterns)
             receiver = await session.transport.subscribe(group, prefetch)
+            if session.ended:
+                await receiver.close()
+                raise BackendClosedError("the backend was closed")
             inbox = Inbox(
                 receiver,
                 group=group,

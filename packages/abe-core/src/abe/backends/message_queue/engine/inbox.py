@@ -77,7 +77,7 @@ class Inbox:
         self._buffer: deque[Delivery] = deque()
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._space: asyncio.Future[None] | None = None
-        self._error: AbeError | None = None
+        self._error: BaseException | None = None
         self._stopping = False
         self._closing: asyncio.Task[None] | None = None
         self._keeper = LeaseKeeper(receiver, self._live, self._lose, lease, clock)
@@ -85,6 +85,8 @@ class Inbox:
         self._settler = Settler(receiver, self._keeper.sure, self._make_space, patience, clock)
         self._keeping = self._loop.create_task(self._keeper.run())
         self._fetching = self._loop.create_task(self._fetch())
+        for task in (self._keeping, self._fetching):
+            task.add_done_callback(self._ended)
         self._stopped: asyncio.Task[None] | None = None
 
     def take(self) -> Message | None:
@@ -293,7 +295,7 @@ class Inbox:
                 deliveries = await self._receiver.receive(room)
             except AbeError as exc:
                 if not exc.retryable:
-                    return self._fail(exc)
+                    raise
                 failures += 1
                 held = ()
                 _log.warning("group %r cannot be consumed, trying again: %s", self.group, exc)
@@ -303,7 +305,6 @@ class Inbox:
                     self._live.update({delivery.receipt: delivery for delivery in deliveries})
                     self._buffer.extend(deliveries)
                     self._wake(1)
-        return None
 
     def _room(self) -> int:
         """How many to ask for: at most half the bound, so that the next ones travel while these are handled; none, if hardly any fit."""
@@ -327,9 +328,11 @@ class Inbox:
                 future.set_result(None)
                 count -= 1
 
-    def _fail(self, error: AbeError) -> None:
-        self._error = error
-        self._wake(len(self._waiters))
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Whoever waits for a message is told why there will be none: something permanent, or a fault in a transport."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._error = error
+            self._wake(len(self._waiters))
 
     def _lose(self, receipts: Collection[Receipt]) -> None:
         for receipt in receipts:

@@ -6,6 +6,7 @@ message, and a publisher that is cancelled leaves alone: its batch goes on witho
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
@@ -15,6 +16,7 @@ from abe.backends.message_queue.base.clock import pause
 from abe.backends.message_queue.base.transport import Envelope, Transport
 from abe.errors import AbeError, BackendClosedError, BackendConnectionError, PublishRejectedError, PublishUnknownError
 
+_log: Final = logging.getLogger("abe.engine")
 _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=2.0)
 
 
@@ -159,6 +161,9 @@ class Publisher:
             outcomes = [PublishUnknownError("the backend was closed before the confirm came") for _ in batch.futures]
         except AbeError as exc:
             outcomes = [exc] * len(batch.futures)
+        except Exception as exc:  # noqa: BLE001 - a fault in a transport must not leave publishers waiting for ever
+            _log.exception("the transport failed in a way that it must not")
+            outcomes = [_unexpected(exc) for _ in batch.futures]
         finally:
             self._finish(batch, outcomes)
             self._landed()
@@ -251,6 +256,12 @@ class Publisher:
             if not future.done():
                 future.set_result(None)
                 places -= 1
+
+
+def _unexpected(exc: Exception) -> PublishUnknownError:
+    error = PublishUnknownError(f"the transport failed: {exc!r}. The broker may have the message or not")
+    error.__cause__ = exc
+    return error
 
 
 def _maybe_accepted(outcome: AbeError | None) -> bool:
