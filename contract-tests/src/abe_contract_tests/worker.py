@@ -28,7 +28,7 @@ _LINE_LIMIT: Final = 16 * 1024 * 1024
 _KILL_PATIENCE: Final = 10.0
 
 
-class WorkerFailed(AssertionError):
+class WorkerFailed(AssertionError):  # noqa: N818 - what happened, not what is wrong
     """The worker's function raised, or the worker ended although more was expected of it."""
 
 
@@ -135,7 +135,7 @@ class ProcessWorker:
     async def pause(self) -> None:
         self._process.send_signal(signal.SIGSTOP)
         # The signal is delivered a moment later; until then the worker could still renew a lease.
-        while await asyncio.to_thread(_state, self._process.pid) not in "TtZ":
+        while await asyncio.to_thread(_state, self._process.pid) not in "TtZ":  # noqa: ASYNC110 - it has no event for us
             await asyncio.sleep(0.001)
 
     async def resume(self) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 from uuid import uuid4
 
-from abe.backends.message_queue.base import Envelope
+from abe.backends.message_queue.base import Envelope, MonotonicClock
 from abe.backends.message_queue.service import memory
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.types import MessageQueueBackendProtocol
@@ -71,15 +71,15 @@ class _MemoryOracle:
 
     def _put(self, group: str, envelope: Envelope) -> None:
         space = self._space()
-        now = memory.MonotonicClock().time()
+        now = MonotonicClock().time()
         with space.lock:
             queue = space.queue(group, now)
             queue.put(envelope, now, now)
             queue.wake()
 
     def _space(self) -> Any:
-        return _namespaces().setdefault(self._name, memory._Namespace())  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        return _namespaces().setdefault(self._name, memory._Namespace())  # pyright: ignore[reportPrivateUsage]
 
 
 def _namespaces() -> dict[str, Any]:
-    return memory._namespaces  # noqa: SLF001  # pyright: ignore[reportPrivateUsage, reportReturnType]  # type: ignore[return-value]
+    return memory._namespaces  # pyright: ignore[reportPrivateUsage, reportReturnType]  # type: ignore[return-value]
