@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from traceback import format_exception
@@ -18,6 +18,7 @@ from abe.backends.message_queue.base.names import check_count
 from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
 from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.handler import Handle, adapt
+from abe.backends.message_queue.minimal import MinimalSubscription
 from abe.backends.message_queue.retry import Reject, Retry, RetryPolicy
 from abe.backends.message_queue.time_limit import TimeLimit
 from abe.errors import (
@@ -29,7 +30,7 @@ from abe.errors import (
     DecodeError,
     UnsupportedCapabilityError,
 )
-from abe.types import EventHandlerFunc, EventHandlerProtocol
+from abe.types import EventHandlerFunc, EventHandlerProtocol, MessageQueueMessage
 
 _log: Final = logging.getLogger("abe.consumer")
 _RECONNECT: Final = ExponentialBackoff(initial=0.1, maximum=10.0)
@@ -94,11 +95,13 @@ class AsyncLoopConsumer:
         self._keys = keys
         self._prefetch = prefetch
         self._running = False
+        self._left = False
         self._stopping = asyncio.Event()
         self._stopped = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
-        self._minimal = not isinstance(backend, FullBackend)
-        if self._minimal and (retry or concurrency > 1 or ordered_by_key or keys is not None or prefetch is not None):
+        if not isinstance(backend, FullBackend) and (
+            retry or concurrency > 1 or ordered_by_key or keys is not None or prefetch is not None
+        ):
             raise UnsupportedCapabilityError(
                 f"{type(backend).__name__} has only the three methods of the protocol: "
                 "retry, concurrency, ordered_by_key, keys and prefetch need more"
@@ -127,6 +130,8 @@ class AsyncLoopConsumer:
         """
         if self._running:
             raise RuntimeError("this consumer is running already: make another one to run two")
+        if self._left:
+            return  # its `async with` was left before this task had its first turn
         executors: list[Executor] = []
         limited = adapt(handler, partial(self._threads, executors))
         limit = None
@@ -139,7 +144,7 @@ class AsyncLoopConsumer:
         self._running = True
         self._stopping, self._stopped = asyncio.Event(), asyncio.Event()
         try:
-            await (self._run_minimal(call) if self._minimal else self._run(call))
+            await self._run(call)
         finally:
             if limit is not None:
                 limit.close()
@@ -159,11 +164,13 @@ class AsyncLoopConsumer:
             await self._stopped.wait()
 
     async def __aenter__(self) -> Self:
+        self._left = False
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._left = True
         await self.shutdown()
 
     def _threads(self, executors: list[Executor]) -> Executor:
@@ -181,7 +188,14 @@ class AsyncLoopConsumer:
 
     async def _subscribe(self) -> Subscription | None:
         """Subscribe, however long the broker is away; None when `shutdown` came first."""
-        backend = cast("FullBackend", self._backend)
+        if not isinstance(self._backend, FullBackend):
+            _log.warning(
+                "%s has only the three methods of the protocol: messages are handled one at a time, and one whose handler fails "
+                "is logged and not retried",
+                type(self._backend).__name__,
+            )
+            return MinimalSubscription(aiter(self._backend.consume(group=self._group)))
+        backend = self._backend
         stopping = asyncio.create_task(self._stopping.wait())
         tries = 0
         try:
@@ -242,7 +256,7 @@ class AsyncLoopConsumer:
     async def _worker(self, subscription: Subscription, call: Handle, lanes: dict[str, deque[Message]] | None) -> None:
         take = subscription.take
         streak = 0
-        while True:
+        while not self._stopping.is_set():
             message = take()
             if message is None:
                 try:
@@ -295,7 +309,10 @@ class AsyncLoopConsumer:
             del lanes[key]
         return None
 
-    async def _failed(self, message: Message, exc: Exception) -> None:
+    async def _failed(self, message: MessageQueueMessage, exc: Exception) -> None:
+        if not isinstance(message, Message):
+            _log.error("the handler failed, and the message is not retried: %s", exc, exc_info=exc)
+            return
         verdict = self._judge(message, exc)
         error = "".join(format_exception(exc))
         try:
@@ -328,35 +345,6 @@ class AsyncLoopConsumer:
             _log.warning("a backoff of %r s is not possible, it is brought within 0 to %g s", verdict.after, longest)
             verdict = Retry(after=longest if verdict.after > longest else 0.0, reason=verdict.reason)
         return verdict
-
-    async def _run_minimal(self, call: Handle) -> None:
-        _log.warning(
-            "%s has only the three methods of the protocol: messages are handled one at a time, and one whose handler fails "
-            "is logged and not retried",
-            type(self._backend).__name__,
-        )
-        iterator = aiter(self._backend.consume(group=self._group))
-        stopping = asyncio.create_task(self._stopping.wait())
-        try:
-            while not self._stopping.is_set():
-                asking = asyncio.ensure_future(anext(iterator))
-                try:
-                    await asyncio.wait([asking, stopping], return_when=asyncio.FIRST_COMPLETED)
-                    if not asking.done():
-                        break
-                    message = asking.result()
-                except StopAsyncIteration:
-                    break
-                finally:
-                    asking.cancel()
-                try:
-                    await call(message)
-                except Exception as exc:  # noqa: BLE001 - likewise
-                    _log.error("the handler failed, and the message is not retried: %s", exc, exc_info=exc)
-        finally:
-            stopping.cancel()
-            if isinstance(iterator, AsyncGenerator):
-                await iterator.aclose()
 
 
 if TYPE_CHECKING:

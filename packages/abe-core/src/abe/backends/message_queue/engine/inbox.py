@@ -147,7 +147,8 @@ class Inbox:
 
     def ack_soon(self, message: Message) -> None:
         """Acknowledge with the next batch; a failure is logged."""
-        if _decide(message, "ack"):
+        if message._verdict is None:  # pyright: ignore[reportPrivateUsage]
+            message._verdict = "ack"  # pyright: ignore[reportPrivateUsage]
             delivery = _delivery(message)
             if self._live.get(delivery.receipt) is delivery:
                 del self._live[delivery.receipt]

@@ -59,7 +59,7 @@ class GroupSubscription:
         try:
             inbox = self._inbox or await self._started()
             current, self._current = self._current, None
-            if current is not None and current._verdict is None and not self._closed:  # pyright: ignore[reportPrivateUsage]
+            if current is not None and not self._closed:
                 inbox.ack_soon(current)
             message = inbox.take()
             if message is None:
