@@ -19,7 +19,7 @@ from redis.backoff import NoBackoff
 from redis.driver_info import DriverInfo
 
 from abe.errors import BackendConnectionError, ConfigurationError
-from abe_backend_redis._errors import ReplyError, translated
+from abe_backend_redis._errors import ReplyError, code, translated
 from abe_backend_redis._settings import RedisSettings
 
 _log: Final = logging.getLogger("abe.redis")
@@ -33,6 +33,10 @@ Argument: TypeAlias = object
 
 pack: Callable[[Sequence[Argument]], bytes] = hiredis.pack_command  # type: ignore[assignment]
 """Turns a command into the bytes that Redis reads. (hiredis declares it for tuples of one.)"""
+
+
+_DEPOSED: Final = ("READONLY", "MASTERDOWN")
+"""What a server says that is no primary any more: the next connection may find the new one behind the same name."""
 
 
 class Wire(asyncio.Protocol):
@@ -109,6 +113,8 @@ class Wire(asyncio.Protocol):
                 if not future.done():
                     if isinstance(reply, ReplyError):
                         future.set_exception(reply)
+                        if code(reply) in _DEPOSED:
+                            self.close()
                     else:
                         future.set_result(reply)
         except (hiredis.ProtocolError, IndexError) as exc:

@@ -78,7 +78,7 @@ class RedisReceiver:
                 with translated(self._transport.settings.address):
                     raise
             _log.warning("group %r was deleted underneath its consumers: it is made again", self._group)
-            await self._transport.declare(self._group, None)
+            await self._transport.restore(self._group)
             return ()
         return [_wire.delivery(entry, fields) for entry, fields in entries]
 
@@ -97,12 +97,9 @@ class RedisReceiver:
             if self._transport.has_xackdel:
                 gone = await wire.call(b"XACKDEL", self._stream, GROUP, b"IDS", len(receipts), *receipts)
                 return {receipt: _lost() for receipt, status in zip(receipts, gone, strict=True) if status < 0}
-            deleted, acked = wire.call_many(
-                (b"XDEL", self._stream, *receipts), (b"XACK", self._stream, GROUP, *receipts)
-            )
-            await asyncio.wait([deleted, acked])
-            deleted.result()
-            if (missing := len(receipts) - acked.result()) > 0:
+            calls = wire.call_many((b"XDEL", self._stream, *receipts), (b"XACK", self._stream, GROUP, *receipts))
+            _, acked = await asyncio.gather(*calls)
+            if (missing := len(receipts) - acked) > 0:
                 _log.warning(
                     "%d of %d acknowledged messages of group %r were not ours any more",
                     missing,

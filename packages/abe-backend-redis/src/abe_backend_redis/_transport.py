@@ -9,7 +9,7 @@ import msgspec
 
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
 from abe.backends.message_queue.base import Transport as TransportProtocol
-from abe.backends.message_queue.base.names import matches
+from abe.backends.message_queue.base.names import EVERYTHING, matches
 from abe.errors import (
     AbeError,
     BackendConnectionError,
@@ -102,6 +102,7 @@ class RedisTransport:
         self._publishing = Link(settings, "abe-publish", settings.publish_timeout, self._prepare)
         self._controlling = Link(settings, "abe-control", settings.publish_timeout, self._prepare)
         self._registry: _Registry | None = None
+        self._patterns: dict[str, tuple[str, ...]] = {}
         self._checked = False
 
     async def open(self) -> None:
@@ -136,12 +137,13 @@ class RedisTransport:
 
     async def declare(self, group: str, patterns: tuple[str, ...] | None) -> None:
         """Register the group and move the held messages that it wants."""
-        names = self.topology
-        keys = [names.groups, names.version, names.queue(group), names.delayed(group), names.held, names.held_delayed]
-        wanted = b"" if patterns is None else msgspec.json.encode(patterns)
-        position: Reply = b"-"
-        while position:
-            position = await self.run("declare", keys, [group, wanted, position])
+        await self._declare(group, patterns, EVERYTHING)
+        if patterns is not None:
+            self._patterns[group] = patterns
+
+    async def restore(self, group: str) -> None:
+        """Make a group again that was deleted underneath its consumers, with the patterns that it had when we last knew."""
+        await self._declare(group, None, self._patterns.get(group, EVERYTHING))
 
     async def delete_group(self, group: str) -> None:
         """Delete what the group has."""
@@ -225,6 +227,14 @@ class RedisTransport:
                 raise translate(exc, self.settings.address) from exc
             raise
 
+    async def _declare(self, group: str, patterns: tuple[str, ...] | None, otherwise: tuple[str, ...]) -> None:
+        names = self.topology
+        keys = [names.groups, names.version, names.queue(group), names.delayed(group), names.held, names.held_delayed]
+        wanted = b"" if patterns is None else msgspec.json.encode(patterns)
+        position: Reply = b"-"
+        while position:
+            position = await self.run("declare", keys, [group, wanted, position, msgspec.json.encode(otherwise)])
+
     async def _publish(self, wire: Wire, data: bytes) -> Reply:
         """Send a packed publish; None when the groups have changed."""
         if not wire.alive:
@@ -249,6 +259,7 @@ class RedisTransport:
             group.decode(): tuple(msgspec.json.decode(patterns, type=list[str]))
             for group, patterns in sorted(zip(flat[::2], flat[1::2], strict=True))
         }
+        self._patterns.update(groups)
         self._registry = _Registry(self.topology, version, groups, self.settings.max_backlog or 0)
         return self._registry
 

@@ -1,9 +1,10 @@
 -- Makes a group exist, with the held messages that it wants.
--- KEYS: groups, version, the group's stream, its delayed set, held, held:delayed. ARGV: group, patterns as JSON ('' leaves them alone).
+-- KEYS: groups, version, the group's stream, its delayed set, held, held:delayed. ARGV: group, patterns as JSON ('' leaves them alone),
+-- where to go on among the held messages, the patterns of a group that is new.
 -- Returns 1 when there are more held messages to look at: call it again, from the position returned second.
 local call = redis.call
 local current = call('HGET', KEYS[1], ARGV[1])
-local wanted = ARGV[2] ~= '' and ARGV[2] or current or '["#"]'
+local wanted = ARGV[2] ~= '' and ARGV[2] or current or ARGV[4]
 
 local function split(text)
   local words = {}
