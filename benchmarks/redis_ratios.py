@@ -18,10 +18,10 @@ from typing import Any, Final, cast
 from uuid import uuid4
 
 import redis.asyncio as redis
-from abe_contract_tests.services import redis_service
 
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
 from abe_backend_redis import RedisBackend, RedisSettings
+from abe_contract_tests.services import redis_service
 
 IN_FLIGHT: Final = 1_000
 CONCURRENCY: Final = 100
@@ -102,7 +102,9 @@ class Plain:
         seen = bytearray(messages)
         left, meter = messages, Meter()
         while left:
-            for _, entries in await self.redis.xreadgroup(GROUP, "c", {self.stream: ">"}, count=CONCURRENCY, block=1000):
+            for _, entries in await self.redis.xreadgroup(
+                GROUP, "c", {self.stream: ">"}, count=CONCURRENCY, block=1000
+            ):
                 for entry, fields in entries:
                     seen[json.loads(fields[b"d"])["n"]] += 1
                     await self.redis.xack(self.stream, GROUP, entry)
@@ -182,18 +184,28 @@ COMPARISONS: Final = (
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and with ``--check`` return 1 when a goal is missed."""
     parser = argparse.ArgumentParser(prog="redis_ratios", description=__doc__)
-    parser.add_argument("--messages", type=int, default=30_000, help="messages drained; half as many are published at once")
+    parser.add_argument(
+        "--messages", type=int, default=30_000, help="messages drained; half as many are published at once"
+    )
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--server", default="", help="system, redis8, valkey or a path; the first that is installed")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
     options = parser.parse_args(arguments)
-    logging.getLogger("abe.redis").setLevel(logging.ERROR)  # it warns of the missing append-only file, which is on purpose here
+    logging.getLogger("abe.redis").setLevel(
+        logging.ERROR
+    )  # it warns of the missing append-only file, which is on purpose here
     counts = (options.messages // 2, options.messages, options.messages // 10)
     assert len(json.dumps(PAYLOAD)) == 200
-    with redis_service(server=options.server, arguments=("--appendonly", "no"), environ={"ABE_TEST_SERVICES": "processes"}) as service:
+    with redis_service(
+        server=options.server, arguments=("--appendonly", "no"), environ={"ABE_TEST_SERVICES": "processes"}
+    ) as service:
         print(f"{service.version}, {options.repetitions} repetitions, 200-byte payloads; median (min-max)")
         results = asyncio.run(_measure(service.url, counts, options.repetitions))
-    missed = [comparison.name for comparison, costs in zip(COMPARISONS, results, strict=True) if not _report(comparison, costs)]
+    missed = [
+        comparison.name
+        for comparison, costs in zip(COMPARISONS, results, strict=True)
+        if not _report(comparison, costs)
+    ]
     if missed:
         print(f"missed: {', '.join(missed)}")
     return 1 if missed and options.check else 0
@@ -224,13 +236,17 @@ def _report(comparison: Comparison, costs: list[tuple[Cost, Cost]]) -> bool:
     print(f"\n{comparison.name}: goal {comparison.goal:g}x, {'reached' if reached else 'MISSED'}")
     for name, side in (("redis-py", [plain for plain, _ in costs]), ("ours", [ours for _, ours in costs])):
         rates = _spread([cost.rate for cost in side], "7,.0f")
-        print(f"  {name:9} {rates} msg/s   {_spread([cost.cpu / cost.messages * 1e6 for cost in side], '6.1f')} us CPU/msg")
+        print(
+            f"  {name:9} {rates} msg/s   {_spread([cost.cpu / cost.messages * 1e6 for cost in side], '6.1f')} us CPU/msg"
+        )
     print(f"  ratio     {_spread(ratios, '.1f')}x in msg/s   {_spread(savings, '.1f')}x in CPU")
     return reached
 
 
 def _spread(values: list[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})".replace("( ", "(").replace("- ", "-")
+    return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})".replace("( ", "(").replace(
+        "- ", "-"
+    )
 
 
 async def _at_once(publish: Callable[[], Awaitable[None]], messages: int) -> Cost:

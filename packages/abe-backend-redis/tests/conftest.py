@@ -9,8 +9,6 @@ from typing import Any, cast
 from uuid import uuid4
 
 import pytest
-from abe_contract_tests.services import ServiceUnavailable, TlsFiles, redis_service
-from abe_contract_tests.services._process import ProcessService
 from redis.asyncio import Redis
 
 from abe.backends.message_queue.base import Delivery, Envelope
@@ -18,6 +16,8 @@ from abe_backend_redis import RedisBackend, RedisSettings
 from abe_backend_redis._receiver import RedisReceiver
 from abe_backend_redis._topology import Topology
 from abe_backend_redis._transport import RedisTransport
+from abe_contract_tests.services import ServiceUnavailable, TlsFiles, redis_service
+from abe_contract_tests.services._process import ProcessService
 
 PROCESSES = {"ABE_TEST_SERVICES": "processes"}
 
@@ -34,7 +34,9 @@ class Lab:
         self._serial = itertools.count()
 
     def settings(self, **changes: Any) -> RedisSettings:
-        return RedisSettings(**{"url": self.url, "namespace": self.namespace, "lease": 5.0, "publish_timeout": 5.0} | changes)
+        return RedisSettings(
+            **{"url": self.url, "namespace": self.namespace, "lease": 5.0, "publish_timeout": 5.0} | changes
+        )
 
     async def transport(self, **changes: Any) -> RedisTransport:
         transport = RedisTransport(self.settings(**changes))
@@ -50,7 +52,9 @@ class Lab:
     async def backend(self, **changes: Any) -> RedisBackend:
         return await self._stack.enter_async_context(RedisBackend(self.settings(**changes)))
 
-    def envelope(self, key: str = "k", *, delay: float = 0.0, headers: dict[str, str] | None = None, body: bytes = b"{}") -> Envelope:
+    def envelope(
+        self, key: str = "k", *, delay: float = 0.0, headers: dict[str, str] | None = None, body: bytes = b"{}"
+    ) -> Envelope:
         return Envelope(f"id-{next(self._serial)}", key, body, 1_700_000_000_000, headers, delay)
 
     def envelopes(self, count: int, key: str = "k", *, delay: float = 0.0) -> list[Envelope]:
@@ -72,7 +76,7 @@ async def collect(receiver: RedisReceiver, count: int, *, within: float = 5.0) -
 async def until(condition: Callable[[], Awaitable[object]], *, within: float = 5.0) -> None:
     """Wait for what only the server can tell."""
     async with asyncio.timeout(within):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110 - another process sets no event of ours
             await asyncio.sleep(0.01)
 
 

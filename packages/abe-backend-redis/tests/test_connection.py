@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import redis.asyncio.connection as native
 import trustme
-from abe_contract_tests.services import TlsFiles
 
 from abe.errors import (
     AbeError,
@@ -23,10 +22,11 @@ from abe.errors import (
 from abe_backend_redis import RedisBackend, RedisSettings
 from abe_backend_redis._connection import Wire
 from abe_backend_redis._transport import RedisTransport
+from abe_contract_tests.services import TlsFiles
 
 Until = Callable[..., Awaitable[None]]
 
-SECRET = "swordfish-8061"  # noqa: S105
+SECRET = "swordfish-8061"
 
 MINIMAL = (
     "~{test-*}:*",
@@ -80,8 +80,12 @@ class TestTakeover:
         login = native.Connection(**{key: value for key, value in connection.items() if key != "connection_class"})
         await login.connect()
         try:
-            assert isinstance(getattr(login, "_writer", None), asyncio.StreamWriter), "redis-py: Connection._writer has changed"
-            assert isinstance(getattr(login, "_reader", None), asyncio.StreamReader), "redis-py: Connection._reader has changed"
+            assert isinstance(getattr(login, "_writer", None), asyncio.StreamWriter), (
+                "redis-py: Connection._writer has changed"
+            )
+            assert isinstance(getattr(login, "_reader", None), asyncio.StreamReader), (
+                "redis-py: Connection._reader has changed"
+            )
         finally:
             await login.disconnect()
 
@@ -200,7 +204,7 @@ class TestRights:
         self, launch: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level(logging.DEBUG)
-        service = launch(password="right")  # noqa: S106
+        service = launch(password="right")
         host = service.url.rpartition("@")[2]
         for url in (f"redis://:{SECRET}@{host}", f"redis://nobody:{SECRET}@{host}", f"redis://{host}"):
             backend = RedisBackend(RedisSettings(url=url))
@@ -214,12 +218,12 @@ class TestRights:
         assert SECRET not in caplog.text
 
     async def test_the_password_may_be_beside_the_url(self, launch: Any) -> None:
-        service = launch(password="p@ss/w:rd%")  # noqa: S106
+        service = launch(password="p@ss/w:rd%")
         host = service.url.rpartition("@")[2]
         for settings in (
             RedisSettings(url=service.url),
-            RedisSettings(url=f"redis://{host}", password="p@ss/w:rd%"),  # noqa: S106
-            RedisSettings(url=f"redis://{host}", username="default", password="p@ss/w:rd%"),  # noqa: S106
+            RedisSettings(url=f"redis://{host}", password="p@ss/w:rd%"),
+            RedisSettings(url=f"redis://{host}", username="default", password="p@ss/w:rd%"),
         ):
             async with RedisBackend(settings) as backend:
                 await backend.ping()
@@ -241,7 +245,9 @@ class TestRights:
 
     async def test_who_may_not_unblock_reads_waits_for_them(self, launch: Any, lab_at: Any, until: Until) -> None:
         lab = lab_at(launch().url)
-        await lab.redis.execute_command("ACL", "SETUSER", "app", "on", f">{SECRET}", *[r for r in MINIMAL if r != "+xackdel"])
+        await lab.redis.execute_command(
+            "ACL", "SETUSER", "app", "on", f">{SECRET}", *[r for r in MINIMAL if r != "+xackdel"]
+        )
         transport = await lab.transport(username="app", password=SECRET)
         await transport.declare("g", None)
         receiver = await lab.receiver(transport)
@@ -267,7 +273,7 @@ class TestRights:
         await lab.redis.execute_command("ACL", "SETUSER", "app", "on", f">{SECRET}", *rules)
         backend = await lab.backend(username="app", password=SECRET, namespace="others")
         async with asyncio.timeout(3):
-            with pytest.raises(PermissionDeniedError, match="QUEUE_NAMESPACE|rights"):
+            with pytest.raises(PermissionDeniedError, match=r"the user's rights"):
                 await backend.publish("k", {})
 
 

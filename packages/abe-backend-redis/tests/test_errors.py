@@ -21,12 +21,18 @@ REPLIES = {
     "WRONGPASS": ("WRONGPASS invalid username-password pair or user is disabled.", PermissionDeniedError),
     "NOPERM": ("NOPERM User app has no permissions to run the 'evalsha' command", PermissionDeniedError),
     "OOM": ("OOM command not allowed when used memory > 'maxmemory'.", BackpressureError),
-    "MISCONF": ("MISCONF Redis is configured to save RDB snapshots, but it is unable to persist to disk.", BackpressureError),
+    "MISCONF": (
+        "MISCONF Redis is configured to save RDB snapshots, but it is unable to persist to disk.",
+        BackpressureError,
+    ),
     "NOREPLICAS": ("NOREPLICAS Not enough good replicas to write.", BackpressureError),
     "WRONGTYPE": ("WRONGTYPE Operation against a key holding the wrong kind of value", ConfigurationError),
     "LOADING": ("LOADING Redis is loading the dataset in memory", BackendConnectionError),
     "READONLY": ("READONLY You can't write against a read only replica.", BackendConnectionError),
-    "MASTERDOWN": ("MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.", BackendConnectionError),
+    "MASTERDOWN": (
+        "MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
+        BackendConnectionError,
+    ),
     "CLUSTERDOWN": ("CLUSTERDOWN The cluster is down", BackendConnectionError),
     "TRYAGAIN": ("TRYAGAIN Multiple keys request during rehashing of slot", BackendConnectionError),
     "BUSY": ("BUSY Redis is busy running a script.", BackendConnectionError),
@@ -98,7 +104,9 @@ def test_an_exception_becomes_ours_by_its_type(exc: BaseException, kind: type[Ab
 
 def test_a_certificate_that_does_not_hold_is_a_matter_of_configuration() -> None:
     refused = native.ConnectionError("Error 1 connecting to h:6379.")
-    refused.__context__ = ssl.SSLCertVerificationError(1, "certificate verify failed: unable to get local issuer certificate")
+    refused.__context__ = ssl.SSLCertVerificationError(
+        1, "certificate verify failed: unable to get local issuer certificate"
+    )
     error = translate(refused, "h:6379")
     assert type(error) is ConfigurationError
     assert "certificate" in str(error)

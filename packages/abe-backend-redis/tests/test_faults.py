@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
-from abe_contract_tests.accounting import Accounting
 
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
 from abe.errors import AbeError, BackendConnectionError, LeaseLostError, PublishUnknownError
 from abe_backend_redis import RedisBackend
+from abe_contract_tests.accounting import Accounting
 
 Until = Callable[..., Awaitable[None]]
 
@@ -34,6 +34,7 @@ class Traffic:
     def __init__(self, publisher: RedisBackend, consumer: RedisBackend) -> None:
         self.accounts = Accounting()
         self.finished = 0
+        self._handled = asyncio.Event()
         self._publisher = publisher
         self._consumer = AsyncLoopConsumer(consumer, "g", concurrency=20)
         self._publishing = True
@@ -48,7 +49,7 @@ class Traffic:
                 self._publishing = False
                 await asyncio.gather(*publishing)
                 while not self.accounts.complete:
-                    await asyncio.sleep(0.01)
+                    await self._progress()
                 await self._consumer.shutdown()
                 await consuming
         finally:
@@ -61,7 +62,11 @@ class Traffic:
         """Return when that many more messages were handled."""
         goal = self.finished + more
         while self.finished < goal:
-            await asyncio.sleep(0.005)
+            await self._progress()
+
+    async def _progress(self) -> None:
+        self._handled.clear()
+        await self._handled.wait()
 
     async def _publish(self) -> None:
         while self._publishing:
@@ -70,6 +75,7 @@ class Traffic:
     async def _handle(self, message: dict[str, Any]) -> None:
         self.accounts.delivered(message)
         self.finished += 1
+        self._handled.set()
 
 
 class TestKilledConnections:
@@ -187,7 +193,9 @@ class TestRestartedServer:
         async with backend.consume(group="g") as subscription, asyncio.timeout(10):
             assert [(await anext(subscription))["n"] for _ in range(101)] == list(range(101))
 
-    async def test_a_replica_is_left_for_the_server_that_took_over(self, launch: Any, lab_at: Any) -> None:
+    async def test_a_replica_is_left_for_the_server_that_took_over(
+        self, launch: Any, lab_at: Any, until: Until
+    ) -> None:
         """As after a failover behind one address: the old server is read-only and keeps its connections."""
         lab = lab_at(launch().url)
         backend = await lab.backend(groups=("g",))
@@ -195,9 +203,12 @@ class TestRestartedServer:
         before = {client["id"] for client in await lab.redis.client_list() if client["name"] == "abe-publish"}
         await lab.redis.execute_command("REPLICAOF", "127.0.0.1", "1")
         publishing = asyncio.create_task(backend.publish("k", {"n": 2}))
+
+        async def left() -> bool:
+            return not before & {client["id"] for client in await lab.redis.client_list()}
+
         async with asyncio.timeout(5):
-            while before & {client["id"] for client in await lab.redis.client_list()}:
-                await asyncio.sleep(0.01)
+            await until(left)
             await lab.redis.execute_command("REPLICAOF", "NO", "ONE")
             await publishing
         assert (await backend.stats("g")).waiting == 2
@@ -246,16 +257,18 @@ class TestDeletedUnderneath:
 
 
 class TestClosing:
-    async def test_nothing_is_left_of_a_backend(self, lab: Any) -> None:
+    async def test_nothing_is_left_of_a_backend(self, lab: Any, until: Until) -> None:
         before = {client["id"] for client in await lab.redis.client_list()}
         for _ in range(5):
             backend = RedisBackend(lab.settings())
             async with backend, backend.consume(group="g") as subscription:
                 await backend.publish("k", {"n": 1})
                 await anext(subscription)
-        async with asyncio.timeout(5):
-            while {client["id"] for client in await lab.redis.client_list()} - before:
-                await asyncio.sleep(0.01)
+
+        async def gone() -> bool:
+            return {client["id"] for client in await lab.redis.client_list()} <= before
+
+        await until(gone)
         names = {consumer["name"] for consumer in await lab.redis.xinfo_consumers(lab.names.queue("g"), "group")}
         assert names <= {b"released"}
 

@@ -9,7 +9,7 @@ import pytest
 from abe.errors import ConfigurationError
 from abe_backend_redis import RedisBackend, RedisSettings
 
-SECRET = "swordfish-8061"  # noqa: S105
+SECRET = "swordfish-8061"
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -143,4 +143,6 @@ def test_the_readme_has_the_headings_of_every_provider() -> None:
 
 
 def _shown(default: object) -> str:
-    return "unset" if default is None or default == () else f"{default:g}" if isinstance(default, float) else str(default)
+    return (
+        "unset" if default is None or default == () else f"{default:g}" if isinstance(default, float) else str(default)
+    )

@@ -31,7 +31,9 @@ def test_the_names_are_the_documented_ones() -> None:
     ]
     text = README.read_text().partition("## Topology")[2].partition("\n## ")[0]
     patterns = re.findall(r"^\| `(\{namespace\}[^`]*)`", text, re.MULTILINE)
-    assert [name.replace("{namespace}", "{shop}").replace("GROUP", "billing").encode() for name in patterns] == all_names("shop", "billing")
+    assert [
+        name.replace("{namespace}", "{shop}").replace("GROUP", "billing").encode() for name in patterns
+    ] == all_names("shop", "billing")
     assert f"`{GROUP.decode()}`" in text
     assert f"`{RELEASED.decode()}`" in text
 

@@ -208,11 +208,20 @@ class TestHeld:
         await transport.declare("rest", None)
         assert (await transport.stats("rest")).waiting == 2
 
-
     async def test_patterns_mean_the_same_to_redis_as_to_us(self, lab: Any) -> None:
         words = ["a", "b", "", "*", "#"]
-        keys = [".".join(key) for size in (1, 2, 3) for key in itertools.product(["a", "b", ""], repeat=size) if key != ("",)]
-        patterns = [".".join(pattern) for size in (1, 2, 3) for pattern in itertools.product(words, repeat=size) if pattern != ("",)]
+        keys = [
+            ".".join(key)
+            for size in (1, 2, 3)
+            for key in itertools.product(["a", "b", ""], repeat=size)
+            if key != ("",)
+        ]
+        patterns = [
+            ".".join(pattern)
+            for size in (1, 2, 3)
+            for pattern in itertools.product(words, repeat=size)
+            if pattern != ("",)
+        ]
         transport = await lab.transport()
         for pattern in patterns[:: max(1, len(patterns) // 60)]:
             await transport.send([lab.envelope(key) for key in keys])
@@ -322,7 +331,9 @@ class TestSettling:
         assert await transport.find_dead_letter("g", "nobody") is None
 
     @pytest.mark.parametrize("verify", [True, False])
-    async def test_a_late_acknowledgement_leaves_the_new_owners_copy(self, lab: Any, collect: Collect, verify: bool) -> None:
+    async def test_a_late_acknowledgement_leaves_the_new_owners_copy(
+        self, lab: Any, collect: Collect, verify: bool
+    ) -> None:
         transport = await lab.transport(lease=0.2)
         await transport.declare("g", None)
         late, owner = await lab.receiver(transport), await lab.receiver(transport)
@@ -598,7 +609,8 @@ class TestScripts:
 
     async def test_they_touch_no_key_that_they_were_not_given(self, lab: Any, collect: Collect) -> None:
         seen: dict[bytes, set[str]] = {}
-        watching = asyncio.create_task(_watch(lab, seen))
+        ended = asyncio.Event()
+        watching = asyncio.create_task(_watch(lab, seen, ended))
         try:
             async with asyncio.timeout(10):
                 while b"begin" not in seen:
@@ -606,8 +618,7 @@ class TestScripts:
                     await asyncio.sleep(0.01)
                 await _everything(lab, collect)
                 await lab.redis.echo("end")
-                while b"end" not in seen:
-                    await asyncio.sleep(0.01)
+                await ended.wait()
         finally:
             watching.cancel()
         del seen[b"begin"], seen[b"end"]
@@ -615,14 +626,16 @@ class TestScripts:
         assert {sha: strange for sha, strange in seen.items() if strange} == {}
 
     async def test_they_are_legal_on_a_node_of_a_cluster(
-        self, launch: Any, lab_at: Any, collect: Collect, caplog: pytest.LogCaptureFixture
+        self, launch: Any, lab_at: Any, collect: Collect, until: Until, caplog: pytest.LogCaptureFixture
     ) -> None:
         service = launch("--cluster-enabled", "yes")
         lab = lab_at(service.url)
         await lab.redis.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-        async with asyncio.timeout(5):
-            while b"cluster_state:ok" not in await lab.redis.execute_command("CLUSTER", "INFO"):
-                await asyncio.sleep(0.02)
+
+        async def ready() -> bool:
+            return b"cluster_state:ok" in await lab.redis.execute_command("CLUSTER", "INFO")
+
+        await until(ready)
         caplog.set_level(logging.WARNING)
         await _everything(lab, collect)
         assert caplog.messages == []
@@ -650,7 +663,7 @@ async def _everything(lab: Any, collect: Collect) -> None:
     await transport.delete_group("g")
 
 
-async def _watch(lab: Any, seen: dict[bytes, set[str]]) -> None:
+async def _watch(lab: Any, seen: dict[bytes, set[str]], ended: asyncio.Event) -> None:
     """Note for each script what it touched beside its KEYS, in our namespace or out of it."""
     from redis.asyncio import Redis
 
@@ -664,6 +677,8 @@ async def _watch(lab: Any, seen: dict[bytes, set[str]]) -> None:
                 name = words[0].upper()
                 if name == "ECHO":
                     seen[words[1].encode()] = set()
+                    if words[1] == "end":
+                        ended.set()
                 elif name == "EVALSHA":
                     sha, count = words[1].encode(), int(words[2])
                     keys = words[3 : 3 + count]
