@@ -1,12 +1,12 @@
 """The harness of the memory backend."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 from uuid import uuid4
 
 from abe.backends.message_queue.base import Envelope, MonotonicClock
-from abe.backends.message_queue.service import memory
 from abe.backends.message_queue.service.memory import MemoryBackend
+from abe.backends.message_queue.service.namespaces import Namespace, forget, namespace
 from abe.types import MessageQueueBackendProtocol
 from abe_contract_tests.harness import Counts, Evidence, Harness, Oracle
 
@@ -26,7 +26,7 @@ class MemoryHarness(Harness):
         return _MemoryOracle(namespace)
 
     async def clean(self, namespace: str) -> None:
-        _namespaces().pop(namespace, None)
+        forget(namespace)
 
     def broker_version(self) -> str:
         return "memory"
@@ -77,9 +77,5 @@ class _MemoryOracle:
             queue.put(envelope, now, now)
             queue.wake()
 
-    def _space(self) -> Any:
-        return _namespaces().setdefault(self._name, memory._Namespace())  # pyright: ignore[reportPrivateUsage]
-
-
-def _namespaces() -> dict[str, Any]:
-    return memory._namespaces  # pyright: ignore[reportPrivateUsage, reportReturnType]  # type: ignore[return-value]
+    def _space(self) -> Namespace:
+        return namespace(self._name)

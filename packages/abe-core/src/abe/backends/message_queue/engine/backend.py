@@ -1,13 +1,11 @@
 """A transport made into a backend: everything that must behave alike, whichever broker is underneath."""
 
 import asyncio
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
@@ -26,6 +24,7 @@ from abe.backends.message_queue.base.names import (
 )
 from abe.backends.message_queue.base.transport import Envelope, GroupStats, Transport
 from abe.backends.message_queue.engine.dead_letters import DeadLetters
+from abe.backends.message_queue.engine.ids import next_id
 from abe.backends.message_queue.engine.inbox import Inbox
 from abe.backends.message_queue.engine.session import Session
 from abe.backends.message_queue.engine.subscription import GroupSubscription
@@ -47,19 +46,6 @@ from abe.types import MessageQueuePayload
 _T = TypeVar("_T")
 
 
-class _Ids:
-    """Message ids: a random prefix of 64 bits for each process, then a counter; a fork begins anew."""
-
-    def __init__(self) -> None:
-        self.renew()
-        os.register_at_fork(after_in_child=self.renew)
-
-    def renew(self) -> None:
-        prefix, serial = os.urandom(8).hex(), count().__next__
-        self.next: Callable[[], str] = lambda: f"{prefix}{serial():x}"
-
-
-_ids: Final = _Ids()
 _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=1.0)
 _MOST_KNOWN_KEYS: Final = 10_000
 
@@ -305,7 +291,7 @@ class TransportBackend(ABC):
                 f"the payload is {len(body)} bytes of {self.capabilities.max_payload_bytes}: store it elsewhere, and publish where it is"
             )
         return Envelope(
-            _ids.next() if id is None else check_id(id),
+            next_id() if id is None else check_id(id),
             key,
             body,
             int(time.time() * 1000),
