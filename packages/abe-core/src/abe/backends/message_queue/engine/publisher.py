@@ -170,7 +170,7 @@ class Publisher:
 
     def _landed(self) -> None:
         self._flying -= 1
-        if (self._ready or self._current is not None) and not self._closed:
+        if (self._ready or self._current is not None) and not self._abandoned.is_set():
             self._fly()
 
     async def _deliver(self, envelopes: Sequence[Envelope], deadline: float) -> Sequence[AbeError | None]:
@@ -187,25 +187,21 @@ class Publisher:
             async with asyncio.timeout_at(deadline):
                 while self._loop.time() < deadline and not self._abandoned.is_set():
                     try:
-                        sending = False
                         await self._opened()
                         sending = True
                         results = await self._transport.send([envelopes[i] for i in pending] if tries else envelopes)
-                        sending = False
                     except (BackendConnectionError, PublishUnknownError) as exc:
-                        unknown = unknown or exc.maybe_accepted
-                        error = exc
-                    else:
-                        if not results:
-                            return outcomes
-                        for index, result in zip(pending, results, strict=True):
-                            outcomes[index] = result
-                        again = (BackendConnectionError, PublishUnknownError)
-                        pending = [i for i in pending if isinstance(outcomes[i], again)]
-                        if not pending:
-                            return outcomes
-                        error = outcomes[pending[0]]
-                        unknown = unknown or any(_maybe_accepted(outcomes[i]) for i in pending)
+                        results = [exc] * len(pending)
+                    sending = False
+                    for index, result in zip(pending, results or [None] * len(pending), strict=True):
+                        outcomes[index] = result
+                    pending = [
+                        i for i in pending if isinstance(outcomes[i], BackendConnectionError | PublishUnknownError)
+                    ]
+                    if not pending:
+                        return outcomes
+                    error = outcomes[pending[0]]
+                    unknown = unknown or any(_maybe_accepted(outcomes[i]) for i in pending)
                     tries += 1
                     await pause(self._abandoned, _BACKOFF(tries))
         except TimeoutError:

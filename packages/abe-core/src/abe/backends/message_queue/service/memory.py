@@ -125,12 +125,13 @@ class _MemoryReceiver:
                 queue.give_back([queue.held.pop(receipt).item for receipt in ours])
                 queue.wake(everybody=True)
 
-    def wake(self) -> None:
-        """Let a waiting `receive` look again, from whatever thread."""
+    def wake(self) -> bool:
+        """Let a waiting `receive` look again, from whatever thread; False when its event loop was closed under it."""
         try:
             self._loop.call_soon_threadsafe(self._woken.set)
         except RuntimeError:
-            self._stopped = True  # our event loop was closed under us: nobody waits any more
+            return False
+        return True
 
 
 def _lost() -> LeaseLostError:

@@ -19,8 +19,8 @@ _MOST_ROUTES: Final = 10_000
 class Waiter(Protocol):
     """Whoever waits for messages."""
 
-    def wake(self) -> None:
-        """Look again; called from any thread, with the namespace's lock held."""
+    def wake(self) -> bool:
+        """Look again; called from any thread, with the namespace's lock held. Return whether anybody is there to look."""
         ...
 
 
@@ -118,9 +118,11 @@ class Queue:
 
     def wake(self, *, everybody: bool = False) -> None:
         """Let as many waiting receivers look as there are messages; everybody, when what they wait for may have come nearer."""
-        for receiver in list(self.waiting) if everybody else list(self.waiting)[: len(self.ready)]:
+        wanted = len(self.waiting) if everybody else len(self.ready)
+        while self.waiting and wanted:
+            receiver = next(iter(self.waiting))
             del self.waiting[receiver]
-            receiver.wake()
+            wanted -= receiver.wake()
 
 
 class Namespace:
