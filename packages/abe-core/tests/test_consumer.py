@@ -452,7 +452,6 @@ class TestTimeout:
 
 
 class TestWrapping:
-    @pytest.mark.xfail(reason="a message settled by the handler itself ends run()")
     async def test_handle_may_be_overridden_to_wrap_every_handler(self, memory_backend: MemoryBackend) -> None:
         class Wrapped(AsyncLoopConsumer):
             async def handle(self, message: Message, handler: Handle) -> None:
@@ -621,7 +620,6 @@ class TestShutdown:
                 await asyncio.gather(*(consumer.shutdown() for _ in range(3)))
             await consumer.shutdown()
 
-    @pytest.mark.xfail(reason="buffered messages are handled after shutdown()")
     async def test_a_handler_may_call_it(self, memory_backend: MemoryBackend) -> None:
         consumer = AsyncLoopConsumer(memory_backend)
 
@@ -674,7 +672,6 @@ class TestShutdown:
                 again = [await anext(messages) for _ in range(5)]
         assert [(message["n"], message.attempt) for message in again] == [(n, 1) for n in range(5)]
 
-    @pytest.mark.xfail(reason="a shutdown before run() began is forgotten")
     async def test_leaving_the_block_before_run_had_a_turn_ends_it(self, memory_backend: MemoryBackend) -> None:
         async with asyncio.timeout(2):
             async with AsyncLoopConsumer(memory_backend) as consumer:
@@ -794,7 +791,6 @@ class TestMinimalBackend:
         assert [record.getMessage() for record in errors] == ["the handler failed, and the message is not retried: no"]
         assert errors[0].exc_info is not None
 
-    @pytest.mark.xfail(reason="CancelledError of a handler ends a minimal run")
     async def test_a_handler_that_awaits_something_cancelled_does_not_end_the_loop(self) -> None:
         backend = Minimal({"n": 1}, {"n": 2}, ends=True)
         seen: list[int] = []
@@ -810,7 +806,6 @@ class TestMinimalBackend:
             await AsyncLoopConsumer(backend).run(handler)
         assert seen == [1, 2]
 
-    @pytest.mark.xfail(reason="the iterator is closed while it is being asked")
     async def test_shutdown_ends_a_wait_for_the_next_message_and_closes_the_iterator(self) -> None:
         backend = Minimal({"n": 1})
         collector = asyncio.Event()
@@ -847,7 +842,6 @@ class TestMinimalBackend:
             await stopping
         assert backend.closed
 
-    @pytest.mark.xfail(reason="a minimal run has no grace period")
     async def test_shutdown_is_bounded_by_the_grace_period(self) -> None:
         at_work = asyncio.Event()
 
@@ -865,7 +859,6 @@ class TestMinimalBackend:
             task.cancel()
             await asyncio.wait([task])
 
-    @pytest.mark.xfail(reason="a minimal run's handler waits for itself")
     async def test_a_handler_may_call_shutdown(self) -> None:
         backend = Minimal({"n": 1}, {"n": 2})
         consumer = AsyncLoopConsumer(backend)
@@ -877,7 +870,6 @@ class TestMinimalBackend:
             await consumer.run(handler)
         assert backend.closed
 
-    @pytest.mark.xfail(reason="the iterator is closed while it is being asked")
     async def test_a_cancelled_run_raises_and_closes_the_iterator(self) -> None:
         backend = Minimal()
         task = asyncio.create_task(AsyncLoopConsumer(backend).run(Collector()))
