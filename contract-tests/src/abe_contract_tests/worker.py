@@ -6,6 +6,7 @@ which `kill` abandons as a SIGKILL would: its tasks never run again, and nothing
 
 import asyncio
 import atexit
+import ctypes
 import json
 import os
 import signal
@@ -260,22 +261,22 @@ async def serve(
             await disconnect()
 
 
-# Loops of killed workers, and what ran on them. Kept for ever: a coroutine that is collected runs its `finally` blocks, which a killed
-# process would not.
-_abandoned: Final[list[tuple[asyncio.AbstractEventLoop, set["asyncio.Task[Any]"]]]] = []
+_abandoned: Final[list[asyncio.AbstractEventLoop]] = []
 
 
 def _abandon(loop: asyncio.AbstractEventLoop) -> None:
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
-        # asyncio would report a task destroyed while pending, at the exit of the interpreter.
+    for task in asyncio.all_tasks(loop):
+        # asyncio would report a task destroyed while pending.
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
-    _abandoned.append((loop, tasks))
+        # A coroutine that is collected runs its `finally` blocks, which a killed process would not. Nothing holds an object through
+        # the interpreter's end but a reference that nobody owns.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(task))
+    _abandoned.append(loop)
 
 
 @atexit.register
 def _close_abandoned() -> None:
-    for loop, _ in _abandoned:
+    for loop in _abandoned:
         loop.close()
 
 
