@@ -172,7 +172,6 @@ class TestPublisher:
             assert await publisher.publish_many([envelope(1), envelope(2)]) == [None, None]
         assert transport.sends == [["id1", "id2"]] * 3
 
-    @pytest.mark.xfail(reason="a retry that is accepted leaves the earlier error")
     async def test_only_those_without_an_outcome_are_tried_again(self) -> None:
         full = BackpressureError("full")
         transport = ScriptedTransport([None, BackendConnectionError("gone"), full])
@@ -189,7 +188,6 @@ class TestPublisher:
         assert not outcome.maybe_accepted
         assert transport.sends == []
 
-    @pytest.mark.xfail(reason="a deadline in the pause after a refusal is told as unknown")
     async def test_one_whose_broker_was_never_reached_is_rejected_and_the_cause_is_kept(self) -> None:
         cause = BackendConnectionError("refused")
         (outcome,) = await published(publisher_on(ScriptedTransport(*[cause] * 100), timeout=0.1), 1)
@@ -212,7 +210,6 @@ class TestPublisher:
         outcomes = await publisher_on(ScriptedTransport(error)).publish_many([envelope(1), envelope(2)])
         assert outcomes == [error, error]
 
-    @pytest.mark.xfail(reason="what waits behind a batch is not sent while closing")
     async def test_closing_waits_for_what_is_on_its_way_and_refuses_the_rest(self) -> None:
         gate = asyncio.Event()
         publisher = publisher_on(ScriptedTransport(gate))
