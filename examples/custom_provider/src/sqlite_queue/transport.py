@@ -5,7 +5,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Final
+from typing import Final, cast
 from uuid import uuid4
 
 from abe.backends.message_queue.base import (
@@ -245,8 +245,7 @@ class SqliteReceiver:
         return db.execute(delete, self._ours(receipt)).rowcount == 1
 
     def _ours(self, receipt: Receipt) -> tuple[int, int, str]:
-        assert isinstance(receipt, tuple)
-        serial, delivery = receipt
+        serial, delivery = cast("tuple[int, int]", receipt)
         return serial, delivery, self._consumer
 
     async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
