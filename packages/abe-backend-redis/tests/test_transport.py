@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import math
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -12,7 +13,14 @@ import pytest
 
 from abe.backends.message_queue.base import Delivery, Metadata, Settlement, Verb
 from abe.backends.message_queue.base.names import matches
-from abe.errors import BackpressureError, ConfigurationError, DecodeError, LeaseLostError, UnroutableError
+from abe.errors import (
+    BackpressureError,
+    ConfigurationError,
+    DecodeError,
+    LeaseLostError,
+    UnroutableError,
+    UnsupportedCapabilityError,
+)
 from abe_backend_redis import _receiver
 from abe_backend_redis._receiver import RedisReceiver
 from abe_backend_redis._scripts import NAMES
@@ -80,6 +88,15 @@ class TestPublishing:
         await theirs.declare("one", ("nothing",))
         assert isinstance((await ours.send([lab.envelope()]))[0], UnroutableError)
         assert await ours.groups() == {"one": ("nothing",)}
+
+    async def test_what_no_group_wants_is_told_however_many_keys_there_are(self, one_lab: Any) -> None:
+        transport = await one_lab.transport()
+        await transport.declare("orders", ("orders.*",))
+        for start in range(0, 10_250, 250):
+            await transport.send([one_lab.envelope(f"orders.{number}") for number in range(start, start + 250)])
+        mixed = [one_lab.envelope("users.x"), *(one_lab.envelope(f"orders.n{number}") for number in range(249))]
+        outcomes = await transport.send(mixed)
+        assert [type(outcome) for outcome in outcomes] == [UnroutableError] + [type(None)] * 249
 
     async def test_order_is_kept_within_and_across_batches(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport()
@@ -251,6 +268,14 @@ class TestDelayed:
         first, second = await collect(receiver, 2)
         assert 0.29 < time.monotonic() - started < 1.3
         assert receiver.metadata(first).id > receiver.metadata(second).id
+
+    @pytest.mark.parametrize("delay", [math.inf, 1e306])
+    async def test_what_is_no_time_any_more_is_refused(self, one_lab: Any, delay: float) -> None:
+        backend = await one_lab.backend(groups=("g",))
+        with pytest.raises(UnsupportedCapabilityError):
+            await backend.publish("k", {}, delay=delay)
+        await backend.publish("k", {}, delay=backend.capabilities.max_delay)
+        assert (await backend.stats("g")).delayed == 1
 
     async def test_any_number_becomes_due_at_once(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport()

@@ -49,6 +49,8 @@ class _Registry:
             keys += [topology.held, topology.held_delayed]
         self._head = (b"EVALSHA", SCRIPTS["publish"].sha, len(keys), *keys, version, max_backlog)
         self._routes: dict[str, bytes] = {}
+        self.all_routed = True
+        """Whether every key seen so far is wanted by some group."""
 
     def pack(self, envelopes: Sequence[Envelope]) -> bytes:
         """Return the call that publishes: messages for the same groups, with the same delay, make a run."""
@@ -74,17 +76,13 @@ class _Registry:
             self._routes.clear()
         wanted = [any(matches(pattern, key) for pattern in patterns) for patterns in self._patterns]
         mask = b"".join(b"1" if want else b"0" for want in wanted) or b"1"  # no group: the held messages
+        self.all_routed = self.all_routed and b"1" in mask
         self._routes[key] = mask
         return mask
 
     def unroutable(self, envelopes: Sequence[Envelope]) -> list[int]:
         """Return the positions of messages that no group wants."""
         return [i for i, envelope in enumerate(envelopes) if b"1" not in self.route(envelope.key)]
-
-    @property
-    def all_routed(self) -> bool:
-        """Whether every key seen so far is wanted by some group."""
-        return all(b"1" in mask for mask in self._routes.values())
 
 
 class RedisTransport:
