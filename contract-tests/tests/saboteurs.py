@@ -124,7 +124,10 @@ class RejectsWhatItStored(WithTransport):
                     limit, self.inner._max_backlog = self.inner._max_backlog, None
                     await self.inner.send([envelope])
                     self.inner._max_backlog = limit
-            return [PublishRejectedError("timed out") if isinstance(outcome, BackpressureError) else outcome for outcome in outcomes]
+            return [
+                PublishRejectedError("timed out") if isinstance(outcome, BackpressureError) else outcome
+                for outcome in outcomes
+            ]
 
 
 @breaks("C-PUB-06")

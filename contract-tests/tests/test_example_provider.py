@@ -21,7 +21,9 @@ def test_the_example_provider_passes_the_contract(tmp_path: Path) -> None:
     command += ["-c", os.devnull, f"--rootdir={tmp_path}", "--pyargs", "abe_contract_tests.suite"]
     command += ["--contract", "sqlite", "--contract-strict", f"--contract-report={report}"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLE / "src"), str(site)])}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert report.exists(), done.stdout + done.stderr
     (verdict,) = json.loads(report.read_text())["providers"]
     failed = {entry["id"]: entry["detail"] for entry in verdict["clauses"] if entry["status"] in ("failed", "not run")}

@@ -12,7 +12,7 @@ import pytest
 
 ONE = "test_publish_returns_when_the_broker_holds_the_message"
 
-MINIMAL = '''
+MINIMAL = """
 import asyncio, collections, os
 from abe_contract_tests.harness import Harness
 
@@ -39,9 +39,9 @@ class ThreeHarness(Harness):
         return {"THREE": namespace}
     async def oracle(self, namespace):
         raise NotImplementedError
-'''
+"""
 
-AWAY = '''
+AWAY = """
 from abe_contract_tests.harnesses.memory import MemoryHarness
 from abe_contract_tests.services import ServiceUnavailable
 
@@ -49,7 +49,7 @@ class AwayHarness(MemoryHarness):
     name = "away"
     def start(self):
         raise ServiceUnavailable("install a broker")
-'''
+"""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ class Runner:
         path = os.pathsep.join([str(self.folder), str(Path(__file__).parent)])
         values = {name: value for name, value in os.environ.items() if name not in ("CI", "PYTEST_XDIST_WORKER")}
         values |= {"PYTHONPATH": path, **environment}
-        done = subprocess.run(command, cwd=self.folder, env=values, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            command, cwd=self.folder, env=values, capture_output=True, text=True, timeout=120, check=False
+        )
         providers = json.loads(report.read_text())["providers"] if report.exists() else []
         return Run(done.returncode, done.stdout, done.stderr, {entry["harness"]: entry for entry in providers})
 
@@ -128,7 +130,10 @@ def test_a_skipped_test_is_never_green(run: Runner) -> None:
     run.write("leave_it.py", hook)
     done = run("--contract=memory", "-p", "leave_it", "-k", ONE)
     assert (done.status, done.providers["memory"]["verdict"]) == (1, "INCOMPLETE")
-    assert "later" in done.clause("memory", "C-PUB-01")["detail"] or "not collected" in done.clause("memory", "C-PUB-01")["detail"]
+    assert (
+        "later" in done.clause("memory", "C-PUB-01")["detail"]
+        or "not collected" in done.clause("memory", "C-PUB-01")["detail"]
+    )
 
 
 def test_an_overridden_fixture_fails(run: Runner) -> None:
@@ -141,9 +146,7 @@ def test_an_overridden_fixture_fails(run: Runner) -> None:
 
 def test_a_redefined_test_fails(run: Runner) -> None:
     module = (
-        "from abe_contract_tests.clauses import clause\n"
-        "@clause('C-PUB-01')\n"
-        f"async def {ONE}(contract):\n    pass\n"
+        f"from abe_contract_tests.clauses import clause\n@clause('C-PUB-01')\nasync def {ONE}(contract):\n    pass\n"
     )
     done = run("--contract=memory", target=run.write("test_publish.py", module))
     assert done.status == 1

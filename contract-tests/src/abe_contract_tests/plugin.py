@@ -41,7 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="Let an INCOMPLETE verdict fail the run whatever it is for, as it does where the variable CI is set.",
     )
-    group.addoption("--contract-waivers", metavar="FILE", help="Clauses that may fail for a time: a TOML file of [[waiver]] tables.")
+    group.addoption(
+        "--contract-waivers", metavar="FILE", help="Clauses that may fail for a time: a TOML file of [[waiver]] tables."
+    )
     group.addoption("--contract-report", metavar="FILE", help="Write the results as JSON.")
     parser.addini("contract_harnesses", "What --contract is when it is not given.", type="args", default=[])
 
@@ -70,7 +72,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kept: list[pytest.Item] = []
     for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker(MARK) is not None and hasattr(item, "callspec"):
+        if (
+            isinstance(item, pytest.Function)
+            and item.get_closest_marker(MARK) is not None
+            and hasattr(item, "callspec")
+        ):
             name = cast("str", item.callspec.params["contract_harness"])
             if not _prepare(item, name, config.stash[_waivers]):
                 continue
@@ -171,5 +177,3 @@ class _Active:
 
     def __exit__(self, *_: object) -> None:
         self._detector.deactivate()
-
-

@@ -141,11 +141,10 @@ def judge(
         found[result.test].append(result)
     waived = {waiver.clause: waiver for waiver in waivers if waiver.harness in (None, name)}
     clauses = tuple(
-        _judge_clause(item, harness, [test for test in applicable if item.id in test.clauses], found, waived) for item in CLAUSES
+        _judge_clause(item, harness, [test for test in applicable if item.id in test.clauses], found, waived)
+        for item in CLAUSES
     )
-    complaints = tuple(
-        complaint for item in clauses if (complaint := _complaint(item, waived.get(item.clause.id)))
-    )
+    complaints = tuple(complaint for item in clauses if (complaint := _complaint(item, waived.get(item.clause.id))))
     if complaints or any(item.status is Status.FAILED for item in clauses):
         verdict = Verdict.FAIL
     elif any(item.status is Status.NOT_RUN for item in clauses):
@@ -176,7 +175,11 @@ def _judge_clause(
     if item.networked_only and not harness.networked:
         return ClauseResult(item, Status.NOT_APPLICABLE)
     if not tests:
-        return ClauseResult(item, Status.NOT_OFFERED) if is_minimal(harness) else ClauseResult(item, Status.NOT_RUN, "no test")
+        return (
+            ClauseResult(item, Status.NOT_OFFERED)
+            if is_minimal(harness)
+            else ClauseResult(item, Status.NOT_RUN, "no test")
+        )
     results = tuple(result for test in tests for result in found.get(test.name, ()))
     missing = [test.name for test in tests if not found.get(test.name)]
     status, detail = _status(results, missing)
@@ -191,7 +194,9 @@ def _status(results: Sequence[Result], missing: Sequence[str]) -> tuple[Status, 
     if missing:
         return Status.NOT_RUN, f"not collected: {_some(missing)}"
     if idle := [result for result in results if result.outcome in ("skipped", "xfailed")]:
-        return Status.NOT_RUN, "; ".join(dict.fromkeys(f"{result.test} {result.outcome}: {result.detail}" for result in idle))
+        return Status.NOT_RUN, "; ".join(
+            dict.fromkeys(f"{result.test} {result.outcome}: {result.detail}" for result in idle)
+        )
     if all(result.probed for result in results):
         return Status.UNDECLARED, ", ".join(dict.fromkeys(name for result in results for name in result.probed))
     if all(result.excused for result in results):

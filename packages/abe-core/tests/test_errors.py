@@ -4,6 +4,7 @@ import inspect
 import re
 
 import pytest
+
 from abe import errors
 from abe.errors import (
     AbeError,
