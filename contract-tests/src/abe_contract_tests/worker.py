@@ -203,7 +203,8 @@ class ThreadWorker:
     async def kill(self) -> None:
         if not self._killed and self._thread.is_alive():
             self._killed = True
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            with suppress(RuntimeError):  # its loop has ended by itself
+                self._loop.call_soon_threadsafe(self._loop.stop)
             await self.resume()
         await asyncio.to_thread(self._thread.join, _KILL_PATIENCE)
         if self._thread.is_alive():

@@ -34,6 +34,9 @@ from abe.types import EventHandlerFunc, EventHandlerProtocol, MessageQueueMessag
 
 _log: Final = logging.getLogger("abe.consumer")
 _RECONNECT: Final = ExponentialBackoff(initial=0.1, maximum=10.0)
+_PREFETCH: Final = 4
+"""Messages held for each that is handled at once: while one batch travels and another is confirmed, the workers have work."""
+
 _STUBBORN: Final = 5.0
 """Seconds for which a cancelled handler is waited for."""
 
@@ -59,7 +62,7 @@ class AsyncLoopConsumer:
             that has to be retried lets its successors pass.
         middleware: Wraps the handler, the first outermost.
         keys: The key patterns that the group wants; None: see ``consume``.
-        prefetch: Messages held at most; None: twice the concurrency.
+        prefetch: Messages held at most; None: four times the concurrency.
 
     Raises:
         ConfigurationError: An argument is out of range.
@@ -138,7 +141,8 @@ class AsyncLoopConsumer:
         if self._timeout is not None:
             limit = TimeLimit(self._timeout)
             limited = partial(limit.run, limited)
-        call: Handle = partial(self.handle, handler=limited)
+        overridden = type(self).handle is not AsyncLoopConsumer.handle
+        call: Handle = partial(self.handle, handler=limited) if overridden else limited
         for layer in reversed(self._middleware):
             call = partial(layer.handle, forward=call)
         self._running = True
@@ -203,7 +207,7 @@ class AsyncLoopConsumer:
                 subscription = backend.consume(
                     group=self._group,
                     keys=self._keys,
-                    prefetch=self._prefetch or 2 * self._concurrency,
+                    prefetch=self._prefetch or _PREFETCH * self._concurrency,
                     max_attempts=self._policy.max_attempts,
                 )
                 entering = asyncio.create_task(subscription.__aenter__())

@@ -1,6 +1,7 @@
 """A transport made into a backend: everything that must behave alike, whichever broker is underneath."""
 
 import asyncio
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -300,7 +301,7 @@ class TransportBackend(ABC):
         )
 
     def _delay(self, delay: float) -> float:
-        if not delay > 0:
+        if not 0 < delay < math.inf:
             raise ConfigurationError(f"a delay must be a number of seconds from 0, not {delay!r}")
         if self.capabilities.max_delay is None or delay > self.capabilities.max_delay:
             limit = (

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Collection
 from typing import Final
@@ -17,6 +18,7 @@ from abe.errors import (
     AbeError,
     AlreadySettledError,
     BackendClosedError,
+    ConfigurationError,
     DecodeError,
     LeaseLostError,
     UnsupportedCapabilityError,
@@ -167,6 +169,8 @@ class Inbox:
         delivery = _delivery(message)
         if delay is None:
             delay = _RETRY(delivery.attempt)
+        if not 0 <= delay < math.inf:
+            raise ConfigurationError(f"nack: a delay must be a number of seconds from 0, not {delay!r}")
         if delay and (self._max_delay is None or delay > self._max_delay):
             raise UnsupportedCapabilityError(
                 f"nack(delay={delay:g}): this backend can delay by at most {self._max_delay or 0:g} s"
@@ -288,7 +292,7 @@ class Inbox:
                 if held is not None:
                     self._lose(await self._receiver.recover(list(self._live)))
                     _log.info("group %r is being consumed again", self.group)
-                    held, failures = None, 0
+                    held = None
                 room = self._room()
                 if not room:
                     await self._wait_for_space()
@@ -302,6 +306,7 @@ class Inbox:
                 _log.warning("group %r cannot be consumed, trying again: %s", self.group, exc)
                 await sleep(self._clock, _RECONNECT(failures))
             else:
+                failures = 0
                 if deliveries:
                     self._live.update({delivery.receipt: delivery for delivery in deliveries})
                     self._buffer.extend(deliveries)
