@@ -14,9 +14,9 @@ class Session:
     """A transport, its publisher and the inboxes that take from it, all of the running event loop."""
 
     def __init__(self, transport: Transport, settings: QueueSettings) -> None:
-        self.loop = asyncio.get_running_loop()
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self.transport = transport
-        self.publisher = Publisher(
+        self.publisher: Publisher = Publisher(
             transport,
             self.opened,
             timeout=settings.publish_timeout,

@@ -53,7 +53,7 @@ class Settler:
         self._scheduled = False
         self._abandoned = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self.outstanding = 0
+        self.outstanding: int = 0
         """Verdicts that the broker does not know yet: it still counts these messages as ours."""
 
     def ack(self, delivery: Delivery) -> None:

@@ -253,7 +253,7 @@ class MemoryBackend(TransportBackend):
         clock: What leases and delays are measured by; give a `ManualClock` to move it in tests.
     """
 
-    capabilities = Capabilities(
+    capabilities: Capabilities = Capabilities(
         groups=True,
         key_patterns=True,
         ordered=True,

@@ -129,7 +129,7 @@ class Namespace:
     """What one namespace holds, for the whole process."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock: threading.RLock = threading.RLock()
         self.queues: dict[str, Queue] = {}
         self.unclaimed: deque[tuple[Envelope, float]] = deque()
         self._routes: dict[str, list[Queue]] = {}
