@@ -192,7 +192,10 @@ class TestHandling:
             ({"concurrency": True}, "concurrency"),
             ({"timeout": 0}, "timeout"),
             ({"timeout": float("nan")}, "timeout"),
+            ({"timeout": "soon"}, "timeout"),
             ({"grace": -1}, "grace"),
+            ({"prefetch": 0}, "prefetch"),
+            ({"retry": 3}, "retry must be a RetryPolicy"),
         ],
     )
     def test_an_argument_out_of_range_is_refused_by_name(

@@ -14,7 +14,7 @@ from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.consumer import EventConsumer
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.middleware import Middleware
-from abe.backends.message_queue.base.names import check_count
+from abe.backends.message_queue.base.names import DEFAULT_GROUP, check_count, check_seconds
 from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
 from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.handler import Handle, adapt
@@ -83,10 +83,12 @@ class AsyncLoopConsumer:
         prefetch: int | None = None,
     ) -> None:
         check_count("concurrency", concurrency)
-        if timeout is not None and not timeout > 0:
-            raise ConfigurationError(f"timeout must be a number of seconds above 0, or None, not {timeout!r}")
-        if not grace >= 0:
-            raise ConfigurationError(f"grace must be a number of seconds from 0, not {grace!r}")
+        if prefetch is not None:
+            check_count("prefetch", prefetch)
+        if retry is not None and not isinstance(retry, RetryPolicy):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(f"retry must be a RetryPolicy, not {retry!r}")
+        check_seconds("timeout", timeout)
+        check_seconds("grace", grace, zero=True)
         self._backend = backend
         self._group = group
         self._concurrency = concurrency
@@ -96,7 +98,7 @@ class AsyncLoopConsumer:
         self._ordered = ordered_by_key
         self._middleware = middleware
         self._keys = keys
-        self._prefetch = prefetch
+        self._prefetch = _PREFETCH * concurrency if prefetch is None else prefetch
         self._running = False
         self._left = False
         self._stopping = asyncio.Event()
@@ -185,10 +187,12 @@ class AsyncLoopConsumer:
         subscription = await self._subscribe()
         if subscription is None:
             return
+        _log.info("consuming group %r, %d messages at once", self._group or DEFAULT_GROUP, self._concurrency)
         try:
             await self._work(subscription, call)
         finally:
             await subscription.aclose()
+            _log.info("group %r is consumed no more by this consumer", self._group or DEFAULT_GROUP)
 
     async def _subscribe(self) -> Subscription | None:
         """Subscribe, however long the broker is away; None when `shutdown` came first."""
@@ -207,7 +211,7 @@ class AsyncLoopConsumer:
                 subscription = backend.consume(
                     group=self._group,
                     keys=self._keys,
-                    prefetch=self._prefetch or _PREFETCH * self._concurrency,
+                    prefetch=self._prefetch,
                     max_attempts=self._policy.max_attempts,
                 )
                 entering = asyncio.create_task(subscription.__aenter__())

@@ -1,7 +1,6 @@
 """A transport made into a backend: everything that must behave alike, whichever broker is underneath."""
 
 import asyncio
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from abe.backends.message_queue.base.names import (
     check_id,
     check_key,
     check_patterns,
+    check_seconds,
 )
 from abe.backends.message_queue.base.transport import Envelope, GroupStats, Transport
 from abe.backends.message_queue.engine.dead_letters import DeadLetters
@@ -34,7 +34,6 @@ from abe.errors import (
     AbeError,
     BackendClosedError,
     BackendConnectionError,
-    ConfigurationError,
     EventLoopError,
     PartialPublishError,
     PayloadTooLargeError,
@@ -78,7 +77,7 @@ class TransportBackend(ABC):
         self.settings = settings
         if self.capabilities.lease is not None:
             self.capabilities = replace(self.capabilities, lease=settings.lease)
-        self.unroutable = 0
+        self.unroutable: int = 0
         """Messages that no group wanted, so far."""
         self._codec = codec or JSONCodec()
         self._clock = clock or MonotonicClock()
@@ -281,7 +280,7 @@ class TransportBackend(ABC):
         id: str | None,
         delay: float | None,
     ) -> Envelope:
-        if key not in self._known_keys:
+        if type(key) is not str or key not in self._known_keys:
             check_key(key)
             if len(self._known_keys) >= _MOST_KNOWN_KEYS:
                 self._known_keys.clear()
@@ -301,8 +300,7 @@ class TransportBackend(ABC):
         )
 
     def _delay(self, delay: float) -> float:
-        if not 0 < delay < math.inf:
-            raise ConfigurationError(f"a delay must be a number of seconds from 0, not {delay!r}")
+        check_seconds("delay", delay)
         if self.capabilities.max_delay is None or delay > self.capabilities.max_delay:
             limit = (
                 "not at all" if self.capabilities.max_delay is None else f"by at most {self.capabilities.max_delay:g} s"

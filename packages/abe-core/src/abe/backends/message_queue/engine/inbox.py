@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Collection
 from typing import Final
@@ -10,6 +9,7 @@ from typing import Final
 from abe.backends.message_queue.base.backoff import Backoff, ExponentialBackoff
 from abe.backends.message_queue.base.clock import Clock, sleep
 from abe.backends.message_queue.base.message import Message
+from abe.backends.message_queue.base.names import check_seconds
 from abe.backends.message_queue.base.transport import Delivery, Metadata, Receipt, Receiver, Settlement, Verb
 from abe.backends.message_queue.engine.leases import LeaseKeeper
 from abe.backends.message_queue.engine.settler import Settler
@@ -18,7 +18,6 @@ from abe.errors import (
     AbeError,
     AlreadySettledError,
     BackendClosedError,
-    ConfigurationError,
     DecodeError,
     LeaseLostError,
     UnsupportedCapabilityError,
@@ -169,8 +168,7 @@ class Inbox:
         delivery = _delivery(message)
         if delay is None:
             delay = _RETRY(delivery.attempt)
-        if not 0 <= delay < math.inf:
-            raise ConfigurationError(f"nack: a delay must be a number of seconds from 0, not {delay!r}")
+        check_seconds("nack: delay", delay, zero=True)
         if delay and (self._max_delay is None or delay > self._max_delay):
             raise UnsupportedCapabilityError(
                 f"nack(delay={delay:g}): this backend can delay by at most {self._max_delay or 0:g} s"
@@ -195,6 +193,7 @@ class Inbox:
     async def extend(self, message: Message, seconds: float) -> None:
         """Start the lease anew; see `Message.extend`."""
         delivery = _delivery(message)
+        check_seconds("extend: seconds", seconds)
         if self._lease is None:
             return
         if seconds > self._lease:

@@ -69,6 +69,7 @@ class Publisher:
         self._closed = False
         self._idle: asyncio.Future[None] | None = None
         self._abandoned = asyncio.Event()
+        self._troubled = False
 
     async def publish(self, envelope: Envelope) -> AbeError | None:
         """Publish a message, and return its outcome: None when the broker has it."""
@@ -199,8 +200,10 @@ class Publisher:
                         i for i in pending if isinstance(outcomes[i], BackendConnectionError | PublishUnknownError)
                     ]
                     if not pending:
+                        self._trouble(None)
                         return outcomes
                     error = outcomes[pending[0]]
+                    self._trouble(error)
                     unknown = unknown or any(_maybe_accepted(outcomes[i]) for i in pending)
                     tries += 1
                     await pause(self._abandoned, _BACKOFF(tries))
@@ -209,6 +212,16 @@ class Publisher:
         for index in pending:
             outcomes[index] = self._gave_up(unknown, error)
         return outcomes
+
+    def _trouble(self, error: AbeError | None) -> None:
+        """Log when publishing begins to fail, and when it works again; not each try in between."""
+        if (error is None) != self._troubled:
+            return
+        self._troubled = error is not None
+        if error is None:
+            _log.info("publishing works again")
+        else:
+            _log.warning("publishing fails, trying again: %s", error)
 
     def _gave_up(self, unknown: bool, cause: AbeError | None) -> AbeError:
         why = f": {cause}" if cause else ""
