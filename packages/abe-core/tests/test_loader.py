@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import pytest
 
+import abe.backends
 from abe.backends import get_message_queue_backend
 from abe.backends.message_queue import loader
 from abe.backends.message_queue.loader import installed_backends, load_backend
@@ -335,3 +336,14 @@ def test_each_event_loop_has_a_shared_backend_of_its_own(
 def test_the_shared_backend_needs_a_running_event_loop() -> None:
     with pytest.raises(RuntimeError, match="no running event loop"):
         get_message_queue_backend()
+
+
+def test_the_shared_backend_of_a_closed_event_loop_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUEUE_BACKEND", "memory")
+
+    async def use() -> None:
+        await get_message_queue_backend().publish("order.created", {"n": 1})
+
+    for _ in range(3):
+        asyncio.run(use())
+    assert sum(loop.is_closed() for loop in abe.backends._shared) <= 1
