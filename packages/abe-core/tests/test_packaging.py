@@ -229,14 +229,22 @@ def test_an_application_type_checks_strictly_against_a_provider(
     check_types(checker, core_and_redis, BROKER_APPLICATION, tmp_path)
 
 
-@pytest.mark.parametrize("package", ["abe", "abe_backend_redis"])
+@pytest.mark.parametrize(
+    "package",
+    [
+        pytest.param(
+            "abe",
+            marks=pytest.mark.xfail(strict=True, reason="the attributes of base.transport.Delivery are not annotated"),
+        ),
+        "abe_backend_redis",
+    ],
+)
 def test_every_public_type_is_known(core_and_redis: Path, tmp_path: Path, package: str) -> None:
     # Given no project, pyright looks into the environment of the first Python on the path.
     path = f"{core_and_redis.parent}{os.pathsep}{os.environ['PATH']}"
-    command = [sys.executable, "-m", "pyright", "--verifytypes", package, "--ignoreexternal", "--outputjson"]
-    told = json.loads(run(*command, cwd=tmp_path, PATH=path))
-    assert told["typeCompleteness"]["completenessScore"] == 1
-    assert told["typeCompleteness"]["exportedSymbolCounts"]["withKnownType"] > 0
+    told = run(sys.executable, "-m", "pyright", "--verifytypes", package, "--ignoreexternal", cwd=tmp_path, PATH=path)
+    assert "Type completeness score: 100%" in told
+    assert f'Symbols exported by "{package}": 0' not in told
 
 
 def test_a_provider_is_found_by_its_name(core_and_redis: Path) -> None:
