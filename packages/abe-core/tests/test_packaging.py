@@ -181,7 +181,7 @@ def test_the_sdist_builds_to_the_same_wheel_as_the_tree(built: dict[str, Built],
     assert contents(wheel) == contents(built[project.name].wheel)
 
 
-@pytest.mark.parametrize("name", [name for name in IDS if name != "contract-tests"])
+@pytest.mark.parametrize("name", IDS)
 def test_an_sdist_brings_its_tests(built: dict[str, Built], name: str) -> None:
     with tarfile.open(built[name].sdist) as archive:
         names = [each.partition("/")[2] for each in archive.getnames()]
