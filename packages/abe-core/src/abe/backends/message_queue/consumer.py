@@ -25,7 +25,6 @@ from abe.errors import (
     AbeError,
     AlreadySettledError,
     BackendClosedError,
-    BackendConnectionError,
     ConfigurationError,
     DecodeError,
     UnsupportedCapabilityError,
@@ -219,7 +218,9 @@ class AsyncLoopConsumer:
                     await asyncio.wait([entering, stopping], return_when=asyncio.FIRST_COMPLETED)
                     if entering.done():
                         return entering.result()
-                except BackendConnectionError as exc:
+                except AbeError as exc:
+                    if not exc.retryable:
+                        raise
                     tries += 1
                     _log.warning("group %r cannot be subscribed to, trying again: %s", self._group, exc)
                     await asyncio.wait([stopping], timeout=_RECONNECT(tries))
@@ -237,11 +238,12 @@ class AsyncLoopConsumer:
             asyncio.create_task(self._worker(subscription, call, lanes)) for _ in range(self._concurrency)
         ]
         stopping = asyncio.create_task(self._stopping.wait())
+        giving_back: asyncio.Task[None] | None = None
         try:
             done, _ = await asyncio.wait([*workers, stopping], return_when=asyncio.FIRST_COMPLETED)
             # A worker that ended by itself found the subscription closed, or raised something fatal.
             if all(task.exception() is None for task in done):
-                await subscription.stop()
+                giving_back = asyncio.create_task(subscription.stop())
                 _, late = await asyncio.wait(workers, timeout=self._grace)
                 if late:
                     _log.warning(
@@ -250,9 +252,12 @@ class AsyncLoopConsumer:
                         self._grace,
                     )
         finally:
-            stopping.cancel()
-            for task in workers:
-                task.cancel()
+            self._stopping.set()
+            for task in (stopping, giving_back, *workers):
+                if task is not None:
+                    task.cancel()  # a stop that waits for the broker goes on within the subscription, which `aclose` bounds
+            if giving_back is not None:
+                await asyncio.gather(giving_back, return_exceptions=True)
             _, stubborn = await asyncio.wait(workers, timeout=_STUBBORN)
             if stubborn:
                 _log.error("%d handlers ignore their cancellation and are left behind", len(stubborn))
@@ -280,13 +285,15 @@ class AsyncLoopConsumer:
                 await asyncio.sleep(0)  # a handler that never suspends must not keep the loop to itself
 
     async def _one(self, subscription: Subscription, call: Handle, message: Message) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        before = task.cancelling()
         try:
             await call(message)
         except Exception as exc:  # noqa: BLE001 - whatever a handler raises is its failure, and is logged
             await self._failed(message, exc)
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if task.cancelling() > before:
                 raise
             # Not us: something that the handler waited for was cancelled.
             await self._failed(message, RuntimeError("something that the handler awaited was cancelled"))
@@ -344,14 +351,17 @@ class AsyncLoopConsumer:
 
     def _judge(self, message: Message, exc: Exception) -> Retry | Reject:
         try:
-            verdict = self._policy.judge(exc, message.attempt)
+            verdict = self._within(self._policy.judge(exc, message.attempt))
         except Exception as fault:  # noqa: BLE001 - the policy is the application's code: its faults must not stop the others' messages
             _log.error("the retry policy failed, the default backoff is taken: %s", fault, exc_info=fault)
             return Retry(reason=f"{type(exc).__name__}: {exc}")
+        return verdict
+
+    def _within(self, verdict: Retry | Reject) -> Retry | Reject:
         longest = cast("FullBackend", self._backend).capabilities.max_delay or 0.0
         if isinstance(verdict, Retry) and verdict.after is not None and not 0 <= verdict.after <= longest:
             _log.warning("a backoff of %r s is not possible, it is brought within 0 to %g s", verdict.after, longest)
-            verdict = Retry(after=longest if verdict.after > longest else 0.0, reason=verdict.reason)
+            return Retry(after=longest if verdict.after > longest else 0.0, reason=verdict.reason)
         return verdict
 
 

@@ -148,17 +148,17 @@ class TransportBackend(ABC):
         publications = [item if isinstance(item, Publication) else Publication(*item) for item in items]
         results: Sequence[BaseException | None]
         send = self._send
+        envelopes: list[Envelope] = []
+        for index, item in enumerate(publications):
+            try:
+                envelopes.append(self._envelope(item.key, item.payload, item.headers, item.id, item.delay))
+            except AbeError as exc:
+                exc.args = (f"message #{index}: {exc}",)
+                raise
         if send is not None:
             results = await asyncio.gather(*(send(item) for item in publications), return_exceptions=True)
         else:
             session = self._here()
-            envelopes: list[Envelope] = []
-            for index, item in enumerate(publications):
-                try:
-                    envelopes.append(self._envelope(item.key, item.payload, item.headers, item.id, item.delay))
-                except AbeError as exc:
-                    exc.args = (f"message #{index}: {exc}",)
-                    raise
             results = await session.publisher.publish_many(envelopes)
         failures: list[tuple[int, AbeError]] = []
         for index, result in enumerate(results):
@@ -218,7 +218,8 @@ class TransportBackend(ABC):
             if session.loop is not asyncio.get_running_loop():
                 raise EventLoopError("disconnect() must run in the event loop in which the backend was used")
             await session.close()
-        self._session = None
+        if self._session is session:
+            self._session = None
 
     async def __aenter__(self) -> Self:
         await self.connect()
@@ -373,11 +374,11 @@ class TransportBackend(ABC):
     def _here(self) -> Session:
         """Return what is open in the event loop that runs now, or begin it."""
         loop, session = asyncio.get_running_loop(), self._session
-        if session is not None and session.loop is loop:
+        if session is not None and session.loop is loop and (self._closed or not session.ended):
             return session
         if self._closed:
             raise BackendClosedError("the backend was closed; connect() opens it again")
-        if session is not None and not session.loop.is_closed():
+        if session is not None and session.loop is not loop and not session.loop.is_closed():
             raise EventLoopError(
                 "the backend belongs to another event loop, or to the process that forked this one: make one backend for each"
             )

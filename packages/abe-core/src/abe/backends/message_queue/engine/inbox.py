@@ -81,7 +81,7 @@ class Inbox:
         self._error: BaseException | None = None
         self._stopping = False
         self._closing: asyncio.Task[None] | None = None
-        self._keeper = LeaseKeeper(receiver, self._live, self._lose, lease, clock)
+        self._keeper = LeaseKeeper(receiver, self._held, self._lose, lease, clock)
         patience = _UNRENEWED_PATIENCE if lease is None else lease
         self._settler = Settler(receiver, self._keeper.sure, self._make_space, patience, clock)
         self._keeping = self._loop.create_task(self._keeper.run())
@@ -165,7 +165,7 @@ class Inbox:
 
     async def nack(self, message: Message, delay: float | None, reason: str, error: str) -> None:
         """Have it delivered again, or bury it; see `Message.nack`."""
-        delivery = _delivery(message)
+        delivery, reason, error = _delivery(message), _text(reason), _text(error)
         if delay is None:
             delay = _RETRY(delivery.attempt)
         check_seconds("nack: delay", delay, zero=True)
@@ -181,9 +181,8 @@ class Inbox:
 
     async def reject(self, message: Message, reason: str, error: str) -> None:
         """Bury it; see `Message.reject`."""
-        await self._settle(
-            message, "reject", Settlement(_delivery(message).receipt, Verb.DEAD, reason=reason, error=error)
-        )
+        settlement = Settlement(_delivery(message).receipt, Verb.DEAD, reason=_text(reason), error=_text(error))
+        await self._settle(message, "reject", settlement)
 
     async def release(self, message: Message) -> None:
         """Give a message back as if it had never been taken. Nothing happens when it is settled already."""
@@ -221,8 +220,8 @@ class Inbox:
         """Close without waiting, from any thread; nothing happens when the event loop is closed, or about to be."""
 
         def close() -> None:
-            # Nobody but an event loop that ends cancels the task before `close` does: a new task would never be run.
-            if not self._fetching.done() and not self._fetching.cancelling():
+            # Nobody but an event loop that ends cancels this task before `close` does: a new task would never be run.
+            if not self._keeping.cancelling():
                 self._close_once()
 
         try:
@@ -289,7 +288,7 @@ class Inbox:
         while not self._stopping:
             try:
                 if held is not None:
-                    self._lose(await self._receiver.recover(list(self._live)))
+                    self._lose(await self._receiver.recover(self._held()))
                     _log.info("group %r is being consumed again", self.group)
                     held = None
                 room = self._room()
@@ -310,6 +309,10 @@ class Inbox:
                     self._live.update({delivery.receipt: delivery for delivery in deliveries})
                     self._buffer.extend(deliveries)
                     self._wake(1)
+
+    def _held(self) -> list[Receipt]:
+        """What the broker counts as ours, as far as we know."""
+        return [*self._live, *self._settler.receipts()]
 
     def _room(self) -> int:
         """How many to ask for: at most half the bound, so that the next ones travel while these are handled; none, if hardly any fit."""
@@ -372,6 +375,11 @@ class Inbox:
 
 def _delivery(message: Message) -> Delivery:
     return message._delivery  # pyright: ignore[reportPrivateUsage]
+
+
+def _text(text: str) -> str:
+    """Return what every broker can carry: an exception's text may hold lone surrogates, from file names for one."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _decide(message: Message, verdict: str) -> bool:

@@ -59,8 +59,10 @@ class Session:
 
     async def _close(self) -> None:
         self._ended.set()
-        await asyncio.gather(
-            self.publisher.close(self._close_timeout),
-            *(inbox.close() for inbox in self.inboxes),
-        )
-        await self.transport.close()
+        try:
+            await asyncio.gather(
+                self.publisher.close(self._close_timeout),
+                *(inbox.close() for inbox in self.inboxes),
+            )
+        finally:
+            await self.transport.close()

@@ -157,7 +157,7 @@ class Namespace:
                 queue.put(envelope, due, now)
             else:
                 self.unclaimed.append((envelope, due))
-        queue.wake()
+        queue.wake(everybody=True)
 
     def delete(self, group: str) -> None:
         queue = self.queues.pop(group, None)
