@@ -31,7 +31,7 @@ SECRET = "swordfish-8061"
 MINIMAL = (
     "~{test-*}:*",
     "-@all",
-    "+evalsha", "+script|load", "+xreadgroup", "+xrange", "+xadd", "+xdel", "+xack", "+xackdel", "+xlen",
+    "+evalsha", "+script|load", "+xreadgroup", "+xrange", "+xrevrange", "+xadd", "+xdel", "+xack", "+xackdel", "+xlen",
     "+xpending", "+xclaim", "+xgroup|create", "+xgroup|createconsumer", "+xgroup|delconsumer",
     "+xinfo|groups", "+xinfo|consumers", "+zadd", "+zrem", "+zcard", "+zrange", "+zrangebyscore", "+zscore",
     "+hget", "+hset", "+hdel", "+hgetall", "+get", "+set", "+del", "+rename", "+exists", "+time",
