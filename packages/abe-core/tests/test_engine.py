@@ -571,6 +571,21 @@ class TestInbox:
         assert len(receiver.waiting) < 92
         await inbox.close()
 
+    async def test_one_who_settles_nothing_gets_as_many_as_the_prefetch_however_they_arrive(
+        self, manual_clock: ManualClock
+    ) -> None:
+        receiver = ScriptedReceiver()
+        inbox = inbox_on(receiver, manual_clock, prefetch=8)
+        for number in range(8):
+            receiver.waiting.append(delivery(number))
+            receiver.more.set()
+            await within(inbox.receive())
+        receiver.waiting.append(delivery(8))
+        receiver.more.set()
+        await turns()
+        assert len(receiver.waiting) == 1, "the ninth is over the bound"
+        await inbox.close()
+
     async def test_it_makes_no_task_for_a_message(self, manual_clock: ManualClock) -> None:
         receiver = ScriptedReceiver(*map(delivery, range(50)))
         inbox = inbox_on(receiver, manual_clock, prefetch=100)

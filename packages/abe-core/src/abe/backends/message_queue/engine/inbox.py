@@ -122,6 +122,7 @@ class Inbox:
                 raise self._error
             if self._stopping:
                 raise BackendClosedError("the subscription was closed")
+            self._make_space()  # nothing is buffered: what little room there is will do
             future = self._loop.create_future()
             self._waiters.append(future)
             try:
@@ -315,10 +316,14 @@ class Inbox:
         return [*self._live, *self._settler.receipts()]
 
     def _room(self) -> int:
-        """How many to ask for: at most half the bound, so that the next ones travel while these are handled; none, if hardly any fit."""
+        """How many to ask for: at most half the bound, so that the next ones travel while these are handled.
+
+        None, while hardly any fit and more room is to come: something is buffered, or a verdict is on its way.
+        """
         free = self._prefetch - len(self._live) - self._settler.outstanding
         room = min(free, max(1, self._prefetch // 2))
-        return room if room >= max(1, self._prefetch // 4) else 0
+        worth_it = max(1, self._prefetch // 4) if self._buffer or self._settler.outstanding else 1
+        return room if room >= worth_it else 0
 
     async def _wait_for_space(self) -> None:
         self._space = self._loop.create_future()
