@@ -182,7 +182,7 @@ class RabbitMQShell:
         port = urlsplit(service.url).port or 0
         environment = {**os.environ, **self._broker.environment(port, service.directory)}
         return subprocess.Popen(
-            ["erl", "-noinput", "-hidden", "-sname", "oracle@localhost", "-eval", _SHELL % _NODE],
+            ["erl", "-noshell", "-hidden", "-sname", "oracle@localhost", "-eval", _SHELL % _NODE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
