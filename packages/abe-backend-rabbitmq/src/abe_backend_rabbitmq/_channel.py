@@ -157,7 +157,8 @@ class PlainChannel(Opened):
     async def _publish_one(self, message: Outgoing) -> AbeError | None:
         exchange, key, properties, body, _ = message
         try:
-            await self.native.basic_publish(
+            native: Any = self.native  # its declaration lacks `wait`
+            await native.basic_publish(
                 body,
                 exchange=exchange,
                 routing_key=key,

@@ -166,7 +166,9 @@ class RegistryKeeper:
         if newest is None:
             return None
         if used > _TOO_OFTEN:
-            await self._put(newest)
+            await channel.basic_publish(
+                _encode(newest), routing_key=queue, properties=_PROPERTIES, mandatory=True
+            )
             await channel.basic_ack(tag, multiple=True)
             return newest
         await channel.basic_nack(tag, multiple=True, requeue=True)
@@ -186,19 +188,9 @@ class RegistryKeeper:
             tag = method.delivery_tag or tag
             if not method.message_count:
                 break
-        await self._put(registry)
+        await channel.basic_publish(_encode(registry), routing_key=queue, properties=_PROPERTIES, mandatory=True)
         if tag:
             await channel.basic_ack(tag, multiple=True)
-
-    async def _put(self, registry: Registry) -> None:
-        """Publish the registry on a channel of its own: one that got from the queue before waits for its confirm in vain (RabbitMQ 3.10)."""
-        connection = PINNED.get()
-        assert connection is not None, "the lock is held"
-        channel = await connection.plain()
-        await channel.basic_publish(
-            _encode(registry), routing_key=self._names.registry, properties=_PROPERTIES, mandatory=True
-        )
-        await channel.close()
 
 
 def _count(headers: Mapping[str, object] | None) -> int:

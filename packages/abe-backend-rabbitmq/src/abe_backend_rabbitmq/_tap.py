@@ -168,7 +168,9 @@ class TapFactory(aiormq.TransportFactory):
         reader = asyncio.StreamReader(loop=loop)
         tap = Tap(reader, loop, self._blocked)
         try:
-            transport, _ = await loop.create_connection(lambda: tap, url.host, url.port, ssl=context, **kwargs)
+            transport, _ = await loop.create_connection(
+                lambda: tap, url.host or "localhost", url.port or 0, ssl=context, **kwargs
+            )
         except OSError as exc:
             raise ConnectError(*exc.args) from exc
         writer = _Writer(transport, tap, reader, loop)
@@ -188,6 +190,7 @@ class TapChannel(Opened):
     def __init__(self, tap: Tap, native: AbstractChannel, frame_max: int) -> None:
         super().__init__(native)
         assert tap.transport is not None
+        self._tap = tap
         self._write = tap.transport.write
         self._loop = tap.loop
         self._number = native.number
@@ -349,7 +352,9 @@ class TapChannel(Opened):
         return prefix
 
     def _forget(self) -> None:
+        """The number is free for another channel."""
         self.lose("the channel was closed")
+        del self._tap.channels[self._number]
 
 
 async def _not_ours(_: object) -> None:

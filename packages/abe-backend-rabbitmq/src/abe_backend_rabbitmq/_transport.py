@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aiormq.abc import AbstractChannel
 
@@ -405,7 +405,7 @@ class RabbitMQTransport:
     async def _prepare(self, connection: Connection) -> None:
         """Make what every namespace has. The exchange that is published to comes last: where it is, everything is."""
         names = self.topology
-        arguments = {"alternate-exchange": names.unwanted}
+        arguments: dict[str, Any] = {"alternate-exchange": names.unwanted}
 
         async def check(channel: AbstractChannel) -> None:
             await channel.exchange_declare(names.exchange, passive=True)
