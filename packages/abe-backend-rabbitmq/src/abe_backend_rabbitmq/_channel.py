@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import aiormq
-from aiormq.abc import AbstractChannel, DeliveredMessage
-
 from abe.backends.message_queue.base import Delivery
 from abe.errors import AbeError, BackendConnectionError, BackpressureError, PublishUnknownError, UnroutableError
+from aiormq.abc import AbstractChannel, DeliveredMessage
+
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._wire import Header
 

@@ -12,10 +12,10 @@ from contextvars import ContextVar
 from typing import Any, Final, TypeVar
 
 import aiormq
+from abe.errors import BackendConnectionError, ConfigurationError
 from aiormq.abc import AbstractChannel
 from yarl import URL
 
-from abe.errors import BackendConnectionError, ConfigurationError
 from abe_backend_rabbitmq._channel import Opened, PlainChannel
 from abe_backend_rabbitmq._errors import translated
 from abe_backend_rabbitmq._settings import RabbitMQSettings, address

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from typing import Final
 
 import aiormq.exceptions as native
-from pamqp.exceptions import PAMQPException
-
 from abe.errors import AbeError, BackendConnectionError, ConfigurationError, LeaseLostError, PermissionDeniedError
+from pamqp.exceptions import PAMQPException
 
 ChannelNotFound = native.ChannelNotFoundEntity
 """What is asked for does not exist; the channel is closed."""

@@ -12,11 +12,11 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import msgspec
+from abe.backends.message_queue.base.names import matches
+from abe.errors import AbeError, BackendConnectionError
 from aiormq.abc import AbstractChannel
 from pamqp import commands
 
-from abe.backends.message_queue.base.names import matches
-from abe.errors import AbeError, BackendConnectionError
 from abe_backend_rabbitmq._connection import PINNED, Connection, Control
 from abe_backend_rabbitmq._errors import ChannelLocked
 from abe_backend_rabbitmq._topology import Topology

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import aiormq
+from abe.errors import AbeError, BackendConnectionError, PublishUnknownError
 from aiormq.abc import AbstractChannel
 from pamqp import commands
 from pamqp import frame as pamqp_frame
 from yarl import URL
 
-from abe.errors import AbeError, BackendConnectionError, PublishUnknownError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._channel import Flight, Opened, Outgoing, Pushed, nacked, unroutable
 from abe_backend_rabbitmq._errors import ConnectError

@@ -8,8 +8,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from aiormq.abc import AbstractChannel
-
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
 from abe.backends.message_queue.base import Transport as TransportProtocol
 from abe.backends.message_queue.base.names import EVERYTHING, matches
@@ -20,6 +18,8 @@ from abe.errors import (
     PublishUnknownError,
     UnroutableError,
 )
+from aiormq.abc import AbstractChannel
+
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._browser import Browser
 from abe_backend_rabbitmq._channel import Opened, Outgoing

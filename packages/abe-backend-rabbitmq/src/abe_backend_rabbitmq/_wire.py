@@ -17,11 +17,10 @@ from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 import msgspec
-from pamqp import commands
-from pamqp.header import ContentHeader
-
 from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Metadata
 from abe.errors import DecodeError
+from pamqp import commands
+from pamqp.header import ContentHeader
 
 VERSION: Final = 1
 _FLAGS: Final = b"\xb0\xc0"  # content type, headers, delivery mode, message id, timestamp
