@@ -72,10 +72,10 @@ class Harness(ABC):
     networked: ClassVar[bool] = True
     """Whether the broker lives in another process: worker processes share it, and it can be unreachable."""
 
-    def start(self) -> None:
+    def start(self) -> None:  # noqa: B027 - there may be nothing to start
         """Start the broker, or find it. Raises `ServiceUnavailable` (abe_contract_tests.services) when it cannot be had."""
 
-    def stop(self) -> None:
+    def stop(self) -> None:  # noqa: B027
         """Stop what `start` started."""
 
     @abstractmethod
@@ -94,7 +94,7 @@ class Harness(ABC):
         """Return an environment whose credentials are refused, and the secret in it; None where the broker has no credentials."""
         return None
 
-    async def clean(self, namespace: str) -> None:
+    async def clean(self, namespace: str) -> None:  # noqa: B027
         """Remove what a test left in that namespace. Only brokers that outlive the run need it."""
 
     def broker_version(self) -> str:

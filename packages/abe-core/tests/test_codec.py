@@ -14,10 +14,11 @@ from typing import Any
 
 import msgspec
 import pytest
-from abe.codec import Codec, JSONCodec
-from abe.errors import DecodeError, PayloadError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from abe.codec import Codec, JSONCodec
+from abe.errors import DecodeError, PayloadError
 
 CODEC: Codec = JSONCodec()
 
@@ -154,12 +155,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "memoryview": (memoryview(b"abc"), "payload['a'] is a memoryview"),
     "integer key": ({1: 2}, "payload['a'] has the key 1"),
     "float key": ({1.5: 2}, "payload['a'] has the key 1.5"),
-    "boolean key": ({True: 2}, "keys are supported"),
-    "null key": ({None: 2}, "keys are supported"),
-    "tuple key": ({(1,): 2}, "keys are supported"),
+    "boolean key": ({True: 2}, "payload['a'] has the key True"),
+    "null key": ({None: 2}, "payload['a'] has the key None"),
+    "tuple key": ({(1,): 2}, "payload['a'] has the key (1,)"),
     "bytes key": ({b"b": 2}, "payload['a'] has the key b'b'"),
-    "lone surrogate": ("\ud800", "surrogates not allowed"),
-    "lone surrogate in a key": ({"\udfff": 1}, "surrogates not allowed"),
+    "lone surrogate": ("\ud800", "payload['a'] is '\\ud800', which holds half a character"),
+    "lone surrogate in a key": ({"\udfff": 1}, "a key of payload['a'] is '\\udfff'"),
     "decimal": (decimal.Decimal("1.5"), "payload['a'] is a Decimal"),
     "datetime": (datetime.datetime.now(tz=datetime.UTC), "payload['a'] is a datetime"),
     "date": (datetime.date(2026, 1, 1), "payload['a'] is a date"),

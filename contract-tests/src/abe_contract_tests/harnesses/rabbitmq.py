@@ -82,7 +82,9 @@ class _RabbitMQOracle:
         await self._inject(group, aio_pika.Message(body), key)
 
     async def inject_version(self, group: str, body: bytes) -> None:
-        await self._inject(group, aio_pika.Message(body, headers={"abe-version": 9}, message_id="from-the-future"), "injected")
+        await self._inject(
+            group, aio_pika.Message(body, headers={"abe-version": 9}, message_id="from-the-future"), "injected"
+        )
 
     async def counts(self, group: str) -> Counts:
         waiting = in_flight = delayed = dead = 0
@@ -108,14 +110,18 @@ class _RabbitMQOracle:
 
     async def _queues(self) -> list[tuple[str, int, int, int]]:
         rows = [line.rsplit(" ", 3) for line in await self._shell.ask(f"count {self._prefix}")]
-        return [(name.removeprefix(self._prefix), int(ready), int(held), int(count)) for name, ready, held, count in rows]
+        return [
+            (name.removeprefix(self._prefix), int(ready), int(held), int(count)) for name, ready, held, count in rows
+        ]
 
     async def _inject(self, group: str, message: aio_pika.Message, key: str) -> None:
         """Publish by way of an exchange that leads to this queue alone, so that the key arrives as it would from the real one."""
         if self._connection is None:
             self._connection = await aio_pika.connect(self._url)
         async with self._connection.channel() as channel:
-            exchange = await channel.declare_exchange(f"{self._prefix}oracle-{token_hex(4)}", aio_pika.ExchangeType.FANOUT)
+            exchange = await channel.declare_exchange(
+                f"{self._prefix}oracle-{token_hex(4)}", aio_pika.ExchangeType.FANOUT
+            )
             queue = await channel.get_queue(f"{self._prefix}queue:{group}", ensure=False)
             await queue.bind(exchange)
             await exchange.publish(message, key)

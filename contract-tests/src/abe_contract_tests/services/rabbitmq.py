@@ -24,6 +24,7 @@ _SERVER: Final = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 _NODE: Final = "abe@localhost"
 _GREETING: Final = b"AMQP\x00\x00\x09\x01"
 
+# The command that changes nothing is applied after everything that the queue was sent before it: what is counted then is exact.
 _SHELL: Final = """
 N = list_to_atom("%s"), true = net_kernel:connect_node(N),
 C = fun(M, F, A) -> rpc:call(N, M, F, A) end,
@@ -31,7 +32,9 @@ Count = fun(R) ->
   {ok, Q} = C(rabbit_amqqueue, lookup, [R]),
   case C(amqqueue, get_type, [Q]) of
     rabbit_quorum_queue ->
-      {ok, O, _} = C(ra, consistent_query, [C(amqqueue, get_pid, [Q]), fun rabbit_fifo:overview/1]),
+      Pid = C(amqqueue, get_pid, [Q]),
+      C(ra, process_command, [Pid, C(rabbit_fifo, make_garbage_collection, [])]),
+      {ok, O, _} = C(ra, consistent_query, [Pid, fun rabbit_fifo:overview/1]),
       X = maps:get(num_checked_out, O), {maps:get(num_messages, O) - X, X, maps:get(num_consumers, O)};
     _ -> {0, 0, 0}
   end end,
@@ -94,7 +97,9 @@ class RabbitMQ(Broker):
     def command(self, port: int, directory: Path) -> Sequence[str]:
         """Return the server's command line, with its port mapper beside it: started by the server it would outlive it."""
         if not _SERVER.exists() or shutil.which("epmd") is None:
-            raise ServiceUnavailable("no RabbitMQ server is installed; install the package rabbitmq-server of the system")
+            raise ServiceUnavailable(
+                "no RabbitMQ server is installed; install the package rabbitmq-server of the system"
+            )
         lines = [f"listeners.tcp.local = 127.0.0.1:{port}", "loopback_users.guest = true", *self._configuration]
         (directory / "rabbitmq.conf").write_text("\n".join([*lines, ""]))
         (directory / "enabled_plugins").write_text("[].\n")
@@ -192,7 +197,9 @@ class RabbitMQShell:
         )
 
 
-def rabbitmq_service(*, configuration: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> tuple[Service, RabbitMQ]:
+def rabbitmq_service(
+    *, configuration: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> tuple[Service, RabbitMQ]:
     """Return a RabbitMQ, not started yet, and its description: from ``ABE_TEST_RABBITMQ_URL``, in a container, or as a private process.
 
     Args:

@@ -6,12 +6,12 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
+
+from abe.backends.message_queue.base import Message
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
 from abe.errors import BackendClosedError
-
 from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
-from abe_contract_tests.harness import Oracle
 from abe_contract_tests.suite.steps import (
     LONG_LEASE,
     CancelAt,
@@ -19,7 +19,6 @@ from abe_contract_tests.suite.steps import (
     collect_distinct,
     numbered,
     numbers,
-    until,
     until_empty,
     until_in_flight,
 )
@@ -280,11 +279,14 @@ async def test_cancelling_a_consumer_ends_it_with_cancelled_error(contract: Cont
     backend = contract.backend(QUEUE_LEASE_SECONDS=LONG_LEASE)
     other = contract.backend(QUEUE_LEASE_SECONDS=LONG_LEASE)
     for busy in (False, True):
-        handling = asyncio.Event()
+        first, handling = asyncio.Event(), asyncio.Event()
         handler_cancelled = False
 
-        async def handler(message: object) -> None:
+        async def handler(message: Message) -> None:
             nonlocal handler_cancelled
+            if message["n"] == 0:
+                first.set()  # noqa: B023
+                return
             handling.set()  # noqa: B023
             try:
                 await asyncio.Event().wait()
@@ -295,16 +297,12 @@ async def test_cancelling_a_consumer_ends_it_with_cancelled_error(contract: Cont
         async with contract.within():
             await backend.declare("g")
             running = asyncio.create_task(AsyncLoopConsumer(backend, "g").run(handler))
+            await backend.publish("order.created", {"n": 0})
+            await first.wait()
+            await until_empty(await contract.oracle(), "g")
             if busy:
                 await backend.publish("order.created", {"n": 1})
                 await handling.wait()
-            else:
-                oracle = await contract.oracle()
-
-                async def attached(oracle: Oracle = oracle) -> bool:
-                    return await oracle.consumers("g") > 0
-
-                await until(attached)
             running.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await running

@@ -28,7 +28,7 @@ class RabbitMQBackend(TransportBackend):
     """
 
     settings: RabbitMQSettings
-    capabilities = Capabilities(
+    capabilities: Capabilities = Capabilities(
         groups=True,
         key_patterns=True,
         ordered=True,

@@ -125,7 +125,9 @@ class RabbitMQReceiver:
     async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
         """Acknowledge. AMQP does not answer that; a request that it answers, sent after it, shows that it arrived."""
         tags = [tag for receipt in receipts if (tag := self._tag(receipt)) is not None]
-        failures = {receipt: lost() for receipt in receipts if self._tag(receipt) is None} if len(tags) < len(receipts) else {}
+        failures = (
+            {receipt: lost() for receipt in receipts if self._tag(receipt) is None} if len(tags) < len(receipts) else {}
+        )
         channel = self._channel
         if channel is not None and tags:
             with translated(self.group):

@@ -139,7 +139,9 @@ class RegistryKeeper:
             if found is not None:
                 return found
             if asyncio.get_running_loop().time() > deadline:
-                raise BackendConnectionError(f"the queue {self._names.registry!r} is empty: its message is in somebody's hands")
+                raise BackendConnectionError(
+                    f"the queue {self._names.registry!r} is empty: its message is in somebody's hands"
+                )
             await asyncio.sleep(_POLL)
 
     async def write(self, registry: Registry) -> None:
@@ -166,9 +168,7 @@ class RegistryKeeper:
         if newest is None:
             return None
         if used > _TOO_OFTEN:
-            await channel.basic_publish(
-                _encode(newest), routing_key=queue, properties=_PROPERTIES, mandatory=True
-            )
+            await channel.basic_publish(_encode(newest), routing_key=queue, properties=_PROPERTIES, mandatory=True)
             await channel.basic_ack(tag, multiple=True)
             return newest
         await channel.basic_nack(tag, multiple=True, requeue=True)

@@ -8,6 +8,7 @@ from abe.errors import ConfigurationError
 from abe.settings import QueueSettings, integer, positive, seconds, setting
 
 _PORTS: Final = {"amqp": 5672, "amqps": 5671}
+_ENCODED: Final = "special characters in the user and the password must be percent-encoded"
 _LONGEST_EXCHANGE: Final = 200
 
 
@@ -21,11 +22,13 @@ def _url(value: Any) -> str:
             parts = urlsplit(url.strip())
             port = parts.port
         except ValueError:
-            raise ValueError(f"{form}, with a port from 1 to 65535") from None
+            raise ValueError(f"{form}, with a port from 1 to 65535; {_ENCODED}") from None
         if parts.scheme not in _PORTS:
             raise ValueError(f"{form}; its scheme is {parts.scheme!r}")
         if not parts.hostname or port == 0:
             raise ValueError(f"{form}; the host is missing or the port is 0")
+        if parts.fragment or "@" in parts.path + parts.query:
+            raise ValueError(f"{form}; {_ENCODED}")
         if "/" in parts.path[1:]:
             raise ValueError(f"{form}; a slash in the name of a vhost is written %2F")
     return value
@@ -56,10 +59,16 @@ class RabbitMQSettings(QueueSettings):
         help="Where RabbitMQ is: amqp://user:password@host:port/vhost, or amqps:// for TLS (cafile, certfile, keyfile as query "
         "parameters); several, separated by commas, are tried in turn.",
     )
-    host: str | None = setting("MESSAGE_QUEUE_HOST", str, default=None, help="The host; localhost if nothing says otherwise.")
-    port: int | None = setting("MESSAGE_QUEUE_PORT", integer(1), default=None, check=_port, help="The port; 5672, or 5671 for TLS.")
+    host: str | None = setting(
+        "MESSAGE_QUEUE_HOST", str, default=None, help="The host; localhost if nothing says otherwise."
+    )
+    port: int | None = setting(
+        "MESSAGE_QUEUE_PORT", integer(1), default=None, check=_port, help="The port; 5672, or 5671 for TLS."
+    )
     username: str | None = setting("MESSAGE_QUEUE_USERNAME", str, default=None, help="The user; guest.")
-    password: str | None = setting("MESSAGE_QUEUE_PASSWORD", str, default=None, secret=True, help="The password; guest.")
+    password: str | None = setting(
+        "MESSAGE_QUEUE_PASSWORD", str, default=None, secret=True, help="The password; guest."
+    )
     vhost: str | None = setting("MESSAGE_QUEUE_VHOST", str, default=None, help="The virtual host; /.")
     exchange: str | None = setting(
         "MESSAGE_QUEUE_EXCHANGE",
@@ -98,7 +107,9 @@ class RabbitMQSettings(QueueSettings):
             }
             for name, (given, found) in inside.items():
                 if given is not None and given != found:
-                    raise ConfigurationError(f"{name} and RABBITMQ_URL are both set, and they differ: leave it out of one of them")
+                    raise ConfigurationError(
+                        f"{name} and RABBITMQ_URL are both set, and they differ: leave it out of one of them"
+                    )
 
     @property
     def urls(self) -> tuple[str, ...]:

@@ -93,7 +93,9 @@ class RabbitMQTransport:
                 async with asyncio.timeout(self.settings.publish_timeout / 2):
                     await connection.unblocked()
             except TimeoutError:
-                full = BackpressureError(f"rabbitmq at {connection.address} takes no messages now: it is short of memory or disk")
+                full = BackpressureError(
+                    f"rabbitmq at {connection.address} takes no messages now: it is short of memory or disk"
+                )
                 return [full] * len(envelopes)
         if any(envelope.delay for envelope in envelopes):
             return await self._send_some_later(envelopes)
@@ -199,7 +201,11 @@ class RabbitMQTransport:
 
         async def purge() -> int:
             async with self._browse(self.topology.dead(group)) as browser:
-                tags = [tag for tag, header, body in browser.found if ids is None or _wire.dead_letter(header, body).id in ids]
+                tags = [
+                    tag
+                    for tag, header, body in browser.found
+                    if ids is None or _wire.dead_letter(header, body).id in ids
+                ]
                 await browser.remove(tags)
                 return len(tags)
 
@@ -236,14 +242,20 @@ class RabbitMQTransport:
         copies: dict[tuple[int, str], Outgoing] = {}
         for i, envelope in enumerate(envelopes):
             if not envelope.delay:
-                copies[i, ""] = Outgoing(self.topology.exchange, envelope.key, _wire.pack(envelope), envelope.body, envelope.id)
+                copies[i, ""] = Outgoing(
+                    self.topology.exchange, envelope.key, _wire.pack(envelope), envelope.body, envelope.id
+                )
         waiting = {i for i, envelope in enumerate(envelopes) if envelope.delay}
         done: set[tuple[int, str]] = set()
         for _ in range(_STALE):
             registry = self._registry or await self._load_registry()
             for i in waiting:
                 try:
-                    copies |= {(i, group): copy for group, copy in await self._later(registry, envelopes[i]) if (i, group) not in done}
+                    copies |= {
+                        (i, group): copy
+                        for group, copy in await self._later(registry, envelopes[i])
+                        if (i, group) not in done
+                    }
                 except UnroutableError as exc:
                     outcomes[i] = exc
             results = await self._deliver(await self._publish_channel(), list(copies.values())) if copies else ()
@@ -276,7 +288,9 @@ class RabbitMQTransport:
         for group in groups:
             await self._ensure_ladder(group, level)
         properties = _wire.pack(envelope, ("abe-key", key))
-        return [(group, Outgoing(later, f"{registry.version}.{digits}.{group}", properties, body, id)) for group in groups]
+        return [
+            (group, Outgoing(later, f"{registry.version}.{digits}.{group}", properties, body, id)) for group in groups
+        ]
 
     async def _load_registry(self) -> Registry:
         async def load() -> Registry:
@@ -293,7 +307,9 @@ class RabbitMQTransport:
         registry = await self._keeper.read()
         entry = registry.groups.get(group)
         wanted = list(patterns or (entry.patterns if entry is not None else EVERYTHING))
-        complete = entry is not None and not entry.changing and await self._count(self.topology.queue(group)) is not None
+        complete = (
+            entry is not None and not entry.changing and await self._count(self.topology.queue(group)) is not None
+        )
         if not (complete and entry is not None and entry.patterns == wanted):
             before = entry.bound if entry is not None else []
             registry.groups[group] = Entry(wanted, sorted({*before, *wanted}), changing=True)
@@ -336,7 +352,9 @@ class RabbitMQTransport:
         await channel.queue_declare(names.dead(group), durable=True, arguments=dict(names.store_arguments))
         await channel.queue_declare(names.queue(group), durable=True, arguments=dict(names.queue_arguments(group)))
 
-    async def _make_group(self, channel: AbstractChannel, group: str, wanted: Sequence[str], before: Sequence[str]) -> None:
+    async def _make_group(
+        self, channel: AbstractChannel, group: str, wanted: Sequence[str], before: Sequence[str]
+    ) -> None:
         names = self.topology
         queue = names.queue(group)
         await self._make_queues(channel, group)
@@ -355,7 +373,9 @@ class RabbitMQTransport:
         async def bind(channel: AbstractChannel) -> None:
             for version in registry.stale:
                 await channel.exchange_unbind(destination=names.delay, source=names.later, routing_key=f"{version}.#")
-            await channel.exchange_bind(destination=names.delay, source=names.later, routing_key=f"{registry.version}.#")
+            await channel.exchange_bind(
+                destination=names.delay, source=names.later, routing_key=f"{registry.version}.#"
+            )
 
         await self._control.call(bind)
         registry.stale.clear()
@@ -391,8 +411,12 @@ class RabbitMQTransport:
         async def build(channel: AbstractChannel) -> None:
             for rung in range(self._rungs + 1, level + 1):
                 await channel.exchange_declare(names.rung(rung), exchange_type="topic", durable=True)
-                await channel.exchange_bind(destination=names.rung(rung - 1), source=names.rung(rung), routing_key=names.climb(rung))
-                await channel.exchange_bind(destination=names.rung(rung), source=names.delay, routing_key=names.leap(rung))
+                await channel.exchange_bind(
+                    destination=names.rung(rung - 1), source=names.rung(rung), routing_key=names.climb(rung)
+                )
+                await channel.exchange_bind(
+                    destination=names.rung(rung), source=names.delay, routing_key=names.leap(rung)
+                )
                 self._rungs = rung
             for rung in range(self._ladders.get(group, -1) + 1, level + 1):
                 queue = names.waiting(group, rung)

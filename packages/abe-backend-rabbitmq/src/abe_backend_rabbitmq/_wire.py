@@ -35,6 +35,8 @@ _U32: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
 _BROKERS: Final = ("x-", "abe-", "CC", "BCC")
 _MOST_NAMES: Final = 1_000
+_LONGEST_NAME: Final = 128
+"""Bytes of a header's name, by AMQP's specification. More would fit, but pamqp cuts it off."""
 _LONGEST_ERROR: Final = 32_000
 """Characters: properties must fit into one frame of 128 KiB."""
 
@@ -91,7 +93,7 @@ def _pack_headers(headers: Mapping[str, str], extra: tuple[tuple[str, str | int]
 
 def _name(name: str) -> bytes:
     raw = name.encode()
-    if len(raw) > 255 or name.startswith(_BROKERS):
+    if len(raw) > _LONGEST_NAME or name.startswith(_BROKERS):
         return b""
     if len(_names) >= _MOST_NAMES:
         _names.clear()

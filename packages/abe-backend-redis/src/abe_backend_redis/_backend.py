@@ -1,8 +1,7 @@
 """The backend's public face."""
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from abe.backends.message_queue.base import (
     Capabilities,
@@ -16,6 +15,9 @@ from abe.codec import Codec
 from abe_backend_redis._settings import RedisSettings
 from abe_backend_redis._transport import RedisTransport
 
+_CENTURY: Final = 100 * 365.25 * 24 * 3600
+"""Sorted sets hold due times to the millisecond for far longer; but infinity is no time."""
+
 
 class RedisBackend(TransportBackend):
     """A message queue on Redis Streams: Redis from 6.2, or Valkey.
@@ -27,14 +29,14 @@ class RedisBackend(TransportBackend):
     """
 
     settings: RedisSettings
-    capabilities = Capabilities(
+    capabilities: Capabilities = Capabilities(
         groups=True,
         key_patterns=True,
         ordered=True,
         ordered_per_key=False,
         spurious_duplicates=False,
         dead_letter=True,
-        max_delay=math.inf,
+        max_delay=_CENTURY,
         lease=30.0,
         redelivery_bound=1.0,
         publish_dedup=None,

@@ -1,9 +1,10 @@
 -- Makes a group exist, with the held messages that it wants.
--- KEYS: groups, version, the group's stream, its delayed set, held, held:delayed. ARGV: group, patterns as JSON ('' leaves them alone).
+-- KEYS: groups, version, the group's stream, its delayed set, held, held:delayed. ARGV: group, patterns as JSON ('' leaves them alone),
+-- where to go on among the held messages, the patterns of a group that is new.
 -- Returns 1 when there are more held messages to look at: call it again, from the position returned second.
 local call = redis.call
 local current = call('HGET', KEYS[1], ARGV[1])
-local wanted = ARGV[2] ~= '' and ARGV[2] or current or '["#"]'
+local wanted = ARGV[2] ~= '' and ARGV[2] or current or ARGV[4]
 
 local function split(text)
   local words = {}
@@ -12,22 +13,33 @@ local function split(text)
 end
 local patterns = {}
 for i, pattern in ipairs(cjson.decode(wanted)) do patterns[i] = split(pattern) end
-local function match(pattern, p, key, k)
-  local word = pattern[p]
-  if word == nil then return key[k] == nil end
-  if word == '#' then
-    for rest = k, #key + 1 do if match(pattern, p + 1, key, rest) then return true end end
-    return false
+local function match(pattern, words)
+  -- The states of the pattern that are possible after each word; '#' would make a recursion exponential.
+  local states = {[1] = true}
+  for w = 0, #words do
+    local after = {}
+    for p = 1, #pattern + 1 do
+      if states[p] and pattern[p] == '#' then
+        states[p + 1], after[p] = true, true
+      elseif states[p] and w < #words and (pattern[p] == '*' or pattern[p] == words[w + 1]) then
+        after[p + 1] = true
+      end
+    end
+    if w < #words then states = after end
   end
-  return key[k] ~= nil and (word == '*' or word == key[k]) and match(pattern, p + 1, key, k + 1)
+  return states[#pattern + 1] or false
 end
 local function wants(fields)
   local key = ''
   for i = 1, #fields, 2 do
-    if fields[i] == 'm' then key = cjson.decode(fields[i + 1])[3] end
+    if fields[i] == 'k' then key = fields[i + 1] end
+    if fields[i] == 'm' then
+      local read, meta = pcall(cjson.decode, fields[i + 1])
+      key = read and type(meta) == 'table' and type(meta[3]) == 'string' and meta[3] or ''
+    end
   end
   local words = split(key)
-  for _, pattern in ipairs(patterns) do if match(pattern, 1, words, 1) then return true end end
+  for _, pattern in ipairs(patterns) do if match(pattern, words) then return true end end
   return false
 end
 
@@ -50,8 +62,8 @@ if call('EXISTS', KEYS[5]) == 1 then
     if call('XLEN', KEYS[5]) == 0 then call('DEL', KEYS[5]) end
   end
 end
-local made = redis.pcall('XGROUP', 'CREATE', KEYS[3], 'group', '0', 'MKSTREAM')
-if type(made) == 'table' and made.err and not string.find(made.err, 'BUSYGROUP', 1, true) then return made end
+-- Only where it is missing: Redis refuses this command when memory is full, and then consumers are needed most.
+if redis.pcall('XPENDING', KEYS[3], 'group').err then call('XGROUP', 'CREATE', KEYS[3], 'group', '0', 'MKSTREAM') end
 if current ~= wanted then
   call('HSET', KEYS[1], ARGV[1], wanted)
   local now = call('TIME')

@@ -10,7 +10,10 @@ if limit > 0 then
     local waiting = call('XLEN', KEYS[2 * g]) + call('ZCARD', KEYS[2 * g + 1])
     if call('EXISTS', KEYS[2 * g]) == 1 then
       local known, pending = pcall(call, 'XPENDING', KEYS[2 * g], 'group')
-      if known and type(pending[1]) == 'number' then waiting = waiting - pending[1] end
+      if known then waiting = waiting - pending[1] end
+      for _, consumer in ipairs(known and type(pending[4]) == 'table' and pending[4] or {}) do
+        if consumer[1] == 'released' then waiting = waiting + consumer[2] end
+      end
     end
     room[g] = limit - waiting
   end

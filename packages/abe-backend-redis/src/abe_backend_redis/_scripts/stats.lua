@@ -4,7 +4,8 @@ local t = call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local length, held, released, oldest = call('XLEN', KEYS[1]), 0, 0, nil
 if call('EXISTS', KEYS[1]) == 1 then
-  local summary = call('XPENDING', KEYS[1], 'group')
+  local known, summary = pcall(call, 'XPENDING', KEYS[1], 'group')
+  if not known then summary = {0} end -- a publisher made the stream anew after it was deleted; its next consumer makes the group
   held = summary[1]
   for _, consumer in ipairs(type(summary[4]) == 'table' and summary[4] or {}) do
     if consumer[1] == 'released' then released = tonumber(consumer[2]) end

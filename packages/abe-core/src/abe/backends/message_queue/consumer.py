@@ -2,37 +2,40 @@
 
 import asyncio
 import logging
-import traceback
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
+from traceback import format_exception
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, cast
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.consumer import EventConsumer
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.middleware import Middleware
-from abe.backends.message_queue.base.names import check_count
-from abe.backends.message_queue.base.protocol import MessageQueueBackend
-from abe.backends.message_queue.base.subscription import SubscribableBackend, Subscription
+from abe.backends.message_queue.base.names import DEFAULT_GROUP, check_count, check_seconds
+from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
+from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.handler import Handle, adapt
-from abe.backends.message_queue.retry import Reject, RetryPolicy
+from abe.backends.message_queue.minimal import MinimalSubscription
+from abe.backends.message_queue.retry import Reject, Retry, RetryPolicy
 from abe.backends.message_queue.time_limit import TimeLimit
 from abe.errors import (
     AbeError,
     AlreadySettledError,
     BackendClosedError,
-    BackendConnectionError,
     ConfigurationError,
     DecodeError,
     UnsupportedCapabilityError,
 )
-from abe.types import EventHandlerFunc, EventHandlerProtocol
+from abe.types import EventHandlerFunc, EventHandlerProtocol, MessageQueueMessage
 
 _log: Final = logging.getLogger("abe.consumer")
 _RECONNECT: Final = ExponentialBackoff(initial=0.1, maximum=10.0)
+_PREFETCH: Final = 4
+"""Messages held for each that is handled at once: while one batch travels and another is confirmed, the workers have work."""
+
 _STUBBORN: Final = 5.0
 """Seconds for which a cancelled handler is waited for."""
 
@@ -58,7 +61,7 @@ class AsyncLoopConsumer:
             that has to be retried lets its successors pass.
         middleware: Wraps the handler, the first outermost.
         keys: The key patterns that the group wants; None: see ``consume``.
-        prefetch: Messages held at most; None: twice the concurrency.
+        prefetch: Messages held at most; None: four times the concurrency.
 
     Raises:
         ConfigurationError: An argument is out of range.
@@ -79,10 +82,12 @@ class AsyncLoopConsumer:
         prefetch: int | None = None,
     ) -> None:
         check_count("concurrency", concurrency)
-        if timeout is not None and not timeout > 0:
-            raise ConfigurationError(f"timeout must be a number of seconds above 0, or None, not {timeout!r}")
-        if not grace >= 0:
-            raise ConfigurationError(f"grace must be a number of seconds from 0, not {grace!r}")
+        if prefetch is not None:
+            check_count("prefetch", prefetch)
+        if retry is not None and not isinstance(retry, RetryPolicy):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(f"retry must be a RetryPolicy, not {retry!r}")
+        check_seconds("timeout", timeout)
+        check_seconds("grace", grace, zero=True)
         self._backend = backend
         self._group = group
         self._concurrency = concurrency
@@ -92,15 +97,18 @@ class AsyncLoopConsumer:
         self._ordered = ordered_by_key
         self._middleware = middleware
         self._keys = keys
-        self._prefetch = prefetch
+        self._prefetch = _PREFETCH * concurrency if prefetch is None else prefetch
         self._running = False
+        self._left = False
         self._stopping = asyncio.Event()
         self._stopped = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
-        self._minimal = not isinstance(backend, SubscribableBackend)
-        if self._minimal and (retry or concurrency > 1 or ordered_by_key or keys is not None or prefetch is not None):
+        if not isinstance(backend, FullBackend) and (
+            retry or concurrency > 1 or ordered_by_key or keys is not None or prefetch is not None
+        ):
             raise UnsupportedCapabilityError(
-                f"{type(backend).__name__} has only the three methods of the protocol: retry, concurrency, ordered_by_key, keys and prefetch need more"
+                f"{type(backend).__name__} has only the three methods of the protocol: "
+                "retry, concurrency, ordered_by_key, keys and prefetch need more"
             )
 
     async def handle(self, message: Message, handler: Handle) -> None:
@@ -126,19 +134,22 @@ class AsyncLoopConsumer:
         """
         if self._running:
             raise RuntimeError("this consumer is running already: make another one to run two")
+        if self._left:
+            return  # its `async with` was left before this task had its first turn
         executors: list[Executor] = []
         limited = adapt(handler, partial(self._threads, executors))
         limit = None
         if self._timeout is not None:
             limit = TimeLimit(self._timeout)
             limited = partial(limit.run, limited)
-        call: Handle = partial(self.handle, handler=limited)
+        overridden = type(self).handle is not AsyncLoopConsumer.handle
+        call: Handle = partial(self.handle, handler=limited) if overridden else limited
         for layer in reversed(self._middleware):
             call = partial(layer.handle, forward=call)
         self._running = True
         self._stopping, self._stopped = asyncio.Event(), asyncio.Event()
         try:
-            await (self._run_minimal(call) if self._minimal else self._run(call))
+            await self._run(call)
         finally:
             if limit is not None:
                 limit.close()
@@ -158,11 +169,13 @@ class AsyncLoopConsumer:
             await self._stopped.wait()
 
     async def __aenter__(self) -> Self:
+        self._left = False
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._left = True
         await self.shutdown()
 
     def _threads(self, executors: list[Executor]) -> Executor:
@@ -173,22 +186,31 @@ class AsyncLoopConsumer:
         subscription = await self._subscribe()
         if subscription is None:
             return
+        _log.info("consuming group %r, %d messages at once", self._group or DEFAULT_GROUP, self._concurrency)
         try:
             await self._work(subscription, call)
         finally:
             await subscription.aclose()
+            _log.info("group %r is consumed no more by this consumer", self._group or DEFAULT_GROUP)
 
     async def _subscribe(self) -> Subscription | None:
         """Subscribe, however long the broker is away; None when `shutdown` came first."""
-        assert isinstance(self._backend, SubscribableBackend)
+        if not isinstance(self._backend, FullBackend):
+            _log.warning(
+                "%s has only the three methods of the protocol: messages are handled one at a time, and one whose handler fails "
+                "is logged and not retried",
+                type(self._backend).__name__,
+            )
+            return MinimalSubscription(aiter(self._backend.consume(group=self._group)))
+        backend = self._backend
         stopping = asyncio.create_task(self._stopping.wait())
         tries = 0
         try:
             while not stopping.done():
-                subscription = self._backend.consume(
+                subscription = backend.consume(
                     group=self._group,
                     keys=self._keys,
-                    prefetch=self._prefetch or 2 * self._concurrency,
+                    prefetch=self._prefetch,
                     max_attempts=self._policy.max_attempts,
                 )
                 entering = asyncio.create_task(subscription.__aenter__())
@@ -196,7 +218,9 @@ class AsyncLoopConsumer:
                     await asyncio.wait([entering, stopping], return_when=asyncio.FIRST_COMPLETED)
                     if entering.done():
                         return entering.result()
-                except BackendConnectionError as exc:
+                except AbeError as exc:
+                    if not exc.retryable:
+                        raise
                     tries += 1
                     _log.warning("group %r cannot be subscribed to, trying again: %s", self._group, exc)
                     await asyncio.wait([stopping], timeout=_RECONNECT(tries))
@@ -214,18 +238,26 @@ class AsyncLoopConsumer:
             asyncio.create_task(self._worker(subscription, call, lanes)) for _ in range(self._concurrency)
         ]
         stopping = asyncio.create_task(self._stopping.wait())
+        giving_back: asyncio.Task[None] | None = None
         try:
             done, _ = await asyncio.wait([*workers, stopping], return_when=asyncio.FIRST_COMPLETED)
             # A worker that ended by itself found the subscription closed, or raised something fatal.
             if all(task.exception() is None for task in done):
-                await subscription.stop()
+                giving_back = asyncio.create_task(subscription.stop())
                 _, late = await asyncio.wait(workers, timeout=self._grace)
                 if late:
-                    _log.warning("%d handlers did not finish within %g s: they are cancelled, their messages go back", len(late), self._grace)
+                    _log.warning(
+                        "%d handlers did not finish within %g s: they are cancelled, their messages go back",
+                        len(late),
+                        self._grace,
+                    )
         finally:
-            stopping.cancel()
-            for task in workers:
-                task.cancel()
+            self._stopping.set()
+            for task in (stopping, giving_back, *workers):
+                if task is not None:
+                    task.cancel()  # a stop that waits for the broker goes on within the subscription, which `aclose` bounds
+            if giving_back is not None:
+                await asyncio.gather(giving_back, return_exceptions=True)
             _, stubborn = await asyncio.wait(workers, timeout=_STUBBORN)
             if stubborn:
                 _log.error("%d handlers ignore their cancellation and are left behind", len(stubborn))
@@ -237,7 +269,7 @@ class AsyncLoopConsumer:
     async def _worker(self, subscription: Subscription, call: Handle, lanes: dict[str, deque[Message]] | None) -> None:
         take = subscription.take
         streak = 0
-        while True:
+        while not self._stopping.is_set():
             message = take()
             if message is None:
                 try:
@@ -253,13 +285,15 @@ class AsyncLoopConsumer:
                 await asyncio.sleep(0)  # a handler that never suspends must not keep the loop to itself
 
     async def _one(self, subscription: Subscription, call: Handle, message: Message) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        before = task.cancelling()
         try:
             await call(message)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever a handler raises is its failure, and is logged
             await self._failed(message, exc)
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if task.cancelling() > before:
                 raise
             # Not us: something that the handler waited for was cancelled.
             await self._failed(message, RuntimeError("something that the handler awaited was cancelled"))
@@ -290,9 +324,12 @@ class AsyncLoopConsumer:
             del lanes[key]
         return None
 
-    async def _failed(self, message: Message, exc: Exception) -> None:
-        verdict = self._policy.judge(exc, message.attempt)
-        error = "".join(traceback.format_exception(exc))
+    async def _failed(self, message: MessageQueueMessage, exc: Exception) -> None:
+        if not isinstance(message, Message):
+            _log.error("the handler failed, and the message is not retried: %s", exc, exc_info=exc)
+            return
+        verdict = self._judge(message, exc)
+        error = "".join(format_exception(exc))
         try:
             if isinstance(verdict, Reject):
                 _log.error("a message of group %r is rejected: %s", message.group, verdict.reason, exc_info=exc)
@@ -312,34 +349,20 @@ class AsyncLoopConsumer:
         except AbeError as failure:
             _log.warning("the failed message could not be given back, its lease will run out: %s", failure)
 
-    async def _run_minimal(self, call: Handle) -> None:
-        _log.warning(
-            "%s has only the three methods of the protocol: messages are handled one at a time, and one whose handler fails "
-            "is logged and not retried",
-            type(self._backend).__name__,
-        )
-        iterator = aiter(self._backend.consume(group=self._group))
-        stopping = asyncio.create_task(self._stopping.wait())
+    def _judge(self, message: Message, exc: Exception) -> Retry | Reject:
         try:
-            while not self._stopping.is_set():
-                asking = asyncio.ensure_future(anext(iterator))
-                try:
-                    await asyncio.wait([asking, stopping], return_when=asyncio.FIRST_COMPLETED)
-                    if not asking.done():
-                        break
-                    message = asking.result()
-                except StopAsyncIteration:
-                    break
-                finally:
-                    asking.cancel()
-                try:
-                    await call(message)
-                except Exception as exc:
-                    _log.error("the handler failed, and the message is not retried: %s", exc, exc_info=exc)
-        finally:
-            stopping.cancel()
-            if isinstance(iterator, AsyncGenerator):
-                await iterator.aclose()
+            verdict = self._within(self._policy.judge(exc, message.attempt))
+        except Exception as fault:  # noqa: BLE001 - the policy is the application's code: its faults must not stop the others' messages
+            _log.error("the retry policy failed, the default backoff is taken: %s", fault, exc_info=fault)
+            return Retry(reason=f"{type(exc).__name__}: {exc}")
+        return verdict
+
+    def _within(self, verdict: Retry | Reject) -> Retry | Reject:
+        longest = cast("FullBackend", self._backend).capabilities.max_delay or 0.0
+        if isinstance(verdict, Retry) and verdict.after is not None and not 0 <= verdict.after <= longest:
+            _log.warning("a backoff of %r s is not possible, it is brought within 0 to %g s", verdict.after, longest)
+            return Retry(after=longest if verdict.after > longest else 0.0, reason=verdict.reason)
+        return verdict
 
 
 if TYPE_CHECKING:

@@ -1,13 +1,11 @@
 """A transport made into a backend: everything that must behave alike, whichever broker is underneath."""
 
 import asyncio
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
@@ -23,9 +21,11 @@ from abe.backends.message_queue.base.names import (
     check_id,
     check_key,
     check_patterns,
+    check_seconds,
 )
 from abe.backends.message_queue.base.transport import Envelope, GroupStats, Transport
 from abe.backends.message_queue.engine.dead_letters import DeadLetters
+from abe.backends.message_queue.engine.ids import next_id
 from abe.backends.message_queue.engine.inbox import Inbox
 from abe.backends.message_queue.engine.session import Session
 from abe.backends.message_queue.engine.subscription import GroupSubscription
@@ -34,7 +34,6 @@ from abe.errors import (
     AbeError,
     BackendClosedError,
     BackendConnectionError,
-    ConfigurationError,
     EventLoopError,
     PartialPublishError,
     PayloadTooLargeError,
@@ -47,19 +46,6 @@ from abe.types import MessageQueuePayload
 _T = TypeVar("_T")
 
 
-class _Ids:
-    """Message ids: a random prefix of 64 bits for each process, then a counter; a fork begins anew."""
-
-    def __init__(self) -> None:
-        self.renew()
-        os.register_at_fork(after_in_child=self.renew)
-
-    def renew(self) -> None:
-        prefix, serial = os.urandom(8).hex(), count().__next__
-        self.next = lambda: f"{prefix}{serial():x}"
-
-
-_ids: Final = _Ids()
 _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=1.0)
 _MOST_KNOWN_KEYS: Final = 10_000
 
@@ -91,7 +77,7 @@ class TransportBackend(ABC):
         self.settings = settings
         if self.capabilities.lease is not None:
             self.capabilities = replace(self.capabilities, lease=settings.lease)
-        self.unroutable = 0
+        self.unroutable: int = 0
         """Messages that no group wanted, so far."""
         self._codec = codec or JSONCodec()
         self._clock = clock or MonotonicClock()
@@ -161,18 +147,18 @@ class TransportBackend(ABC):
         """
         publications = [item if isinstance(item, Publication) else Publication(*item) for item in items]
         results: Sequence[BaseException | None]
-        if self._send is not None:
-            send = self._send
+        send = self._send
+        envelopes: list[Envelope] = []
+        for index, item in enumerate(publications):
+            try:
+                envelopes.append(self._envelope(item.key, item.payload, item.headers, item.id, item.delay))
+            except AbeError as exc:
+                exc.args = (f"message #{index}: {exc}",)
+                raise
+        if send is not None:
             results = await asyncio.gather(*(send(item) for item in publications), return_exceptions=True)
         else:
             session = self._here()
-            envelopes: list[Envelope] = []
-            for index, item in enumerate(publications):
-                try:
-                    envelopes.append(self._envelope(item.key, item.payload, item.headers, item.id, item.delay))
-                except AbeError as exc:
-                    exc.args = (f"message #{index}: {exc}",)
-                    raise
             results = await session.publisher.publish_many(envelopes)
         failures: list[tuple[int, AbeError]] = []
         for index, result in enumerate(results):
@@ -232,7 +218,8 @@ class TransportBackend(ABC):
             if session.loop is not asyncio.get_running_loop():
                 raise EventLoopError("disconnect() must run in the event loop in which the backend was used")
             await session.close()
-        self._session = None
+        if self._session is session:
+            self._session = None
 
     async def __aenter__(self) -> Self:
         await self.connect()
@@ -287,9 +274,14 @@ class TransportBackend(ABC):
             self._judge(outcome, p.mandatory)
 
     def _envelope(
-        self, key: str, payload: MessageQueuePayload, headers: Mapping[str, str] | None, id: str | None, delay: float | None
+        self,
+        key: str,
+        payload: MessageQueuePayload,
+        headers: Mapping[str, str] | None,
+        id: str | None,
+        delay: float | None,
     ) -> Envelope:
-        if key not in self._known_keys:
+        if type(key) is not str or key not in self._known_keys:
             check_key(key)
             if len(self._known_keys) >= _MOST_KNOWN_KEYS:
                 self._known_keys.clear()
@@ -300,7 +292,7 @@ class TransportBackend(ABC):
                 f"the payload is {len(body)} bytes of {self.capabilities.max_payload_bytes}: store it elsewhere, and publish where it is"
             )
         return Envelope(
-            _ids.next() if id is None else check_id(id),
+            next_id() if id is None else check_id(id),
             key,
             body,
             int(time.time() * 1000),
@@ -309,10 +301,11 @@ class TransportBackend(ABC):
         )
 
     def _delay(self, delay: float) -> float:
-        if not delay > 0:
-            raise ConfigurationError(f"a delay must be a number of seconds from 0, not {delay!r}")
+        check_seconds("delay", delay)
         if self.capabilities.max_delay is None or delay > self.capabilities.max_delay:
-            limit = "not at all" if self.capabilities.max_delay is None else f"by at most {self.capabilities.max_delay:g} s"
+            limit = (
+                "not at all" if self.capabilities.max_delay is None else f"by at most {self.capabilities.max_delay:g} s"
+            )
             raise UnsupportedCapabilityError(f"delay={delay:g}: {type(self).__name__} can delay messages {limit}")
         return delay
 
@@ -324,7 +317,9 @@ class TransportBackend(ABC):
 
     def _group(self, group: str | None) -> str:
         if group is not None and group != DEFAULT_GROUP and not self.capabilities.groups:
-            raise UnsupportedCapabilityError(f"group={group!r}: {type(self).__name__} has no groups but {DEFAULT_GROUP!r}")
+            raise UnsupportedCapabilityError(
+                f"group={group!r}: {type(self).__name__} has no groups but {DEFAULT_GROUP!r}"
+            )
         return check_group(group)
 
     def _patterns(self, keys: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -336,6 +331,9 @@ class TransportBackend(ABC):
         async def join(session: Session) -> Inbox:
             await session.transport.declare(group, patterns)
             receiver = await session.transport.subscribe(group, prefetch)
+            if session.ended:
+                await receiver.close()
+                raise BackendClosedError("the backend was closed")
             inbox = Inbox(
                 receiver,
                 group=group,
@@ -376,11 +374,11 @@ class TransportBackend(ABC):
     def _here(self) -> Session:
         """Return what is open in the event loop that runs now, or begin it."""
         loop, session = asyncio.get_running_loop(), self._session
-        if session is not None and session.loop is loop:
+        if session is not None and session.loop is loop and (self._closed or not session.ended):
             return session
         if self._closed:
             raise BackendClosedError("the backend was closed; connect() opens it again")
-        if session is not None and not session.loop.is_closed():
+        if session is not None and session.loop is not loop and not session.loop.is_closed():
             raise EventLoopError(
                 "the backend belongs to another event loop, or to the process that forked this one: make one backend for each"
             )
@@ -390,4 +388,3 @@ class TransportBackend(ABC):
 
 async def _nothing(_: Session) -> None:
     """Nothing but what `_call` does before."""
-

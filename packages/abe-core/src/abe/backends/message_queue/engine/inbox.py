@@ -9,6 +9,7 @@ from typing import Final
 from abe.backends.message_queue.base.backoff import Backoff, ExponentialBackoff
 from abe.backends.message_queue.base.clock import Clock, sleep
 from abe.backends.message_queue.base.message import Message
+from abe.backends.message_queue.base.names import check_seconds
 from abe.backends.message_queue.base.transport import Delivery, Metadata, Receipt, Receiver, Settlement, Verb
 from abe.backends.message_queue.engine.leases import LeaseKeeper
 from abe.backends.message_queue.engine.settler import Settler
@@ -77,14 +78,16 @@ class Inbox:
         self._buffer: deque[Delivery] = deque()
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._space: asyncio.Future[None] | None = None
-        self._error: AbeError | None = None
+        self._error: BaseException | None = None
         self._stopping = False
         self._closing: asyncio.Task[None] | None = None
-        self._keeper = LeaseKeeper(receiver, self._live, self._lose, lease, clock)
+        self._keeper = LeaseKeeper(receiver, self._held, self._lose, lease, clock)
         patience = _UNRENEWED_PATIENCE if lease is None else lease
         self._settler = Settler(receiver, self._keeper.sure, self._make_space, patience, clock)
         self._keeping = self._loop.create_task(self._keeper.run())
         self._fetching = self._loop.create_task(self._fetch())
+        for task in (self._keeping, self._fetching):
+            task.add_done_callback(self._ended)
         self._stopped: asyncio.Task[None] | None = None
 
     def take(self) -> Message | None:
@@ -145,13 +148,16 @@ class Inbox:
 
     def ack_soon(self, message: Message) -> None:
         """Acknowledge with the next batch; a failure is logged."""
-        if _decide(message, "ack"):
+        if message._verdict is None:  # pyright: ignore[reportPrivateUsage]
+            message._verdict = "ack"  # pyright: ignore[reportPrivateUsage]
             delivery = _delivery(message)
             if self._live.get(delivery.receipt) is delivery:
                 del self._live[delivery.receipt]
                 self._settler.ack(delivery)
             else:
-                _log.warning("a message of group %r was handled, but its lease was lost: it will be handled again", self.group)
+                _log.warning(
+                    "a message of group %r was handled, but its lease was lost: it will be handled again", self.group
+                )
 
     async def ack(self, message: Message) -> None:
         """Acknowledge; see `Message.ack`."""
@@ -159,11 +165,14 @@ class Inbox:
 
     async def nack(self, message: Message, delay: float | None, reason: str, error: str) -> None:
         """Have it delivered again, or bury it; see `Message.nack`."""
-        delivery = _delivery(message)
+        delivery, reason, error = _delivery(message), _text(reason), _text(error)
         if delay is None:
             delay = _RETRY(delivery.attempt)
+        check_seconds("nack: delay", delay, zero=True)
         if delay and (self._max_delay is None or delay > self._max_delay):
-            raise UnsupportedCapabilityError(f"nack(delay={delay:g}): this backend can delay by at most {self._max_delay or 0:g} s")
+            raise UnsupportedCapabilityError(
+                f"nack(delay={delay:g}): this backend can delay by at most {self._max_delay or 0:g} s"
+            )
         if delivery.attempt >= self._max_attempts:
             settlement = Settlement(delivery.receipt, Verb.DEAD, reason=reason or "max_attempts", error=error)
         else:
@@ -172,7 +181,8 @@ class Inbox:
 
     async def reject(self, message: Message, reason: str, error: str) -> None:
         """Bury it; see `Message.reject`."""
-        await self._settle(message, "reject", Settlement(_delivery(message).receipt, Verb.DEAD, reason=reason, error=error))
+        settlement = Settlement(_delivery(message).receipt, Verb.DEAD, reason=_text(reason), error=_text(error))
+        await self._settle(message, "reject", settlement)
 
     async def release(self, message: Message) -> None:
         """Give a message back as if it had never been taken. Nothing happens when it is settled already."""
@@ -182,6 +192,7 @@ class Inbox:
     async def extend(self, message: Message, seconds: float) -> None:
         """Start the lease anew; see `Message.extend`."""
         delivery = _delivery(message)
+        check_seconds("extend: seconds", seconds)
         if self._lease is None:
             return
         if seconds > self._lease:
@@ -209,8 +220,8 @@ class Inbox:
         """Close without waiting, from any thread; nothing happens when the event loop is closed, or about to be."""
 
         def close() -> None:
-            # Nobody but an event loop that ends cancels the task before `close` does: a new task would never be run.
-            if not self._fetching.done() and not self._fetching.cancelling():
+            # Nobody but an event loop that ends cancels this task before `close` does: a new task would never be run.
+            if not self._keeping.cancelling():
                 self._close_once()
 
         try:
@@ -245,7 +256,11 @@ class Inbox:
                 await self._give_back(list(self._live.values()))
                 await self._settler.drain()
         except (AbeError, TimeoutError) as exc:
-            _log.warning("the broker did not take back the messages of group %r in time: their leases will run out (%r)", self.group, exc)
+            _log.warning(
+                "the broker did not take back the messages of group %r in time: their leases will run out (%r)",
+                self.group,
+                exc,
+            )
         finally:
             self._fetching.cancel()
             self._keeping.cancel()
@@ -273,9 +288,9 @@ class Inbox:
         while not self._stopping:
             try:
                 if held is not None:
-                    self._lose(await self._receiver.recover(list(self._live)))
+                    self._lose(await self._receiver.recover(self._held()))
                     _log.info("group %r is being consumed again", self.group)
-                    held, failures = None, 0
+                    held = None
                 room = self._room()
                 if not room:
                     await self._wait_for_space()
@@ -283,17 +298,21 @@ class Inbox:
                 deliveries = await self._receiver.receive(room)
             except AbeError as exc:
                 if not exc.retryable:
-                    return self._fail(exc)
+                    raise
                 failures += 1
                 held = ()
                 _log.warning("group %r cannot be consumed, trying again: %s", self.group, exc)
                 await sleep(self._clock, _RECONNECT(failures))
             else:
+                failures = 0
                 if deliveries:
                     self._live.update({delivery.receipt: delivery for delivery in deliveries})
                     self._buffer.extend(deliveries)
                     self._wake(1)
-        return None
+
+    def _held(self) -> list[Receipt]:
+        """What the broker counts as ours, as far as we know."""
+        return [*self._live, *self._settler.receipts()]
 
     def _room(self) -> int:
         """How many to ask for: at most half the bound, so that the next ones travel while these are handled; none, if hardly any fit."""
@@ -317,9 +336,11 @@ class Inbox:
                 future.set_result(None)
                 count -= 1
 
-    def _fail(self, error: AbeError) -> None:
-        self._error = error
-        self._wake(len(self._waiters))
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Whoever waits for a message is told why there will be none: something permanent, or a fault in a transport."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._error = error
+            self._wake(len(self._waiters))
 
     def _lose(self, receipts: Collection[Receipt]) -> None:
         for receipt in receipts:
@@ -327,7 +348,9 @@ class Inbox:
             if delivery is not None:
                 delivery.lost = True
         if receipts:
-            _log.warning("%d leases of group %r were lost: these messages will be delivered again", len(receipts), self.group)
+            _log.warning(
+                "%d leases of group %r were lost: these messages will be delivered again", len(receipts), self.group
+            )
             self._make_space()
 
     def _bury(self, delivery: Delivery, reason: str, error: str) -> None:
@@ -341,7 +364,9 @@ class Inbox:
         delivery = _delivery(message)
         if self._live.get(delivery.receipt) is not delivery:
             delivery.lost = True
-            raise LeaseLostError(f"{verdict}: the message is not ours any more: its lease was lost, or its subscription was closed")
+            raise LeaseLostError(
+                f"{verdict}: the message is not ours any more: its lease was lost, or its subscription was closed"
+            )
         del self._live[delivery.receipt]
         error = await self._settler.submit(delivery, settlement)
         if error is not None:
@@ -350,6 +375,11 @@ class Inbox:
 
 def _delivery(message: Message) -> Delivery:
     return message._delivery  # pyright: ignore[reportPrivateUsage]
+
+
+def _text(text: str) -> str:
+    """Return what every broker can carry: an exception's text may hold lone surrogates, from file names for one."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _decide(message: Message, verdict: str) -> bool:
