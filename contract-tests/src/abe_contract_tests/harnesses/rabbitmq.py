@@ -54,7 +54,7 @@ class RabbitMQHarness(Harness):
         return {"RABBITMQ_URL": _NOBODY_LISTENS, **_queue(namespace, 1.0)}
 
     def wrong_credentials(self, namespace: str) -> tuple[Mapping[str, str], str]:
-        secret = "swordfish-8061"  # noqa: S105
+        secret = "swordfish-8061"
         host = self.service.url.partition("://")[2].rpartition("@")[2]
         return {"RABBITMQ_URL": f"amqp://nobody:{secret}@{host}", **_queue(namespace, 1.0)}, secret
 

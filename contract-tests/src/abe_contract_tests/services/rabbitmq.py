@@ -45,7 +45,8 @@ Loop = fun Loop() -> case io:get_line("") of
     ["count", P] -> [try {W, H, S} = Count(R), {resource, _, _, B} = R, io:format("~s ~b ~b ~b~n", [B, W, H, S]) catch _:_ -> ok end
       || R <- Names(P)];
     ["connections"] -> io:format("~b~n", [length(C(rabbit_networking, connections, []))]);
-    ["delete", P] -> [try {ok, Q} = C(rabbit_amqqueue, lookup, [R]), C(rabbit_amqqueue, delete, [Q, false, false, <<"abe">>]) catch _:_ -> ok end || R <- Names(P)],
+    ["delete", P] ->
+      [try {ok, Q} = C(rabbit_amqqueue, lookup, [R]), C(rabbit_amqqueue, delete, [Q, false, false, <<"abe">>]) catch _:_ -> ok end || R <- Names(P)],
       [C(rabbit_exchange, delete, [R, false, <<"abe">>]) || {resource, _, _, B} = R <- C(rabbit_exchange, list_names, []),
         lists:prefix(P, binary_to_list(B))]
   end, io:format(".~n"), Loop() end end,

@@ -12,7 +12,6 @@ from abe.backends.message_queue.base import (
 )
 from abe.backends.message_queue.engine import TransportBackend
 from abe.codec import Codec
-
 from abe_backend_rabbitmq._settings import RabbitMQSettings
 from abe_backend_rabbitmq._topology import MAX_DELAY
 from abe_backend_rabbitmq._transport import RabbitMQTransport

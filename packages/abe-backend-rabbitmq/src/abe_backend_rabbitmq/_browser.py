@@ -6,7 +6,6 @@ from typing import Final, Self
 
 from abe.backends.message_queue.base import Delivery
 from abe.errors import BackendConnectionError
-
 from abe_backend_rabbitmq._channel import Opened
 from abe_backend_rabbitmq._wire import Header
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import aiormq
-from abe.backends.message_queue.base import Delivery
-from abe.errors import AbeError, BackendConnectionError, BackpressureError, PublishUnknownError, UnroutableError
 from aiormq.abc import AbstractChannel, DeliveredMessage
 
+from abe.backends.message_queue.base import Delivery
+from abe.errors import AbeError, BackendConnectionError, BackpressureError, PublishUnknownError, UnroutableError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._wire import Header
 
@@ -112,8 +112,8 @@ class PlainChannel(Opened):
     def __init__(self, native: AbstractChannel) -> None:
         super().__init__(native)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._closing = native.closing
-        self._closing.add_done_callback(self._on_closing)
+        closing: Any = native.closing
+        closing.add_done_callback(self._on_closing)
 
     def publish(self, messages: Sequence[Outgoing]) -> "asyncio.Future[Sequence[AbeError | None]]":
         """See `Opened.publish`."""

@@ -12,10 +12,10 @@ from contextvars import ContextVar
 from typing import Any, Final, TypeVar
 
 import aiormq
-from abe.errors import BackendConnectionError, ConfigurationError
 from aiormq.abc import AbstractChannel
 from yarl import URL
 
+from abe.errors import BackendConnectionError, ConfigurationError
 from abe_backend_rabbitmq._channel import Opened, PlainChannel
 from abe_backend_rabbitmq._errors import translated
 from abe_backend_rabbitmq._settings import RabbitMQSettings, address
@@ -58,11 +58,9 @@ class Connection:
             PermissionDeniedError: It does not let us in.
         """
         url = URL(self._url).update_query(heartbeat=str(max(1, round(settings.heartbeat))))
-        for option in _FILES:
-            if option in url.query and not os.path.isfile(url.query[option]):
-                raise ConfigurationError(f"{option} in RABBITMQ_URL names no file")
+        _check_files(url)
         options: dict[str, Any] = {} if self._factory is None else {"transport_factory": self._factory}
-        native = aiormq.Connection(url, client_properties={"connection_name": name}, **options)
+        native: Any = aiormq.Connection(url, client_properties={"connection_name": name}, **options)
         with translated(self.address):
             async with asyncio.timeout(settings.connect_timeout):
                 await native.connect()
@@ -258,6 +256,12 @@ class Control:
                 if self._channel is None or self._owner is not connection or self._channel.is_closed:
                     self._channel, self._owner = await connection.plain(), connection
                 return await request(self._channel)
+
+
+def _check_files(url: URL) -> None:
+    for option in _FILES:
+        if option in url.query and not os.path.isfile(url.query[option]):
+            raise ConfigurationError(f"{option} in RABBITMQ_URL names no file")
 
 
 async def finished(work: Coroutine[Any, Any, _T]) -> _T:

@@ -2,13 +2,14 @@
 
 import asyncio
 import ssl
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Final
 
 import aiormq.exceptions as native
-from abe.errors import AbeError, BackendConnectionError, ConfigurationError, LeaseLostError, PermissionDeniedError
 from pamqp.exceptions import PAMQPException
+
+from abe.errors import AbeError, BackendConnectionError, ConfigurationError, LeaseLostError, PermissionDeniedError
 
 ChannelNotFound = native.ChannelNotFoundEntity
 """What is asked for does not exist; the channel is closed."""
@@ -70,7 +71,7 @@ def translate(exc: BaseException, address: str) -> AbeError:
 
 
 @contextmanager
-def translated(address: str) -> Iterator[None]:
+def translated(address: str) -> Generator[None, None, None]:
     """Turn the client's errors into ours.
 
     Raises:

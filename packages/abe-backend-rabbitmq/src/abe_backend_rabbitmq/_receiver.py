@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 from abe.backends.message_queue.base import Delivery, Failures, Metadata, Receipt, Settlement, Verb
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
 from abe.errors import AbeError, BackendConnectionError
-
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._channel import Opened, Outgoing
 from abe_backend_rabbitmq._connection import finished

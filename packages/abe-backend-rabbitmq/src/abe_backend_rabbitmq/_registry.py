@@ -1,22 +1,22 @@
 """The groups of a namespace, their patterns, and the lock under which both change.
 
-AMQP cannot list queues or bindings, so the registry is a message: the only one in its queue, replaced under a lock. The lock is a queue that
-one connection owns; the broker frees it when that connection ends.
+AMQP cannot list queues or bindings, so the registry is a message: the only one in its queue, replaced under a lock. The lock is a
+queue that one connection owns; the broker frees it when that connection ends.
 """
 
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
 import msgspec
-from abe.backends.message_queue.base.names import matches
-from abe.errors import AbeError, BackendConnectionError
 from aiormq.abc import AbstractChannel
 from pamqp import commands
 
+from abe.backends.message_queue.base.names import matches
+from abe.errors import AbeError, BackendConnectionError
 from abe_backend_rabbitmq._connection import PINNED, Connection, Control
 from abe_backend_rabbitmq._errors import ChannelLocked
 from abe_backend_rabbitmq._topology import Topology
@@ -77,7 +77,7 @@ class RegistryKeeper:
         self._ours = asyncio.Lock()
 
     @asynccontextmanager
-    async def locked(self, on: Connection | None = None) -> AsyncIterator[None]:
+    async def locked(self, on: Connection | None = None) -> AsyncGenerator[None, None]:
         """Hold the namespace's lock.
 
         Args:
@@ -100,7 +100,7 @@ class RegistryKeeper:
                 PINNED.reset(before)
 
     @asynccontextmanager
-    async def _locked(self, on: Connection) -> AsyncIterator[None]:
+    async def _locked(self, on: Connection) -> AsyncGenerator[None, None]:
         lock = self._names.lock
         deadline = asyncio.get_running_loop().time() + self._patience
         pause = _POLL

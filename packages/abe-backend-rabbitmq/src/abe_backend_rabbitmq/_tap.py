@@ -1,8 +1,9 @@
 """A tap on aiormq's connection: what is many goes past it, the rest is its own.
 
-``aiormq.connect(transport_factory=...)`` lets its caller supply the stream pair. Ours is the usual one, but its protocol looks at whole frames
-before the stream does: deliveries, returns and confirms of the channels here are handled at once, everything else (login, heartbeats,
-replies, closing, other channels) goes on to aiormq unchanged. Frames of ours go to the same transport. Only public names are used.
+``aiormq.connect(transport_factory=...)`` lets its caller supply the stream pair. Ours is the usual one, but its protocol looks at whole
+frames before the stream does: deliveries, returns and confirms of the channels here are handled at once, everything else (login,
+heartbeats, replies, closing, other channels) goes on to aiormq unchanged. Frames of ours go to the same transport. Only public names
+are used.
 """
 
 import asyncio
@@ -12,12 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import aiormq
-from abe.errors import AbeError, BackendConnectionError, PublishUnknownError
 from aiormq.abc import AbstractChannel
 from pamqp import commands
 from pamqp import frame as pamqp_frame
 from yarl import URL
 
+from abe.errors import AbeError, BackendConnectionError, PublishUnknownError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._channel import Flight, Opened, Outgoing, Pushed, nacked, unroutable
 from abe_backend_rabbitmq._errors import ConnectError
@@ -62,9 +63,9 @@ class Tap(asyncio.StreamReaderProtocol):
         self.transport: asyncio.WriteTransport | None = None
         self.channels: dict[int, TapChannel] = {}
         self._blocked = blocked
-        self._tail = b""
-        self._raw = False
-        self._fed = 0.0
+        self._tail: bytes = b""
+        self._raw: bool = False
+        self._fed: float = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""

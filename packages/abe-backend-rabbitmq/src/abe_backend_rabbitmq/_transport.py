@@ -3,10 +3,12 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from aiormq.abc import AbstractChannel
 
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
 from abe.backends.message_queue.base import Transport as TransportProtocol
@@ -18,8 +20,6 @@ from abe.errors import (
     PublishUnknownError,
     UnroutableError,
 )
-from aiormq.abc import AbstractChannel
-
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._browser import Browser
 from abe_backend_rabbitmq._channel import Opened, Outgoing
@@ -34,6 +34,8 @@ _log: Final = logging.getLogger("abe.rabbitmq")
 _PAGE: Final = 500
 _STALE: Final = 20
 """Times that the groups may change under one batch before it counts as failed."""
+
+_TRIES, _PAUSE = 200, 0.005
 
 _T = TypeVar("_T")
 
@@ -259,7 +261,7 @@ class RabbitMQTransport:
                 except UnroutableError as exc:
                     outcomes[i] = exc
             results = await self._deliver(await self._publish_channel(), list(copies.values())) if copies else ()
-            waiting = set()
+            waiting = set[int]()
             for place, (i, group) in enumerate(copies):
                 result = results[place] if results else None
                 if isinstance(result, UnroutableError) and envelopes[i].delay:
@@ -486,7 +488,7 @@ class RabbitMQTransport:
         return declared.message_count or 0
 
     @asynccontextmanager
-    async def _browse(self, queue: str, limit: int | None = None) -> AsyncIterator[Browser]:
+    async def _browse(self, queue: str, limit: int | None = None) -> AsyncGenerator[Browser, None]:
         """Hold the oldest messages of a queue; those that are not removed are put back in their places."""
         count = await self._count(queue)
         if not count:
@@ -504,8 +506,10 @@ class RabbitMQTransport:
         finally:
             with translated(connection.address):
                 await finished(channel.native.close())
-            while (await self._count(queue) or count) < count - removed:
-                await asyncio.sleep(0)
+            for _ in range(_TRIES):  # they are back before the lock is free
+                if (await self._count(queue) or 0) >= count - removed:
+                    break
+                await asyncio.sleep(_PAUSE)
 
     async def _exclusively(self, work: Callable[[], Awaitable[_T]]) -> _T:
         """Do something under the namespace's lock, to its end even if the caller is cancelled."""

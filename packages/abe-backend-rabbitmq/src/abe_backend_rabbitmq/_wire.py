@@ -1,10 +1,10 @@
 """Envelopes to AMQP properties and back. Pure.
 
-The body is the message's body. Its properties are the standard ones (content type, delivery mode, message id, timestamp in seconds)
-and headers: ``abe-version``, ``abe-published-at`` in milliseconds, and the application's own under their names. Those that RabbitMQ would
-take for its own, or that are too long for a name, travel together in ``abe-headers`` as JSON. A copy that we move (a retry, a dead
-letter, a message that was held) also has ``abe-key``, and ``abe-attempt``, the deliveries before; a dead letter ``abe-reason``, ``abe-error`` and
-``abe-dead-at`` in milliseconds; a held one ``abe-due`` in milliseconds if it has a delay.
+The body is the message's body. Its properties are the standard ones (content type, delivery mode, message id, timestamp in
+seconds) and headers: ``abe-version``, ``abe-published-at`` in milliseconds, and the application's own under their names. Those that
+RabbitMQ would take for its own, or that are too long for a name, travel together in ``abe-headers`` as JSON. A copy that we move (a
+retry, a dead letter, a message that was held) also has ``abe-key``, and ``abe-attempt``, the deliveries before; a dead letter
+``abe-reason``, ``abe-error`` and ``abe-dead-at`` in milliseconds; a held one ``abe-due`` in milliseconds if it has a delay.
 
 Properties are bytes here: the flags and the values, as they stand in a content header after the size of the body.
 """
@@ -17,10 +17,11 @@ from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 import msgspec
-from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Metadata
-from abe.errors import DecodeError
 from pamqp import commands
 from pamqp.header import ContentHeader
+
+from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Metadata
+from abe.errors import DecodeError
 
 VERSION: Final = 1
 _FLAGS: Final = b"\xb0\xc0"  # content type, headers, delivery mode, message id, timestamp
