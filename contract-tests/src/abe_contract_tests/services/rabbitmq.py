@@ -46,7 +46,8 @@ Loop = fun Loop() -> case io:get_line("") of
       || R <- Names(P)];
     ["connections"] -> io:format("~b~n", [length(C(rabbit_networking, connections, []))]);
     ["delete", P] ->
-      [try {ok, Q} = C(rabbit_amqqueue, lookup, [R]), C(rabbit_amqqueue, delete, [Q, false, false, <<"abe">>]) catch _:_ -> ok end || R <- Names(P)],
+      [try {ok, Q} = C(rabbit_amqqueue, lookup, [R]), C(rabbit_amqqueue, delete, [Q, false, false, <<"abe">>])
+        catch _:_ -> ok end || R <- Names(P)],
       [C(rabbit_exchange, delete, [R, false, <<"abe">>]) || {resource, _, _, B} = R <- C(rabbit_exchange, list_names, []),
         lists:prefix(P, binary_to_list(B))]
   end, io:format(".~n"), Loop() end end,
