@@ -44,8 +44,8 @@ class Oracle(Protocol):
         """Count the group's messages."""
         ...
 
-    async def consumers(self, group: str) -> int:
-        """Count the consumers that the broker knows in the group, dead ones included."""
+    async def consumers(self, group: str) -> int | None:
+        """Count the consumers that the broker knows in the group, dead ones included; None where it knows messages and no consumers."""
         ...
 
     async def connections(self) -> int:

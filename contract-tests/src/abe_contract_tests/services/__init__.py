@@ -9,10 +9,13 @@ from abe_contract_tests.services._base import (
 )
 from abe_contract_tests.services._choice import choose
 from abe_contract_tests.services.redis import Redis, TlsFiles, redis_service
+from abe_contract_tests.services.sqs import MiniStack, Moto, sqs_service
 
 __all__ = [
     "Broker",
     "FaultUnsupportedError",
+    "MiniStack",
+    "Moto",
     "NotReadyError",
     "Redis",
     "Service",
@@ -20,4 +23,5 @@ __all__ = [
     "TlsFiles",
     "choose",
     "redis_service",
+    "sqs_service",
 ]

@@ -1,0 +1,103 @@
+"""The AWS clients: one that polls, and one for everything else."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from aiobotocore.config import AioConfig
+from aiobotocore.session import AioSession
+from botocore.loaders import Loader
+
+from abe_backend_sqs._errors import translated
+from abe_backend_sqs._settings import SqsSettings
+
+if TYPE_CHECKING:
+    from types_aiobotocore_sqs.client import SQSClient
+
+_CALLS: Final = 64
+"""Connections of the client that does not poll: more requests than that wait for one."""
+
+_POLLS: Final = 1_000
+"""Connections of the client that polls: all consumers of a process together."""
+
+_ANSWER: Final = 10.0
+"""Seconds beyond a poll's own time after which a connection that says nothing is dead."""
+
+_models: Final = Loader()
+"""The descriptions of the services. Reading them is most of the cost of a client, so that every session shares them."""
+
+
+class Clients:
+    """The clients of one event loop, each made when it is first needed.
+
+    Args:
+        settings: The account, and the address.
+    """
+
+    def __init__(self, settings: SqsSettings) -> None:
+        self._settings = settings
+        self._making = asyncio.Lock()
+        self._calls: SQSClient | None = None
+        self._polls: SQSClient | None = None
+
+    async def calls(self) -> "SQSClient":
+        """Return the client for everything but polls.
+
+        Raises:
+            ConfigurationError: There is no region, no such profile, or they are malformed.
+        """
+        if self._calls is None:
+            async with self._making:
+                if self._calls is None:
+                    self._calls = await self._make(_CALLS, self._settings.publish_timeout + 1)
+        return self._calls
+
+    async def polls(self) -> "SQSClient":
+        """Return the client for polls: they would keep the connections of the other from its requests.
+
+        Raises:
+            ConfigurationError: As above.
+        """
+        if self._polls is None:
+            async with self._making:
+                if self._polls is None:
+                    self._polls = await self._make(_POLLS, self._settings.wait + _ANSWER)
+        return self._polls
+
+    async def close(self) -> None:
+        """Close both."""
+        clients, self._calls, self._polls = (self._calls, self._polls), None, None
+        for client in clients:
+            if client is not None:
+                await client.close()
+
+    async def _make(self, connections: int, read_timeout: float) -> "SQSClient":
+        settings = self._settings
+        config = AioConfig(
+            connect_timeout=settings.connect_timeout,
+            read_timeout=read_timeout,
+            max_pool_connections=connections,
+            parameter_validation=False,
+            # The engine tries again, with the same ids and within its own time; a poll that is repeated here could strand what it brought.
+            retries={"mode": "standard", "total_max_attempts": 1},
+        )
+        local = settings.endpoint_url is not None and settings.endpoint_url.startswith("http:")
+        arguments: Mapping[str, Any] = {
+            "region_name": settings.region,
+            "endpoint_url": settings.endpoint_url,
+            "aws_access_key_id": settings.access_key_id,
+            "aws_secret_access_key": settings.secret_access_key,
+            "aws_session_token": settings.session_token,
+            "verify": False if local else None,
+            "config": config,
+        }
+        # Reads files, so it runs in a thread; nothing in it belongs to an event loop before the first request.
+        with translated(settings.address):
+            client: SQSClient = await asyncio.to_thread(asyncio.run, self._create(arguments))
+        return client
+
+    def _create(self, arguments: Mapping[str, Any]) -> Any:
+        # A session of its own: sessions are not made for several threads, and a cancelled caller leaves its thread behind.
+        session = AioSession(profile=self._settings.profile)
+        session.register_component("data_loader", _models)
+        return session.create_client("sqs", **arguments).__aenter__()
