@@ -107,7 +107,8 @@ class _SqsOracle:
         return None
 
     async def connections(self) -> int:
-        return _connections(self._address.port or 80)
+        await self._client.list_queues(QueueNamePrefix=self._namespace)
+        return _connections(self._address.port or 80) - 1
 
     async def aclose(self) -> None:
         await self._client.close()
@@ -138,8 +139,8 @@ class _SqsOracle:
 
 
 async def _client(url: str) -> Any:
-    # A connection a request: `connections` counts none of the oracle's own.
-    config = AioConfig(connector_args={"force_close": True}, retries={"total_max_attempts": 3})
+    # One connection: the oracle's questions come one after the other, and `connections` leaves out exactly this one.
+    config = AioConfig(max_pool_connections=1, retries={"total_max_attempts": 3})
     context = get_session().create_client(
         "sqs", region_name=_REGION, endpoint_url=url, aws_access_key_id="test", aws_secret_access_key="test", config=config
     )

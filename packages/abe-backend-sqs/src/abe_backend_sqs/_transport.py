@@ -181,9 +181,11 @@ class SqsTransport:
                     batch = [message for message in batch if message not in moved]  # noqa: PLW2901
 
     async def _close_later(self) -> None:
-        while self._background:
-            await asyncio.wait(self._background)
-        await self.clients.close()
+        try:
+            while self._background:
+                await asyncio.wait(self._background)
+        finally:  # also where the event loop ends first
+            await self.clients.close()
 
 
 def _chosen(messages: Sequence[Message], ids: Collection[str] | None) -> Sequence[Message]:
