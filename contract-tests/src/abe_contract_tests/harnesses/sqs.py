@@ -72,6 +72,8 @@ class MotoHarness(_SqsHarness):
 
     name: ClassVar[str] = "sqs-moto"
     server: ClassVar[Literal["moto", "ministack"]] = "moto"
+    capacity: ClassVar[int] = 200
+    pace: ClassVar[float] = 3.0
 
 
 class MiniStackHarness(_SqsHarness):
@@ -79,6 +81,7 @@ class MiniStackHarness(_SqsHarness):
 
     name: ClassVar[str] = "sqs-ministack"
     server: ClassVar[Literal["moto", "ministack"]] = "ministack"
+    pace: ClassVar[float] = 2.0
 
 
 class _SqsOracle:

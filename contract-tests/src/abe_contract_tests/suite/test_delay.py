@@ -67,18 +67,21 @@ async def test_delayed_messages_wait_in_the_broker_and_not_in_a_consumer(contrac
             contract.within(0.6 + contract.bound("redelivery_bound")),
         ):
             (message,) = await collect(subscription, 1)
-            # The one that died had not had it.
-            assert (message["n"], message.attempt) == (1, 1)
+            assert message["n"] == 1
+            # The one that died had not had it, unless the broker was about to give it to a connection that was dead already.
+            assert message.attempt == 1 or contract.capabilities.spurious_duplicates
 
 
 @clause("C-DLY-01", capability="max_delay")
 async def test_a_shorter_delay_overtakes_a_longer_one(contract: Contract) -> None:
     backend = contract.backend()
+    # Each delivery may be late by the bound, so that only further apart than that one is surely before the other.
+    apart = contract.bound("redelivery_bound")
     async with contract.within(15), backend.consume(group="g") as subscription:
-        await backend.publish("order.created", {"n": 3}, delay=1.5)
+        await backend.publish("order.created", {"n": 3}, delay=0.1 + 2 * apart)
         await backend.publish_many(
             [
-                Publication("order.created", {"n": 2}, delay=0.7),
+                Publication("order.created", {"n": 2}, delay=0.1 + apart),
                 Publication("order.created", {"n": 0}),
                 Publication("order.created", {"n": 1}, delay=0.1),
             ]

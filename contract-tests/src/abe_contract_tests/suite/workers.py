@@ -91,7 +91,7 @@ async def consume_all(backend: "TransportBackend", report: Report, receive: Rece
 
 async def reject_all(backend: "TransportBackend", report: Report, receive: Receive, *, group: str, count: int) -> None:
     """Take that many messages, then reject them one by one; report each number once that is done."""
-    async with backend.consume(group=group, prefetch=count) as subscription:
+    async with backend.consume(group=group, prefetch=2 * count) as subscription:
         messages = [await subscription.receive() for _ in range(count)]
         for message in messages:
             await message.reject("rejected by the worker")

@@ -23,6 +23,9 @@ _POLLS: Final = 1_000
 _ANSWER: Final = 10.0
 """Seconds beyond a poll's own time after which a connection that says nothing is dead."""
 
+_IDLE: Final = 3.0
+"""Seconds for which a connection without a request is kept."""
+
 _models: Final = Loader()
 """The descriptions of the services. Reading them is most of the cost of a client, so that every session shares them."""
 
@@ -74,6 +77,7 @@ class Clients:
     async def _make(self, connections: int, read_timeout: float) -> "SQSClient":
         settings = self._settings
         config = AioConfig(
+            connector_args={"keepalive_timeout": _IDLE},
             connect_timeout=settings.connect_timeout,
             read_timeout=read_timeout,
             max_pool_connections=connections,

@@ -46,6 +46,16 @@ class _Held:
         """Whether it may have been deleted by a request that was not answered."""
 
 
+class Poll:
+    """A request for messages that is under way, and who gets what it brings."""
+
+    __slots__ = ("count", "owner")
+
+    def __init__(self, count: int, owner: "SqsReceiver") -> None:
+        self.count = count
+        self.owner = owner
+
+
 class _Arrival(NamedTuple):
     delivery: Delivery
     held: _Held
@@ -73,9 +83,10 @@ class SqsReceiver:
         self._visibility = self._settings.visibility
         self._held: dict[Receipt, _Held] = {}
         self._lost: set[Receipt] = set()
+        self._leaving: set[Receipt] = set()
         self._arrived: deque[_Arrival] = deque()
         self._asked_for = 0
-        self._polls = 0
+        self._polls: set[Poll] = set()
         self._most_polls = 1
         self._error: AbeError | None = None
         self._news = asyncio.Event()
@@ -151,38 +162,59 @@ class SqsReceiver:
 
     async def stop(self) -> None:
         """Take nothing new. The polls under way end by themselves, in the background."""
-        self._stopping = True
-        self._news.set()
+        self._leave_polls()
 
     async def close(self) -> None:
         """Give back what is still ours."""
-        self._stopping = True
+        self._leave_polls()
         self._arrived.clear()
         await self._give_back(list(self._held))
 
     def _poll_for(self, count: int) -> None:
-        """Begin polls for that many messages."""
-        while count > 0 and self._polls < self._most_polls:
-            share = min(BATCH, count)
-            count -= share
-            self._polls += 1
-            self._asked_for += share
-            self._transport.in_background(self._poll(share))
+        """Have polls under way for that many messages more: those that a consumer of this process left behind, then new ones."""
+        left_behind = self._transport.left_behind[self._name]
+        while left_behind and left_behind[-1].count <= count:
+            poll = left_behind.pop()
+            poll.owner = self
+            count -= self._began(poll)
+        while count > 0 and len(self._polls) < self._most_polls:
+            poll = Poll(min(BATCH, count), self)
+            count -= self._began(poll)
+            self._transport.in_background(_carry_out(poll))
 
-    async def _poll(self, count: int) -> None:
-        try:
-            messages = await self._ask(count)
-        except AbeError as exc:
-            self._error = exc
-        else:
-            self._most_polls = min(self._settings.pollers, self._polls + 1) if len(messages) == count else 1
-            await self._take(messages)
-        finally:
-            self._polls -= 1
-            self._asked_for -= count
-            self._news.set()
+    def _began(self, poll: Poll) -> int:
+        self._polls.add(poll)
+        self._asked_for += poll.count
+        return poll.count
 
-    async def _ask(self, count: int) -> Sequence[Message]:
+    async def brought(self, poll: Poll, messages: Sequence[Message]) -> None:
+        """Have what a poll brought."""
+        self._most_polls = min(self._settings.pollers, len(self._polls) + 1) if len(messages) == poll.count else 1
+        await self._take(messages)
+
+    def failed(self, error: AbeError) -> None:
+        """Know that a poll failed."""
+        self._error = error
+
+    def ended(self, poll: Poll) -> None:
+        """Forget a poll."""
+        if poll in self._polls:
+            self._polls.discard(poll)
+            self._asked_for -= poll.count
+        elif poll in self._transport.left_behind[self._name]:
+            self._transport.left_behind[self._name].remove(poll)
+        self._news.set()
+
+    def _leave_polls(self) -> None:
+        """Leave the polls under way to the group's next consumer in this process."""
+        self._stopping = True
+        self._transport.left_behind[self._name] += self._polls
+        self._polls.clear()
+        self._asked_for = 0
+        self._news.set()
+
+    async def ask(self, count: int) -> Sequence[Message]:
+        """Ask SQS, and wait until there is something, or the time is up."""
         client = await self._transport.clients.polls()
         try:
             reply: Mapping[str, Any] = await client.receive_message(
@@ -237,9 +269,12 @@ class SqsReceiver:
         await _all(self._hide(hidden), self._move(moved))
 
     async def _give_back(self, receipts: Collection[Receipt]) -> None:
-        ours, _ = self._ours([receipt for receipt in receipts if receipt in self._held])
-        release = (Settlement(receipt, Verb.RELEASE) for receipt in ours)
-        await self._move({verdict.receipt: self._copy(self._held[verdict.receipt], verdict) for verdict in release})
+        ours, _ = self._ours([receipt for receipt in receipts if receipt in self._held and receipt not in self._leaving])
+        self._leaving.update(ours)
+        try:
+            await self._move({each: self._copy(self._held[each], Settlement(each, Verb.RELEASE)) for each in ours})
+        finally:
+            self._leaving.difference_update(ours)
 
     def _copy(self, held: _Held, verdict: Settlement) -> tuple[str, Entry]:
         """Return what takes the message's place, and where.
@@ -278,14 +313,14 @@ class SqsReceiver:
         client = await self._transport.clients.calls()
         failures = await self._in_batches(receipts, entry, client.delete_message_batch)
         for receipt in receipts:
-            error = failures.get(receipt)
-            if isinstance(error, LeaseLostError) and self._held[receipt].uncertain:
+            error, held = failures.get(receipt), self._held.get(receipt)
+            if isinstance(error, LeaseLostError) and held is not None and held.uncertain:
                 del failures[receipt]
                 error = None
             if error is None or isinstance(error, LeaseLostError):
                 self._held.pop(receipt, None)
-            elif error.retryable:
-                self._held[receipt].uncertain = True
+            elif held is not None:
+                held.uncertain = True
         return dict(_insist(failures))
 
     async def _hide(self, hiding: Mapping[Receipt, int]) -> Failures:
@@ -368,6 +403,18 @@ class SqsReceiver:
         self._transport.queues.forget(self._name)
         await self._transport.declare(self._group, None)
         self._url = await self._transport.queues.url(self._name)
+
+
+async def _carry_out(poll: Poll) -> None:
+    """Poll. Whoever owns it in the end gets what it brings."""
+    try:
+        messages = await poll.owner.ask(poll.count)
+    except AbeError as exc:
+        poll.owner.failed(exc)
+    else:
+        await poll.owner.brought(poll, messages)
+    finally:
+        poll.owner.ended(poll)
 
 
 async def _all(*calls: Awaitable[_T]) -> Sequence[_T]:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Collection, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,7 +15,7 @@ from abe_backend_sqs import _wire
 from abe_backend_sqs._connection import Clients
 from abe_backend_sqs._drawer import Drawer
 from abe_backend_sqs._errors import QueueMissingError, translated
-from abe_backend_sqs._receiver import SqsReceiver
+from abe_backend_sqs._receiver import Poll, SqsReceiver
 from abe_backend_sqs._sender import Sender, delayed
 from abe_backend_sqs._settings import SqsSettings
 from abe_backend_sqs._topology import EVERYTHING, Queues
@@ -36,6 +37,8 @@ class SqsTransport:
         self.clients = Clients(settings)
         self.queues = Queues(settings, self.clients)
         self.sender = Sender(settings, self.clients, self.queues)
+        self.left_behind: defaultdict[str, list[Poll]] = defaultdict(list)
+        """Polls of consumers that are gone, by queue."""
         self._background: set[asyncio.Task[None]] = set()
         self._opened = False
         self._waited: set[str] = set(settings.groups)
