@@ -39,9 +39,7 @@ class Clients:
 
     def __init__(self, settings: SqsSettings) -> None:
         self._settings = settings
-        self._making = asyncio.Lock()
-        self._calls: SQSClient | None = None
-        self._polls: SQSClient | None = None
+        self._made: dict[str, asyncio.Task[SQSClient]] = {}
 
     async def calls(self) -> "SQSClient":
         """Return the client for everything but polls.
@@ -49,11 +47,7 @@ class Clients:
         Raises:
             ConfigurationError: There is no region, no such profile, or they are malformed.
         """
-        if self._calls is None:
-            async with self._making:
-                if self._calls is None:
-                    self._calls = await self._make(_CALLS, self._settings.publish_timeout + 1)
-        return self._calls
+        return await self._client("calls", _CALLS, self._settings.publish_timeout + 1)
 
     async def polls(self) -> "SQSClient":
         """Return the client for polls: they would keep the connections of the other from its requests.
@@ -61,18 +55,25 @@ class Clients:
         Raises:
             ConfigurationError: As above.
         """
-        if self._polls is None:
-            async with self._making:
-                if self._polls is None:
-                    self._polls = await self._make(_POLLS, self._settings.wait + _ANSWER)
-        return self._polls
+        return await self._client("polls", _POLLS, self._settings.wait + _ANSWER)
 
     async def close(self) -> None:
         """Close both."""
-        clients, self._calls, self._polls = (self._calls, self._polls), None, None
-        for client in clients:
-            if client is not None:
-                await client.close()
+        made, self._made = self._made, {}
+        for task in made.values():
+            await asyncio.wait([task])
+            if not task.cancelled() and task.exception() is None:
+                await task.result().close()
+
+    async def _client(self, name: str, connections: int, read_timeout: float) -> "SQSClient":
+        task = self._made.get(name)
+        if task is not None and task.done() and not task.cancelled() and task.exception() is None:
+            return task.result()
+        if task is None or task.done():
+            # A task of its own: who asked first may be cancelled, and the thread it needs goes on.
+            task = self._made[name] = asyncio.get_running_loop().create_task(self._make(connections, read_timeout))
+        await asyncio.wait([task])
+        return task.result()
 
     async def _make(self, connections: int, read_timeout: float) -> "SQSClient":
         settings = self._settings
