@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from abe import AsyncLoopConsumer, ConstantBackoff, Message, Reject, RetryPolicy, load_backend
-from abe.backends.message_queue.engine import TransportBackend
+from abe.backends.message_queue.base import FullBackend
 
 ORDERS = 9
 UNLUCKY, REFUSED, SLOW = 3, 5, 9
@@ -94,7 +94,7 @@ class Shipping:
         say("shipping", f"order {order}: shipped (key {message.key}, attempt {message.attempt})")
 
 
-async def until_idle(backend: TransportBackend, group: str, *, dead: int) -> None:
+async def until_idle(backend: FullBackend, group: str, *, dead: int) -> None:
     """Return when the group has nothing left to do."""
     while True:
         stats = await backend.stats(group)
@@ -103,7 +103,7 @@ async def until_idle(backend: TransportBackend, group: str, *, dead: int) -> Non
         await asyncio.sleep(0.05)
 
 
-async def story(backend: TransportBackend) -> bool:
+async def story(backend: FullBackend) -> bool:
     """Tell it, and return whether the accounts match."""
     billing, shipping = Billing(), Shipping()
     await backend.declare("billing", ["order.#"])
@@ -141,7 +141,7 @@ async def story(backend: TransportBackend) -> bool:
     return await accounts(backend, billing, shipping, replayed)
 
 
-async def accounts(backend: TransportBackend, billing: Billing, shipping: Shipping, replayed: int) -> bool:
+async def accounts(backend: FullBackend, billing: Billing, shipping: Shipping, replayed: int) -> bool:
     """Print the summary, and return whether it is as it must be."""
     left = {group: await backend.stats(group) for group in ("billing", "shipping")}
     once_each = Counter(dict.fromkeys(range(1, ORDERS + 1), 1))
@@ -184,7 +184,7 @@ def broker(name: str) -> Iterator[None]:
 async def main(name: str) -> bool:
     """Run the story on a backend, and clean up behind it."""
     backend = load_backend(name)
-    assert isinstance(backend, TransportBackend)
+    assert isinstance(backend, FullBackend)
     say("setup", f"the backend is {type(backend).__name__}, chosen by its name {name!r}")
     async with asyncio.timeout(30), backend:
         try:

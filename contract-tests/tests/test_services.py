@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import trustme
+
 from abe_contract_tests import services
 from abe_contract_tests.services import FaultUnsupportedError, Service, ServiceUnavailable, TlsFiles, redis_service
 from abe_contract_tests.services import _process as process_module

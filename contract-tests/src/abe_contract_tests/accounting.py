@@ -89,7 +89,7 @@ class Accounting:
         if self.duplicates:
             text = f"{len(self.duplicates)} of {len(self.deliveries)} messages delivered twice or more: {_some(self.duplicates)}"
             assert duplicates_allowed, text
-            print(text)  # noqa: T201 - shown by pytest where a test fails later on
+            print(text)  # pytest shows it where the test fails later on
 
 
 def _fingerprint(payload: Mapping[str, Any]) -> str:

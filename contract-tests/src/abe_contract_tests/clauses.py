@@ -81,8 +81,7 @@ CLAUSES: Final = (
     ),
     Clause(
         "C-PUB-09",
-        "No limit or retention ever drops an unacknowledged message silently: `publish` raises "
-        "`BackpressureError`",
+        "No limit or retention ever drops an unacknowledged message silently: `publish` raises `BackpressureError`",
     ),
     Clause(
         "C-PUB-10",
@@ -113,8 +112,7 @@ CLAUSES: Final = (
     ),
     Clause(
         "C-ACK-01",
-        "No message is acknowledged before the caller is done with it: SIGKILL inside the loop body means "
-        "redelivery",
+        "No message is acknowledged before the caller is done with it: SIGKILL inside the loop body means redelivery",
     ),
     Clause(
         "C-ACK-02",
@@ -137,8 +135,7 @@ CLAUSES: Final = (
     ),
     Clause(
         "C-RED-01",
-        "A failed message comes back to the same group within the declared bound, after its backoff and not "
-        "before",
+        "A failed message comes back to the same group within the declared bound, after its backoff and not before",
     ),
     Clause(
         "C-RED-02",
@@ -156,8 +153,7 @@ CLAUSES: Final = (
     ),
     Clause(
         "C-RED-05",
-        "Messages fetched but not yet yielded are released at close: others have them within 1 s, not after the "
-        "lease",
+        "Messages fetched but not yet yielded are released at close: others have them within 1 s, not after the lease",
     ),
     Clause(
         "C-ORD-01",
@@ -167,8 +163,7 @@ CLAUSES: Final = (
     ),
     Clause(
         "C-ORD-02",
-        "`ordered_by_key`: messages of one key run one after the other in a process while other keys run beside "
-        "them",
+        "`ordered_by_key`: messages of one key run one after the other in a process while other keys run beside them",
     ),
     Clause(
         "C-GRP-01",
@@ -179,8 +174,7 @@ CLAUSES: Final = (
     Clause("C-GRP-02", "`group=None` is the shared group `default`, on every backend"),
     Clause(
         "C-GRP-03",
-        "Entering `consume()` returns once subscribed: a publish that starts later is delivered. Tests need no "
-        "sleep",
+        "Entering `consume()` returns once subscribed: a publish that starts later is delivered. Tests need no sleep",
     ),
     Clause(
         "C-GRP-04",
@@ -211,8 +205,7 @@ CLAUSES: Final = (
     ),
     Clause(
         "C-CLS-01",
-        "`close` may be called twice, or beside publish and consume, and is bounded even with the broker "
-        "unreachable",
+        "`close` may be called twice, or beside publish and consume, and is bounded even with the broker unreachable",
     ),
     Clause("C-CLS-02", "`close` ends every pending `anext` within 1 s; later use raises `BackendClosedError`"),
     Clause(

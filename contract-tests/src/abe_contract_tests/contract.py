@@ -5,13 +5,13 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Final, cast
 from unittest.mock import patch
 
-from abe.backends.message_queue.base import Capabilities
+from abe.backends.message_queue.base import Capabilities, Durability
 from abe_contract_tests.accounting import Accounting
 from abe_contract_tests.clauses import declares
 from abe_contract_tests.harness import Harness, Oracle
@@ -26,6 +26,22 @@ DEFAULT_BOUND: Final = 10.0
 DEFAULT_LEASE: Final = 1.0
 """Short, so that waiting for a lease to run out is quick; long enough for a busy machine to renew it in time."""
 
+UNDECLARED: Final = Capabilities(
+    groups=False,
+    key_patterns=False,
+    ordered=False,
+    ordered_per_key=False,
+    spurious_duplicates=True,
+    dead_letter=False,
+    max_delay=None,
+    lease=None,
+    redelivery_bound=None,
+    publish_dedup=None,
+    max_payload_bytes=64 * 1024,
+    durability=Durability.NONE,
+)
+"""What the suite takes for granted of a provider that declares nothing."""
+
 _SETTLE_STEP: Final = 0.02
 
 
@@ -35,13 +51,14 @@ def time_factor() -> float:
 
 
 class Contract:
-    """One test's view of the provider under test. The fixture ``contract`` makes it, on a fresh random namespace, and cleans up after it."""
+    """One test's view of the provider under test, in a fresh random namespace. The fixture ``contract`` makes it and cleans up."""
 
     def __init__(self, harness: Harness, *, lease: float = DEFAULT_LEASE) -> None:
         self.harness: Final = harness
         self.lease: Final = lease
         """The lease that the backends are configured with, in seconds."""
         self.namespace: Final = f"contract-{token_hex(6)}"
+        self.broker: Final = harness.broker_version()
         self.logs: Final[list[logging.LogRecord]] = []
         """What the loggers ``abe*`` said during the test, at every level."""
         self.probed: Final[list[str]] = []
@@ -80,16 +97,17 @@ class Contract:
         return {**self.harness.environment(self.namespace, lease=self.lease), **overrides}
 
     @contextmanager
-    def environ(self, **overrides: str) -> Iterator[None]:
+    def environ(self, **overrides: str) -> Generator[None]:
         """Put them into ``os.environ`` for the body."""
         with patch.dict(os.environ, self.environment(**overrides)):
             yield
 
     @property
     def capabilities(self) -> Capabilities:
-        """What a backend of this test declares."""
+        """What a backend of this test declares; `UNDECLARED`, where it has the three methods only."""
         with self.environ():
-            return self.backend_class.from_env().capabilities
+            declared: Capabilities = getattr(self.backend_class.from_env(), "capabilities", UNDECLARED)
+        return declared
 
     def declares(self, capability: str) -> bool:
         """Whether that field of the capabilities is declared."""
@@ -153,7 +171,7 @@ class Contract:
     @asynccontextmanager
     async def _worker(
         self, function: WorkerFunction, overrides: Mapping[str, str], arguments: Mapping[str, Any]
-    ) -> AsyncIterator[Worker]:
+    ) -> AsyncGenerator[Worker]:
         worker = await start_worker(self.harness, self.environment(**overrides), function, arguments)
         self._workers.append(worker)
         try:
@@ -166,7 +184,7 @@ class Contract:
         return Accounting()
 
     @asynccontextmanager
-    async def leaks(self, *, seconds: float = 5.0) -> AsyncIterator[None]:
+    async def leaks(self, *, seconds: float = 5.0) -> AsyncGenerator[None]:
         """Assert that the body leaves no task, file descriptor or thread behind, `seconds` after its end at the latest."""
         before = _resources()
         yield
@@ -176,7 +194,7 @@ class Contract:
             await asyncio.sleep(_SETTLE_STEP)
 
     @contextmanager
-    def capturing(self) -> Iterator[None]:
+    def capturing(self) -> Generator[None]:
         """Collect what the library logs into `logs`, for as long as the test runs."""
         root, ours = logging.getLogger(), logging.getLogger("abe")
         handler, level = _Collector(self.logs), ours.level

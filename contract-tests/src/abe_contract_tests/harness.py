@@ -78,10 +78,10 @@ class Harness(ABC):
     pace: ClassVar[float] = 1.0
     """How many times as long a whole test may take as on a broker of the usual speed. What the contract bounds stays as it is."""
 
-    def start(self) -> None:
+    def start(self) -> None:  # noqa: B027 - there may be nothing to start
         """Start the broker, or find it. Raises `ServiceUnavailable` (abe_contract_tests.services) when it cannot be had."""
 
-    def stop(self) -> None:
+    def stop(self) -> None:  # noqa: B027
         """Stop what `start` started."""
 
     @abstractmethod
@@ -100,7 +100,7 @@ class Harness(ABC):
         """Return an environment whose credentials are refused, and the secret in it; None where the broker has no credentials."""
         return None
 
-    async def clean(self, namespace: str) -> None:
+    async def clean(self, namespace: str) -> None:  # noqa: B027
         """Remove what a test left in that namespace. Only brokers that outlive the run need it."""
 
     def broker_version(self) -> str:

@@ -34,7 +34,9 @@ class SuiteTest:
 
 def is_minimal(harness: type[Harness]) -> bool:
     """Whether the provider has only the protocol's three methods: its class declares no capabilities."""
-    return not any("capabilities" in {*vars(base), *vars(base).get("__annotations__", ())} for base in harness.backend.__mro__)
+    return not any(
+        "capabilities" in {*vars(base), *vars(base).get("__annotations__", ())} for base in harness.backend.__mro__
+    )
 
 
 @cache

@@ -41,7 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="Let an INCOMPLETE verdict fail the run whatever it is for, as it does where the variable CI is set.",
     )
-    group.addoption("--contract-waivers", metavar="FILE", help="Clauses that may fail for a time: a TOML file of [[waiver]] tables.")
+    group.addoption(
+        "--contract-waivers", metavar="FILE", help="Clauses that may fail for a time: a TOML file of [[waiver]] tables."
+    )
     group.addoption("--contract-report", metavar="FILE", help="Write the results as JSON.")
     parser.addini("contract_harnesses", "What --contract is when it is not given.", type="args", default=[])
 
@@ -70,8 +72,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kept: list[pytest.Item] = []
     for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker(MARK) is not None and hasattr(item, "callspec"):
-            name: str = item.callspec.params["contract_harness"]
+        if (
+            isinstance(item, pytest.Function)
+            and item.get_closest_marker(MARK) is not None
+            and hasattr(item, "callspec")
+        ):
+            name = cast("str", item.callspec.params["contract_harness"])
             if not _prepare(item, name, config.stash[_waivers]):
                 continue
         kept.append(item)
@@ -80,7 +86,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _prepare(item: pytest.Function, name: str, waivers: tuple[Waiver, ...]) -> bool:
     """Tell the item what it proves; return whether it says anything about that provider."""
-    test = suite_test(item.function, item.path.stem)
+    test = suite_test(cast("Any", item).function, item.path.stem)
     assert test is not None
     if not test.applies_to(load_harness(name)):
         return False
@@ -98,10 +104,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def _tampered(item: pytest.Function) -> str:
-    if not is_of_the_suite(item.function):
+    if not is_of_the_suite(cast("Any", item).function):
         return "a clause test was redefined: only the suite's own tests prove clauses"
     for name in ("contract", "contract_harness"):
-        fixtures = item._fixtureinfo.name2fixturedefs.get(name, ())  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        fixtures = item._fixtureinfo.name2fixturedefs.get(name, ())  # pyright: ignore[reportPrivateUsage]
         if any(fixture.func.__module__ != __name__ for fixture in fixtures):
             return f"the fixture {name!r} was overridden: clauses are proved with the suite's own"
     return ""
@@ -115,7 +121,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         contract = cast("Contract | None", cast("Any", item).funcargs.get("contract"))
         told = {"test": result.test, "harness": result.harness, "clauses": list(result.clauses)}
         if contract is not None:
-            told |= {"probed": contract.probed, "excused": contract.excused, "broker": contract.harness.broker_version()}
+            told |= {"probed": contract.probed, "excused": contract.excused, "broker": contract.broker}
         report.user_properties.append((RESULT, told))
     return report  # type: ignore[return-value]  # pyright: ignore[reportReturnType]
 
@@ -136,11 +142,13 @@ def contract_harness(request: pytest.FixtureRequest) -> Iterator[Harness]:
         harness.stop()
 
 
-@pytest_asyncio.fixture
-async def contract(contract_harness: Harness) -> AsyncIterator[Contract]:
+@pytest_asyncio.fixture(loop_scope="function")
+async def contract(contract_harness: Harness, request: pytest.FixtureRequest) -> AsyncIterator[Contract]:
     """The provider under test, in a namespace of this test's own."""
     held = Contract(contract_harness)
-    with held.capturing(), watching(held.bound(_STALL)), _no_blocking(contract_harness):
+    # Whoever debugs makes the loop stand still on purpose.
+    stall = None if request.config.option.usepdb else held.bound(_STALL)
+    with held.capturing(), watching(stall), _no_blocking(contract_harness):
         try:
             yield held
         finally:
@@ -169,5 +177,3 @@ class _Active:
 
     def __exit__(self, *_: object) -> None:
         self._detector.deactivate()
-
-

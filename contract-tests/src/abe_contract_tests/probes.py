@@ -14,7 +14,9 @@ async def _refused(what: str, use: Callable[[], Awaitable[Any]]) -> None:
         await use()
     except UnsupportedCapabilityError:
         return
-    raise AssertionError(f"{what} is not declared, and was not refused: declare it, or raise UnsupportedCapabilityError")
+    raise AssertionError(
+        f"{what} is not declared, and was not refused: declare it, or raise UnsupportedCapabilityError"
+    )
 
 
 async def _groups(contract: "Contract") -> None:

@@ -30,7 +30,9 @@ def load_harness(name: str) -> type[Harness]:
     else:
         registered = entry_points(group=ENTRY_POINTS)
         if name not in registered.names:
-            raise pytest.UsageError(f"no contract harness is registered as {name!r}; there are: {sorted(registered.names)}")
+            raise pytest.UsageError(
+                f"no contract harness is registered as {name!r}; there are: {sorted(registered.names)}"
+            )
         found = registered[name].load()
     if not (isinstance(found, type) and issubclass(found, Harness)):
         raise pytest.UsageError(f"{name} is not a subclass of abe_contract_tests.harness.Harness: {found!r}")

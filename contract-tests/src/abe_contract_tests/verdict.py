@@ -7,7 +7,7 @@ clauses, and the verdict, incomplete: what was not executed is never green.
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from abe_contract_tests.clauses import CLAUSES, CONTRACT_VERSION, Clause
@@ -19,7 +19,7 @@ NO_BROKER = "no broker: "
 """How the reason of a skip begins when the harness could not start."""
 
 
-class Status(str, Enum):
+class Status(StrEnum):
     """How a clause stands."""
 
     PASSED = "passed"
@@ -29,14 +29,14 @@ class Status(str, Enum):
     EXCUSED = "excused by a declared capability"
     WAIVED = "waived"
     LATER = "not covered by this version of the suite"
-    NOT_APPLICABLE = "says nothing about a broker in this process"
+    NOT_APPLICABLE = "not applicable to a broker in this process"
     NOT_OFFERED = "not offered: the provider has the three methods only"
 
 
-class Verdict(str, Enum):
+class Verdict(StrEnum):
     """How a provider stands."""
 
-    PASS = "PASS"  # noqa: S105
+    PASS = "PASS"
     FAIL = "FAIL"
     INCOMPLETE = "INCOMPLETE"
 
@@ -52,9 +52,9 @@ class Result:
     """passed, failed, skipped, xfailed or xpassed."""
     detail: str = ""
     seconds: float = 0.0
-    probed: list[str] = field(default_factory=list)
+    probed: list[str] = field(default_factory=list[str])
     """Undeclared capabilities, whose negative probes ran in place of the test."""
-    excused: list[str] = field(default_factory=list)
+    excused: list[str] = field(default_factory=list[str])
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +141,10 @@ def judge(
         found[result.test].append(result)
     waived = {waiver.clause: waiver for waiver in waivers if waiver.harness in (None, name)}
     clauses = tuple(
-        _judge_clause(item, harness, [test for test in applicable if item.id in test.clauses], found, waived) for item in CLAUSES
+        _judge_clause(item, harness, [test for test in applicable if item.id in test.clauses], found, waived)
+        for item in CLAUSES
     )
-    complaints = tuple(
-        complaint for item in clauses if (complaint := _complaint(item, waived.get(item.clause.id)))
-    )
+    complaints = tuple(complaint for item in clauses if (complaint := _complaint(item, waived.get(item.clause.id))))
     if complaints or any(item.status is Status.FAILED for item in clauses):
         verdict = Verdict.FAIL
     elif any(item.status is Status.NOT_RUN for item in clauses):
@@ -160,7 +159,7 @@ def judge(
         verdict=verdict,
         clauses=clauses,
         complaints=complaints,
-        tolerable=_tolerable(applicable, found, selected=selected),
+        tolerable=all(_tolerable(item, applicable, selected=selected) for item in clauses),
     )
 
 
@@ -176,7 +175,11 @@ def _judge_clause(
     if item.networked_only and not harness.networked:
         return ClauseResult(item, Status.NOT_APPLICABLE)
     if not tests:
-        return ClauseResult(item, Status.NOT_OFFERED if is_minimal(harness) else Status.NOT_RUN, "the suite has no test of it")
+        return (
+            ClauseResult(item, Status.NOT_OFFERED)
+            if is_minimal(harness)
+            else ClauseResult(item, Status.NOT_RUN, "no test")
+        )
     results = tuple(result for test in tests for result in found.get(test.name, ()))
     missing = [test.name for test in tests if not found.get(test.name)]
     status, detail = _status(results, missing)
@@ -187,16 +190,23 @@ def _judge_clause(
 
 def _status(results: Sequence[Result], missing: Sequence[str]) -> tuple[Status, str]:
     if failed := [result for result in results if result.outcome == "failed"]:
-        return Status.FAILED, ", ".join(dict.fromkeys(result.test for result in failed))
+        return Status.FAILED, _some(result.test for result in failed)
     if missing:
-        return Status.NOT_RUN, f"not collected: {', '.join(missing)}"
+        return Status.NOT_RUN, f"not collected: {_some(missing)}"
     if idle := [result for result in results if result.outcome in ("skipped", "xfailed")]:
-        return Status.NOT_RUN, "; ".join(dict.fromkeys(f"{result.test} {result.outcome}: {result.detail}" for result in idle))
+        return Status.NOT_RUN, "; ".join(
+            dict.fromkeys(f"{result.test} {result.outcome}: {result.detail}" for result in idle)
+        )
     if all(result.probed for result in results):
         return Status.UNDECLARED, ", ".join(dict.fromkeys(name for result in results for name in result.probed))
     if all(result.excused for result in results):
         return Status.EXCUSED, ", ".join(dict.fromkeys(name for result in results for name in result.excused))
     return Status.PASSED, ""
+
+
+def _some(names: Iterable[str]) -> str:
+    distinct = list(dict.fromkeys(names))
+    return ", ".join(distinct[:3]) + (f" and {len(distinct) - 3} more" if len(distinct) > 3 else "")
 
 
 def _complaint(item: ClauseResult, waiver: Waiver | None) -> str:
@@ -209,7 +219,10 @@ def _complaint(item: ClauseResult, waiver: Waiver | None) -> str:
     return ""
 
 
-def _tolerable(tests: Sequence[SuiteTest], found: Mapping[str, list[Result]], *, selected: bool) -> bool:
-    idle = [result for test in tests for result in found.get(test.name, ()) if result.outcome in ("skipped", "xfailed")]
-    complete = all(found.get(test.name) for test in tests)
+def _tolerable(item: ClauseResult, tests: Sequence[SuiteTest], *, selected: bool) -> bool:
+    if item.status is not Status.NOT_RUN:
+        return True
+    wanted = {test.name for test in tests if item.clause.id in test.clauses}
+    complete = bool(wanted) and wanted == {result.test for result in item.results}
+    idle = [result for result in item.results if result.outcome in ("skipped", "xfailed")]
     return (complete or selected) and all(result.detail.startswith(NO_BROKER) for result in idle)

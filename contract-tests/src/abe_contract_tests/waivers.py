@@ -24,7 +24,7 @@ class Waiver:
     @property
     def expired(self) -> bool:
         """Whether its last day is over."""
-        return date.today() > self.expires  # noqa: DTZ011 - a day on the calendar of whoever runs this
+        return date.today() > self.expires
 
 
 def read_waivers(path: str | None) -> tuple[Waiver, ...]:

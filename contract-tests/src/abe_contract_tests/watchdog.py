@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -13,12 +13,12 @@ class LoopStalledError(AssertionError):
 
 
 @contextmanager
-def watching(seconds: float) -> Iterator[None]:
+def watching(seconds: float | None) -> Generator[None]:
     """Raise `LoopStalledError` inside of whatever runs when the running event loop has not turned for that long.
 
-    Does nothing in other threads than the main one, and where there are no timer signals.
+    Does nothing without `seconds`, in other threads than the main one, and where there are no timer signals.
     """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+    if seconds is None or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
     loop = asyncio.get_running_loop()
@@ -26,16 +26,17 @@ def watching(seconds: float) -> Iterator[None]:
     def stalled(*_: object) -> NoReturn:
         raise LoopStalledError(f"the event loop did not turn for {seconds:g} s")
 
+    timers: list[asyncio.Handle] = []
+
     def beat() -> None:
-        nonlocal timer
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        timer = loop.call_later(seconds / 4, beat)
+        timers[:] = [loop.call_later(seconds / 4, beat)]
 
     before = signal.signal(signal.SIGALRM, stalled)
-    timer = loop.call_soon(beat)
+    beat()
     try:
         yield
     finally:
-        timer.cancel()
+        timers[0].cancel()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

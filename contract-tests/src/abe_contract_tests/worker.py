@@ -6,6 +6,7 @@ which `kill` abandons as a SIGKILL would: its tasks never run again, and nothing
 
 import asyncio
 import atexit
+import ctypes
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ _LINE_LIMIT: Final = 16 * 1024 * 1024
 _KILL_PATIENCE: Final = 10.0
 
 
-class WorkerFailed(AssertionError):
+class WorkerFailed(AssertionError):  # noqa: N818 - what happened, not what is wrong
     """The worker's function raised, or the worker ended although more was expected of it."""
 
 
@@ -135,7 +136,7 @@ class ProcessWorker:
     async def pause(self) -> None:
         self._process.send_signal(signal.SIGSTOP)
         # The signal is delivered a moment later; until then the worker could still renew a lease.
-        while await asyncio.to_thread(_state, self._process.pid) not in "TtZ":
+        while await asyncio.to_thread(_state, self._process.pid) not in "TtZ":  # noqa: ASYNC110 - it has no event for us
             await asyncio.sleep(0.001)
 
     async def resume(self) -> None:
@@ -202,7 +203,8 @@ class ThreadWorker:
     async def kill(self) -> None:
         if not self._killed and self._thread.is_alive():
             self._killed = True
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            with suppress(RuntimeError):  # its loop has ended by itself
+                self._loop.call_soon_threadsafe(self._loop.stop)
             await self.resume()
         await asyncio.to_thread(self._thread.join, _KILL_PATIENCE)
         if self._thread.is_alive():
@@ -260,22 +262,22 @@ async def serve(
             await disconnect()
 
 
-# Loops of killed workers, and what ran on them. Kept for ever: a coroutine that is collected runs its `finally` blocks, which a killed
-# process would not.
-_abandoned: Final[list[tuple[asyncio.AbstractEventLoop, set["asyncio.Task[Any]"]]]] = []
+_abandoned: Final[list[asyncio.AbstractEventLoop]] = []
 
 
 def _abandon(loop: asyncio.AbstractEventLoop) -> None:
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
-        # asyncio would report a task destroyed while pending, at the exit of the interpreter.
+    for task in asyncio.all_tasks(loop):
+        # asyncio would report a task destroyed while pending.
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
-    _abandoned.append((loop, tasks))
+        # A coroutine that is collected runs its `finally` blocks, which a killed process would not. Nothing holds an object through
+        # the interpreter's end but a reference that nobody owns.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(task))
+    _abandoned.append(loop)
 
 
 @atexit.register
 def _close_abandoned() -> None:
-    for loop, _ in _abandoned:
+    for loop in _abandoned:
         loop.close()
 
 

@@ -3,10 +3,11 @@
 from typing import Any
 
 import pytest
-from abe.backends.message_queue.base import ConstantBackoff, ExponentialBackoff
-from abe.errors import ConfigurationError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from abe.backends.message_queue.base import ConstantBackoff, ExponentialBackoff
+from abe.errors import ConfigurationError
 
 
 def test_without_jitter_it_is_the_formula() -> None:

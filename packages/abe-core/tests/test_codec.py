@@ -14,10 +14,11 @@ from typing import Any
 
 import msgspec
 import pytest
-from abe.codec import Codec, JSONCodec
-from abe.errors import DecodeError, PayloadError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from abe.codec import Codec, JSONCodec
+from abe.errors import DecodeError, PayloadError
 
 CODEC: Codec = JSONCodec()
 

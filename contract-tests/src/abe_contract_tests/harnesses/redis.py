@@ -49,7 +49,7 @@ class RedisHarness(Harness):
         return {"REDIS_URL": _NOBODY_LISTENS, **_queue(namespace, 1.0)}
 
     def wrong_credentials(self, namespace: str) -> tuple[Mapping[str, str], str]:
-        secret = "swordfish-8061"  # noqa: S105
+        secret = "swordfish-8061"
         host = self.service.url.partition("://")[2].rpartition("@")[2]
         return {"REDIS_URL": f"redis://nobody:{secret}@{host}", **_queue(namespace, 1.0)}, secret
 
@@ -70,7 +70,7 @@ class _RedisOracle:
     """Looks at the provider's keys with redis-py. Every key begins with ``{namespace}``, so that a cluster keeps them together."""
 
     def __init__(self, url: str, namespace: str) -> None:
-        self._client = _client(url)
+        self._client: Any = _client(url)
         self._prefix = f"{{{namespace}}}"
 
     async def inject(self, group: str, body: bytes, *, key: str = "injected") -> None:
@@ -82,16 +82,14 @@ class _RedisOracle:
 
     async def counts(self, group: str) -> Counts:
         stream = f"{self._prefix}:queue:{group}"
-        if not await self._client.exists(stream):
-            pending, length = {"pending": 0, "consumers": []}, 0
-        else:
+        length, held = 0, 0
+        if await self._client.exists(stream):
             async with self._client.pipeline(transaction=True) as pipe:
                 pipe.xpending(stream, _GROUP)
                 pipe.xlen(stream)
                 pending, length = await pipe.execute()
-        held = pending["pending"] - sum(
-            int(consumer["pending"]) for consumer in pending["consumers"] if consumer["name"] == _RELEASED.encode()
-        )
+            released = (entry["pending"] for entry in pending["consumers"] if entry["name"] == _RELEASED.encode())
+            held = pending["pending"] - sum(map(int, released))
         return Counts(
             waiting=length - held,
             in_flight=held,
@@ -113,7 +111,7 @@ class _RedisOracle:
 
 def _client(url: str) -> Any:
     # One connection: the oracle's questions come one after the other, and `connections` leaves out exactly this one.
-    return cast("Any", Redis.from_url(url, single_connection_client=True))
+    return cast("Any", Redis).from_url(url, single_connection_client=True)
 
 
 def _queue(namespace: str, lease: float) -> Mapping[str, str]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from abe.backends.message_queue.base import Message, Subscription
 from abe.types import MessageQueuePayload
-
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.harness import Oracle
 

@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+
 from abe.backends.message_queue.base import Message
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
 from abe.errors import AbeError, BackendClosedError
-
 from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.suite.steps import (

@@ -3,8 +3,8 @@
 import time
 
 import pytest
-from abe.backends.message_queue.base import Publication
 
+from abe.backends.message_queue.base import Publication
 from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.suite import workers

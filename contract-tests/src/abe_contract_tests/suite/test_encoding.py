@@ -8,10 +8,10 @@ from typing import Any, Final
 from uuid import UUID
 
 import pytest
-from abe.errors import PayloadError
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from abe.errors import PayloadError
 from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.suite import workers

@@ -8,10 +8,10 @@ from typing import Any, Final
 from unittest.mock import patch
 
 import pytest
+
 from abe.backends.message_queue.base import MessageQueueBackend
 from abe.backends.message_queue.loader import load_backend
 from abe.errors import BackendNotFoundError, ConfigurationError
-
 from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
 

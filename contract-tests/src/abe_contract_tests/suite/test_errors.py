@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
 import pytest
+
 from abe import errors
 from abe.backends.message_queue.base import Message
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
@@ -21,7 +22,6 @@ from abe.errors import (
     PayloadError,
     PermissionDeniedError,
 )
-
 from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.suite.steps import collect, numbered, unreachable_backend, until_empty

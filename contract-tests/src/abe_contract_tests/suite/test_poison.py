@@ -5,10 +5,10 @@ import time
 from collections import Counter
 
 import pytest
+
 from abe.backends.message_queue.base import ConstantBackoff, Message
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
 from abe.backends.message_queue.retry import Reject, RetryPolicy
-
 from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.suite import workers

@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
+
 from abe.backends.message_queue.base import Publication
 from abe.errors import (
     AbeError,
@@ -15,7 +16,6 @@ from abe.errors import (
     PublishUnknownError,
     UnroutableError,
 )
-
 from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.suite import workers
@@ -112,6 +112,34 @@ async def test_rejected_and_unknown_are_two_types_and_each_says_what_it_means(co
     assert not isinstance(caught.value, PublishUnknownError)
     assert not caught.value.maybe_accepted
     assert caught.value.retryable
+
+
+@clause("C-PUB-02")
+async def test_whatever_a_publish_that_ran_out_of_time_says_is_true(contract: Contract) -> None:
+    checker = contract.backend()
+    oracle = await contract.oracle()
+    account = contract.accounting()
+    async with contract.within(20):
+        await checker.declare("g")
+        # From far too short to long enough, so that time runs out before, during and after the way to the broker.
+        for patience in (1e-6, 1e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 2e-3, 1e-2):
+            backend = contract.backend(QUEUE_PUBLISH_TIMEOUT_SECONDS=f"{patience:f}")
+            for _ in range(15):
+                await account.publish(backend, "order.created", {"patience": patience})
+            await backend.disconnect()
+        async with checker.consume(group="g") as subscription:
+            while (await oracle.counts("g")).total:
+                if (message := subscription.take()) is not None:
+                    account.delivered(message)
+                    await message.ack()
+                await asyncio.sleep(0)
+    account.check(duplicates_allowed=True)
+    if contract.harness.networked:
+        assert account.errors, "nothing ran out of time, so that nothing was shown"
+    for identity, error in account.errors.items():
+        unknown = isinstance(error, PublishUnknownError)
+        assert error.maybe_accepted is unknown
+        assert account.outcomes[identity] == ("unknown" if unknown else "rejected")
 
 
 @clause("C-PUB-03", capability="publish_dedup")

@@ -5,7 +5,6 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from abe.errors import AbeError
-
 from abe_contract_tests.worker import Receive, Report
 
 if TYPE_CHECKING:

@@ -14,7 +14,9 @@ from sqlite_queue.transport import SqliteTransport
 class SqliteSettings(QueueSettings):
     """Where the queues are."""
 
-    path: str = setting("SQLITE_QUEUE_PATH", str, default="queue.sqlite3", help="The database file. It is made when it is missing.")
+    path: str = setting(
+        "SQLITE_QUEUE_PATH", str, default="queue.sqlite3", help="The database file. It is made when it is missing."
+    )
 
 
 class SqliteBackend(TransportBackend):

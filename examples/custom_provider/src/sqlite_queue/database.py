@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
-from abe.errors import BackendConnectionError
+from abe.errors import BackendClosedError, BackendConnectionError
 
 _T = TypeVar("_T")
 
@@ -37,19 +37,24 @@ class Database:
         self._path = path
         self._thread: ThreadPoolExecutor | None = None
         self._connection: sqlite3.Connection | None = None
+        self._closed = False
 
     async def run(self, work: Callable[[sqlite3.Connection], _T], *, write: bool = True) -> _T:
         """Do the work in one transaction.
 
         Raises:
             BackendConnectionError: The file cannot be opened, or is locked for too long. Nothing was done.
+            BackendClosedError: The file was closed.
         """
+        if self._closed:
+            raise BackendClosedError("the queue's file was closed")
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite-queue")
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work, write)
 
     async def close(self) -> None:
-        """Close the file, and end the thread."""
+        """Close the file after what is under way, and end the thread."""
+        self._closed = True
         if self._thread is not None:
             thread, self._thread = self._thread, None
             await asyncio.get_running_loop().run_in_executor(thread, self._close)

@@ -5,7 +5,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Final
+from typing import Final, cast
 from uuid import uuid4
 
 from abe.backends.message_queue.base import (
@@ -68,11 +68,17 @@ class SqliteTransport:
         room = {group: self._room(db, group) for group in groups} if self._max_backlog is not None else {}
         outcomes: list[AbeError | None] = []
         for envelope in envelopes:
-            wanted = [group for group, patterns in groups.items() if any(matches(pattern, envelope.key) for pattern in patterns)]
+            wanted = [
+                group
+                for group, patterns in groups.items()
+                if any(matches(pattern, envelope.key) for pattern in patterns)
+            ]
             if groups and not wanted:
                 outcomes.append(UnroutableError(f"no group wants the key {envelope.key!r}"))
             elif any(room.get(group, 1) < 1 for group in wanted):
-                outcomes.append(BackpressureError(f"a group has {self._max_backlog} messages waiting already (max_backlog)"))
+                outcomes.append(
+                    BackpressureError(f"a group has {self._max_backlog} messages waiting already (max_backlog)")
+                )
             else:
                 outcomes.append(None)
                 for group in wanted or [_NOBODY]:
@@ -128,7 +134,9 @@ class SqliteTransport:
     async def dead_letters(self, group: str, limit: int) -> Sequence[DeadLetter]:
         """Return the oldest dead letters."""
         query = "SELECT * FROM dead WHERE space = ? AND name = ? ORDER BY serial LIMIT ?"
-        rows = await self._database.run(lambda db: db.execute(query, (self._space, group, limit)).fetchall(), write=False)
+        rows = await self._database.run(
+            lambda db: db.execute(query, (self._space, group, limit)).fetchall(), write=False
+        )
         return [_dead_letter(row) for row in rows]
 
     async def find_dead_letter(self, group: str, id: str) -> DeadLetter | None:
@@ -143,7 +151,10 @@ class SqliteTransport:
         def move(db: sqlite3.Connection) -> int:
             where, values = self._chosen(group, ids)
             now = time.time()
-            db.execute(f"INSERT INTO messages ({_MOVED}, due, since) SELECT {_MOVED}, ?, ? FROM dead {where}", (now, now, *values))
+            db.execute(
+                f"INSERT INTO messages ({_MOVED}, due, since) SELECT {_MOVED}, ?, ? FROM dead {where}",
+                (now, now, *values),
+            )
             return db.execute(f"DELETE FROM dead {where}", values).rowcount
 
         return await self._database.run(move)
@@ -176,7 +187,9 @@ class SqliteReceiver:
         _declare(db, self._space, self._group, None)
         db.execute("DELETE FROM consumers WHERE seen + patience < ?", (now,))
         row = (self._space, self._group, self._consumer, now, 2 * self._lease)
-        db.execute("INSERT OR REPLACE INTO consumers (space, name, consumer, seen, patience) VALUES (?, ?, ?, ?, ?)", row)
+        db.execute(
+            "INSERT OR REPLACE INTO consumers (space, name, consumer, seen, patience) VALUES (?, ?, ?, ?, ?)", row
+        )
 
     async def receive(self, limit: int) -> Sequence[Delivery]:
         """Look for messages, at first often, then less so."""
@@ -201,7 +214,9 @@ class SqliteReceiver:
     def _free(self, db: sqlite3.Connection, columns: str, limit: int) -> list[sqlite3.Row]:
         query = f"""SELECT {columns} FROM messages WHERE space = :space AND name = :name
             AND due <= :now AND coalesce(deadline, 0) <= :now ORDER BY serial LIMIT :limit"""
-        return db.execute(query, {"space": self._space, "name": self._group, "now": time.time(), "limit": limit}).fetchall()
+        return db.execute(
+            query, {"space": self._space, "name": self._group, "now": time.time(), "limit": limit}
+        ).fetchall()
 
     def _take(self, db: sqlite3.Connection, limit: int) -> list[Delivery]:
         rows = self._free(db, "*", limit)
@@ -220,7 +235,9 @@ class SqliteReceiver:
 
     async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
         """Remove messages that are done, where they are still ours."""
-        return await self._database.run(lambda db: _failures(receipt for receipt in receipts if not self._remove(db, receipt)))
+        return await self._database.run(
+            lambda db: _failures(receipt for receipt in receipts if not self._remove(db, receipt))
+        )
 
     async def settle(self, settlements: Sequence[Settlement]) -> Failures:
         """Carry out verdicts, where the messages are still ours."""
@@ -245,8 +262,7 @@ class SqliteReceiver:
         return db.execute(delete, self._ours(receipt)).rowcount == 1
 
     def _ours(self, receipt: Receipt) -> tuple[int, int, str]:
-        assert isinstance(receipt, tuple)
-        serial, delivery = receipt
+        serial, delivery = cast("tuple[int, int]", receipt)
         return serial, delivery, self._consumer
 
     async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
@@ -308,7 +324,17 @@ def _declare(db: sqlite3.Connection, space: str, group: str, patterns: tuple[str
 
 def _insert(db: sqlite3.Connection, space: str, group: str, envelope: Envelope, now: float) -> None:
     headers = json.dumps(envelope.headers) if envelope.headers else None
-    row = (space, group, envelope.id, envelope.key, envelope.body, envelope.published_at, headers, now + envelope.delay, now)
+    row = (
+        space,
+        group,
+        envelope.id,
+        envelope.key,
+        envelope.body,
+        envelope.published_at,
+        headers,
+        now + envelope.delay,
+        now,
+    )
     db.execute(f"INSERT INTO messages ({_MOVED}, due, since) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
 

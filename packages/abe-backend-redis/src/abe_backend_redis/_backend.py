@@ -1,8 +1,7 @@
 """The backend's public face."""
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from abe.backends.message_queue.base import (
     Capabilities,
@@ -15,6 +14,9 @@ from abe.backends.message_queue.engine import TransportBackend
 from abe.codec import Codec
 from abe_backend_redis._settings import RedisSettings
 from abe_backend_redis._transport import RedisTransport
+
+_CENTURY: Final = 100 * 365.25 * 24 * 3600
+"""Sorted sets hold due times to the millisecond for far longer; but infinity is no time."""
 
 
 class RedisBackend(TransportBackend):
@@ -34,7 +36,7 @@ class RedisBackend(TransportBackend):
         ordered_per_key=False,
         spurious_duplicates=False,
         dead_letter=True,
-        max_delay=math.inf,
+        max_delay=_CENTURY,
         lease=30.0,
         redelivery_bound=1.0,
         publish_dedup=None,

@@ -19,7 +19,7 @@ from redis.backoff import NoBackoff
 from redis.driver_info import DriverInfo
 
 from abe.errors import BackendConnectionError, ConfigurationError
-from abe_backend_redis._errors import ReplyError, translated
+from abe_backend_redis._errors import ReplyError, code, translated
 from abe_backend_redis._settings import RedisSettings
 
 _log: Final = logging.getLogger("abe.redis")
@@ -33,6 +33,10 @@ Argument: TypeAlias = object
 
 pack: Callable[[Sequence[Argument]], bytes] = hiredis.pack_command  # type: ignore[assignment]
 """Turns a command into the bytes that Redis reads. (hiredis declares it for tuples of one.)"""
+
+
+_DEPOSED: Final = ("READONLY", "MASTERDOWN")
+"""What a server says that is no primary any more: the next connection may find the new one behind the same name."""
 
 
 class Wire(asyncio.Protocol):
@@ -73,7 +77,7 @@ class Wire(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def call(self, *command: Argument) -> asyncio.Future[Reply]:
-        """Send a command. The future's result is the reply; its exception a `ReplyError`, or `BackendConnectionError` when none will come."""
+        """Send a command. The future's result is the reply, its exception a `ReplyError`, or `BackendConnectionError` if none will come."""
         return self.send(pack(command), 1)[0]
 
     def call_many(self, *commands: Sequence[Argument]) -> list[asyncio.Future[Reply]]:
@@ -109,6 +113,8 @@ class Wire(asyncio.Protocol):
                 if not future.done():
                     if isinstance(reply, ReplyError):
                         future.set_exception(reply)
+                        if code(reply) in _DEPOSED:
+                            self.close()
                     else:
                         future.set_result(reply)
         except (hiredis.ProtocolError, IndexError) as exc:
@@ -138,7 +144,9 @@ class Wire(asyncio.Protocol):
 
     def _watch(self) -> None:
         if self._waiting and self._loop.time() - self._heard > self._patience:
-            _log.warning("redis at %s has not answered for %.1f s: the connection is given up", self._address, self._patience)
+            _log.warning(
+                "redis at %s has not answered for %.1f s: the connection is given up", self._address, self._patience
+            )
             self.close()
         else:
             self._timer = self._loop.call_later(self._patience / 4, self._watch)
@@ -187,7 +195,9 @@ class Link:
         prepare: Run on each new connection before it is used.
     """
 
-    def __init__(self, settings: RedisSettings, name: str, patience: float, prepare: Callable[[Wire], Awaitable[None]]) -> None:
+    def __init__(
+        self, settings: RedisSettings, name: str, patience: float, prepare: Callable[[Wire], Awaitable[None]]
+    ) -> None:
         self._settings = settings
         self._name = name
         self._patience = patience
@@ -211,6 +221,8 @@ class Link:
         if self._connecting is None or self._connecting.done():
             # In a task of its own also because redis-py waits with wait_for, which on Python 3.11 may swallow a cancellation.
             self._connecting = asyncio.get_running_loop().create_task(self._connect())
+            # If everybody who waits is cancelled, nobody looks at the failure: that is no error.
+            self._connecting.add_done_callback(lambda task: task.cancelled() or task.exception())
         connecting = self._connecting
         await asyncio.wait([connecting])
         if connecting.cancelled():

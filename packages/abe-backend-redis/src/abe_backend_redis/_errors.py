@@ -2,7 +2,7 @@
 
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Final
 
@@ -62,10 +62,15 @@ _CERTIFICATE: Final = "check ssl_ca_certs in REDIS_URL, and that the certificate
 _IN_SCRIPT: Final = re.compile(r"ERR Error running script .*?(?:@user_script: ?\d+: )+-?([A-Z]+) ")
 """How Redis before 7.0 wraps the error of a command within a script."""
 
+_NO_RIGHT: Final = re.compile(r"^ERR .*(ACL failure in script|The user executing the script can't)")
+"""How a script says that the user lacks a right, before 7.2 in other words than later."""
+
 
 def code(error: BaseException) -> str:
     """Return the first word of a reply that is an error."""
     text = str(error)
+    if _NO_RIGHT.search(text):
+        return "NOPERM"
     wrapped = _IN_SCRIPT.match(text)
     return wrapped[1] if wrapped else text.partition(" ")[0]
 
@@ -73,7 +78,9 @@ def code(error: BaseException) -> str:
 def translate(exc: BaseException, address: str) -> AbeError:
     """Return our error for one of the client's."""
     kind = _BY_CODE.get(code(exc)) if isinstance(exc, ReplyError) else None
-    if isinstance(exc.__context__, ssl.SSLCertVerificationError):  # redis-py shows it as a lost connection, which would be tried for ever
+    if isinstance(
+        exc.__context__, ssl.SSLCertVerificationError
+    ):  # redis-py shows it as a lost connection, which would be tried for ever
         kind, hint = ConfigurationError, _CERTIFICATE
     elif kind is ConfigurationError:
         hint = _FOREIGN_KEYS
@@ -84,7 +91,7 @@ def translate(exc: BaseException, address: str) -> AbeError:
 
 
 @contextmanager
-def translated(address: str) -> Iterator[None]:
+def translated(address: str) -> Generator[None]:
     """Turn the client's errors into ours.
 
     Raises:

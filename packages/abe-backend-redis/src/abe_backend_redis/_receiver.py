@@ -78,7 +78,7 @@ class RedisReceiver:
                 with translated(self._transport.settings.address):
                     raise
             _log.warning("group %r was deleted underneath its consumers: it is made again", self._group)
-            await self._transport.declare(self._group, None)
+            await self._transport.restore(self._group)
             return ()
         return [_wire.delivery(entry, fields) for entry, fields in entries]
 
@@ -97,13 +97,15 @@ class RedisReceiver:
             if self._transport.has_xackdel:
                 gone = await wire.call(b"XACKDEL", self._stream, GROUP, b"IDS", len(receipts), *receipts)
                 return {receipt: _lost() for receipt, status in zip(receipts, gone, strict=True) if status < 0}
-            deleted, acked = wire.call_many(
-                (b"XDEL", self._stream, *receipts), (b"XACK", self._stream, GROUP, *receipts)
-            )
-            await asyncio.wait([deleted, acked])
-            deleted.result()
-            if (missing := len(receipts) - acked.result()) > 0:
-                _log.warning("%d of %d acknowledged messages of group %r were not ours any more", missing, len(receipts), self._group)
+            calls = wire.call_many((b"XDEL", self._stream, *receipts), (b"XACK", self._stream, GROUP, *receipts))
+            _, acked = await asyncio.gather(*calls)
+            if (missing := len(receipts) - acked) > 0:
+                _log.warning(
+                    "%d of %d acknowledged messages of group %r were not ours any more",
+                    missing,
+                    len(receipts),
+                    self._group,
+                )
         return {}
 
     async def settle(self, settlements: Sequence[Settlement]) -> Failures:
@@ -117,7 +119,8 @@ class RedisReceiver:
         lost: list[Receipt] = []
         ids = list(receipts)
         for start in range(0, len(ids), 500):
-            lost += await self._transport.run("renew", [self._stream], [self._consumer, *ids[start : start + 500]])
+            some = ids[start : start + 500]
+            lost += await self._run("renew", [self._stream], [self._consumer, *some], some)
         return lost
 
     async def recover(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
@@ -162,7 +165,17 @@ class RedisReceiver:
     async def _read(self, wire: Wire, limit: int) -> Sequence[tuple[bytes, list[bytes]]]:
         block = max(1, int((self._next_tick - self._loop.time()) * 1000))
         self._reading = wire.call(
-            b"XREADGROUP", b"GROUP", GROUP, self._consumer, b"COUNT", limit, b"BLOCK", block, b"STREAMS", self._stream, b">"
+            b"XREADGROUP",
+            b"GROUP",
+            GROUP,
+            self._consumer,
+            b"COUNT",
+            limit,
+            b"BLOCK",
+            block,
+            b"STREAMS",
+            self._stream,
+            b">",
         )
         reply = await self._reading
         return reply[0][1] if reply else ()
@@ -171,17 +184,27 @@ class RedisReceiver:
         args: list[object] = [self._consumer]
         for verdict in verdicts:
             args += verdict
-        lost = await self._transport.run("settle", [self._stream, self._delayed, self._dead], args)
+        receipts = [verdict[0] for verdict in verdicts]
+        lost = await self._run("settle", [self._stream, self._delayed, self._dead], args, receipts)
         if any(delay for _, _, delay, _, _ in verdicts):
-            self._next_tick = min(self._next_tick, self._loop.time() + min(delay for _, _, delay, _, _ in verdicts if delay) / 1000)
+            self._next_tick = min(
+                self._next_tick, self._loop.time() + min(delay for _, _, delay, _, _ in verdicts if delay) / 1000
+            )
         return {receipt: _lost() for receipt in lost}
 
     async def _leave(self, receipts: Collection[Receipt], *, for_good: bool) -> Collection[Receipt]:
+        keys = [self._stream, self._alive]
+        return await self._run("recover", keys, [self._consumer, int(for_good), *receipts], receipts)
+
+    async def _run(
+        self, script: str, keys: Sequence[bytes], args: Sequence[object], receipts: Collection[Receipt]
+    ) -> Collection[Receipt]:
+        """Run a script that returns those of the receipts that are lost: all, when the group was deleted."""
         try:
-            return await self._transport.run("recover", [self._stream, self._alive], [self._consumer, int(for_good), *receipts])  # type: ignore[no-any-return]
+            return await self._transport.run(script, keys, args)  # type: ignore[no-any-return]
         except AbeError as exc:
             if isinstance(exc.__cause__, ReplyError) and code(exc.__cause__) == "NOGROUP":
-                return receipts  # the group was deleted, with all that we held
+                return receipts
             raise
 
 

@@ -71,7 +71,9 @@ class RedisSettings(QueueSettings):
             ("REDIS_PASSWORD", self.password, parts.password),
         ):
             if given is not None and inside and given != unquote(inside):
-                raise ConfigurationError(f"{name} and REDIS_URL both have one, and they differ: leave it out of one of them")
+                raise ConfigurationError(
+                    f"{name} and REDIS_URL both have one, and they differ: leave it out of one of them"
+                )
 
     @property
     def address(self) -> str:

@@ -9,7 +9,7 @@ import msgspec
 
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
 from abe.backends.message_queue.base import Transport as TransportProtocol
-from abe.backends.message_queue.base.names import matches
+from abe.backends.message_queue.base.names import EVERYTHING, matches
 from abe.errors import (
     AbeError,
     BackendConnectionError,
@@ -37,7 +37,9 @@ _STALE: Final = 20
 class _Registry:
     """The groups as they were at one version, and which of them wants which key."""
 
-    def __init__(self, topology: Topology, version: bytes, groups: Mapping[str, tuple[str, ...]], max_backlog: int) -> None:
+    def __init__(
+        self, topology: Topology, version: bytes, groups: Mapping[str, tuple[str, ...]], max_backlog: int
+    ) -> None:
         self.groups = groups
         self._patterns = list(groups.values())
         keys = [topology.version]
@@ -47,6 +49,8 @@ class _Registry:
             keys += [topology.held, topology.held_delayed]
         self._head = (b"EVALSHA", SCRIPTS["publish"].sha, len(keys), *keys, version, max_backlog)
         self._routes: dict[str, bytes] = {}
+        self.all_routed = True
+        """Whether every key seen so far is wanted by some group."""
 
     def pack(self, envelopes: Sequence[Envelope]) -> bytes:
         """Return the call that publishes: messages for the same groups, with the same delay, make a run."""
@@ -72,17 +76,13 @@ class _Registry:
             self._routes.clear()
         wanted = [any(matches(pattern, key) for pattern in patterns) for patterns in self._patterns]
         mask = b"".join(b"1" if want else b"0" for want in wanted) or b"1"  # no group: the held messages
+        self.all_routed = self.all_routed and b"1" in mask
         self._routes[key] = mask
         return mask
 
     def unroutable(self, envelopes: Sequence[Envelope]) -> list[int]:
         """Return the positions of messages that no group wants."""
         return [i for i, envelope in enumerate(envelopes) if b"1" not in self.route(envelope.key)]
-
-    @property
-    def all_routed(self) -> bool:
-        """Whether every key seen so far is wanted by some group."""
-        return all(b"1" in mask for mask in self._routes.values())
 
 
 class RedisTransport:
@@ -100,6 +100,7 @@ class RedisTransport:
         self._publishing = Link(settings, "abe-publish", settings.publish_timeout, self._prepare)
         self._controlling = Link(settings, "abe-control", settings.publish_timeout, self._prepare)
         self._registry: _Registry | None = None
+        self._patterns: dict[str, tuple[str, ...]] = {}
         self._checked = False
 
     async def open(self) -> None:
@@ -134,17 +135,25 @@ class RedisTransport:
 
     async def declare(self, group: str, patterns: tuple[str, ...] | None) -> None:
         """Register the group and move the held messages that it wants."""
-        names = self.topology
-        keys = [names.groups, names.version, names.queue(group), names.delayed(group), names.held, names.held_delayed]
-        wanted = b"" if patterns is None else msgspec.json.encode(patterns)
-        position: Reply = b"-"
-        while position:
-            position = await self.run("declare", keys, [group, wanted, position])
+        await self._declare(group, patterns, EVERYTHING)
+        if patterns is not None:
+            self._patterns[group] = patterns
+
+    async def restore(self, group: str) -> None:
+        """Make a group again that was deleted underneath its consumers, with the patterns that it had when we last knew."""
+        await self._declare(group, None, self._patterns.get(group, EVERYTHING))
 
     async def delete_group(self, group: str) -> None:
         """Delete what the group has."""
         names = self.topology
-        keys = [names.groups, names.version, names.queue(group), names.delayed(group), names.dead(group), names.alive(group)]
+        keys = [
+            names.groups,
+            names.version,
+            names.queue(group),
+            names.delayed(group),
+            names.dead(group),
+            names.alive(group),
+        ]
         await self.run("delete", keys, [group])
 
     async def groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -216,8 +225,18 @@ class RedisTransport:
                 raise translate(exc, self.settings.address) from exc
             raise
 
+    async def _declare(self, group: str, patterns: tuple[str, ...] | None, otherwise: tuple[str, ...]) -> None:
+        names = self.topology
+        keys = [names.groups, names.version, names.queue(group), names.delayed(group), names.held, names.held_delayed]
+        wanted = b"" if patterns is None else msgspec.json.encode(patterns)
+        position: Reply = b"-"
+        while position:
+            position = await self.run("declare", keys, [group, wanted, position, msgspec.json.encode(otherwise)])
+
     async def _publish(self, wire: Wire, data: bytes) -> Reply:
         """Send a packed publish; None when the groups have changed."""
+        if not wire.alive:
+            raise BackendConnectionError(f"the connection to redis at {self.settings.address} was lost")
         try:
             return await wire.send(data, 1)[0]
         except BackendConnectionError as exc:
@@ -238,6 +257,7 @@ class RedisTransport:
             group.decode(): tuple(msgspec.json.decode(patterns, type=list[str]))
             for group, patterns in sorted(zip(flat[::2], flat[1::2], strict=True))
         }
+        self._patterns.update(groups)
         self._registry = _Registry(self.topology, version, groups, self.settings.max_backlog or 0)
         return self._registry
 
@@ -252,7 +272,11 @@ class RedisTransport:
         try:
             text = await wire.call(b"INFO")
         except ReplyError as exc:
-            _log.info("redis at %s does not let us look at its configuration, which is not checked: %s", self.settings.address, exc)
+            _log.info(
+                "redis at %s does not let us look at its configuration, which is not checked: %s",
+                self.settings.address,
+                exc,
+            )
             return
         info = dict(line.split(":", 1) for line in text.decode(errors="replace").splitlines() if ":" in line)
         version = tuple(int(part) for part in info.get("redis_version", "0").split(".")[:2] if part.isdigit())
@@ -264,12 +288,12 @@ class RedisTransport:
         policy = info.get("maxmemory_policy", "noeviction")
         if policy != "noeviction" and info.get("maxmemory", "0") != "0":
             raise ConfigurationError(
-                f"redis at {self.settings.address} has maxmemory-policy {policy!r}: it may drop messages without a word when memory runs out. "
+                f"redis at {self.settings.address} has maxmemory-policy {policy!r}: it may drop messages silently when memory runs out. "
                 f"Set it to 'noeviction'"
             )
         if info.get("aof_enabled") != "1":
             _log.warning(
-                "redis at %s has appendonly off: messages since its last snapshot are lost when it stops. Set 'appendonly yes' to keep them",
+                "redis at %s has appendonly off: what came since its last snapshot is lost when it stops. Set 'appendonly yes' to keep it",
                 self.settings.address,
             )
 

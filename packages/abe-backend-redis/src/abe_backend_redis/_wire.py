@@ -70,7 +70,9 @@ def delivery(entry: bytes, fields: Fields, count: int = 1) -> Delivery:
     if header is None:
         return Delivery(entry, body, _stranger(entry, named), attempt)
     if not header.startswith(_MARK):
-        return Delivery(entry, body, _stranger(entry, named), attempt, "the envelope is of a version that is not known here")
+        return Delivery(
+            entry, body, _stranger(entry, named), attempt, "the envelope is of a version that is not known here"
+        )
     return Delivery(entry, body, header, attempt)
 
 

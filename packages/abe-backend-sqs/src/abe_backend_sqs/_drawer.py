@@ -68,7 +68,8 @@ class Drawer:
                     MessageSystemAttributeNames=_POLLED,
                     MessageAttributeNames=("All",),
                 )
-            batch = [message for message in reply.get("Messages") or () if message["MessageId"] not in self._seen]
+            found: Sequence[Message] = reply.get("Messages") or ()
+            batch = [message for message in found if message["MessageId"] not in self._seen]
             self._taken.update({message["MessageId"]: message for message in batch})
             self._seen.update(message["MessageId"] for message in batch)
             if not batch:

@@ -229,7 +229,11 @@ class Queues:
     async def counts(self, name: str) -> tuple[int, int, int]:
         """Return how many messages wait, are held and are delayed, as SQS counts: approximately."""
         client, url = await self._clients.calls(), await self.url(name)
-        kinds = ("ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible", "ApproximateNumberOfMessagesDelayed")
+        kinds: Final = (
+            "ApproximateNumberOfMessages",
+            "ApproximateNumberOfMessagesNotVisible",
+            "ApproximateNumberOfMessagesDelayed",
+        )
         try:
             found: Mapping[str, Any] = await client.get_queue_attributes(QueueUrl=url, AttributeNames=kinds)
         except CLIENT_ERRORS as exc:
@@ -260,7 +264,7 @@ class Queues:
             page: Mapping[str, Any] = {"NextToken": None}
             while "NextToken" in page:
                 more = {"NextToken": page["NextToken"]} if page["NextToken"] else {}
-                page = await client.list_queues(QueueNamePrefix=self.names.prefix, MaxResults=_PAGE, **more)  # type: ignore[arg-type]
+                page = await client.list_queues(QueueNamePrefix=self.names.prefix, MaxResults=_PAGE, **more)
                 found += page.get("QueueUrls", ())
         asking = asyncio.Semaphore(_AT_ONCE)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
 from abe.backends.message_queue.base import Transport as TransportProtocol
-from abe.backends.message_queue.base.names import matches
+from abe.backends.message_queue.base.names import EVERYTHING, matches
 from abe.errors import AbeError
 from abe_backend_sqs import _wire
 from abe_backend_sqs._connection import Clients
@@ -18,7 +18,7 @@ from abe_backend_sqs._errors import QueueMissingError, translated
 from abe_backend_sqs._receiver import Poll, SqsReceiver
 from abe_backend_sqs._sender import Sender, delayed
 from abe_backend_sqs._settings import SqsSettings
-from abe_backend_sqs._topology import EVERYTHING, Queues
+from abe_backend_sqs._topology import Queues
 from abe_backend_sqs._wire import Message
 
 _log: Final = logging.getLogger("abe.sqs")

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from abe.backends.message_queue.base.consumer import EventConsumer
     from abe.backends.message_queue.base.message import Message
     from abe.backends.message_queue.base.middleware import Middleware, Publication
-    from abe.backends.message_queue.base.protocol import MessageQueueBackend
+    from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
     from abe.backends.message_queue.consumer import AsyncLoopConsumer
     from abe.backends.message_queue.loader import load_backend
     from abe.backends.message_queue.retry import Reject, Retry, RetryPolicy
@@ -37,6 +37,7 @@ __all__ = [
     "ConstantBackoff",
     "EventConsumer",
     "ExponentialBackoff",
+    "FullBackend",
     "LeaseLostError",
     "Message",
     "MessageQueueBackend",
@@ -62,6 +63,7 @@ _HOMES: Final = {
     "EventConsumer": _BASE,
     "ExponentialBackoff": _BASE,
     "Message": _BASE,
+    "FullBackend": _BASE,
     "MessageQueueBackend": _BASE,
     "Middleware": _BASE,
     "Publication": _BASE,

@@ -44,8 +44,8 @@ class EventHandlerProtocol(Protocol):
 class MessageQueueBackendProtocol(Protocol):
     """A message queue. These three methods are all that a provider must have.
 
-    What else our own backends offer (``connect``, ``declare``, ``dead_letters`` ...) is on ``QueueBackend``'s richer
-    sibling, ``abe.backends.message_queue.engine.TransportBackend``.
+    What else our own backends offer (``connect``, ``declare``, ``dead_letters`` ...) is ``FullBackend``, beside this protocol's other names
+    in ``abe.backends.message_queue.base``.
     """
 
     async def publish(self, key: MessageQueueKey, payload: MessageQueuePayload) -> None:

@@ -24,7 +24,7 @@ class Script:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.text = (files(__package__) / f"{name}.lua").read_bytes()
+        self.text = (files(__name__) / f"{name}.lua").read_bytes()
         self.sha = sha1(self.text).hexdigest().encode()  # noqa: S324 - Redis's own name for it, no secret
 
 

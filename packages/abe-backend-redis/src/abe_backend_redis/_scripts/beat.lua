@@ -3,7 +3,12 @@
 local call = redis.call
 local t = call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
-call('XGROUP', 'CREATECONSUMER', KEYS[1], 'group', ARGV[1])
+if call('EXISTS', KEYS[1]) == 0 then return redis.error_reply('NOGROUP the stream is gone') end
+local made = redis.pcall('XGROUP', 'CREATECONSUMER', KEYS[1], 'group', ARGV[1])
+if type(made) == 'table' and made.err then
+  -- Redis refuses this when memory is full, and then consumers are needed most: the read makes the consumer too.
+  return string.find(made.err, 'OOM', 1, true) and 0 or made
+end
 call('ZADD', KEYS[2], now, ARGV[1])
 local gone = 0
 for _, consumer in ipairs(call('XINFO', 'CONSUMERS', KEYS[1], 'group')) do

@@ -1,9 +1,10 @@
 -- Makes a group exist, with the held messages that it wants.
--- KEYS: groups, version, the group's stream, its delayed set, held, held:delayed. ARGV: group, patterns as JSON ('' leaves them alone).
+-- KEYS: groups, version, the group's stream, its delayed set, held, held:delayed. ARGV: group, patterns as JSON ('' leaves them alone),
+-- where to go on among the held messages, the patterns of a group that is new.
 -- Returns 1 when there are more held messages to look at: call it again, from the position returned second.
 local call = redis.call
 local current = call('HGET', KEYS[1], ARGV[1])
-local wanted = ARGV[2] ~= '' and ARGV[2] or current or '["#"]'
+local wanted = ARGV[2] ~= '' and ARGV[2] or current or ARGV[4]
 
 local function split(text)
   local words = {}
@@ -61,8 +62,8 @@ if call('EXISTS', KEYS[5]) == 1 then
     if call('XLEN', KEYS[5]) == 0 then call('DEL', KEYS[5]) end
   end
 end
-local made = redis.pcall('XGROUP', 'CREATE', KEYS[3], 'group', '0', 'MKSTREAM')
-if type(made) == 'table' and made.err and not string.find(made.err, 'BUSYGROUP', 1, true) then return made end
+-- Only where it is missing: Redis refuses this command when memory is full, and then consumers are needed most.
+if redis.pcall('XPENDING', KEYS[3], 'group').err then call('XGROUP', 'CREATE', KEYS[3], 'group', '0', 'MKSTREAM') end
 if current ~= wanted then
   call('HSET', KEYS[1], ARGV[1], wanted)
   local now = call('TIME')

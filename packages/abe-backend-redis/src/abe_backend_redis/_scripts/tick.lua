@@ -4,9 +4,12 @@
 local call = redis.call
 local t = call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
+local full = false
 local due = call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 500)
 for _, member in ipairs(due) do
-  call('XADD', KEYS[1], '*', unpack(cmsgpack.unpack(string.sub(member, string.find(member, '|', 1, true) + 1))))
+  local added = redis.pcall('XADD', KEYS[1], '*', unpack(cmsgpack.unpack(string.sub(member, string.find(member, '|', 1, true) + 1))))
+  full = type(added) == 'table' and added.err
+  if full then break end -- they wait until what is in the stream has been handled, and made room
   call('ZREM', KEYS[2], member)
 end
 local claimed = {}
@@ -19,4 +22,4 @@ for _, pending in ipairs(call('XPENDING', KEYS[1], 'group', 'IDLE', ARGV[2], '-'
   end
 end
 local nearest = call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
-return {claimed, nearest[2] and math.max(0, math.ceil(nearest[2] - now)) or -1}
+return {claimed, nearest[2] and not full and math.max(0, math.ceil(nearest[2] - now)) or -1}

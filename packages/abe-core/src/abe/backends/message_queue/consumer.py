@@ -2,23 +2,24 @@
 
 import asyncio
 import logging
-import traceback
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
+from traceback import format_exception
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, cast
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.consumer import EventConsumer
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.middleware import Middleware
 from abe.backends.message_queue.base.names import check_count
-from abe.backends.message_queue.base.protocol import MessageQueueBackend
-from abe.backends.message_queue.base.subscription import SubscribableBackend, Subscription
+from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
+from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.handler import Handle, adapt
-from abe.backends.message_queue.retry import Reject, RetryPolicy
+from abe.backends.message_queue.minimal import MinimalSubscription
+from abe.backends.message_queue.retry import Reject, Retry, RetryPolicy
 from abe.backends.message_queue.time_limit import TimeLimit
 from abe.errors import (
     AbeError,
@@ -29,10 +30,13 @@ from abe.errors import (
     DecodeError,
     UnsupportedCapabilityError,
 )
-from abe.types import EventHandlerFunc, EventHandlerProtocol
+from abe.types import EventHandlerFunc, EventHandlerProtocol, MessageQueueMessage
 
 _log: Final = logging.getLogger("abe.consumer")
 _RECONNECT: Final = ExponentialBackoff(initial=0.1, maximum=10.0)
+_PREFETCH: Final = 4
+"""Messages held for each that is handled at once: while one batch travels and another is confirmed, the workers have work."""
+
 _STUBBORN: Final = 5.0
 """Seconds for which a cancelled handler is waited for."""
 
@@ -58,7 +62,7 @@ class AsyncLoopConsumer:
             that has to be retried lets its successors pass.
         middleware: Wraps the handler, the first outermost.
         keys: The key patterns that the group wants; None: see ``consume``.
-        prefetch: Messages held at most; None: twice the concurrency.
+        prefetch: Messages held at most; None: four times the concurrency.
 
     Raises:
         ConfigurationError: An argument is out of range.
@@ -94,13 +98,16 @@ class AsyncLoopConsumer:
         self._keys = keys
         self._prefetch = prefetch
         self._running = False
+        self._left = False
         self._stopping = asyncio.Event()
         self._stopped = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
-        self._minimal = not isinstance(backend, SubscribableBackend)
-        if self._minimal and (retry or concurrency > 1 or ordered_by_key or keys is not None or prefetch is not None):
+        if not isinstance(backend, FullBackend) and (
+            retry or concurrency > 1 or ordered_by_key or keys is not None or prefetch is not None
+        ):
             raise UnsupportedCapabilityError(
-                f"{type(backend).__name__} has only the three methods of the protocol: retry, concurrency, ordered_by_key, keys and prefetch need more"
+                f"{type(backend).__name__} has only the three methods of the protocol: "
+                "retry, concurrency, ordered_by_key, keys and prefetch need more"
             )
 
     async def handle(self, message: Message, handler: Handle) -> None:
@@ -126,19 +133,22 @@ class AsyncLoopConsumer:
         """
         if self._running:
             raise RuntimeError("this consumer is running already: make another one to run two")
+        if self._left:
+            return  # its `async with` was left before this task had its first turn
         executors: list[Executor] = []
         limited = adapt(handler, partial(self._threads, executors))
         limit = None
         if self._timeout is not None:
             limit = TimeLimit(self._timeout)
             limited = partial(limit.run, limited)
-        call: Handle = partial(self.handle, handler=limited)
+        overridden = type(self).handle is not AsyncLoopConsumer.handle
+        call: Handle = partial(self.handle, handler=limited) if overridden else limited
         for layer in reversed(self._middleware):
             call = partial(layer.handle, forward=call)
         self._running = True
         self._stopping, self._stopped = asyncio.Event(), asyncio.Event()
         try:
-            await (self._run_minimal(call) if self._minimal else self._run(call))
+            await self._run(call)
         finally:
             if limit is not None:
                 limit.close()
@@ -158,11 +168,13 @@ class AsyncLoopConsumer:
             await self._stopped.wait()
 
     async def __aenter__(self) -> Self:
+        self._left = False
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._left = True
         await self.shutdown()
 
     def _threads(self, executors: list[Executor]) -> Executor:
@@ -180,15 +192,22 @@ class AsyncLoopConsumer:
 
     async def _subscribe(self) -> Subscription | None:
         """Subscribe, however long the broker is away; None when `shutdown` came first."""
-        assert isinstance(self._backend, SubscribableBackend)
+        if not isinstance(self._backend, FullBackend):
+            _log.warning(
+                "%s has only the three methods of the protocol: messages are handled one at a time, and one whose handler fails "
+                "is logged and not retried",
+                type(self._backend).__name__,
+            )
+            return MinimalSubscription(aiter(self._backend.consume(group=self._group)))
+        backend = self._backend
         stopping = asyncio.create_task(self._stopping.wait())
         tries = 0
         try:
             while not stopping.done():
-                subscription = self._backend.consume(
+                subscription = backend.consume(
                     group=self._group,
                     keys=self._keys,
-                    prefetch=self._prefetch or 2 * self._concurrency,
+                    prefetch=self._prefetch or _PREFETCH * self._concurrency,
                     max_attempts=self._policy.max_attempts,
                 )
                 entering = asyncio.create_task(subscription.__aenter__())
@@ -221,7 +240,11 @@ class AsyncLoopConsumer:
                 await subscription.stop()
                 _, late = await asyncio.wait(workers, timeout=self._grace)
                 if late:
-                    _log.warning("%d handlers did not finish within %g s: they are cancelled, their messages go back", len(late), self._grace)
+                    _log.warning(
+                        "%d handlers did not finish within %g s: they are cancelled, their messages go back",
+                        len(late),
+                        self._grace,
+                    )
         finally:
             stopping.cancel()
             for task in workers:
@@ -237,7 +260,7 @@ class AsyncLoopConsumer:
     async def _worker(self, subscription: Subscription, call: Handle, lanes: dict[str, deque[Message]] | None) -> None:
         take = subscription.take
         streak = 0
-        while True:
+        while not self._stopping.is_set():
             message = take()
             if message is None:
                 try:
@@ -255,7 +278,7 @@ class AsyncLoopConsumer:
     async def _one(self, subscription: Subscription, call: Handle, message: Message) -> None:
         try:
             await call(message)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever a handler raises is its failure, and is logged
             await self._failed(message, exc)
         except asyncio.CancelledError:
             task = asyncio.current_task()
@@ -290,9 +313,12 @@ class AsyncLoopConsumer:
             del lanes[key]
         return None
 
-    async def _failed(self, message: Message, exc: Exception) -> None:
-        verdict = self._policy.judge(exc, message.attempt)
-        error = "".join(traceback.format_exception(exc))
+    async def _failed(self, message: MessageQueueMessage, exc: Exception) -> None:
+        if not isinstance(message, Message):
+            _log.error("the handler failed, and the message is not retried: %s", exc, exc_info=exc)
+            return
+        verdict = self._judge(message, exc)
+        error = "".join(format_exception(exc))
         try:
             if isinstance(verdict, Reject):
                 _log.error("a message of group %r is rejected: %s", message.group, verdict.reason, exc_info=exc)
@@ -312,34 +338,17 @@ class AsyncLoopConsumer:
         except AbeError as failure:
             _log.warning("the failed message could not be given back, its lease will run out: %s", failure)
 
-    async def _run_minimal(self, call: Handle) -> None:
-        _log.warning(
-            "%s has only the three methods of the protocol: messages are handled one at a time, and one whose handler fails "
-            "is logged and not retried",
-            type(self._backend).__name__,
-        )
-        iterator = aiter(self._backend.consume(group=self._group))
-        stopping = asyncio.create_task(self._stopping.wait())
+    def _judge(self, message: Message, exc: Exception) -> Retry | Reject:
         try:
-            while not self._stopping.is_set():
-                asking = asyncio.ensure_future(anext(iterator))
-                try:
-                    await asyncio.wait([asking, stopping], return_when=asyncio.FIRST_COMPLETED)
-                    if not asking.done():
-                        break
-                    message = asking.result()
-                except StopAsyncIteration:
-                    break
-                finally:
-                    asking.cancel()
-                try:
-                    await call(message)
-                except Exception as exc:
-                    _log.error("the handler failed, and the message is not retried: %s", exc, exc_info=exc)
-        finally:
-            stopping.cancel()
-            if isinstance(iterator, AsyncGenerator):
-                await iterator.aclose()
+            verdict = self._policy.judge(exc, message.attempt)
+        except Exception as fault:  # noqa: BLE001 - the policy is the application's code: its faults must not stop the others' messages
+            _log.error("the retry policy failed, the default backoff is taken: %s", fault, exc_info=fault)
+            return Retry(reason=f"{type(exc).__name__}: {exc}")
+        longest = cast("FullBackend", self._backend).capabilities.max_delay or 0.0
+        if isinstance(verdict, Retry) and verdict.after is not None and not 0 <= verdict.after <= longest:
+            _log.warning("a backoff of %r s is not possible, it is brought within 0 to %g s", verdict.after, longest)
+            verdict = Retry(after=longest if verdict.after > longest else 0.0, reason=verdict.reason)
+        return verdict
 
 
 if TYPE_CHECKING:

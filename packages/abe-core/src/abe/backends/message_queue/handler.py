@@ -1,8 +1,8 @@
 """Handlers: whatever an application gives us, made into one shape.
 
 A handler is an async function, a function (it runs in a thread), or an object with `handle_event`. Its parameter's annotation decides
-what it gets: the message as it is (``dict``, ``Message``, nothing), or the payload converted and validated (a dataclass, TypedDict, msgspec Struct
-or Pydantic model).
+what it gets: the message as it is (``dict``, ``Message``, nothing), or the payload converted and validated (a dataclass, TypedDict,
+msgspec Struct or Pydantic model).
 """
 
 import asyncio
@@ -56,7 +56,7 @@ async def _converted(call: Handle, convert: Callable[[Any], object], message: An
 
 async def _in_thread(function: Callable[[Any], object], executor: Executor, message: Any) -> object:
     context = contextvars.copy_context()
-    result = await asyncio.get_running_loop().run_in_executor(executor, context.run, function, message)
+    result = await asyncio.get_running_loop().run_in_executor(executor, lambda: context.run(function, message))
     # A function that returns an awaitable (a lambda around an async one, say) has only begun its work.
     return await result if inspect.isawaitable(result) else result
 
@@ -67,7 +67,9 @@ def _converter(function: Callable[..., object]) -> Callable[[Any], object] | Non
         signature = inspect.signature(function)
         signature.bind(None)
     except TypeError as exc:
-        raise ConfigurationError(f"the handler {name} must accept one positional argument, the message: {exc}") from None
+        raise ConfigurationError(
+            f"the handler {name} must accept one positional argument, the message: {exc}"
+        ) from None
     except ValueError:
         return None  # a builtin without a signature
     parameter = next(iter(signature.parameters.values()))
@@ -87,7 +89,8 @@ def _converter(function: Callable[..., object]) -> Callable[[Any], object] | Non
         msgspec.json.schema(wanted)
     except TypeError as exc:
         raise ConfigurationError(
-            f"the handler {name} asks for {wanted!r}: annotate it with dict, Message, a dataclass, TypedDict, msgspec Struct or Pydantic model ({exc})"
+            f"the handler {name} asks for {wanted!r}: annotate it with dict, Message, a dataclass, TypedDict, "
+            f"msgspec Struct or Pydantic model ({exc})"
         ) from exc
     return partial(_validate, wanted)
 

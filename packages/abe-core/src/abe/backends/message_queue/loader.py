@@ -23,7 +23,11 @@ _MEMORY: Final = "memory"
 
 def installed_backends() -> dict[str, EntryPoint]:
     """Return the installed providers by name, sorted, without importing them."""
-    found = {point.name: point for group in (OLDER_ENTRY_POINT_GROUP, ENTRY_POINT_GROUP) for point in entry_points(group=group)}
+    found = {
+        point.name: point
+        for group in (OLDER_ENTRY_POINT_GROUP, ENTRY_POINT_GROUP)
+        for point in entry_points(group=group)
+    }
     return dict(sorted(found.items()))
 
 
@@ -73,7 +77,7 @@ def _default(installed: dict[str, EntryPoint]) -> str:
 def _import(point: EntryPoint) -> type[MessageQueueBackend]:
     try:
         backend = point.load()
-    except Exception as exc:  # noqa: BLE001 - whatever a stranger's module raises when it is imported is the cause we report
+    except Exception as exc:
         raise BackendNotFoundError(
             f"the provider {point.name!r} ({point.value}) is installed, but importing it fails: {type(exc).__name__}: {exc}"
         ) from exc

@@ -6,8 +6,8 @@ from abe.backends.message_queue.base.clock import Clock, MonotonicClock
 from abe.backends.message_queue.base.consumer import EventConsumer
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.middleware import Middleware, Publication
-from abe.backends.message_queue.base.protocol import MessageQueueBackend, QueueBackend
-from abe.backends.message_queue.base.subscription import SubscribableBackend, Subscription
+from abe.backends.message_queue.base.protocol import DeadLetterBox, FullBackend, MessageQueueBackend, QueueBackend
+from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.base.transport import (
     Batching,
     DeadLetter,
@@ -30,12 +30,14 @@ __all__ = [
     "Clock",
     "ConstantBackoff",
     "DeadLetter",
+    "DeadLetterBox",
     "Delivery",
     "Durability",
     "Envelope",
     "EventConsumer",
     "ExponentialBackoff",
     "Failures",
+    "FullBackend",
     "GroupStats",
     "Message",
     "MessageQueueBackend",
@@ -47,7 +49,6 @@ __all__ = [
     "Receipt",
     "Receiver",
     "Settlement",
-    "SubscribableBackend",
     "Subscription",
     "Transport",
     "Verb",

@@ -23,8 +23,8 @@ class Message(dict[str, Any]):
     """The payload, which it is equal to, with what is known about its delivery.
 
     `ack`, `nack` and `reject` settle it. The first settlement wins, the same again does nothing, and the opposite raises
-    `AlreadySettledError`. Each returns when the broker has carried it out, and raises `LeaseLostError` when the message was not ours any more
-    (somebody else has it, or will get it). A settlement that was cancelled goes on by itself.
+    `AlreadySettledError`. Each returns when the broker has carried it out, and raises `LeaseLostError` when the message was not ours
+    any more (somebody else has it, or will get it). A settlement that was cancelled goes on by itself.
     """
 
     # Made by the engine with `Message(payload)` and these three assignments: an __init__ would be half of the cost.

@@ -1,10 +1,9 @@
 """The consuming side that applications and consumers see."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
-from abe.backends.message_queue.base.capabilities import Capabilities
 from abe.backends.message_queue.base.message import Message
 
 
@@ -12,9 +11,9 @@ from abe.backends.message_queue.base.message import Message
 class Subscription(Protocol):
     """The messages of a group: an async iterator that is an async context manager too.
 
-    As an iterator: asking for the next message acknowledges the one before; leaving (``break``, `aclose`, the end of ``async with``) gives the
-    current one back unacknowledged, and an exception out of the ``async with`` body fails it. Only one task may iterate; a second ``anext``
-    while one waits raises RuntimeError. A cancelled or timed-out ``anext`` has taken nothing.
+    As an iterator: asking for the next message acknowledges the one before; leaving (``break``, `aclose`, the end of ``async with``)
+    gives the current one back unacknowledged, and an exception out of the ``async with`` body fails it. Only one task may iterate; a
+    second ``anext`` while one waits raises RuntimeError. A cancelled or timed-out ``anext`` has taken nothing.
 
     `receive` and `take` hand out messages that the caller settles itself, any number at once.
 
@@ -54,22 +53,4 @@ class Subscription(Protocol):
 
     async def aclose(self) -> None:
         """Stop, carry out the settlements that wait, give back everything else, and leave the group. May be called repeatedly."""
-        ...
-
-
-@runtime_checkable
-class SubscribableBackend(Protocol):
-    """What a backend offers beyond the three methods, and `AsyncLoopConsumer` needs for retries, concurrency and shutdown."""
-
-    capabilities: Capabilities
-
-    def consume(
-        self,
-        *,
-        group: str | None = None,
-        keys: Sequence[str] | None = None,
-        prefetch: int | None = None,
-        max_attempts: int | None = None,
-    ) -> Subscription:
-        """Return the messages of a group."""
         ...

@@ -1,13 +1,12 @@
 """A transport made into a backend: everything that must behave alike, whichever broker is underneath."""
 
 import asyncio
-import os
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
@@ -26,6 +25,7 @@ from abe.backends.message_queue.base.names import (
 )
 from abe.backends.message_queue.base.transport import Envelope, GroupStats, Transport
 from abe.backends.message_queue.engine.dead_letters import DeadLetters
+from abe.backends.message_queue.engine.ids import next_id
 from abe.backends.message_queue.engine.inbox import Inbox
 from abe.backends.message_queue.engine.session import Session
 from abe.backends.message_queue.engine.subscription import GroupSubscription
@@ -47,19 +47,6 @@ from abe.types import MessageQueuePayload
 _T = TypeVar("_T")
 
 
-class _Ids:
-    """Message ids: a random prefix of 64 bits for each process, then a counter; a fork begins anew."""
-
-    def __init__(self) -> None:
-        self.renew()
-        os.register_at_fork(after_in_child=self.renew)
-
-    def renew(self) -> None:
-        prefix, serial = os.urandom(8).hex(), count().__next__
-        self.next = lambda: f"{prefix}{serial():x}"
-
-
-_ids: Final = _Ids()
 _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=1.0)
 _MOST_KNOWN_KEYS: Final = 10_000
 
@@ -161,8 +148,8 @@ class TransportBackend(ABC):
         """
         publications = [item if isinstance(item, Publication) else Publication(*item) for item in items]
         results: Sequence[BaseException | None]
-        if self._send is not None:
-            send = self._send
+        send = self._send
+        if send is not None:
             results = await asyncio.gather(*(send(item) for item in publications), return_exceptions=True)
         else:
             session = self._here()
@@ -287,7 +274,12 @@ class TransportBackend(ABC):
             self._judge(outcome, p.mandatory)
 
     def _envelope(
-        self, key: str, payload: MessageQueuePayload, headers: Mapping[str, str] | None, id: str | None, delay: float | None
+        self,
+        key: str,
+        payload: MessageQueuePayload,
+        headers: Mapping[str, str] | None,
+        id: str | None,
+        delay: float | None,
     ) -> Envelope:
         if key not in self._known_keys:
             check_key(key)
@@ -300,7 +292,7 @@ class TransportBackend(ABC):
                 f"the payload is {len(body)} bytes of {self.capabilities.max_payload_bytes}: store it elsewhere, and publish where it is"
             )
         return Envelope(
-            _ids.next() if id is None else check_id(id),
+            next_id() if id is None else check_id(id),
             key,
             body,
             int(time.time() * 1000),
@@ -309,10 +301,12 @@ class TransportBackend(ABC):
         )
 
     def _delay(self, delay: float) -> float:
-        if not delay > 0:
+        if not 0 < delay < math.inf:
             raise ConfigurationError(f"a delay must be a number of seconds from 0, not {delay!r}")
         if self.capabilities.max_delay is None or delay > self.capabilities.max_delay:
-            limit = "not at all" if self.capabilities.max_delay is None else f"by at most {self.capabilities.max_delay:g} s"
+            limit = (
+                "not at all" if self.capabilities.max_delay is None else f"by at most {self.capabilities.max_delay:g} s"
+            )
             raise UnsupportedCapabilityError(f"delay={delay:g}: {type(self).__name__} can delay messages {limit}")
         return delay
 
@@ -324,7 +318,9 @@ class TransportBackend(ABC):
 
     def _group(self, group: str | None) -> str:
         if group is not None and group != DEFAULT_GROUP and not self.capabilities.groups:
-            raise UnsupportedCapabilityError(f"group={group!r}: {type(self).__name__} has no groups but {DEFAULT_GROUP!r}")
+            raise UnsupportedCapabilityError(
+                f"group={group!r}: {type(self).__name__} has no groups but {DEFAULT_GROUP!r}"
+            )
         return check_group(group)
 
     def _patterns(self, keys: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -336,6 +332,9 @@ class TransportBackend(ABC):
         async def join(session: Session) -> Inbox:
             await session.transport.declare(group, patterns)
             receiver = await session.transport.subscribe(group, prefetch)
+            if session.ended:
+                await receiver.close()
+                raise BackendClosedError("the backend was closed")
             inbox = Inbox(
                 receiver,
                 group=group,
@@ -390,4 +389,3 @@ class TransportBackend(ABC):
 
 async def _nothing(_: Session) -> None:
     """Nothing but what `_call` does before."""
-

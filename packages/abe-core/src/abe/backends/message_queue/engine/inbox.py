@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Collection
 from typing import Final
@@ -17,6 +18,7 @@ from abe.errors import (
     AbeError,
     AlreadySettledError,
     BackendClosedError,
+    ConfigurationError,
     DecodeError,
     LeaseLostError,
     UnsupportedCapabilityError,
@@ -77,7 +79,7 @@ class Inbox:
         self._buffer: deque[Delivery] = deque()
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._space: asyncio.Future[None] | None = None
-        self._error: AbeError | None = None
+        self._error: BaseException | None = None
         self._stopping = False
         self._closing: asyncio.Task[None] | None = None
         self._keeper = LeaseKeeper(receiver, self._live, self._lose, lease, clock)
@@ -85,6 +87,8 @@ class Inbox:
         self._settler = Settler(receiver, self._keeper.sure, self._make_space, patience, clock)
         self._keeping = self._loop.create_task(self._keeper.run())
         self._fetching = self._loop.create_task(self._fetch())
+        for task in (self._keeping, self._fetching):
+            task.add_done_callback(self._ended)
         self._stopped: asyncio.Task[None] | None = None
 
     def take(self) -> Message | None:
@@ -145,13 +149,16 @@ class Inbox:
 
     def ack_soon(self, message: Message) -> None:
         """Acknowledge with the next batch; a failure is logged."""
-        if _decide(message, "ack"):
+        if message._verdict is None:  # pyright: ignore[reportPrivateUsage]
+            message._verdict = "ack"  # pyright: ignore[reportPrivateUsage]
             delivery = _delivery(message)
             if self._live.get(delivery.receipt) is delivery:
                 del self._live[delivery.receipt]
                 self._settler.ack(delivery)
             else:
-                _log.warning("a message of group %r was handled, but its lease was lost: it will be handled again", self.group)
+                _log.warning(
+                    "a message of group %r was handled, but its lease was lost: it will be handled again", self.group
+                )
 
     async def ack(self, message: Message) -> None:
         """Acknowledge; see `Message.ack`."""
@@ -162,8 +169,12 @@ class Inbox:
         delivery = _delivery(message)
         if delay is None:
             delay = _RETRY(delivery.attempt)
+        if not 0 <= delay < math.inf:
+            raise ConfigurationError(f"nack: a delay must be a number of seconds from 0, not {delay!r}")
         if delay and (self._max_delay is None or delay > self._max_delay):
-            raise UnsupportedCapabilityError(f"nack(delay={delay:g}): this backend can delay by at most {self._max_delay or 0:g} s")
+            raise UnsupportedCapabilityError(
+                f"nack(delay={delay:g}): this backend can delay by at most {self._max_delay or 0:g} s"
+            )
         if delivery.attempt >= self._max_attempts:
             settlement = Settlement(delivery.receipt, Verb.DEAD, reason=reason or "max_attempts", error=error)
         else:
@@ -172,7 +183,9 @@ class Inbox:
 
     async def reject(self, message: Message, reason: str, error: str) -> None:
         """Bury it; see `Message.reject`."""
-        await self._settle(message, "reject", Settlement(_delivery(message).receipt, Verb.DEAD, reason=reason, error=error))
+        await self._settle(
+            message, "reject", Settlement(_delivery(message).receipt, Verb.DEAD, reason=reason, error=error)
+        )
 
     async def release(self, message: Message) -> None:
         """Give a message back as if it had never been taken. Nothing happens when it is settled already."""
@@ -245,7 +258,11 @@ class Inbox:
                 await self._give_back(list(self._live.values()))
                 await self._settler.drain()
         except (AbeError, TimeoutError) as exc:
-            _log.warning("the broker did not take back the messages of group %r in time: their leases will run out (%r)", self.group, exc)
+            _log.warning(
+                "the broker did not take back the messages of group %r in time: their leases will run out (%r)",
+                self.group,
+                exc,
+            )
         finally:
             self._fetching.cancel()
             self._keeping.cancel()
@@ -275,7 +292,7 @@ class Inbox:
                 if held is not None:
                     self._lose(await self._receiver.recover(list(self._live)))
                     _log.info("group %r is being consumed again", self.group)
-                    held, failures = None, 0
+                    held = None
                 room = self._room()
                 if not room:
                     await self._wait_for_space()
@@ -283,17 +300,17 @@ class Inbox:
                 deliveries = await self._receiver.receive(room)
             except AbeError as exc:
                 if not exc.retryable:
-                    return self._fail(exc)
+                    raise
                 failures += 1
                 held = ()
                 _log.warning("group %r cannot be consumed, trying again: %s", self.group, exc)
                 await sleep(self._clock, _RECONNECT(failures))
             else:
+                failures = 0
                 if deliveries:
                     self._live.update({delivery.receipt: delivery for delivery in deliveries})
                     self._buffer.extend(deliveries)
                     self._wake(1)
-        return None
 
     def _room(self) -> int:
         """How many to ask for: at most half the bound, so that the next ones travel while these are handled; none, if hardly any fit."""
@@ -317,9 +334,11 @@ class Inbox:
                 future.set_result(None)
                 count -= 1
 
-    def _fail(self, error: AbeError) -> None:
-        self._error = error
-        self._wake(len(self._waiters))
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Whoever waits for a message is told why there will be none: something permanent, or a fault in a transport."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._error = error
+            self._wake(len(self._waiters))
 
     def _lose(self, receipts: Collection[Receipt]) -> None:
         for receipt in receipts:
@@ -327,7 +346,9 @@ class Inbox:
             if delivery is not None:
                 delivery.lost = True
         if receipts:
-            _log.warning("%d leases of group %r were lost: these messages will be delivered again", len(receipts), self.group)
+            _log.warning(
+                "%d leases of group %r were lost: these messages will be delivered again", len(receipts), self.group
+            )
             self._make_space()
 
     def _bury(self, delivery: Delivery, reason: str, error: str) -> None:
@@ -341,7 +362,9 @@ class Inbox:
         delivery = _delivery(message)
         if self._live.get(delivery.receipt) is not delivery:
             delivery.lost = True
-            raise LeaseLostError(f"{verdict}: the message is not ours any more: its lease was lost, or its subscription was closed")
+            raise LeaseLostError(
+                f"{verdict}: the message is not ours any more: its lease was lost, or its subscription was closed"
+            )
         del self._live[delivery.receipt]
         error = await self._settler.submit(delivery, settlement)
         if error is not None:

@@ -6,6 +6,7 @@ message, and a publisher that is cancelled leaves alone: its batch goes on witho
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
@@ -15,6 +16,7 @@ from abe.backends.message_queue.base.clock import pause
 from abe.backends.message_queue.base.transport import Envelope, Transport
 from abe.errors import AbeError, BackendClosedError, BackendConnectionError, PublishRejectedError, PublishUnknownError
 
+_log: Final = logging.getLogger("abe.engine")
 _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=2.0)
 
 
@@ -159,13 +161,16 @@ class Publisher:
             outcomes = [PublishUnknownError("the backend was closed before the confirm came") for _ in batch.futures]
         except AbeError as exc:
             outcomes = [exc] * len(batch.futures)
+        except Exception as exc:  # noqa: BLE001 - a fault in a transport must not leave publishers waiting for ever
+            _log.exception("the transport failed in a way that it must not")
+            outcomes = [_unexpected(exc) for _ in batch.futures]
         finally:
             self._finish(batch, outcomes)
             self._landed()
 
     def _landed(self) -> None:
         self._flying -= 1
-        if (self._ready or self._current is not None) and not self._closed:
+        if (self._ready or self._current is not None) and not self._abandoned.is_set():
             self._fly()
 
     async def _deliver(self, envelopes: Sequence[Envelope], deadline: float) -> Sequence[AbeError | None]:
@@ -182,25 +187,21 @@ class Publisher:
             async with asyncio.timeout_at(deadline):
                 while self._loop.time() < deadline and not self._abandoned.is_set():
                     try:
-                        sending = False
                         await self._opened()
                         sending = True
                         results = await self._transport.send([envelopes[i] for i in pending] if tries else envelopes)
-                        sending = False
                     except (BackendConnectionError, PublishUnknownError) as exc:
-                        unknown = unknown or exc.maybe_accepted
-                        error = exc
-                    else:
-                        if not results:
-                            return outcomes
-                        for index, result in zip(pending, results, strict=True):
-                            outcomes[index] = result
-                        again = (BackendConnectionError, PublishUnknownError)
-                        pending = [i for i in pending if isinstance(outcomes[i], again)]
-                        if not pending:
-                            return outcomes
-                        error = outcomes[pending[0]]
-                        unknown = unknown or any(_maybe_accepted(outcomes[i]) for i in pending)
+                        results = [exc] * len(pending)
+                    sending = False
+                    for index, result in zip(pending, results or [None] * len(pending), strict=True):
+                        outcomes[index] = result
+                    pending = [
+                        i for i in pending if isinstance(outcomes[i], BackendConnectionError | PublishUnknownError)
+                    ]
+                    if not pending:
+                        return outcomes
+                    error = outcomes[pending[0]]
+                    unknown = unknown or any(_maybe_accepted(outcomes[i]) for i in pending)
                     tries += 1
                     await pause(self._abandoned, _BACKOFF(tries))
         except TimeoutError:
@@ -251,6 +252,12 @@ class Publisher:
             if not future.done():
                 future.set_result(None)
                 places -= 1
+
+
+def _unexpected(exc: Exception) -> PublishUnknownError:
+    error = PublishUnknownError(f"the transport failed: {exc!r}. The broker may have the message or not")
+    error.__cause__ = exc
+    return error
 
 
 def _maybe_accepted(outcome: AbeError | None) -> bool:

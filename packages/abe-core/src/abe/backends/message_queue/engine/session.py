@@ -37,6 +37,11 @@ class Session:
                 await self.transport.declare(group, None)
             self._undeclared = ()
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is being closed."""
+        return self._ended.is_set()
+
     async def pause(self, seconds: float) -> None:
         """Wait before another try.
 

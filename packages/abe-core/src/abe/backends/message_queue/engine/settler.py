@@ -51,6 +51,7 @@ class Settler:
         self._asked: list[tuple[Delivery, Waiter]] = []
         self._verdicts: list[tuple[Delivery, Waiter, Settlement]] = []
         self._scheduled = False
+        self._abandoned = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.outstanding = 0
         """Verdicts that the broker does not know yet: it still counts these messages as ours."""
@@ -83,7 +84,8 @@ class Settler:
             await asyncio.wait(self._tasks)
 
     def abandon(self) -> None:
-        """Give up what is not carried out yet."""
+        """Give up what is not carried out yet, and try nothing twice from now on."""
+        self._abandoned = True
         for task in self._tasks:
             task.cancel()
 
@@ -103,7 +105,9 @@ class Settler:
         for start in range(0, len(verdicts), _MOST):
             some = verdicts[start : start + _MOST]
             settlements = [settlement for _, _, settlement in some]
-            self._start(self._answer([item[:2] for item in some], partial(self._receiver.settle, settlements)), len(some))
+            self._start(
+                self._answer([item[:2] for item in some], partial(self._receiver.settle, settlements)), len(some)
+            )
 
     def _start(self, coroutine: Coroutine[Any, Any, None], count: int) -> None:
         def done(task: asyncio.Task[None]) -> None:
@@ -155,7 +159,7 @@ class Settler:
             except AbeError as exc:
                 tries += 1
                 pause = _BACKOFF(tries)
-                if not exc.retryable or self._clock.time() + pause > deadline:
+                if not exc.retryable or self._abandoned or self._clock.time() + pause > deadline:
                     raise
                 _log.debug("settlement failed, trying again: %s", exc)
                 await sleep(self._clock, pause)

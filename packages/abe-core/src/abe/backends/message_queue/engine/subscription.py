@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-import traceback
 import weakref
 from collections.abc import Awaitable, Callable
+from traceback import format_exception
 from types import TracebackType
 from typing import Final, Self
 
@@ -38,7 +38,7 @@ class GroupSubscription:
         return self
 
     async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         current, self._current = self._current, None
         try:
@@ -52,12 +52,14 @@ class GroupSubscription:
 
     async def __anext__(self) -> Message:
         if self._waiting:
-            raise RuntimeError("this subscription is being asked for its next message already; let one task iterate, or use receive()")
+            raise RuntimeError(
+                "this subscription is being asked for its next message already; let one task iterate, or use receive()"
+            )
         self._waiting = True
         try:
             inbox = self._inbox or await self._started()
             current, self._current = self._current, None
-            if current is not None and current._verdict is None and not self._closed:  # pyright: ignore[reportPrivateUsage]
+            if current is not None and not self._closed:
                 inbox.ack_soon(current)
             message = inbox.take()
             if message is None:
@@ -132,7 +134,7 @@ async def _subscribe(start: Callable[[], Awaitable[Inbox]], wanted: "weakref.ref
 
 
 async def _fail(message: Message, exc: Exception) -> None:
-    error = "".join(traceback.format_exception(exc))
+    error = "".join(format_exception(exc))
     try:
         await message.nack(reason=f"{type(exc).__name__} in the consuming block", error=error)
     except AlreadySettledError:

@@ -5,14 +5,8 @@ passes the same contract as the networked brokers, with leases, attempts, delays
 """
 
 import asyncio
-import heapq
 import math
-import threading
-from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import count
-from time import time
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Self
 
 from abe.backends.message_queue.base import (
@@ -27,15 +21,15 @@ from abe.backends.message_queue.base import (
     GroupStats,
     Metadata,
     Middleware,
-    MonotonicClock,
     Receipt,
     Settlement,
     Transport,
     Verb,
 )
-from abe.backends.message_queue.base.names import EVERYTHING, matches
-from abe.backends.message_queue.base.protocol import MessageQueueBackend
+from abe.backends.message_queue.base.names import EVERYTHING
+from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
 from abe.backends.message_queue.engine import TransportBackend
+from abe.backends.message_queue.service.namespaces import Item, Namespace, Queue, namespace
 from abe.codec import Codec
 from abe.errors import AbeError, BackpressureError, LeaseLostError, UnroutableError
 from abe.settings import QueueSettings
@@ -43,159 +37,8 @@ from abe.settings import QueueSettings
 _MOST_ROUTES: Final = 10_000
 
 
-@dataclass(slots=True, eq=False)
-class _Item:
-    """A group's copy of a message. `serial` is its place in the group: what was given back goes where it came from."""
-
-    envelope: Envelope
-    serial: int
-    since: float
-    attempts: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Held:
-    """An item that a consumer holds until it settles it, or the deadline passes."""
-
-    item: _Item
-    owner: "_MemoryReceiver"
-    deadline: float
-
-
-class _Queue:
-    """A group's messages. Every method needs the namespace's lock."""
-
-    def __init__(self, patterns: tuple[str, ...]) -> None:
-        self.patterns = patterns
-        self.ready: deque[_Item] = deque()
-        self.delayed: list[tuple[float, int, _Item]] = []
-        self.held: dict[Receipt, _Held] = {}
-        self.dead: list[tuple[DeadLetter, Envelope]] = []
-        self.waiting: dict["_MemoryReceiver", None] = {}
-        self._serial = count().__next__
-        self._receipt = count().__next__
-        self._next_deadline = math.inf
-
-    def put(self, envelope: Envelope, due: float, now: float, attempts: int = 0) -> None:
-        item = _Item(envelope, self._serial(), now, attempts)
-        if due > now:
-            heapq.heappush(self.delayed, (due, item.serial, item))
-        else:
-            self.ready.append(item)
-
-    def take(self, receiver: "_MemoryReceiver", limit: int, now: float, lease: float) -> list[Delivery]:
-        self.mature(now)
-        deliveries: list[Delivery] = []
-        deadline = now + lease
-        while self.ready and len(deliveries) < limit:
-            item = self.ready.popleft()
-            item.attempts += 1
-            receipt = self._receipt()
-            self.held[receipt] = _Held(item, receiver, deadline)
-            deliveries.append(Delivery(receipt, item.envelope.body, item.envelope, item.attempts))
-        if deliveries:
-            self._next_deadline = min(self._next_deadline, deadline)
-        return deliveries
-
-    def mature(self, now: float) -> None:
-        """Make deliverable what is due, and what its consumer kept for too long."""
-        while self.delayed and self.delayed[0][0] <= now:
-            item = heapq.heappop(self.delayed)[2]
-            item.since = now
-            self.ready.append(item)
-        if self._next_deadline <= now:
-            expired = [receipt for receipt, held in self.held.items() if held.deadline <= now]
-            self.give_back([self.held.pop(receipt).item for receipt in expired])
-            self._next_deadline = min((held.deadline for held in self.held.values()), default=math.inf)
-
-    def next_event(self) -> float:
-        """When `mature` will have something to do; never later than that."""
-        return min(self._next_deadline, self.delayed[0][0] if self.delayed else math.inf)
-
-    def give_back(self, items: Iterable[_Item]) -> None:
-        """Put items back where they came from: before everything that was published after them."""
-        returned = sorted(items, key=lambda item: item.serial)
-        if returned and self.ready and returned[-1].serial > self.ready[0].serial:
-            self.ready = deque(sorted([*returned, *self.ready], key=lambda item: item.serial))
-        else:
-            self.ready.extendleft(reversed(returned))
-
-    def bury(self, item: _Item, reason: str, error: str) -> None:
-        envelope = item.envelope
-        letter = DeadLetter(
-            id=envelope.id,
-            key=envelope.key,
-            body=envelope.body,
-            headers=envelope.headers or {},
-            attempts=item.attempts,
-            reason=reason,
-            error=error,
-            published_at=envelope.published_at / 1000,
-            dead_at=time(),
-        )
-        self.dead.append((letter, envelope))
-
-    def wake(self, *, everybody: bool = False) -> None:
-        """Let as many waiting receivers look as there are messages; everybody, when what they wait for may have come nearer."""
-        for receiver in list(self.waiting) if everybody else list(self.waiting)[: len(self.ready)]:
-            del self.waiting[receiver]
-            receiver.wake()
-
-
-class _Namespace:
-    """What one namespace holds, for the whole process."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.queues: dict[str, _Queue] = {}
-        self.unclaimed: deque[tuple[Envelope, float]] = deque()
-        self._routes: dict[str, list[_Queue]] = {}
-
-    def route(self, key: str) -> list[_Queue]:
-        queues = self._routes.get(key)
-        if queues is None:
-            if len(self._routes) >= _MOST_ROUTES:
-                self._routes.clear()
-            queues = self._routes[key] = [
-                queue for queue in self.queues.values() if any(matches(pattern, key) for pattern in queue.patterns)
-            ]
-        return queues
-
-    def declare(self, group: str, patterns: tuple[str, ...] | None, now: float) -> None:
-        queue = self.queues.get(group)
-        if queue is None:
-            queue = self.queues[group] = _Queue(patterns or EVERYTHING)
-        elif patterns is not None:
-            queue.patterns = patterns
-        self._routes.clear()
-        unclaimed, self.unclaimed = self.unclaimed, deque()
-        for envelope, due in unclaimed:
-            if any(matches(pattern, envelope.key) for pattern in queue.patterns):
-                queue.put(envelope, due, now)
-            else:
-                self.unclaimed.append((envelope, due))
-        queue.wake()
-
-    def delete(self, group: str) -> None:
-        queue = self.queues.pop(group, None)
-        self._routes.clear()
-        if queue is not None:
-            for receiver in queue.waiting:
-                receiver.wake()
-
-    def queue(self, group: str, now: float) -> _Queue:
-        """Return the group's queue; one that was deleted is made again."""
-        if group not in self.queues:
-            self.declare(group, None, now)
-        return self.queues[group]
-
-
-_namespaces: Final[dict[str, _Namespace]] = {}
-_namespaces_lock: Final = threading.Lock()
-
-
 class _MemoryReceiver:
-    def __init__(self, namespace: _Namespace, group: str, lease: float, clock: Clock) -> None:
+    def __init__(self, namespace: Namespace, group: str, lease: float, clock: Clock) -> None:
         self._namespace = namespace
         self._group = group
         self._lease = lease
@@ -242,7 +85,7 @@ class _MemoryReceiver:
         now = self._clock.time()
         with self._namespace.lock:
             queue = self._namespace.queue(self._group, now)
-            released: list[_Item] = []
+            released: list[Item] = []
             for settlement in settlements:
                 held = queue.held.pop(settlement.receipt, None)
                 if held is None:
@@ -282,12 +125,13 @@ class _MemoryReceiver:
                 queue.give_back([queue.held.pop(receipt).item for receipt in ours])
                 queue.wake(everybody=True)
 
-    def wake(self) -> None:
-        """Let a waiting `receive` look again, from whatever thread."""
+    def wake(self) -> bool:
+        """Let a waiting `receive` look again, from whatever thread; False when its event loop was closed under it."""
         try:
             self._loop.call_soon_threadsafe(self._woken.set)
         except RuntimeError:
-            self._stopped = True  # our event loop was closed under us: nobody waits any more
+            return False
+        return True
 
 
 def _lost() -> LeaseLostError:
@@ -298,8 +142,7 @@ class _MemoryTransport:
     batching = Batching(messages=250, bytes=1 << 20, flights=1)
 
     def __init__(self, settings: QueueSettings, clock: Clock) -> None:
-        with _namespaces_lock:
-            self._namespace = _namespaces.setdefault(settings.namespace, _Namespace())
+        self._namespace = namespace(settings.namespace)
         self._lease = settings.lease
         self._max_backlog = settings.max_backlog
         self._clock = clock
@@ -317,11 +160,13 @@ class _MemoryTransport:
         outcomes: list[AbeError | None] = []
         now = self._clock.time()
         with self._namespace.lock:
-            touched: dict[_Queue, None] = {}
+            touched: dict[Queue, None] = {}
             for envelope in envelopes:
                 queues = self._namespace.route(envelope.key)
                 if any(self._full(queue) for queue in queues):
-                    outcomes.append(BackpressureError(f"a group has {self._max_backlog} messages waiting already (max_backlog)"))
+                    outcomes.append(
+                        BackpressureError(f"a group has {self._max_backlog} messages waiting already (max_backlog)")
+                    )
                     continue
                 for queue in queues:
                     queue.put(envelope, now + envelope.delay, now)
@@ -353,7 +198,7 @@ class _MemoryTransport:
     async def stats(self, group: str) -> GroupStats:
         now = self._clock.time()
         with self._namespace.lock:
-            queue = self._namespace.queues.get(group, _Queue(EVERYTHING))
+            queue = self._namespace.queues.get(group, Queue(EVERYTHING))
             queue.mature(now)
             return GroupStats(
                 waiting=len(queue.ready),
@@ -394,7 +239,7 @@ class _MemoryTransport:
         dead[:] = [entry for entry in dead if ids is not None and entry[0].id not in ids]
         return chosen
 
-    def _full(self, queue: _Queue) -> bool:
+    def _full(self, queue: Queue) -> bool:
         return self._max_backlog is not None and len(queue.ready) + len(queue.delayed) >= self._max_backlog
 
 
@@ -445,3 +290,4 @@ class MemoryBackend(TransportBackend):
 
 if TYPE_CHECKING:
     _: type[MessageQueueBackend] = MemoryBackend
+    __: type[FullBackend] = MemoryBackend

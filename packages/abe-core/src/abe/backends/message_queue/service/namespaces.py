@@ -1,0 +1,189 @@
+"""What the memory backend's namespaces hold: the broker behind its transport. It belongs to the process, and to any thread."""
+
+import heapq
+import math
+import threading
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import count
+from time import time
+from typing import Final, Protocol
+
+from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Receipt
+from abe.backends.message_queue.base.names import EVERYTHING, matches
+
+_MOST_ROUTES: Final = 10_000
+
+
+class Waiter(Protocol):
+    """Whoever waits for messages."""
+
+    def wake(self) -> bool:
+        """Look again; called from any thread, with the namespace's lock held. Return whether anybody is there to look."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """A group's copy of a message. `serial` is its place in the group: what was given back goes where it came from."""
+
+    envelope: Envelope
+    serial: int
+    since: float
+    attempts: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """An item that a consumer holds until it settles it, or the deadline passes."""
+
+    item: Item
+    owner: "Waiter"
+    deadline: float
+
+
+class Queue:
+    """A group's messages. Every method needs the namespace's lock."""
+
+    def __init__(self, patterns: tuple[str, ...]) -> None:
+        self.patterns = patterns
+        self.ready: deque[Item] = deque()
+        self.delayed: list[tuple[float, int, Item]] = []
+        self.held: dict[Receipt, Held] = {}
+        self.dead: list[tuple[DeadLetter, Envelope]] = []
+        self.waiting: dict[Waiter, None] = {}
+        self._serial = count().__next__
+        self._receipt = count().__next__
+        self._next_deadline = math.inf
+
+    def put(self, envelope: Envelope, due: float, now: float, attempts: int = 0) -> None:
+        item = Item(envelope, self._serial(), now, attempts)
+        if due > now:
+            heapq.heappush(self.delayed, (due, item.serial, item))
+        else:
+            self.ready.append(item)
+
+    def take(self, receiver: "Waiter", limit: int, now: float, lease: float) -> list[Delivery]:
+        self.mature(now)
+        deliveries: list[Delivery] = []
+        deadline = now + lease
+        while self.ready and len(deliveries) < limit:
+            item = self.ready.popleft()
+            item.attempts += 1
+            receipt = self._receipt()
+            self.held[receipt] = Held(item, receiver, deadline)
+            deliveries.append(Delivery(receipt, item.envelope.body, item.envelope, item.attempts))
+        if deliveries:
+            self._next_deadline = min(self._next_deadline, deadline)
+        return deliveries
+
+    def mature(self, now: float) -> None:
+        """Make deliverable what is due, and what its consumer kept for too long."""
+        while self.delayed and self.delayed[0][0] <= now:
+            item = heapq.heappop(self.delayed)[2]
+            item.since = now
+            self.ready.append(item)
+        if self._next_deadline <= now:
+            expired = [receipt for receipt, held in self.held.items() if held.deadline <= now]
+            self.give_back([self.held.pop(receipt).item for receipt in expired])
+            self._next_deadline = min((held.deadline for held in self.held.values()), default=math.inf)
+
+    def next_event(self) -> float:
+        """When `mature` will have something to do; never later than that."""
+        return min(self._next_deadline, self.delayed[0][0] if self.delayed else math.inf)
+
+    def give_back(self, items: Iterable[Item]) -> None:
+        """Put items back where they came from: before everything that was published after them."""
+        returned = sorted(items, key=lambda item: item.serial)
+        if returned and self.ready and returned[-1].serial > self.ready[0].serial:
+            self.ready = deque(sorted([*returned, *self.ready], key=lambda item: item.serial))
+        else:
+            self.ready.extendleft(reversed(returned))
+
+    def bury(self, item: Item, reason: str, error: str) -> None:
+        envelope = item.envelope
+        letter = DeadLetter(
+            id=envelope.id,
+            key=envelope.key,
+            body=envelope.body,
+            headers=envelope.headers or {},
+            attempts=item.attempts,
+            reason=reason,
+            error=error,
+            published_at=envelope.published_at / 1000,
+            dead_at=time(),
+        )
+        self.dead.append((letter, envelope))
+
+    def wake(self, *, everybody: bool = False) -> None:
+        """Let as many waiting receivers look as there are messages; everybody, when what they wait for may have come nearer."""
+        wanted = len(self.waiting) if everybody else len(self.ready)
+        while self.waiting and wanted:
+            receiver = next(iter(self.waiting))
+            del self.waiting[receiver]
+            wanted -= receiver.wake()
+
+
+class Namespace:
+    """What one namespace holds, for the whole process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.queues: dict[str, Queue] = {}
+        self.unclaimed: deque[tuple[Envelope, float]] = deque()
+        self._routes: dict[str, list[Queue]] = {}
+
+    def route(self, key: str) -> list[Queue]:
+        queues = self._routes.get(key)
+        if queues is None:
+            if len(self._routes) >= _MOST_ROUTES:
+                self._routes.clear()
+            queues = self._routes[key] = [
+                queue for queue in self.queues.values() if any(matches(pattern, key) for pattern in queue.patterns)
+            ]
+        return queues
+
+    def declare(self, group: str, patterns: tuple[str, ...] | None, now: float) -> None:
+        queue = self.queues.get(group)
+        if queue is None:
+            queue = self.queues[group] = Queue(patterns or EVERYTHING)
+        elif patterns is not None:
+            queue.patterns = patterns
+        self._routes.clear()
+        unclaimed, self.unclaimed = self.unclaimed, deque()
+        for envelope, due in unclaimed:
+            if any(matches(pattern, envelope.key) for pattern in queue.patterns):
+                queue.put(envelope, due, now)
+            else:
+                self.unclaimed.append((envelope, due))
+        queue.wake()
+
+    def delete(self, group: str) -> None:
+        queue = self.queues.pop(group, None)
+        self._routes.clear()
+        if queue is not None:
+            for receiver in queue.waiting:
+                receiver.wake()
+
+    def queue(self, group: str, now: float) -> Queue:
+        """Return the group's queue; one that was deleted is made again."""
+        if group not in self.queues:
+            self.declare(group, None, now)
+        return self.queues[group]
+
+
+_namespaces: Final[dict[str, Namespace]] = {}
+_lock: Final = threading.Lock()
+
+
+def namespace(name: str) -> Namespace:
+    """Return the process's namespace of that name."""
+    with _lock:
+        return _namespaces.setdefault(name, Namespace())
+
+
+def forget(name: str) -> None:
+    """Drop a namespace with all that it holds."""
+    with _lock:
+        _namespaces.pop(name, None)

@@ -1,0 +1,576 @@
+"""The engine's parts, on a transport and a receiver that do as they are told."""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Any
+
+import pytest
+
+from abe.backends.message_queue.base import (
+    Batching,
+    Delivery,
+    Envelope,
+    Failures,
+    Metadata,
+    Receipt,
+    Settlement,
+    Verb,
+)
+from abe.backends.message_queue.base.transport import Transport
+from abe.backends.message_queue.engine.inbox import Inbox
+from abe.backends.message_queue.engine.leases import LeaseKeeper
+from abe.backends.message_queue.engine.publisher import Publisher
+from abe.backends.message_queue.engine.settler import Settler
+from abe.backends.message_queue.service.memory import MemoryBackend
+from abe.codec import JSONCodec
+from abe.errors import (
+    AbeError,
+    AlreadySettledError,
+    BackendClosedError,
+    BackendConnectionError,
+    BackpressureError,
+    LeaseLostError,
+    PermissionDeniedError,
+    PublishRejectedError,
+    PublishUnknownError,
+    UnsupportedCapabilityError,
+)
+from abe.testing import ManualClock
+
+
+async def turns(count: int = 20) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def envelope(number: int, size: int = 1) -> Envelope:
+    return Envelope(f"id{number}", "key", b"x" * size, 0)
+
+
+class ScriptedTransport:
+    """Sends as scripted: raises an exception, returns outcomes, or waits for an event; with no script left, accepts."""
+
+    batching = Batching(messages=3, bytes=100, flights=1)
+
+    def __init__(self, *script: Any) -> None:
+        self.script = deque(script)
+        self.sends: list[list[str]] = []
+        self.opening: asyncio.Event | None = None
+
+    @property
+    def ids(self) -> list[str]:
+        """What was sent, whichever batch it was in."""
+        return [id for sent in self.sends for id in sent]
+
+    async def open(self) -> None:
+        if self.opening is not None:
+            await self.opening.wait()
+
+    async def send(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
+        self.sends.append([item.id for item in envelopes])
+        step = self.script.popleft() if self.script else ()
+        if isinstance(step, asyncio.Event):
+            await step.wait()
+            return ()
+        if isinstance(step, BaseException):
+            raise step
+        return step  # type: ignore[no-any-return]
+
+
+def publisher_on(
+    transport: ScriptedTransport, *, timeout: float = 5, count: int = 1000, size: int = 10**6
+) -> Publisher:
+    fake: Any = transport
+    return Publisher(fake, transport.open, timeout=timeout, max_count=count, max_bytes=size)
+
+
+async def published(publisher: Publisher, *numbers: int, size: int = 1) -> Sequence[AbeError | BaseException | None]:
+    async with asyncio.timeout(5):
+        tasks = [publisher.publish(envelope(number, size)) for number in numbers]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class TestPublisher:
+    async def test_a_lone_publish_leaves_at_once_in_its_callers_task(self) -> None:
+        gate = asyncio.Event()
+        transport = ScriptedTransport(gate)
+        task = asyncio.create_task(publisher_on(transport).publish(envelope(1)))
+        before = asyncio.all_tasks()
+        await asyncio.sleep(0)
+        assert transport.sends == [["id1"]]
+        assert asyncio.all_tasks() == before, "a lone publish makes no task"
+        gate.set()
+        assert await task is None
+
+    async def test_what_is_published_while_a_batch_is_under_way_leaves_together(self) -> None:
+        gate = asyncio.Event()
+        transport = ScriptedTransport(gate)
+        publisher = publisher_on(transport)
+        running = asyncio.create_task(published(publisher, 1, 2, 3))
+        await turns()
+        assert transport.sends == [["id1"]]
+        gate.set()
+        assert await running == [None, None, None]
+        assert transport.sends == [["id1"], ["id2", "id3"]]
+
+    async def test_a_batch_holds_no_more_messages_than_the_transport_takes(self) -> None:
+        transport = ScriptedTransport()
+        assert await publisher_on(transport).publish_many([envelope(number) for number in range(8)]) == [None] * 8
+        assert [len(sent) for sent in transport.sends] == [3, 3, 2]
+
+    async def test_a_batch_ends_where_its_bytes_are_reached(self) -> None:
+        transport = ScriptedTransport()
+        await publisher_on(transport).publish_many([envelope(number, 60) for number in range(4)])
+        assert [len(sent) for sent in transport.sends] == [2, 2]
+
+    @pytest.mark.parametrize("bound", [{"count": 2}, {"size": 20}])
+    async def test_publish_waits_while_too_much_is_on_its_way(self, bound: dict[str, int]) -> None:
+        gate = asyncio.Event()
+        transport = ScriptedTransport(gate)
+        publisher = publisher_on(transport, **bound)
+        running = asyncio.create_task(published(publisher, 1, 2, 3, 4, size=10))
+        await turns()
+        assert transport.sends == [["id1"]]
+        gate.set()
+        assert await running == [None] * 4
+        assert sorted(transport.ids) == ["id1", "id2", "id3", "id4"]
+        assert max(map(len, transport.sends)) <= 2
+
+    async def test_one_that_waits_for_room_and_is_cancelled_hands_its_place_on(self) -> None:
+        gate = asyncio.Event()
+        publisher = publisher_on(ScriptedTransport(gate), count=1)
+        first, second, third = (asyncio.create_task(publisher.publish(envelope(number))) for number in (1, 2, 3))
+        await turns()
+        # The first returns in the next turn, and wakes the second, which is cancelled before it can run.
+        gate.set()
+        asyncio.get_running_loop().call_soon(second.cancel)
+        await first
+        async with asyncio.timeout(5):
+            assert await third is None
+            with pytest.raises(asyncio.CancelledError):
+                await second
+
+    async def test_a_cancelled_publisher_leaves_and_its_batch_goes_on(self) -> None:
+        gate = asyncio.Event()
+        transport = ScriptedTransport(gate)
+        publisher = publisher_on(transport)
+        tasks = [asyncio.create_task(publisher.publish(envelope(number))) for number in range(4)]
+        await turns()
+        tasks[2].cancel()
+        gate.set()
+        async with asyncio.timeout(5):
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [type(None), type(None), asyncio.CancelledError, type(None)]
+        assert transport.ids == ["id0", "id1", "id2", "id3"]
+        assert await published(publisher, 9) == [None], "and it still works"
+
+    async def test_a_lost_connection_is_tried_again_with_the_same_ids(self) -> None:
+        transport = ScriptedTransport(BackendConnectionError("gone"), PublishUnknownError("gone"))
+        publisher = publisher_on(transport)
+        async with asyncio.timeout(5):
+            assert await publisher.publish_many([envelope(1), envelope(2)]) == [None, None]
+        assert transport.sends == [["id1", "id2"]] * 3
+
+    async def test_only_those_without_an_outcome_are_tried_again(self) -> None:
+        full = BackpressureError("full")
+        transport = ScriptedTransport([None, BackendConnectionError("gone"), full])
+        async with asyncio.timeout(5):
+            outcomes = await publisher_on(transport).publish_many([envelope(1), envelope(2), envelope(3)])
+        assert outcomes == [None, None, full]
+        assert transport.sends == [["id1", "id2", "id3"], ["id2"]]
+
+    async def test_one_that_was_never_sent_within_the_time_is_rejected(self) -> None:
+        transport = ScriptedTransport()
+        transport.opening = asyncio.Event()
+        (outcome,) = await published(publisher_on(transport, timeout=0.02), 1)
+        assert isinstance(outcome, PublishRejectedError)
+        assert not outcome.maybe_accepted
+        assert transport.sends == []
+
+    async def test_one_whose_broker_was_never_reached_is_rejected_and_the_cause_is_kept(self) -> None:
+        cause = BackendConnectionError("refused")
+        (outcome,) = await published(publisher_on(ScriptedTransport(*[cause] * 100), timeout=0.1), 1)
+        assert isinstance(outcome, PublishRejectedError)
+        assert outcome.__cause__ is cause
+        assert "refused" in str(outcome)
+
+    async def test_one_that_was_sent_and_not_answered_within_the_time_is_unknown(self) -> None:
+        (outcome,) = await published(publisher_on(ScriptedTransport(asyncio.Event()), timeout=0.02), 1)
+        assert isinstance(outcome, PublishUnknownError)
+        assert outcome.maybe_accepted
+
+    async def test_once_unknown_it_stays_so_even_if_the_broker_cannot_be_reached_later(self) -> None:
+        script = [PublishUnknownError("cut"), *[BackendConnectionError("refused")] * 100]
+        (outcome,) = await published(publisher_on(ScriptedTransport(*script), timeout=0.1), 1)
+        assert isinstance(outcome, PublishUnknownError)
+
+    async def test_a_permanent_error_is_everybodys_at_once(self) -> None:
+        error = PermissionDeniedError("no")
+        outcomes = await publisher_on(ScriptedTransport(error)).publish_many([envelope(1), envelope(2)])
+        assert outcomes == [error, error]
+
+    async def test_closing_waits_for_what_is_on_its_way_and_refuses_the_rest(self) -> None:
+        gate = asyncio.Event()
+        publisher = publisher_on(ScriptedTransport(gate))
+        running = asyncio.create_task(published(publisher, 1, 2))
+        await turns()
+        closing = asyncio.create_task(publisher.close(5))
+        await turns()
+        with pytest.raises(BackendClosedError):
+            await publisher.publish(envelope(3))
+        gate.set()
+        async with asyncio.timeout(5):
+            await closing
+            first, second = await running
+        assert first is None
+        assert second is None or isinstance(second, BackendClosedError)
+
+    async def test_closing_is_bounded_and_everybody_gets_an_outcome(self) -> None:
+        publisher = publisher_on(ScriptedTransport(asyncio.Event()), timeout=60)
+        many = asyncio.create_task(publisher.publish_many([envelope(number) for number in range(7)]))
+        await turns()
+        async with asyncio.timeout(5):
+            await publisher.close(0.02)
+            outcomes = await many
+        assert all(isinstance(outcome, PublishUnknownError) for outcome in outcomes[:3]), "they were on their way"
+        assert all(isinstance(outcome, BackendClosedError) for outcome in outcomes[3:]), "they were not"
+
+
+class ScriptedReceiver:
+    """A broker's side of a group that holds what it was given, and notes what it is asked."""
+
+    def __init__(self, *deliveries: Delivery) -> None:
+        self.waiting = deque(deliveries)
+        self.limits: list[int] = []
+        self.acks: list[tuple[list[Receipt], bool]] = []
+        self.settled: list[Settlement] = []
+        self.renewed: list[list[Receipt]] = []
+        self.failures: deque[AbeError] = deque()
+        self.lost: set[Receipt] = set()
+        self.errors: deque[AbeError] = deque()
+        self.more = asyncio.Event()
+        self.stopped = False
+
+    async def receive(self, limit: int) -> Sequence[Delivery]:
+        self.limits.append(limit)
+        while not self.stopped:
+            if self.errors:
+                raise self.errors.popleft()
+            if self.waiting:
+                return [self.waiting.popleft() for _ in range(min(limit, len(self.waiting)))]
+            self.more.clear()
+            await self.more.wait()
+        return ()
+
+    def metadata(self, delivery: Delivery) -> Metadata:
+        return Metadata(str(delivery.receipt))
+
+    async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
+        self._fail()
+        self.acks.append((list(receipts), verify))
+        return {receipt: LeaseLostError("lost") for receipt in receipts if receipt in self.lost}
+
+    async def settle(self, settlements: Sequence[Settlement]) -> Failures:
+        self._fail()
+        self.settled.extend(settlements)
+        return {item.receipt: LeaseLostError("lost") for item in settlements if item.receipt in self.lost}
+
+    async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+        self._fail()
+        self.renewed.append(list(receipts))
+        return [receipt for receipt in receipts if receipt in self.lost]
+
+    async def recover(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+        return [receipt for receipt in receipts if receipt in self.lost]
+
+    async def stop(self) -> None:
+        self.stopped = True
+        self.more.set()
+
+    async def close(self) -> None:
+        """Nothing is left to give back."""
+
+    def _fail(self) -> None:
+        if self.failures:
+            raise self.failures.popleft()
+
+
+def delivery(number: int, attempt: int = 1, body: bytes = b"{}", fault: str | None = None) -> Delivery:
+    return Delivery(number, body, None, attempt, fault)
+
+
+def settler_on(
+    receiver: ScriptedReceiver, clock: ManualClock, *, sure: bool = True, sent: Callable[[], None] = lambda: None
+) -> Settler:
+    return Settler(receiver, lambda: sure, sent, 30.0, clock)
+
+
+class TestSettler:
+    async def test_the_acknowledgements_of_one_turn_leave_together(self, manual_clock: ManualClock) -> None:
+        receiver, sent = ScriptedReceiver(), list[int]()
+        settler = settler_on(receiver, manual_clock, sent=lambda: sent.append(1))
+        for number in range(5):
+            settler.ack(delivery(number))
+        assert receiver.acks == []
+        await settler.drain()
+        assert receiver.acks == [([0, 1, 2, 3, 4], False)]
+        assert sent
+
+    async def test_when_the_leases_are_not_certain_they_are_verified(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver()
+        settler = settler_on(receiver, manual_clock, sure=False)
+        settler.ack(delivery(1))
+        await settler.drain()
+        assert receiver.acks == [([1], True)]
+
+    async def test_a_verdict_that_somebody_waits_for_tells_what_went_wrong_with_it(
+        self, manual_clock: ManualClock
+    ) -> None:
+        receiver = ScriptedReceiver()
+        receiver.lost = {2}
+        settler = settler_on(receiver, manual_clock)
+        dead = [delivery(number) for number in (1, 2)]
+        waiters = [settler.submit(item, Settlement(item.receipt, Verb.DEAD)) for item in dead]
+        acknowledged = settler.submit(delivery(3), None)
+        async with asyncio.timeout(5):
+            fine, lost, acked = await asyncio.gather(*waiters, acknowledged)
+        assert fine is None
+        assert acked is None
+        assert isinstance(lost, LeaseLostError)
+        assert [item.lost for item in dead] == [False, True]
+        assert receiver.acks == [([3], True)]
+
+    async def test_a_broken_connection_is_tried_again(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver()
+        receiver.failures.extend([BackendConnectionError("gone")] * 3)
+        waiter = settler_on(receiver, manual_clock).submit(delivery(1), None)
+        await manual_clock.advance(5)
+        assert waiter.done()
+        assert waiter.result() is None
+
+    async def test_it_is_tried_until_the_lease_must_have_run_out_and_no_longer(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver()
+        receiver.failures.extend([BackendConnectionError("gone")] * 1000)
+        waiter = settler_on(receiver, manual_clock).submit(delivery(1), None)
+        await manual_clock.advance(25)
+        assert not waiter.done()
+        await manual_clock.advance(6)
+        assert isinstance(waiter.result(), BackendConnectionError)
+
+    async def test_a_permanent_error_is_not_tried_again(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver()
+        receiver.failures.append(PermissionDeniedError("no"))
+        async with asyncio.timeout(5):
+            outcome = await settler_on(receiver, manual_clock).submit(delivery(1), None)
+        assert isinstance(outcome, PermissionDeniedError)
+
+    async def test_a_failed_acknowledgement_that_nobody_waits_for_is_logged(
+        self, manual_clock: ManualClock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        receiver = ScriptedReceiver()
+        receiver.lost = {1}
+        settler, lost = settler_on(receiver, manual_clock), delivery(1)
+        settler.ack(lost)
+        settler.ack(delivery(2))
+        await settler.drain()
+        assert lost.lost
+        assert "1 of 2 acknowledgements were not carried out" in caplog.text
+
+
+class TestLeaseKeeper:
+    async def test_leases_are_renewed_every_third(self, manual_clock: ManualClock) -> None:
+        receiver, live = ScriptedReceiver(), {1: delivery(1), 2: delivery(2)}
+        task = asyncio.create_task(LeaseKeeper(receiver, live, lambda _: None, 30, manual_clock).run())  # type: ignore[arg-type]
+        await manual_clock.advance(9.9)
+        assert receiver.renewed == []
+        await manual_clock.advance(30)
+        assert receiver.renewed == [[1, 2]] * 3
+        task.cancel()
+
+    async def test_it_is_sure_for_half_a_lease_after_the_last_renewal(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver()
+        keeper = LeaseKeeper(receiver, {1: delivery(1)}, lambda _: None, 30, manual_clock)
+        task = asyncio.create_task(keeper.run())
+        await manual_clock.advance(100)
+        assert keeper.sure()
+        receiver.failures.extend([BackendConnectionError("gone")] * 100)
+        await manual_clock.advance(16)
+        assert not keeper.sure()
+        receiver.failures.clear()
+        await manual_clock.advance(5)
+        assert keeper.sure()
+        task.cancel()
+
+    async def test_what_is_not_ours_any_more_is_told(self, manual_clock: ManualClock) -> None:
+        receiver, lost = ScriptedReceiver(), list[Receipt]()
+        receiver.lost = {2}
+        live: dict[Receipt, Delivery] = {1: delivery(1), 2: delivery(2)}
+        task = asyncio.create_task(LeaseKeeper(receiver, live, lost.extend, 30, manual_clock).run())
+        await manual_clock.advance(10)
+        assert lost == [2]
+        task.cancel()
+
+    async def test_where_the_connection_is_the_lease_it_is_always_sure(self, manual_clock: ManualClock) -> None:
+        keeper = LeaseKeeper(ScriptedReceiver(), {}, lambda _: None, None, manual_clock)
+        await keeper.run()
+        await manual_clock.advance(10**6)
+        assert keeper.sure()
+
+
+def inbox_on(
+    receiver: ScriptedReceiver, clock: ManualClock, *, prefetch: int = 8, max_delay: float | None = 60
+) -> Inbox:
+    return Inbox(
+        receiver,
+        group="g",
+        prefetch=prefetch,
+        max_attempts=3,
+        max_delay=max_delay,
+        lease=30,
+        codec=JSONCodec(),
+        clock=clock,
+        close_timeout=1,
+        left=lambda _: None,
+    )
+
+
+async def within(awaitable: Awaitable[Any]) -> Any:
+    async with asyncio.timeout(5):
+        return await awaitable
+
+
+class TestInbox:
+    async def test_it_holds_no_more_than_the_prefetch(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver(*map(delivery, range(100)))
+        inbox = inbox_on(receiver, manual_clock)
+        await turns()
+        assert len(receiver.waiting) == 92
+        assert max(receiver.limits) <= 4, "half of the bound at a time"
+        message = await within(inbox.receive())
+        await turns()
+        assert len(receiver.waiting) == 92, "what is handled counts too"
+        await within(message.ack())
+        for _ in range(3):
+            await within((await within(inbox.receive())).ack())
+        await turns()
+        assert len(receiver.waiting) < 92
+        await inbox.close()
+
+    async def test_it_makes_no_task_for_a_message(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver(*map(delivery, range(50)))
+        inbox = inbox_on(receiver, manual_clock, prefetch=100)
+        await turns()
+        before = asyncio.all_tasks()
+        for _ in range(50):
+            await within(inbox.receive())
+        assert asyncio.all_tasks() == before
+        await inbox.close()
+
+    async def test_the_first_settlement_wins(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver(delivery(1))
+        inbox = inbox_on(receiver, manual_clock)
+        message = await within(inbox.receive())
+        await within(message.reject("because"))
+        await within(message.reject("again"))
+        with pytest.raises(AlreadySettledError):
+            await message.ack()
+        assert receiver.settled == [Settlement(1, Verb.DEAD, reason="because")]
+        await inbox.close()
+
+    async def test_a_delay_longer_than_the_broker_can_hold_is_refused_and_settles_nothing(
+        self, manual_clock: ManualClock
+    ) -> None:
+        inbox = inbox_on(ScriptedReceiver(delivery(1)), manual_clock)
+        message = await within(inbox.receive())
+        with pytest.raises(UnsupportedCapabilityError, match="61"):
+            await message.nack(61)
+        await within(message.nack(60))
+        await inbox.close()
+
+    async def test_a_nack_at_the_last_attempt_is_a_dead_letter(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver(delivery(1, attempt=2), delivery(2, attempt=3))
+        inbox = inbox_on(receiver, manual_clock)
+        for _ in range(2):
+            await within((await within(inbox.receive())).nack(0, reason="no"))
+        assert [item.verb for item in receiver.settled] == [Verb.RETRY, Verb.DEAD]
+        await inbox.close()
+
+    async def test_what_cannot_be_read_or_killed_its_consumers_is_buried_and_never_handed_out(
+        self, manual_clock: ManualClock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        bad = [delivery(1, body=b"\x09"), delivery(2, fault="unknown version 9"), delivery(3, attempt=4)]
+        receiver = ScriptedReceiver(*bad, delivery(4))
+        inbox = inbox_on(receiver, manual_clock)
+        assert (await within(inbox.receive())).id == "4"
+        await turns()
+        assert [(item.receipt, item.verb, item.reason) for item in receiver.settled] == [
+            (1, Verb.DEAD, "undecodable"),
+            (2, Verb.DEAD, "undecodable"),
+            (3, Verb.DEAD, "max_attempts"),
+        ]
+        await inbox.close()
+
+    async def test_a_lost_connection_is_recovered_and_what_was_lost_is_known(
+        self, manual_clock: ManualClock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        receiver = ScriptedReceiver(delivery(1), delivery(2))
+        inbox = inbox_on(receiver, manual_clock)
+        first, second = await within(inbox.receive()), await within(inbox.receive())
+        receiver.lost = {1}
+        receiver.errors.append(BackendConnectionError("gone"))
+        receiver.more.set()
+        await turns()
+        receiver.waiting.append(delivery(3))
+        await manual_clock.advance(5)
+        assert (await within(inbox.receive())).id == "3"
+        assert (first.lease_lost, second.lease_lost) == (True, False)
+        with pytest.raises(LeaseLostError):
+            await first.ack()
+        await within(second.ack())
+        await inbox.close()
+
+    async def test_a_permanent_error_reaches_everybody_who_waits(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver()
+        inbox = inbox_on(receiver, manual_clock)
+        waiting = [asyncio.create_task(inbox.receive()) for _ in range(3)]
+        await turns()
+        receiver.errors.append(PermissionDeniedError("no"))
+        receiver.more.set()
+        results = await within(asyncio.gather(*waiting, return_exceptions=True))
+        assert all(isinstance(result, PermissionDeniedError) for result in results)
+        await inbox.close()
+
+    async def test_closing_gives_back_what_is_not_settled_and_ends_every_wait(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver(*map(delivery, range(3)))
+        inbox = inbox_on(receiver, manual_clock)
+        message = await within(inbox.receive())
+        await within(inbox.close())
+        assert sorted((item.receipt, item.verb) for item in receiver.settled) == [
+            (number, Verb.RELEASE) for number in range(3)
+        ]
+        with pytest.raises(LeaseLostError):
+            await message.ack()
+        with pytest.raises(BackendClosedError):
+            await inbox.receive()
+
+    async def test_a_cancelled_wait_hands_its_message_to_another(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver()
+        inbox = inbox_on(receiver, manual_clock)
+        first, second = asyncio.create_task(inbox.receive()), asyncio.create_task(inbox.receive())
+        await turns()
+        receiver.waiting.append(delivery(1))
+        receiver.more.set()
+        # The first is woken in the turn in which it is cancelled.
+        while not inbox._buffer:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        first.cancel()
+        assert (await within(second)).id == "1"
+        await inbox.close()
+
+
+def test_the_memory_transport_is_a_transport() -> None:
+    async def make() -> Transport:
+        return MemoryBackend().make_transport()
+
+    assert asyncio.run(make()).batching.messages > 1
