@@ -145,7 +145,12 @@ async def _client(url: str) -> Any:
     # One connection: the oracle's questions come one after the other, and `connections` leaves out exactly this one.
     config = AioConfig(max_pool_connections=1, retries={"total_max_attempts": 3})
     context = get_session().create_client(
-        "sqs", region_name=_REGION, endpoint_url=url, aws_access_key_id="test", aws_secret_access_key="test", config=config
+        "sqs",
+        region_name=_REGION,
+        endpoint_url=url,
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+        config=config,
     )
     return await context.__aenter__()
 

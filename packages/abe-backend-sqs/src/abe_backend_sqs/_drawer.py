@@ -81,7 +81,9 @@ class Drawer:
         client = await self._transport.clients.calls()
         for start in range(0, len(messages), BATCH):
             some = messages[start : start + BATCH]
-            entries = [{"Id": str(index), "ReceiptHandle": message["ReceiptHandle"]} for index, message in enumerate(some)]
+            entries = [
+                {"Id": str(index), "ReceiptHandle": message["ReceiptHandle"]} for index, message in enumerate(some)
+            ]
             with translated(self._transport.settings.address):
                 await client.delete_message_batch(QueueUrl=self._url, Entries=entries)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
             for message in some:

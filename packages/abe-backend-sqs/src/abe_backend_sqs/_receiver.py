@@ -149,8 +149,16 @@ class SqsReceiver:
         hiding = {receipt: min(self._visibility, self._hideable(self._held[receipt])) for receipt in ours}
         ended = [receipt for receipt, left in hiding.items() if left <= 0]
         if ended:
-            _log.warning("%d messages of group %r were held for 12 hours, which is as long as SQS allows", len(ended), self._group)
-        lost = {*failures, *ended, *await self._prolong({each: left for each, left in hiding.items() if left > 0}, started)}
+            _log.warning(
+                "%d messages of group %r were held for 12 hours, which is as long as SQS allows",
+                len(ended),
+                self._group,
+            )
+        lost = {
+            *failures,
+            *ended,
+            *await self._prolong({each: left for each, left in hiding.items() if left > 0}, started),
+        }
         for receipt in lost:
             self._forget(receipt)
         return lost.intersection(receipts)
@@ -269,7 +277,9 @@ class SqsReceiver:
         await _all(self._hide(hidden), self._move(moved))
 
     async def _give_back(self, receipts: Collection[Receipt]) -> None:
-        ours, _ = self._ours([receipt for receipt in receipts if receipt in self._held and receipt not in self._leaving])
+        ours, _ = self._ours(
+            [receipt for receipt in receipts if receipt in self._held and receipt not in self._leaving]
+        )
         self._leaving.update(ours)
         try:
             await self._move({each: self._copy(self._held[each], Settlement(each, Verb.RELEASE)) for each in ours})
@@ -283,7 +293,11 @@ class SqsReceiver:
         """
         if verdict.verb is Verb.DEAD:
             entry = _wire.bury(
-                held.message, attempts=held.attempt, reason=verdict.reason, error=verdict.error, at=int(time.time() * 1000)
+                held.message,
+                attempts=held.attempt,
+                reason=verdict.reason,
+                error=verdict.error,
+                at=int(time.time() * 1000),
             )
             return self._transport.queues.names.dead(self._group), entry
         if verdict.verb is Verb.RELEASE:
@@ -350,14 +364,18 @@ class SqsReceiver:
         return await self._in_batches(list(hiding), entry, client.change_message_visibility_batch)
 
     async def _in_batches(
-        self, receipts: Sequence[Receipt], entry: Callable[[Receipt], dict[str, Any]], call: Callable[..., Awaitable[Any]]
+        self,
+        receipts: Sequence[Receipt],
+        entry: Callable[[Receipt], dict[str, Any]],
+        call: Callable[..., Awaitable[Any]],
     ) -> dict[Receipt, AbeError]:
         failures: dict[Receipt, AbeError] = {}
 
         async def batch(some: Sequence[Receipt]) -> None:
             try:
                 reply = await call(
-                    QueueUrl=self._url, Entries=[{"Id": str(index), **entry(receipt)} for index, receipt in enumerate(some)]
+                    QueueUrl=self._url,
+                    Entries=[{"Id": str(index), **entry(receipt)} for index, receipt in enumerate(some)],
                 )
             except CLIENT_ERRORS as exc:
                 error = translate(exc, self._settings.address)

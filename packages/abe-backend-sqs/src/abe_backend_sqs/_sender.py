@@ -114,12 +114,19 @@ class Sender:
         return {name: most - waiting - delayed for name, (waiting, _, delayed) in zip(names, counts, strict=True)}
 
     async def _post_all(
-        self, envelopes: Sequence[Envelope], queues: Mapping[str, Sequence[tuple[int, Entry]]], outcomes: list[AbeError | None]
+        self,
+        envelopes: Sequence[Envelope],
+        queues: Mapping[str, Sequence[tuple[int, Entry]]],
+        outcomes: list[AbeError | None],
     ) -> None:
         """Post to every queue; a message that only some of them took is remembered, so that its next try leaves those out."""
 
         async def post(name: str, some: Sequence[tuple[int, Entry]]) -> None:
-            left = [(position, entry) for position, entry in some if name not in self._partial.get(envelopes[position].id, ())]
+            left = [
+                (position, entry)
+                for position, entry in some
+                if name not in self._partial.get(envelopes[position].id, ())
+            ]
             results = await self.post(name, [entry for _, entry in left]) if left else ()
             for (position, _), result in zip(left, results, strict=True):
                 if result is None:

@@ -55,7 +55,10 @@ def _pinned(text: str) -> Pinned:
     if not isinstance(groups, dict) or not groups:
         raise ValueError(_GROUPS)
     return _check_pinned(
-        tuple((group, tuple(keys) if isinstance(keys, list) else keys) for group, keys in cast("dict[str, Any]", groups).items())
+        tuple(
+            (group, tuple(keys) if isinstance(keys, list) else keys)
+            for group, keys in cast("dict[str, Any]", groups).items()
+        )
     )
 
 

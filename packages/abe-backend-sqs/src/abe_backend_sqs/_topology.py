@@ -10,7 +10,7 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from abe.backends.message_queue.base.names import EVERYTHING, matches
@@ -111,7 +111,9 @@ class Registry(NamedTuple):
         if found is None:
             if len(self.routes) >= _MOST_ROUTES:
                 self.routes.clear()
-            found = tuple(group for group, patterns in self.groups.items() if any(matches(each, key) for each in patterns))
+            found = tuple(
+                group for group, patterns in self.groups.items() if any(matches(each, key) for each in patterns)
+            )
             self.routes[key] = found
         return found
 
@@ -174,7 +176,9 @@ class Queues:
             return await self.url(name)
         except QueueMissingError as exc:
             if not self._settings.ensure:
-                raise ConfigurationError(f"there is no queue {name!r} in SQS, and SQS_ENSURE is false: have it made") from exc
+                raise ConfigurationError(
+                    f"there is no queue {name!r} in SQS, and SQS_ENSURE is false: have it made"
+                ) from exc
         attributes = {"VisibilityTimeout": str(self._settings.visibility), "MessageRetentionPeriod": str(_RETENTION)}
         if dead is not None:
             policy = {"deadLetterTargetArn": await self._arn(await self.ensure(dead)), "maxReceiveCount": _BACKSTOP}
@@ -197,7 +201,9 @@ class Queues:
         known = registry.groups.get(group)
         wanted = patterns or known or EVERYTHING
         if known != wanted and self._settings.pinned is not None:
-            raise ConfigurationError(f"SQS_GROUPS has no group {group!r} with the key patterns {list(wanted)}: all groups must be in it")
+            raise ConfigurationError(
+                f"SQS_GROUPS has no group {group!r} with the key patterns {list(wanted)}: all groups must be in it"
+            )
         url = await self.ensure(self.names.queue(group), dead=self.names.dead(group))
         if known == wanted:
             return self._ignorance(registry.since.get(group, 0.0))
@@ -216,7 +222,9 @@ class Queues:
     async def delete(self, group: str) -> None:
         """Delete the group's queues, first the one by which it exists."""
         if self._settings.pinned is not None or not self._settings.ensure:
-            raise ConfigurationError(f"group {group!r} is not ours to delete: its queues are made by somebody else (SQS_ENSURE, SQS_GROUPS)")
+            raise ConfigurationError(
+                f"group {group!r} is not ours to delete: its queues are made by somebody else (SQS_ENSURE, SQS_GROUPS)"
+            )
         for name in (self.names.queue(group), self.names.dead(group)):
             try:
                 client, url = await self._clients.calls(), await self.url(name)

@@ -169,7 +169,10 @@ class SqsTransport:
                 oldest_first = sorted(registry.groups, key=lambda group: registry.since.get(group, 0.0))
                 await self._move_held({group: registry.groups[group] for group in oldest_first}, thorough=False)
         except AbeError as exc:
-            _log.debug("whether a group wants the held messages could not be found out; the next one to be declared will: %s", exc)
+            _log.debug(
+                "whether a group wants the held messages could not be found out; the next one to be declared will: %s",
+                exc,
+            )
 
     async def _move_held(self, groups: Mapping[str, tuple[str, ...]], *, thorough: bool) -> None:
         """Move each held message to the first of the groups that wants it."""
@@ -178,10 +181,12 @@ class SqsTransport:
             async for batch in held.take():
                 for group, patterns in groups.items():
                     wanted = [message for message in batch if _wants(patterns, message)]
-                    results = await self.sender.post(self.queues.names.queue(group), [_unhold(message) for message in wanted])
+                    results = await self.sender.post(
+                        self.queues.names.queue(group), [_unhold(message) for message in wanted]
+                    )
                     moved = [message for message, result in zip(wanted, results, strict=True) if result is None]
                     await held.delete(moved)
-                    batch = [message for message in batch if message not in moved]  # noqa: PLW2901
+                    batch = [message for message in batch if message not in moved]
 
     async def _close_later(self) -> None:
         try:
@@ -203,7 +208,11 @@ def _wants(patterns: Sequence[str], message: Message) -> bool:
 def _unhold(message: Message) -> _wire.Entry:
     due = _wire.parse(message).due
     left = due / 1000 - time.time()
-    return delayed(_wire.repack(message, attempts=0, due=due if left > 900 else 0), max(0.0, left)) if due else _wire.repack(message, attempts=0)
+    return (
+        delayed(_wire.repack(message, attempts=0, due=due if left > 900 else 0), max(0.0, left))
+        if due
+        else _wire.repack(message, attempts=0)
+    )
 
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Final, NamedTuple, TypeAlias
 import msgspec
 
 from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Metadata
-from abe.errors import DecodeError
 
 VERSION: Final = 1
 LIMIT: Final = 1_048_576
@@ -81,7 +80,10 @@ def pack(envelope: Envelope, *, attempts: int = 0, due: int = 0) -> Entry:
     """Return the entry of an envelope, without a delay."""
     text, encoded = _as_text(envelope.body)
     return _entry(
-        text, _Meta(VERSION, envelope.id, envelope.key, envelope.published_at, _dict(envelope.headers), attempts, due, encoded)
+        text,
+        _Meta(
+            VERSION, envelope.id, envelope.key, envelope.published_at, _dict(envelope.headers), attempts, due, encoded
+        ),
     )
 
 
@@ -97,13 +99,18 @@ def repack(message: Message, *, attempts: int, due: int = 0) -> Entry:
         return _sized(message.get("Body", ""), {**kept, **others})
     meta = parsed.metadata
     text, encoded = _as_text(parsed.body)
-    entry = _entry(text, _Meta(VERSION, meta.id, meta.key, meta.published_at, _dict(meta.headers), attempts, due, encoded))
+    entry = _entry(
+        text, _Meta(VERSION, meta.id, meta.key, meta.published_at, _dict(meta.headers), attempts, due, encoded)
+    )
     return _sized(entry.body, {**entry.attributes, **others}) if others else entry
 
 
 def bury(message: Message, *, attempts: int, reason: str, error: str, at: int) -> Entry:
     """Return the dead letter of a received message. The texts are cut where they would not fit."""
-    body, attributes = message.get("Body", ""), {name: value for name, value in _attributes(message).items() if name != _DEAD}
+    body, attributes = (
+        message.get("Body", ""),
+        {name: value for name, value in _attributes(message).items() if name != _DEAD},
+    )
     room = LIMIT - _sized(body, attributes).size - len(_DEAD) - len("String") - 64
     for share in (room // 2, room // 12):  # a character may take six bytes in JSON
         death = _Death(attempts, _cut(reason, share // 4), _cut(error, share), at)
@@ -184,7 +191,16 @@ def batches(entries: Sequence[Entry]) -> Iterator[Sequence[int]]:
 
 
 def _entry(text: str, meta: _Meta) -> Entry:
-    fields: list[object] = [meta.version, meta.id, meta.key, meta.published_at, meta.headers, meta.attempts, meta.due, meta.encoded]
+    fields: list[object] = [
+        meta.version,
+        meta.id,
+        meta.key,
+        meta.published_at,
+        meta.headers,
+        meta.attempts,
+        meta.due,
+        meta.encoded,
+    ]
     while not fields[-1]:
         fields.pop()
         if len(fields) == 4:
