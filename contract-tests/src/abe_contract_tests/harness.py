@@ -73,7 +73,7 @@ class Harness(ABC):
     """Whether the broker lives in another process: worker processes share it, and it can be unreachable."""
 
     capacity: ClassVar[int] = 200_000
-    """The most messages that a test may put into the broker at once. Emulators that look at every message whenever they are asked say fewer."""
+    """The most messages that a test may put into the broker at once. Emulators that go through all of them for every request say fewer."""
 
     pace: ClassVar[float] = 1.0
     """How many times as long a whole test may take as on a broker of the usual speed. What the contract bounds stays as it is."""

@@ -17,6 +17,14 @@ from abe_contract_tests.services._choice import choose
 IMAGE_VARIABLE: Final = "ABE_TEST_SQS_IMAGE"
 _IMAGE: Final = "motoserver/moto:5.2.5"
 _PROBE_TIMEOUT: Final = 5.0
+_MOTO: Final = """
+import sys
+from moto.server import main
+from werkzeug.serving import WSGIRequestHandler
+# moto and the server under it both send the header Server, which aiohttp refuses in Python's development mode.
+WSGIRequestHandler.send_response = lambda self, code, message=None: self.send_response_only(code, message)
+main(sys.argv[1:])
+"""
 
 
 class Moto(Broker):
@@ -50,7 +58,7 @@ class Moto(Broker):
 
     def command(self, port: int, directory: Path) -> Sequence[str]:
         """Return the server's command line."""
-        return [_interpreter("moto.server", "moto[server]"), "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        return [_interpreter("moto.server", "moto[server]"), "-c", _MOTO, "-H", "127.0.0.1", "-p", str(port)]
 
     def container_command(self) -> Sequence[str]:
         """Return the arguments of the image's own command."""
@@ -100,7 +108,8 @@ class MiniStack(Broker):
 def sqs_service(kind: Literal["moto", "ministack"], *, environ: Mapping[str, str] | None = None) -> Service:
     """Return an SQS, not started yet: at an address, in a container (moto), or as a private process.
 
-    ``ABE_TEST_SQS_URL`` is the address of a moto, ``ABE_TEST_MINISTACK_URL`` that of a ministack, ``ABE_TEST_SQS_IMAGE`` names moto's image.
+    ``ABE_TEST_SQS_URL`` is the address of a moto, ``ABE_TEST_MINISTACK_URL`` that of a ministack, ``ABE_TEST_SQS_IMAGE``
+    names moto's image.
 
     Args:
         kind: Which server.

@@ -75,6 +75,8 @@ class Drawer:
             if not batch:
                 return
             yield batch
+            if len(self._seen) >= expected and not self._thorough:
+                return  # what came since is for the next time
 
     async def delete(self, messages: Sequence[Message]) -> None:
         """Remove some of what was taken for good."""

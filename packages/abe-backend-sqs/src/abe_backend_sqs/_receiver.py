@@ -64,8 +64,8 @@ class _Arrival(NamedTuple):
 class SqsReceiver:
     """Polls a group's queue in the background, as many times at once as messages flow, and never for more than it was asked for.
 
-    A poll is never cancelled: what SQS had put into its answer would be lost until its lease runs out, and an attempt with it. A poll that ends
-    after the receiver was stopped gives back what it brings.
+    A poll is never cancelled: what SQS had put into its answer would be lost until its lease runs out, and an attempt with
+    it. A poll that ends after the receiver was stopped gives back what it brings.
 
     Args:
         transport: Asks SQS.

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Self, cast
+from typing import Any, Final, Self, TypeAlias, cast
 from urllib.parse import urlsplit
 
 from abe.backends.message_queue.base.names import check_patterns
@@ -21,7 +21,7 @@ _ALIASES: Final = {"AWS_REGION": "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_SQS": "
 _GROUPS: Final = 'a JSON object from group to key patterns, such as {"billing": ["order.#"]}'
 _LONGEST_POLL: Final = 20
 
-Pinned = tuple[tuple[str, tuple[str, ...]], ...]
+Pinned: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 def _endpoint(value: Any) -> str:
@@ -121,8 +121,8 @@ class SqsSettings(QueueSettings):
         seconds,
         default=5.0,
         check=positive,
-        help="How long a publisher relies on the list of groups it has read, in seconds. Whoever makes a new group, or changes its patterns, "
-        "waits that long until every publisher knows.",
+        help="How long a publisher relies on the list of groups it has read, in seconds. Whoever makes a new group, or "
+        "changes its patterns, waits that long until every publisher knows.",
     )
     pinned: Pinned | None = setting(
         "SQS_GROUPS",
@@ -151,8 +151,8 @@ class SqsSettings(QueueSettings):
             raise ConfigurationError("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are set together, or not at all")
         if self.pinned is None and self.registry_ttl >= self.publish_timeout:
             raise ConfigurationError(
-                f"SQS_REGISTRY_TTL_SECONDS ({self.registry_ttl:g}) must be less than QUEUE_PUBLISH_TIMEOUT_SECONDS ({self.publish_timeout:g}): "
-                f"declaring a new group takes that long"
+                f"SQS_REGISTRY_TTL_SECONDS ({self.registry_ttl:g}) must be less than "
+                f"QUEUE_PUBLISH_TIMEOUT_SECONDS ({self.publish_timeout:g}): declaring a new group takes that long"
             )
 
     @classmethod

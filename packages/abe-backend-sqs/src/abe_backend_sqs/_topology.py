@@ -1,8 +1,8 @@
 """Every name the provider uses in SQS, what its queues are like, and which groups there are.
 
-A queue's name is the namespace, what it is for, and the group, with a hyphen before and after the middle one. In the outer two a hyphen is
-doubled and a dot becomes ``-_``, so that no two names fall together; what is too long ends in a hash instead. A group exists when its queue has the
-tags that say so, which are set when everything else about it is done.
+A queue's name is the namespace, what it is for, and the group, with a hyphen before and after the middle one. In the
+outer two a hyphen is doubled and a dot becomes ``-_``, so that no two names fall together; what is too long ends in a
+hash instead. A group exists when its queue has the tags that say so, which are set when everything else about it is done.
 """
 
 import asyncio
@@ -223,7 +223,7 @@ class Queues:
         """Delete the group's queues, first the one by which it exists."""
         if self._settings.pinned is not None or not self._settings.ensure:
             raise ConfigurationError(
-                f"group {group!r} is not ours to delete: its queues are made by somebody else (SQS_ENSURE, SQS_GROUPS)"
+                f"group {group!r} is not ours to delete: its queues are made by others (SQS_ENSURE, SQS_GROUPS)"
             )
         for name in (self.names.queue(group), self.names.dead(group)):
             try:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Collection, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
@@ -130,8 +130,7 @@ class SqsTransport:
         """Copy them back, then delete them."""
         replayed = 0
         async with self._dead(group) as drawer:
-            async for batch in drawer.take():
-                chosen = _chosen(batch, ids)
+            async for chosen in _chosen(drawer, ids):
                 results = await self.sender.post(
                     self.queues.names.queue(group), [_wire.repack(message, attempts=0) for message in chosen]
                 )
@@ -146,8 +145,7 @@ class SqsTransport:
         """Delete them one by one: SQS's own purge takes what comes meanwhile, too."""
         removed = 0
         async with self._dead(group) as drawer:
-            async for batch in drawer.take():
-                chosen = _chosen(batch, ids)
+            async for chosen in _chosen(drawer, ids):
                 await drawer.delete(chosen)
                 removed += len(chosen)
         return removed
@@ -196,8 +194,22 @@ class SqsTransport:
             await self.clients.close()
 
 
-def _chosen(messages: Sequence[Message], ids: Collection[str] | None) -> Sequence[Message]:
-    return [message for message in messages if ids is None or _wire.dead_letter(message).id in ids]
+async def _chosen(drawer: Drawer, ids: Collection[str] | None) -> AsyncIterator[Sequence[Message]]:
+    """Take out dead letters with these ids (None: all), each id once: one that is replayed may be back before we are through."""
+    left = None if ids is None else set(ids)
+    async for batch in drawer.take():
+        if left is None:
+            yield batch
+            continue
+        chosen: list[Message] = []
+        for message in batch:
+            if (id := _wire.dead_letter(message).id) in left:
+                left.discard(id)
+                chosen.append(message)
+        if chosen:
+            yield chosen
+        if not left:
+            return
 
 
 def _wants(patterns: Sequence[str], message: Message) -> bool:

@@ -1,9 +1,11 @@
 """Envelopes to SQS messages and back. Pure.
 
-The body is the payload's text, or its base64 where SQS would refuse the text. The message attribute ``abe`` is a JSON array
-``[1, id, key, milliseconds]``, then as far as needed: headers or null, the deliveries so far, the time in milliseconds before which it must not
-be delivered, and 1 for a body in base64 (2 for an empty one, which SQS does not carry). A stranger writes a body alone, or with the attributes
-``key``, ``id`` (without it SQS's own is the message's) and ``encoding``, which may be ``base64``. A dead letter has the attribute ``abe-dead`` besides: ``[attempts, reason, error, milliseconds]``.
+The body is the payload's text, or its base64 where SQS would refuse the text. The message attribute ``abe`` is a JSON
+array ``[1, id, key, milliseconds]``, then as far as needed: headers or null, the deliveries so far, the time in
+milliseconds before which it must not be delivered, and 1 for a body in base64 (2 for an empty one, which SQS does not
+carry). A stranger writes a body alone, or with the attributes ``key``, ``id`` (without it SQS's own is the message's) and
+``encoding``, which may be ``base64``. A dead letter has the attribute ``abe-dead`` besides: ``[attempts, reason, error,
+milliseconds]``.
 """
 
 import base64
