@@ -124,7 +124,7 @@ class SqsSettings(QueueSettings):
         help="How long a publisher relies on the list of groups it has read, in seconds. Whoever makes a new group, or "
         "changes its patterns, waits that long until every publisher knows.",
     )
-    pinned: Pinned | None = setting(
+    pinned: Pinned | None = setting(  # noqa: RUF009 - a field like the others; the alias hides that it is immutable
         "SQS_GROUPS",
         _pinned,
         default=None,

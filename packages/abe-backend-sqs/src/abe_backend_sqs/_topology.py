@@ -209,8 +209,8 @@ class Queues:
             return self._ignorance(registry.since.get(group, 0.0))
         if not self._settings.ensure:
             raise ConfigurationError(
-                f"the queue {self.names.queue(group)!r} is not tagged as group {group!r} with the key patterns {list(wanted)}, and SQS_ENSURE is "
-                f"false: have it tagged, or set SQS_GROUPS"
+                f"the queue {self.names.queue(group)!r} is not tagged as group {group!r} with the key patterns "
+                f"{list(wanted)}, and SQS_ENSURE is false: have it tagged, or set SQS_GROUPS"
             )
         client, since = await self._clients.calls(), time.time()
         with translated(self._settings.address):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
 from abe.backends.message_queue.base import Transport as TransportProtocol
 from abe.backends.message_queue.base.names import EVERYTHING, matches
-from abe.errors import AbeError
+from abe.errors import AbeError, BackendConnectionError
 from abe_backend_sqs import _wire
 from abe_backend_sqs._connection import Clients
 from abe_backend_sqs._drawer import Drawer
@@ -41,10 +41,12 @@ class SqsTransport:
         """Polls of consumers that are gone, by queue."""
         self._background: set[asyncio.Task[None]] = set()
         self._opened = False
+        self._closed = False
         self._waited: set[str] = set(settings.groups)
 
     async def open(self) -> None:
         """Make the client, and look whether SQS answers and knows us."""
+        self._check_open()
         if not self._opened:
             await self.queues.registry()
             await self.clients.calls()
@@ -52,7 +54,7 @@ class SqsTransport:
 
     async def close(self) -> None:
         """Disconnect; polls that are under way are waited for in the background, so that what they bring is given back."""
-        self._opened = False
+        self._closed = True
         if not self._background:
             await self.clients.close()
             return
@@ -96,8 +98,10 @@ class SqsTransport:
     async def subscribe(self, group: str, prefetch: int) -> SqsReceiver:
         """Make a consumer. SQS knows none: each message's receipt is its own."""
         name = self.queues.names.queue(group)
+        url = await self.queues.url(name)
         await self.clients.polls()
-        return SqsReceiver(self, group, name, await self.queues.url(name))
+        self._check_open()
+        return SqsReceiver(self, group, name, url)
 
     async def stats(self, group: str) -> GroupStats:
         """Count, approximately. A message that waits for its retry counts as in flight, as SQS hides both alike."""
@@ -155,6 +159,10 @@ class SqsTransport:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BackendConnectionError("the connection to SQS was closed")
 
     def _dead(self, group: str) -> Drawer:
         return Drawer(self, self.queues.names.dead(group))
