@@ -131,7 +131,7 @@ def translate_send(exc: BaseException, address: str) -> AbeError:
     if isinstance(error, SqsError):
         return EntryRefusedError(str(error))
     unknown = isinstance(exc, native.ClientError) and _status(exc) >= 500 and code(exc) not in _BY_CODE
-    unsent = isinstance(exc, native.ClientError | _UNSENT)
+    unsent = isinstance(exc, (native.ClientError, *_UNSENT))
     if unknown or (isinstance(error, BackendConnectionError) and not unsent):
         return PublishUnknownError(f"{error}, before the confirm came")
     return error
