@@ -4,7 +4,7 @@ import base64
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, cast
 from urllib.parse import urlsplit
 
 from aiobotocore.config import AioConfig
@@ -144,7 +144,7 @@ class _SqsOracle:
 async def _client(url: str) -> Any:
     # One connection: the oracle's questions come one after the other, and `connections` leaves out exactly this one.
     config = AioConfig(max_pool_connections=1, retries={"total_max_attempts": 3})
-    context = get_session().create_client(
+    context = cast("Any", get_session()).create_client(
         "sqs",
         region_name=_REGION,
         endpoint_url=url,

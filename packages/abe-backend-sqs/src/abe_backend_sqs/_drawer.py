@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from abe_backend_sqs._errors import QueueMissingError, translated
 from abe_backend_sqs._wire import BATCH, Message
@@ -68,7 +68,7 @@ class Drawer:
                     MessageSystemAttributeNames=_POLLED,
                     MessageAttributeNames=("All",),
                 )
-            found: Sequence[Message] = reply.get("Messages") or ()
+            found = cast("Sequence[Message]", reply.get("Messages") or ())
             batch = [message for message in found if message["MessageId"] not in self._seen]
             self._taken.update({message["MessageId"]: message for message in batch})
             self._seen.update(message["MessageId"] for message in batch)

@@ -1,6 +1,6 @@
 """SQS's errors made ours: the only module that knows the client's exceptions."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, cast
 
@@ -148,7 +148,7 @@ def translate_entry(failed: Mapping[str, Any], address: str) -> AbeError:
 
 
 @contextmanager
-def translated(address: str) -> Iterator[None]:
+def translated(address: str) -> Generator[None]:
     """Turn the client's errors into ours.
 
     Raises:

@@ -54,12 +54,10 @@ def _pinned(text: str) -> Pinned:
         raise ValueError(_GROUPS) from None
     if not isinstance(groups, dict) or not groups:
         raise ValueError(_GROUPS)
-    return _check_pinned(
-        tuple(
-            (group, tuple(keys) if isinstance(keys, list) else keys)
-            for group, keys in cast("dict[str, Any]", groups).items()
-        )
-    )
+    named = cast("dict[str, list[str]]", groups)
+    if not all(isinstance(keys, list) for keys in named.values()):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(_GROUPS)
+    return _check_pinned(tuple((group, tuple(keys)) for group, keys in named.items()))
 
 
 def _check_pinned(value: Any) -> Pinned:
