@@ -103,6 +103,6 @@ class Clients:
 
     def _create(self, arguments: Mapping[str, Any]) -> Any:
         # A session of its own: sessions are not made for several threads, and a cancelled caller leaves its thread behind.
-        session = AioSession(profile=self._settings.profile)
+        session: Any = AioSession(profile=self._settings.profile)
         session.register_component("data_loader", _models)
         return session.create_client("sqs", **arguments).__aenter__()
