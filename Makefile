@@ -9,7 +9,7 @@ UV = $(or $(shell scripts/bootstrap),$(error no uv, and none could be installed)
 RUN = $(UV) run --locked
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test contract containers check lock lint format imports mypy pyright workflows bench environment brokers
+.PHONY: help demo sigkill test contract containers check lock lint format imports mypy pyright workflows bench environment brokers
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,10 @@ help: ## List the commands.
 demo: environment ## Show the main job, as it happens: make demo, make demo BACKEND=redis.
 	@if [ "$(BACKEND)" != memory ]; then scripts/ci/brokers; fi
 	$(RUN) python examples/demo.py --backend $(BACKEND)
+
+sigkill: environment ## Kill a consumer process at work, and show that nothing is lost.
+	@if [ -z "$$REDIS_URL" ]; then scripts/ci/brokers; fi
+	$(RUN) python examples/sigkill.py
 
 test: environment brokers ## Run every test, on brokers of their own. ARGS goes to pytest.
 	$(RUN) pytest $(ARGS)

@@ -60,7 +60,7 @@ def test_a_script_names_no_host_and_says_what_it_is_for(script: Path) -> None:
 
 def test_help_lists_the_commands() -> None:
     listed = run("make", "--no-print-directory", "help").stdout
-    for command in ("demo", "test", "check", "containers", "contract", "bench"):
+    for command in ("demo", "sigkill", "test", "check", "containers", "contract", "bench"):
         assert f"make {command} " in listed
 
 

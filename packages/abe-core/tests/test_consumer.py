@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -192,7 +192,10 @@ class TestHandling:
             ({"concurrency": True}, "concurrency"),
             ({"timeout": 0}, "timeout"),
             ({"timeout": float("nan")}, "timeout"),
+            ({"timeout": "soon"}, "timeout"),
             ({"grace": -1}, "grace"),
+            ({"prefetch": 0}, "prefetch"),
+            ({"retry": 3}, "retry must be a RetryPolicy"),
         ],
     )
     def test_an_argument_out_of_range_is_refused_by_name(
@@ -404,6 +407,27 @@ class TestTimeout:
             assert cancelled.is_set()
         (letter,) = await memory_backend.dead_letters().list()
         assert letter.reason == "TimeoutError: the handler took longer than 0.05 s"
+
+    async def test_one_that_turned_a_cancellation_into_something_else_does_not_end_the_consumer_later(
+        self, memory_backend: MemoryBackend
+    ) -> None:
+        handled = list[int]()
+
+        async def handler(message: Message) -> None:
+            handled.append(message["n"])
+            task = asyncio.current_task()
+            assert task is not None
+            if message["n"] == 0:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0)
+            elif message["n"] == 1:
+                await asyncio.Event().wait()
+
+        await publish(memory_backend, 3)
+        async with running(AsyncLoopConsumer(memory_backend, retry=ONCE, timeout=0.05), handler):
+            await drained(memory_backend)
+        assert handled == [0, 1, 2]
 
     async def test_one_that_swallows_its_cancellation_has_failed_too(self, memory_backend: MemoryBackend) -> None:
         async def handler(message: Message) -> None:

@@ -1,6 +1,7 @@
 """The engine's parts, on a transport and a receiver that do as they are told."""
 
 import asyncio
+import gc
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
@@ -205,6 +206,27 @@ class TestPublisher:
         (outcome,) = await published(publisher_on(ScriptedTransport(*script), timeout=0.1), 1)
         assert isinstance(outcome, PublishUnknownError)
 
+    async def test_one_that_may_have_arrived_is_not_certainly_absent_when_it_is_refused_later(self) -> None:
+        for refusal in (BackpressureError("full"), [BackpressureError("full")], PermissionDeniedError("no")):
+            transport = ScriptedTransport(PublishUnknownError("the reply was lost"), refusal)
+            (outcome,) = await published(publisher_on(transport), 1)
+            assert isinstance(outcome, PublishUnknownError)
+            assert outcome.__cause__ is not None
+
+    async def test_those_that_wait_for_room_when_it_is_closed_are_told_one_by_one(self) -> None:
+        gate = asyncio.Event()
+        publisher = publisher_on(ScriptedTransport(gate), count=2)
+        many = asyncio.create_task(publisher.publish_many([envelope(number) for number in range(4)]))
+        await turns()
+        closing = asyncio.create_task(publisher.close(5))
+        await turns()
+        gate.set()
+        async with asyncio.timeout(5):
+            await closing
+            outcomes = await many
+        assert outcomes[:2] == [None, None]
+        assert all(isinstance(outcome, BackendClosedError) for outcome in outcomes[2:])
+
     async def test_a_permanent_error_is_everybodys_at_once(self) -> None:
         error = PermissionDeniedError("no")
         outcomes = await publisher_on(ScriptedTransport(error)).publish_many([envelope(1), envelope(2)])
@@ -358,6 +380,39 @@ class TestSettler:
         await manual_clock.advance(6)
         assert isinstance(waiter.result(), BackendConnectionError)
 
+    async def test_an_acknowledgement_that_is_tried_again_is_verified(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver()
+        receiver.failures.append(BackendConnectionError("gone"))
+        settler = settler_on(receiver, manual_clock)
+        settler.ack(delivery(1))
+        await manual_clock.advance(5)
+        assert receiver.acks == [([1], True)]
+
+    async def test_what_the_broker_does_not_know_yet_is_still_held(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver()
+        receiver.failures.extend([BackendConnectionError("gone")] * 3)
+        settler = settler_on(receiver, manual_clock)
+        settler.ack(delivery(1))
+        settler.submit(delivery(2), None)
+        settler.submit(delivery(3), Settlement(3, Verb.RETRY))
+        assert sorted(settler.receipts()) == [1, 2, 3]  # type: ignore[type-var]
+        await turns()
+        assert sorted(settler.receipts()) == [1, 2, 3]  # type: ignore[type-var]
+        await manual_clock.advance(5)
+        assert settler.receipts() == []
+        assert settler.outstanding == 0
+
+    async def test_a_fault_in_the_transport_reaches_whoever_waits(
+        self, manual_clock: ManualClock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        receiver: Any = ScriptedReceiver()
+        receiver.failures.append(TypeError("a fault"))
+        async with asyncio.timeout(5):
+            outcome = await settler_on(receiver, manual_clock).submit(delivery(1), None)
+        assert isinstance(outcome, LeaseLostError)
+        assert isinstance(outcome.__cause__, TypeError)
+        assert "must not" in caplog.text
+
     async def test_a_permanent_error_is_not_tried_again(self, manual_clock: ManualClock) -> None:
         receiver = ScriptedReceiver()
         receiver.failures.append(PermissionDeniedError("no"))
@@ -381,7 +436,7 @@ class TestSettler:
 class TestLeaseKeeper:
     async def test_leases_are_renewed_every_third(self, manual_clock: ManualClock) -> None:
         receiver, live = ScriptedReceiver(), {1: delivery(1), 2: delivery(2)}
-        task = asyncio.create_task(LeaseKeeper(receiver, live, lambda _: None, 30, manual_clock).run())  # type: ignore[arg-type]
+        task = asyncio.create_task(LeaseKeeper(receiver, lambda: list(live), lambda _: None, 30, manual_clock).run())  # type: ignore[arg-type]
         await manual_clock.advance(9.9)
         assert receiver.renewed == []
         await manual_clock.advance(30)
@@ -390,7 +445,7 @@ class TestLeaseKeeper:
 
     async def test_it_is_sure_for_half_a_lease_after_the_last_renewal(self, manual_clock: ManualClock) -> None:
         receiver = ScriptedReceiver()
-        keeper = LeaseKeeper(receiver, {1: delivery(1)}, lambda _: None, 30, manual_clock)
+        keeper = LeaseKeeper(receiver, lambda: [1], lambda _: None, 30, manual_clock)
         task = asyncio.create_task(keeper.run())
         await manual_clock.advance(100)
         assert keeper.sure()
@@ -406,16 +461,17 @@ class TestLeaseKeeper:
         receiver, lost = ScriptedReceiver(), list[Receipt]()
         receiver.lost = {2}
         live: dict[Receipt, Delivery] = {1: delivery(1), 2: delivery(2)}
-        task = asyncio.create_task(LeaseKeeper(receiver, live, lost.extend, 30, manual_clock).run())
+        task = asyncio.create_task(LeaseKeeper(receiver, lambda: list(live), lost.extend, 30, manual_clock).run())
         await manual_clock.advance(10)
         assert lost == [2]
         task.cancel()
 
     async def test_where_the_connection_is_the_lease_it_is_always_sure(self, manual_clock: ManualClock) -> None:
-        keeper = LeaseKeeper(ScriptedReceiver(), {}, lambda _: None, None, manual_clock)
-        await keeper.run()
+        keeper = LeaseKeeper(ScriptedReceiver(), list, lambda _: None, None, manual_clock)
+        task = asyncio.create_task(keeper.run())
         await manual_clock.advance(10**6)
         assert keeper.sure()
+        task.cancel()
 
 
 def inbox_on(
@@ -441,6 +497,64 @@ async def within(awaitable: Awaitable[Any]) -> Any:
 
 
 class TestInbox:
+    async def test_an_error_text_with_half_a_character_is_carried(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver(delivery(1), delivery(2))
+        inbox = inbox_on(receiver, manual_clock)
+        first, second = await within(inbox.receive()), await within(inbox.receive())
+        await within(first.nack(0, error="caf\udce9.txt"))
+        await within(second.reject("caf\udce9.txt"))
+        for settlement in receiver.settled:
+            (settlement.error + settlement.reason).encode()
+        await inbox.close()
+
+    async def test_a_receiver_that_recovers_keeps_what_has_a_verdict_on_its_way(
+        self, manual_clock: ManualClock
+    ) -> None:
+        receiver = ScriptedReceiver(delivery(1), delivery(2))
+        recovered: list[list[Receipt]] = []
+
+        async def recover(receipts: Collection[Receipt]) -> Collection[Receipt]:
+            recovered.append(sorted(receipts))  # type: ignore[type-var]
+            return []
+
+        receiver.recover = recover  # type: ignore[method-assign]
+        inbox = inbox_on(receiver, manual_clock)
+        message = await within(inbox.receive())
+        receiver.failures.extend([BackendConnectionError("gone")] * 2)
+        receiver.errors.append(BackendConnectionError("gone"))
+        receiver.more.set()
+        settling = asyncio.create_task(message.nack(1))
+        await manual_clock.advance(5)
+        await within(settling)
+        assert recovered == [[1, 2]]
+        await inbox.close()
+
+    async def test_one_that_is_dropped_after_it_was_stopped_gives_its_message_back(
+        self, memory_backend: MemoryBackend
+    ) -> None:
+        await memory_backend.publish("k", {})
+        subscription = memory_backend.consume(group="g")
+        await within(subscription.receive())
+        await subscription.stop()
+        del subscription
+        gc.collect()
+        async with asyncio.timeout(5):
+            while (await memory_backend.stats("g")).waiting != 1:  # noqa: ASYNC110 - the broker tells nobody
+                await asyncio.sleep(0)
+
+    async def test_a_disconnect_that_was_cancelled_leaves_a_backend_that_can_be_opened_again(
+        self, memory_backend: MemoryBackend
+    ) -> None:
+        await memory_backend.declare("g")
+        closing = asyncio.create_task(memory_backend.disconnect())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        await memory_backend.connect()
+        await memory_backend.publish("k", {})
+        assert (await memory_backend.stats("g")).waiting == 1
+
     async def test_it_holds_no_more_than_the_prefetch(self, manual_clock: ManualClock) -> None:
         receiver = ScriptedReceiver(*map(delivery, range(100)))
         inbox = inbox_on(receiver, manual_clock)

@@ -231,7 +231,41 @@ async def asks_for_a_function(message: Callable[[], Awaitable[None]]) -> None: .
 async def asks_for_an_iterator(message: AsyncIterator[int]) -> None: ...
 
 
+def yields(message: Any) -> Any:
+    yield message
+
+
+async def yields_asynchronously(message: Any) -> Any:
+    yield message
+
+
+class Built:
+    def __init__(self, message: Any) -> None: ...
+
+
+class YieldingObject:
+    def __call__(self, message: Any) -> Any:
+        yield message
+
+
+async def asks_for_a_number(number: int) -> None: ...
+
+
+async def asks_for_a_list(numbers: list[int]) -> None: ...
+
+
+async def asks_for_a_number_or_nothing(number: int | None) -> None: ...
+
+
 WRONG = [
+    (yields, "yields contains a yield, so that calling it would run nothing"),
+    (yields_asynchronously, "yields_asynchronously contains a yield"),
+    (YieldingObject(), "contains a yield"),
+    (functools.partial(yields), "contains a yield"),
+    (Built, "Built is a class: give an instance"),
+    (asks_for_a_number, "asks_for_a_number asks for <class 'int'>.*a payload is always an object"),
+    (asks_for_a_list, "asks_for_a_list asks for"),
+    (asks_for_a_number_or_nothing, "asks_for_a_number_or_nothing asks for"),
     (takes_nothing, "takes_nothing must accept one positional argument"),
     (takes_two, "takes_two must accept one positional argument.*other"),
     (takes_keywords_only, "takes_keywords_only must accept one positional argument"),
@@ -243,7 +277,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("handler", "text"), WRONG, ids=[str(getattr(f, "__name__", f)) for f, _ in WRONG])
+@pytest.mark.parametrize(("handler", "text"), WRONG, ids=[getattr(f, "__name__", type(f).__name__) for f, _ in WRONG])
 def test_what_cannot_be_a_handler_is_refused_by_name_before_anything_runs(handler: Any, text: str) -> None:
     with pytest.raises(ConfigurationError, match=text):
         adapt(handler, no_threads)

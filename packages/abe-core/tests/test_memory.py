@@ -57,6 +57,17 @@ class TestSharing:
         assert (await memory_backend.stats("g")).waiting == 1
         await other.disconnect()
 
+    async def test_a_waiting_consumer_learns_of_delayed_messages_that_its_group_begins_to_want(
+        self, memory_backend: MemoryBackend, manual_clock: ManualClock
+    ) -> None:
+        await memory_backend.publish("b.x", {"n": 1}, delay=5)
+        async with asyncio.timeout(5), memory_backend.consume(group="g", keys=["a.#"]) as messages:
+            waiting = asyncio.create_task(anext(messages))
+            await asyncio.sleep(0)
+            await memory_backend.declare("g", ["#"])
+            await manual_clock.advance(6)
+            assert await waiting == {"n": 1}
+
     async def test_what_was_published_before_any_group_goes_to_the_first_that_wants_it(
         self, memory_backend: MemoryBackend
     ) -> None:

@@ -130,6 +130,34 @@ APPLICATION = textwrap.dedent("""
 """)
 
 
+BROKER_APPLICATION = textwrap.dedent("""
+    from abe import FullBackend, load_backend
+
+
+    async def main() -> None:
+        backend = load_backend()
+        assert isinstance(backend, FullBackend)
+        async with backend:
+            await backend.publish("orders.created", {"order_id": "o-1"}, headers={"tenant": "acme"}, delay=0.5)
+            async with backend.consume(group="billing", keys=["orders.*"]) as messages:
+                async for message in messages:
+                    print(message.key, message["order_id"], message.headers["tenant"], message.attempt)
+                    await message.nack(delay=1.0)
+                    break
+            letters = backend.dead_letters("billing")
+            for letter in await letters.list():
+                print(letter.id, letter.reason, letter.attempts)
+            count: int = await letters.replay()
+            print(count)
+
+
+    def own() -> FullBackend:
+        from abe_backend_redis import RedisBackend, RedisSettings
+
+        return RedisBackend(RedisSettings(url="redis://localhost:6379/0", lease=10.0))
+""")
+
+
 @pytest.mark.parametrize("name", IDS)
 def test_a_wheel_holds_its_package_and_the_marker_of_types(built: dict[str, Built], name: str) -> None:
     names = contents(built[name].wheel)
@@ -153,7 +181,7 @@ def test_the_sdist_builds_to_the_same_wheel_as_the_tree(built: dict[str, Built],
     assert contents(wheel) == contents(built[project.name].wheel)
 
 
-@pytest.mark.parametrize("name", [name for name in IDS if name != "contract-tests"])
+@pytest.mark.parametrize("name", IDS)
 def test_an_sdist_brings_its_tests(built: dict[str, Built], name: str) -> None:
     with tarfile.open(built[name].sdist) as archive:
         names = [each.partition("/")[2] for each in archive.getnames()]
@@ -178,15 +206,36 @@ def test_core_alone_depends_on_one_package(core_alone: Path) -> None:
     assert {each["name"] for each in json.loads(listed)} == {"abe-core", "msgspec"}
 
 
+def check_types(checker: str, python: Path, application: str, directory: Path) -> None:
+    """Check an application strictly, in the environment of the Python given."""
+    (directory / "application.py").write_text(application)
+    if checker == "mypy":
+        found = ["mypy", "--strict", "--python-executable", python, "--cache-dir", directory / "cache"]
+    else:
+        (directory / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "strict"}))
+        found = ["pyright", "--pythonpath", python]
+    run(sys.executable, "-m", *found, "application.py", cwd=directory)
+
+
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
 def test_an_application_type_checks_strictly_against_the_wheel(core_alone: Path, tmp_path: Path, checker: str) -> None:
-    (tmp_path / "application.py").write_text(APPLICATION)
-    if checker == "mypy":
-        found = ["mypy", "--strict", "--python-executable", core_alone, "--cache-dir", tmp_path / "cache"]
-    else:
-        (tmp_path / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "strict"}))
-        found = ["pyright", "--pythonpath", core_alone]
-    run(sys.executable, "-m", *found, "application.py", cwd=tmp_path)
+    check_types(checker, core_alone, APPLICATION, tmp_path)
+
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_an_application_type_checks_strictly_against_a_provider(
+    core_and_redis: Path, tmp_path: Path, checker: str
+) -> None:
+    check_types(checker, core_and_redis, BROKER_APPLICATION, tmp_path)
+
+
+@pytest.mark.parametrize("package", ["abe", "abe_backend_redis"])
+def test_every_public_type_is_known(core_and_redis: Path, tmp_path: Path, package: str) -> None:
+    # Given no project, pyright looks into the environment of the first Python on the path.
+    path = f"{core_and_redis.parent}{os.pathsep}{os.environ['PATH']}"
+    told = run(sys.executable, "-m", "pyright", "--verifytypes", package, "--ignoreexternal", cwd=tmp_path, PATH=path)
+    assert "Type completeness score: 100%" in told
+    assert f'Symbols exported by "{package}": 0' not in told
 
 
 def test_a_provider_is_found_by_its_name(core_and_redis: Path) -> None:

@@ -29,7 +29,7 @@ class RedisBackend(TransportBackend):
     """
 
     settings: RedisSettings
-    capabilities = Capabilities(
+    capabilities: Capabilities = Capabilities(
         groups=True,
         key_patterns=True,
         ordered=True,

@@ -8,6 +8,7 @@ from abe.errors import ConfigurationError
 from abe.settings import QueueSettings, positive, seconds, setting
 
 _SCHEMES: Final = ("redis", "rediss", "unix")
+_ENCODED: Final = "special characters in the user and the password must be percent-encoded"
 _LATER: Final = ("redis+sentinel", "redis+cluster", "rediss+sentinel", "rediss+cluster")
 
 
@@ -20,7 +21,9 @@ def _url(value: Any) -> str:
         parts = urlsplit(value)
         port = parts.port
     except ValueError:
-        raise ValueError(f"{form}, with a port from 1 to 65535") from None
+        raise ValueError(f"{form}, with a port from 1 to 65535; {_ENCODED}") from None
+    if parts.fragment or "@" in parts.path + parts.query:
+        raise ValueError(f"{form}; {_ENCODED}")
     if parts.scheme in _LATER:
         raise ValueError(f"{form}; {parts.scheme}:// is not supported by this version")
     if parts.scheme not in _SCHEMES:

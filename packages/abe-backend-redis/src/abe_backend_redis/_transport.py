@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -180,26 +180,24 @@ class RedisTransport:
 
     async def find_dead_letter(self, group: str, id: str) -> DeadLetter | None:
         """Look through all of them."""
-        for letter, _ in await self._find(group, {id}):
-            return letter
+        async for page in self._pages(group, {id}):
+            return page[0][0]
         return None
 
     async def replay(self, group: str, ids: Collection[str] | None) -> int:
         """Move them in steps; each is in one place at any time."""
         keys, moved = [self.topology.dead(group), self.topology.queue(group)], 0
-        entries = [entry for _, entry in await self._find(group, ids)]
-        for start in range(0, len(entries), _PAGE):
-            moved += await self.run("replay", keys, entries[start : start + _PAGE])
+        async for page in self._pages(group, ids):
+            moved += await self.run("replay", keys, [entry for _, entry in page])
         return moved
 
     async def purge(self, group: str, ids: Collection[str] | None) -> int:
         """Delete them."""
         removed = 0
-        entries = [entry for _, entry in await self._find(group, ids)]
-        wire = await self.control()
-        with translated(self.settings.address):
-            for start in range(0, len(entries), _PAGE):
-                removed += await wire.call(b"XDEL", self.topology.dead(group), *entries[start : start + _PAGE])
+        async for page in self._pages(group, ids):
+            wire = await self.control()
+            with translated(self.settings.address):
+                removed += await wire.call(b"XDEL", self.topology.dead(group), *(entry for _, entry in page))
         return removed
 
     async def run(self, name: str, keys: Sequence[bytes], args: Sequence[object], *, wire: Wire | None = None) -> Reply:
@@ -297,20 +295,26 @@ class RedisTransport:
                 self.settings.address,
             )
 
-    async def _page(self, group: str, start: bytes, count: int) -> Sequence[tuple[bytes, list[bytes]]]:
+    async def _page(
+        self, group: str, start: bytes, count: int, end: bytes = b"+"
+    ) -> Sequence[tuple[bytes, list[bytes]]]:
         wire = await self.control()
         with translated(self.settings.address):
-            return await wire.call(b"XRANGE", self.topology.dead(group), start, b"+", b"COUNT", count)  # type: ignore[no-any-return]
+            return await wire.call(b"XRANGE", self.topology.dead(group), start, end, b"COUNT", count)  # type: ignore[no-any-return]
 
-    async def _find(self, group: str, ids: Collection[str] | None) -> list[tuple[DeadLetter, bytes]]:
-        """Return the dead letters with these ids (None: all), and where they are."""
-        found: list[tuple[DeadLetter, bytes]] = []
+    async def _pages(
+        self, group: str, ids: Collection[str] | None
+    ) -> AsyncGenerator[Sequence[tuple[DeadLetter, bytes]]]:
+        """Go through the dead letters that are there now: those with these ids (None: all), and where each is."""
+        wire = await self.control()
+        with translated(self.settings.address):
+            newest = await wire.call(b"XREVRANGE", self.topology.dead(group), b"+", b"-", b"COUNT", 1)
         start = b"-"
-        while page := await self._page(group, start, _PAGE):
+        while newest and (page := await self._page(group, start, _PAGE, newest[0][0])):
             letters = ((_wire.dead_letter(entry, fields), entry) for entry, fields in page)
-            found += [(letter, entry) for letter, entry in letters if ids is None or letter.id in ids]
+            if chosen := [(letter, entry) for letter, entry in letters if ids is None or letter.id in ids]:
+                yield chosen
             start = b"(" + page[-1][0]
-        return found
 
 
 def _outcomes(registry: _Registry, envelopes: Sequence[Envelope], rejected: Sequence[int]) -> Sequence[AbeError | None]:

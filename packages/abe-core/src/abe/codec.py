@@ -51,7 +51,7 @@ class JSONCodec:
             if _decode(body) == payload and body[:1] == b"{":
                 return body
         except (TypeError, ValueError, RecursionError, OverflowError) as exc:
-            raise PayloadError(f"the payload is not JSON: {exc}") from exc
+            raise PayloadError(_explain(payload, str(exc))) from exc
         raise PayloadError(_explain(payload))
 
     def decode(self, body: bytes) -> MessageQueuePayload:
@@ -62,12 +62,12 @@ class JSONCodec:
             raise DecodeError(f"the body is not a JSON object: {exc}") from exc
 
 
-def _explain(payload: object) -> str:
-    """Say where a refused payload leaves the JSON model, for the error's text."""
+def _explain(payload: object, why: str = "it changes on its way through JSON") -> str:
+    """Say where a refused payload leaves the JSON model, for the error's text; if that is nowhere, why it was refused."""
     if type(payload) is not dict:
         return f"the payload is a {type(payload).__name__}: it must be a dict with string keys"
     try:
-        return f"the payload is not JSON: {_misfit(payload, 'payload')}"  # pyright: ignore[reportUnknownArgumentType]
+        return f"the payload is not JSON: {_misfit(payload, 'payload') or why}"  # pyright: ignore[reportUnknownArgumentType]
     except RecursionError:
         # msgspec goes a few levels deeper than Python does.
         return "the payload is not JSON, and nested too deeply to say where"
@@ -78,7 +78,7 @@ def _misfit(value: object, path: str) -> str:
         for key, item in value.items():  # pyright: ignore[reportUnknownVariableType]
             if type(key) is not str:  # pyright: ignore[reportUnknownArgumentType]
                 return f"{path} has the key {key!r}; keys must be strings"
-            if found := _misfit(item, f"{path}[{key!r}]"):  # pyright: ignore[reportUnknownArgumentType]
+            if found := _misfit(key, f"a key of {path}") or _misfit(item, f"{path}[{key!r}]"):  # pyright: ignore[reportUnknownArgumentType]
                 return found
         return ""
     if isinstance(value, list):
@@ -86,8 +86,18 @@ def _misfit(value: object, path: str) -> str:
             if found := _misfit(item, f"{path}[{index}]"):  # pyright: ignore[reportUnknownArgumentType]
                 return found
         return ""
-    if value is None or isinstance(value, str | bool | int):
+    if isinstance(value, str):
+        return "" if _encodable(value) else f"{path} is {value!r}, which holds half a character (a lone surrogate)"
+    if value is None or isinstance(value, bool | int):
         return ""
     if isinstance(value, float):
         return "" if value - value == 0 else f"{path} is {value}, which JSON has no word for"
     return f"{path} is a {type(value).__name__}; JSON has only objects, lists, strings, numbers, booleans and null"
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -105,10 +105,10 @@ class PartialPublishError(AbeError):
         shown = "; ".join(f"#{index}: {error}" for index, error in failures[:3])
         more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
         super().__init__(f"{len(failures)} of {total} messages failed: {shown}{more}")
-        self.failures = tuple(failures)
+        self.failures: tuple[tuple[int, AbeError], ...] = tuple(failures)
         self.total = total
-        self.retryable = all(error.retryable for _, error in failures)
-        self.maybe_accepted = any(error.maybe_accepted for _, error in failures)
+        self.retryable: bool = all(error.retryable for _, error in failures)
+        self.maybe_accepted: bool = any(error.maybe_accepted for _, error in failures)
 
     def __reduce__(self) -> tuple[type[Self], tuple[tuple[tuple[int, AbeError], ...], int]]:
         return type(self), (self.failures, self.total)

@@ -127,7 +127,12 @@ def plain_names(value: Any) -> Any:
     """Check that a value is a tuple of plain names."""
     if not isinstance(value, tuple):
         raise ValueError("a tuple of names")  # noqa: TRY004
-    return tuple(plain_name(name) for name in value)  # pyright: ignore[reportUnknownVariableType]
+    for name in value:  # pyright: ignore[reportUnknownVariableType]
+        try:
+            plain_name(name)
+        except ValueError as exc:
+            raise ValueError(f"names of {exc}; {name!r} is none") from None
+    return value  # pyright: ignore[reportUnknownVariableType]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

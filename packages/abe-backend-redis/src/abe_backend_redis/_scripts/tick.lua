@@ -14,7 +14,7 @@ for _, member in ipairs(due) do
 end
 local claimed = {}
 for _, pending in ipairs(call('XPENDING', KEYS[1], 'group', 'IDLE', ARGV[2], '-', '+', ARGV[3])) do
-  local entry = call('XCLAIM', KEYS[1], 'group', ARGV[1], ARGV[2], pending[1])[1]
+  local entry = call('XCLAIM', KEYS[1], 'group', ARGV[1], '0', pending[1])[1]
   if entry then
     claimed[#claimed + 1] = {entry[1], entry[2], pending[4] + 1}
   else

@@ -23,5 +23,8 @@ def get_message_queue_backend() -> MessageQueueBackend:
     loop = asyncio.get_running_loop()
     backend = _shared.get(loop)
     if backend is None:
+        # A backend refers to its event loop, so that the weak keys alone would let no loop go that was left without a disconnect.
+        for closed in [other for other in _shared if other.is_closed()]:
+            del _shared[closed]
         backend = _shared[loop] = load_backend()
     return backend

@@ -15,8 +15,8 @@ _TURNS: Final = 50
 class _Timer:
     def __init__(self, callback: Callable[[], object]) -> None:
         self.callback = callback
-        self.loop = asyncio.get_running_loop()
-        self.cancelled = False
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        self.cancelled: bool = False
 
     def cancel(self) -> None:
         self.cancelled = True

@@ -14,7 +14,7 @@ from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.consumer import EventConsumer
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.middleware import Middleware
-from abe.backends.message_queue.base.names import check_count
+from abe.backends.message_queue.base.names import DEFAULT_GROUP, check_count, check_seconds
 from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
 from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.handler import Handle, adapt
@@ -25,7 +25,6 @@ from abe.errors import (
     AbeError,
     AlreadySettledError,
     BackendClosedError,
-    BackendConnectionError,
     ConfigurationError,
     DecodeError,
     UnsupportedCapabilityError,
@@ -83,10 +82,12 @@ class AsyncLoopConsumer:
         prefetch: int | None = None,
     ) -> None:
         check_count("concurrency", concurrency)
-        if timeout is not None and not timeout > 0:
-            raise ConfigurationError(f"timeout must be a number of seconds above 0, or None, not {timeout!r}")
-        if not grace >= 0:
-            raise ConfigurationError(f"grace must be a number of seconds from 0, not {grace!r}")
+        if prefetch is not None:
+            check_count("prefetch", prefetch)
+        if retry is not None and not isinstance(retry, RetryPolicy):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(f"retry must be a RetryPolicy, not {retry!r}")
+        check_seconds("timeout", timeout)
+        check_seconds("grace", grace, zero=True)
         self._backend = backend
         self._group = group
         self._concurrency = concurrency
@@ -96,7 +97,7 @@ class AsyncLoopConsumer:
         self._ordered = ordered_by_key
         self._middleware = middleware
         self._keys = keys
-        self._prefetch = prefetch
+        self._prefetch = _PREFETCH * concurrency if prefetch is None else prefetch
         self._running = False
         self._left = False
         self._stopping = asyncio.Event()
@@ -185,10 +186,12 @@ class AsyncLoopConsumer:
         subscription = await self._subscribe()
         if subscription is None:
             return
+        _log.info("consuming group %r, %d messages at once", self._group or DEFAULT_GROUP, self._concurrency)
         try:
             await self._work(subscription, call)
         finally:
             await subscription.aclose()
+            _log.info("group %r is consumed no more by this consumer", self._group or DEFAULT_GROUP)
 
     async def _subscribe(self) -> Subscription | None:
         """Subscribe, however long the broker is away; None when `shutdown` came first."""
@@ -207,7 +210,7 @@ class AsyncLoopConsumer:
                 subscription = backend.consume(
                     group=self._group,
                     keys=self._keys,
-                    prefetch=self._prefetch or _PREFETCH * self._concurrency,
+                    prefetch=self._prefetch,
                     max_attempts=self._policy.max_attempts,
                 )
                 entering = asyncio.create_task(subscription.__aenter__())
@@ -215,7 +218,9 @@ class AsyncLoopConsumer:
                     await asyncio.wait([entering, stopping], return_when=asyncio.FIRST_COMPLETED)
                     if entering.done():
                         return entering.result()
-                except BackendConnectionError as exc:
+                except AbeError as exc:
+                    if not exc.retryable:
+                        raise
                     tries += 1
                     _log.warning("group %r cannot be subscribed to, trying again: %s", self._group, exc)
                     await asyncio.wait([stopping], timeout=_RECONNECT(tries))
@@ -233,11 +238,12 @@ class AsyncLoopConsumer:
             asyncio.create_task(self._worker(subscription, call, lanes)) for _ in range(self._concurrency)
         ]
         stopping = asyncio.create_task(self._stopping.wait())
+        giving_back: asyncio.Task[None] | None = None
         try:
             done, _ = await asyncio.wait([*workers, stopping], return_when=asyncio.FIRST_COMPLETED)
             # A worker that ended by itself found the subscription closed, or raised something fatal.
             if all(task.exception() is None for task in done):
-                await subscription.stop()
+                giving_back = asyncio.create_task(subscription.stop())
                 _, late = await asyncio.wait(workers, timeout=self._grace)
                 if late:
                     _log.warning(
@@ -246,9 +252,12 @@ class AsyncLoopConsumer:
                         self._grace,
                     )
         finally:
-            stopping.cancel()
-            for task in workers:
-                task.cancel()
+            self._stopping.set()
+            for task in (stopping, giving_back, *workers):
+                if task is not None:
+                    task.cancel()  # a stop that waits for the broker goes on within the subscription, which `aclose` bounds
+            if giving_back is not None:
+                await asyncio.gather(giving_back, return_exceptions=True)
             _, stubborn = await asyncio.wait(workers, timeout=_STUBBORN)
             if stubborn:
                 _log.error("%d handlers ignore their cancellation and are left behind", len(stubborn))
@@ -276,13 +285,15 @@ class AsyncLoopConsumer:
                 await asyncio.sleep(0)  # a handler that never suspends must not keep the loop to itself
 
     async def _one(self, subscription: Subscription, call: Handle, message: Message) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        before = task.cancelling()
         try:
             await call(message)
         except Exception as exc:  # noqa: BLE001 - whatever a handler raises is its failure, and is logged
             await self._failed(message, exc)
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if task.cancelling() > before:
                 raise
             # Not us: something that the handler waited for was cancelled.
             await self._failed(message, RuntimeError("something that the handler awaited was cancelled"))
@@ -340,14 +351,17 @@ class AsyncLoopConsumer:
 
     def _judge(self, message: Message, exc: Exception) -> Retry | Reject:
         try:
-            verdict = self._policy.judge(exc, message.attempt)
+            verdict = self._within(self._policy.judge(exc, message.attempt))
         except Exception as fault:  # noqa: BLE001 - the policy is the application's code: its faults must not stop the others' messages
             _log.error("the retry policy failed, the default backoff is taken: %s", fault, exc_info=fault)
             return Retry(reason=f"{type(exc).__name__}: {exc}")
+        return verdict
+
+    def _within(self, verdict: Retry | Reject) -> Retry | Reject:
         longest = cast("FullBackend", self._backend).capabilities.max_delay or 0.0
         if isinstance(verdict, Retry) and verdict.after is not None and not 0 <= verdict.after <= longest:
             _log.warning("a backoff of %r s is not possible, it is brought within 0 to %g s", verdict.after, longest)
-            verdict = Retry(after=longest if verdict.after > longest else 0.0, reason=verdict.reason)
+            return Retry(after=longest if verdict.after > longest else 0.0, reason=verdict.reason)
         return verdict
 
 

@@ -12,9 +12,10 @@ import typing
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
 
 import msgspec
+import msgspec.inspect
 
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.retry import Reject
@@ -22,7 +23,14 @@ from abe.errors import ConfigurationError
 from abe.types import EventHandlerFunc, EventHandlerProtocol
 
 Handle: TypeAlias = Callable[[Any], Awaitable[object]]
-_PLAIN = (dict, Message, Mapping, MutableMapping, object, Any, inspect.Parameter.empty)
+_OBJECTS: Final = (
+    msgspec.inspect.AnyType,
+    msgspec.inspect.DataclassType,
+    msgspec.inspect.DictType,
+    msgspec.inspect.StructType,
+    msgspec.inspect.TypedDictType,
+)
+_PLAIN: Final = (dict, Message, Mapping, MutableMapping, object, Any, inspect.Parameter.empty)
 
 
 def adapt(handler: EventHandlerFunc | EventHandlerProtocol, executor: Callable[[], Executor]) -> Handle:
@@ -40,8 +48,18 @@ def adapt(handler: EventHandlerFunc | EventHandlerProtocol, executor: Callable[[
         raise ConfigurationError(
             f"a handler must be a function of one argument or an object with handle_event(), not {type(handler).__name__}"
         )
+    unwrapped = getattr(function, "func", function)  # of a functools.partial
+    called = getattr(unwrapped, "__call__", None)  # noqa: B004 - of an object that is callable
+    if inspect.isclass(unwrapped):
+        raise ConfigurationError(
+            f"{unwrapped.__name__} is a class: give an instance of it, or a function, as the handler"
+        )
+    if any(inspect.isgeneratorfunction(what) or inspect.isasyncgenfunction(what) for what in (unwrapped, called)):
+        raise ConfigurationError(
+            f"the handler {_name(function)} contains a yield, so that calling it would run nothing: return instead"
+        )
     convert = _converter(function)
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called):
         call = cast("Handle", function)
     else:
         call = partial(_in_thread, function, executor())
@@ -57,12 +75,14 @@ async def _converted(call: Handle, convert: Callable[[Any], object], message: An
 async def _in_thread(function: Callable[[Any], object], executor: Executor, message: Any) -> object:
     context = contextvars.copy_context()
     result = await asyncio.get_running_loop().run_in_executor(executor, lambda: context.run(function, message))
+    if inspect.isgenerator(result) or inspect.isasyncgen(result):
+        raise TypeError(f"the handler returned a {type(result).__name__}, which nobody runs: its work was not done")
     # A function that returns an awaitable (a lambda around an async one, say) has only begun its work.
     return await result if inspect.isawaitable(result) else result
 
 
 def _converter(function: Callable[..., object]) -> Callable[[Any], object] | None:
-    name = getattr(function, "__qualname__", repr(function))
+    name = _name(function)
     try:
         signature = inspect.signature(function)
         signature.bind(None)
@@ -87,12 +107,25 @@ def _converter(function: Callable[..., object]) -> Callable[[Any], object] | Non
         return partial(_validate_model, wanted)
     try:
         msgspec.json.schema(wanted)
-    except TypeError as exc:
+        fits = _takes_objects(msgspec.inspect.type_info(wanted))
+    except TypeError:
+        fits = False
+    if not fits:
         raise ConfigurationError(
             f"the handler {name} asks for {wanted!r}: annotate it with dict, Message, a dataclass, TypedDict, "
-            f"msgspec Struct or Pydantic model ({exc})"
-        ) from exc
+            f"msgspec Struct or Pydantic model: a payload is always an object"
+        )
     return partial(_validate, wanted)
+
+
+def _takes_objects(kind: msgspec.inspect.Type) -> bool:
+    if isinstance(kind, msgspec.inspect.UnionType):
+        return any(_takes_objects(member) for member in kind.types)
+    return isinstance(kind, _OBJECTS)
+
+
+def _name(function: Callable[..., object]) -> str:
+    return getattr(function, "__qualname__", repr(function))
 
 
 def _validate(wanted: Any, message: Any) -> object:

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import re
 import warnings
 from importlib.metadata import EntryPoint, entry_points
 from typing import Final
@@ -19,6 +20,8 @@ OLDER_ENTRY_POINT_GROUP: Final = "abe.backends.message_queue.service"
 
 VARIABLES: Final = ("QUEUE_BACKEND", "MESSAGE_QUEUE_BACKEND")
 _MEMORY: Final = "memory"
+_OURS: Final = ("redis", "rabbitmq", "sqs")
+_DISTRIBUTION: Final = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?\Z")
 
 
 def installed_backends() -> dict[str, EntryPoint]:
@@ -44,14 +47,18 @@ def load_backend(name: str | None = None) -> MessageQueueBackend:
     """
     apply_debug_switches()
     installed = installed_backends()
-    chosen = name or env_text(*VARIABLES)
-    if chosen is None:
-        chosen = _default(installed)
-    elif chosen not in installed:
-        raise BackendNotFoundError(_unknown(chosen, installed))
+    variable = next((variable for variable in VARIABLES if env_text(variable)), None)
+    if name is not None:
+        chosen, source = name, "load_backend()"
+    elif variable is not None:
+        chosen, source = env_text(variable) or "", variable
+    else:
+        chosen, source = _default(installed), "the installed providers"
+    if chosen not in installed:
+        raise BackendNotFoundError(_unknown(chosen, source, installed))
     backend = _import(installed[chosen])
     apply_debug_switches(provider=chosen, package=backend.__module__)
-    _log.debug("backend %r is %s.%s", chosen, backend.__module__, backend.__qualname__)
+    _log.info("backend %r (by %s) is %s.%s", chosen, source, backend.__module__, backend.__qualname__)
     return backend.from_env()
 
 
@@ -70,7 +77,6 @@ def _default(installed: dict[str, EntryPoint]) -> str:
             f"Set QUEUE_BACKEND to the one that is meant",
             stacklevel=3,
         )
-    _log.info("QUEUE_BACKEND is not set: taking the installed provider %r", others[0])
     return others[0]
 
 
@@ -89,10 +95,12 @@ def _import(point: EntryPoint) -> type[MessageQueueBackend]:
     return backend  # type: ignore[no-any-return]
 
 
-def _unknown(name: str, installed: dict[str, EntryPoint]) -> str:
-    close = difflib.get_close_matches(name, installed, n=1)
-    meant = f" Did you mean {close[0]!r}?" if close else ""
-    return (
-        f"there is no message-queue provider {name!r}.{meant} Installed: {', '.join(installed) or 'none'}. "
-        f"To install it: pip install abe-backend-{name}  (or: uv add abe-backend-{name})"
-    )
+def _unknown(name: str, source: str, installed: dict[str, EntryPoint]) -> str:
+    close = next(iter(difflib.get_close_matches(name, {*installed, *_OURS}, n=1)), None)
+    text = f"there is no message-queue provider {name!r} (asked for by {source}). Installed: {', '.join(installed) or 'none'}."
+    if close is not None and close != name:
+        text += f" Did you mean {close!r}?"
+    wanted = close or name
+    if _DISTRIBUTION.match(wanted):
+        text += f" To install it: pip install abe-backend-{wanted}  (or: uv add abe-backend-{wanted})"
+    return text

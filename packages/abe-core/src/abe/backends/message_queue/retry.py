@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from abe.backends.message_queue.base.backoff import Backoff, ConstantBackoff, ExponentialBackoff
-from abe.errors import ConfigurationError
+from abe.backends.message_queue.base.names import check_count
 
 __all__ = ["Backoff", "Classifier", "ConstantBackoff", "ExponentialBackoff", "Reject", "Retry", "RetryPolicy"]
 
@@ -55,8 +55,7 @@ class RetryPolicy:
     classify: Classifier | None = None
 
     def __post_init__(self) -> None:
-        if self.max_attempts < 1:
-            raise ConfigurationError(f"max_attempts must be at least 1, not {self.max_attempts}")
+        check_count("max_attempts", self.max_attempts)
 
     def judge(self, exc: Exception, attempt: int) -> Retry | Reject:
         """Return the verdict on a failure, with the wait filled in."""

@@ -29,12 +29,13 @@ class TimeLimit:
         """
         task = asyncio.current_task()
         assert task is not None
+        before = task.cancelling()
         self._deadlines[task] = self._loop.time() + self._limit
         try:
             return await call(message)
         finally:
             # None: the sweep has cancelled the task. If nobody else has, that ends here, whatever the handler made of it.
-            if self._deadlines.pop(task) is None and not task.uncancel():
+            if self._deadlines.pop(task) is None and task.uncancel() <= before:
                 raise TimeoutError(f"the handler took longer than {self._limit:g} s")
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ Patterns are AMQP topic words: a key is split at its dots; ``*`` stands for exac
 words, none included. Only a whole word is a wildcard: in ``a*`` the star is a star. In a key nothing is a wildcard.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Final
@@ -80,6 +81,26 @@ def check_count(name: str, value: object) -> int:
     return value
 
 
+def check_seconds(name: str, value: object, *, zero: bool = False) -> None:
+    """Check an argument that is a time in seconds; None passes.
+
+    Args:
+        name: The argument's, for the text.
+        value: What was given.
+        zero: Whether 0 will do.
+
+    Raises:
+        ConfigurationError: It is not a finite number above 0 (from 0, with `zero`).
+    """
+    if value is None or (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and (0 < value < math.inf or (zero and value == 0))
+    ):
+        return
+    raise ConfigurationError(f"{name} must be a number of seconds {'from' if zero else 'above'} 0, not {value!r}")
+
+
 def check_headers(headers: Mapping[str, str] | None) -> Mapping[str, str] | None:
     """Return a copy of `headers`, or None when there are none.
 
@@ -88,6 +109,8 @@ def check_headers(headers: Mapping[str, str] | None) -> Mapping[str, str] | None
     """
     if not headers:
         return None
+    if not isinstance(headers, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidNameError(f"headers must be a mapping from strings to strings, not {type(headers).__name__}")
     size = 0
     for name, value in headers.items():
         for what, text in (("header name", name), (f"value of header {name!r}", value)):

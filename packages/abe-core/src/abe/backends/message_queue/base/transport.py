@@ -51,12 +51,12 @@ class Delivery:
     __slots__ = ("attempt", "body", "fault", "header", "lost", "receipt")
 
     def __init__(self, receipt: Receipt, body: bytes, header: object, attempt: int, fault: str | None = None) -> None:
-        self.receipt = receipt
-        self.body = body
-        self.header = header
-        self.attempt = attempt
-        self.fault = fault
-        self.lost = False
+        self.receipt: Receipt = receipt
+        self.body: bytes = body
+        self.header: object = header
+        self.attempt: int = attempt
+        self.fault: str | None = fault
+        self.lost: bool = False
 
 
 class Verb(Enum):

@@ -1,7 +1,6 @@
 """A transport made into a backend: everything that must behave alike, whichever broker is underneath."""
 
 import asyncio
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from abe.backends.message_queue.base.names import (
     check_id,
     check_key,
     check_patterns,
+    check_seconds,
 )
 from abe.backends.message_queue.base.transport import Envelope, GroupStats, Transport
 from abe.backends.message_queue.engine.dead_letters import DeadLetters
@@ -34,7 +34,6 @@ from abe.errors import (
     AbeError,
     BackendClosedError,
     BackendConnectionError,
-    ConfigurationError,
     EventLoopError,
     PartialPublishError,
     PayloadTooLargeError,
@@ -78,7 +77,7 @@ class TransportBackend(ABC):
         self.settings = settings
         if self.capabilities.lease is not None:
             self.capabilities = replace(self.capabilities, lease=settings.lease)
-        self.unroutable = 0
+        self.unroutable: int = 0
         """Messages that no group wanted, so far."""
         self._codec = codec or JSONCodec()
         self._clock = clock or MonotonicClock()
@@ -149,17 +148,17 @@ class TransportBackend(ABC):
         publications = [item if isinstance(item, Publication) else Publication(*item) for item in items]
         results: Sequence[BaseException | None]
         send = self._send
+        envelopes: list[Envelope] = []
+        for index, item in enumerate(publications):
+            try:
+                envelopes.append(self._envelope(item.key, item.payload, item.headers, item.id, item.delay))
+            except AbeError as exc:
+                exc.args = (f"message #{index}: {exc}",)
+                raise
         if send is not None:
             results = await asyncio.gather(*(send(item) for item in publications), return_exceptions=True)
         else:
             session = self._here()
-            envelopes: list[Envelope] = []
-            for index, item in enumerate(publications):
-                try:
-                    envelopes.append(self._envelope(item.key, item.payload, item.headers, item.id, item.delay))
-                except AbeError as exc:
-                    exc.args = (f"message #{index}: {exc}",)
-                    raise
             results = await session.publisher.publish_many(envelopes)
         failures: list[tuple[int, AbeError]] = []
         for index, result in enumerate(results):
@@ -219,7 +218,8 @@ class TransportBackend(ABC):
             if session.loop is not asyncio.get_running_loop():
                 raise EventLoopError("disconnect() must run in the event loop in which the backend was used")
             await session.close()
-        self._session = None
+        if self._session is session:
+            self._session = None
 
     async def __aenter__(self) -> Self:
         await self.connect()
@@ -281,7 +281,7 @@ class TransportBackend(ABC):
         id: str | None,
         delay: float | None,
     ) -> Envelope:
-        if key not in self._known_keys:
+        if type(key) is not str or key not in self._known_keys:
             check_key(key)
             if len(self._known_keys) >= _MOST_KNOWN_KEYS:
                 self._known_keys.clear()
@@ -301,8 +301,7 @@ class TransportBackend(ABC):
         )
 
     def _delay(self, delay: float) -> float:
-        if not 0 < delay < math.inf:
-            raise ConfigurationError(f"a delay must be a number of seconds from 0, not {delay!r}")
+        check_seconds("delay", delay)
         if self.capabilities.max_delay is None or delay > self.capabilities.max_delay:
             limit = (
                 "not at all" if self.capabilities.max_delay is None else f"by at most {self.capabilities.max_delay:g} s"
@@ -375,11 +374,11 @@ class TransportBackend(ABC):
     def _here(self) -> Session:
         """Return what is open in the event loop that runs now, or begin it."""
         loop, session = asyncio.get_running_loop(), self._session
-        if session is not None and session.loop is loop:
+        if session is not None and session.loop is loop and (self._closed or not session.ended):
             return session
         if self._closed:
             raise BackendClosedError("the backend was closed; connect() opens it again")
-        if session is not None and not session.loop.is_closed():
+        if session is not None and session.loop is not loop and not session.loop.is_closed():
             raise EventLoopError(
                 "the backend belongs to another event loop, or to the process that forked this one: make one backend for each"
             )

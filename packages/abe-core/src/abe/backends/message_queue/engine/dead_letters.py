@@ -3,9 +3,9 @@
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Protocol, TypeVar
 
+from abe.backends.message_queue.base.names import check_count
 from abe.backends.message_queue.base.transport import DeadLetter
 from abe.backends.message_queue.engine.session import Session
-from abe.errors import ConfigurationError
 
 _T = TypeVar("_T")
 
@@ -30,8 +30,7 @@ class DeadLetters:
 
     async def list(self, limit: int = 100) -> Sequence[DeadLetter]:
         """Return up to `limit` dead letters, the oldest first."""
-        if limit < 1:
-            raise ConfigurationError(f"limit must be at least 1, not {limit}")
+        check_count("limit", limit)
         return await self._call(lambda session: session.transport.dead_letters(self.group, limit))
 
     async def get(self, id: str) -> DeadLetter | None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Collection
 from typing import Final
@@ -10,6 +9,7 @@ from typing import Final
 from abe.backends.message_queue.base.backoff import Backoff, ExponentialBackoff
 from abe.backends.message_queue.base.clock import Clock, sleep
 from abe.backends.message_queue.base.message import Message
+from abe.backends.message_queue.base.names import check_seconds
 from abe.backends.message_queue.base.transport import Delivery, Metadata, Receipt, Receiver, Settlement, Verb
 from abe.backends.message_queue.engine.leases import LeaseKeeper
 from abe.backends.message_queue.engine.settler import Settler
@@ -18,7 +18,6 @@ from abe.errors import (
     AbeError,
     AlreadySettledError,
     BackendClosedError,
-    ConfigurationError,
     DecodeError,
     LeaseLostError,
     UnsupportedCapabilityError,
@@ -82,7 +81,7 @@ class Inbox:
         self._error: BaseException | None = None
         self._stopping = False
         self._closing: asyncio.Task[None] | None = None
-        self._keeper = LeaseKeeper(receiver, self._live, self._lose, lease, clock)
+        self._keeper = LeaseKeeper(receiver, self._held, self._lose, lease, clock)
         patience = _UNRENEWED_PATIENCE if lease is None else lease
         self._settler = Settler(receiver, self._keeper.sure, self._make_space, patience, clock)
         self._keeping = self._loop.create_task(self._keeper.run())
@@ -166,11 +165,10 @@ class Inbox:
 
     async def nack(self, message: Message, delay: float | None, reason: str, error: str) -> None:
         """Have it delivered again, or bury it; see `Message.nack`."""
-        delivery = _delivery(message)
+        delivery, reason, error = _delivery(message), _text(reason), _text(error)
         if delay is None:
             delay = _RETRY(delivery.attempt)
-        if not 0 <= delay < math.inf:
-            raise ConfigurationError(f"nack: a delay must be a number of seconds from 0, not {delay!r}")
+        check_seconds("nack: delay", delay, zero=True)
         if delay and (self._max_delay is None or delay > self._max_delay):
             raise UnsupportedCapabilityError(
                 f"nack(delay={delay:g}): this backend can delay by at most {self._max_delay or 0:g} s"
@@ -183,9 +181,8 @@ class Inbox:
 
     async def reject(self, message: Message, reason: str, error: str) -> None:
         """Bury it; see `Message.reject`."""
-        await self._settle(
-            message, "reject", Settlement(_delivery(message).receipt, Verb.DEAD, reason=reason, error=error)
-        )
+        settlement = Settlement(_delivery(message).receipt, Verb.DEAD, reason=_text(reason), error=_text(error))
+        await self._settle(message, "reject", settlement)
 
     async def release(self, message: Message) -> None:
         """Give a message back as if it had never been taken. Nothing happens when it is settled already."""
@@ -195,6 +192,7 @@ class Inbox:
     async def extend(self, message: Message, seconds: float) -> None:
         """Start the lease anew; see `Message.extend`."""
         delivery = _delivery(message)
+        check_seconds("extend: seconds", seconds)
         if self._lease is None:
             return
         if seconds > self._lease:
@@ -222,8 +220,8 @@ class Inbox:
         """Close without waiting, from any thread; nothing happens when the event loop is closed, or about to be."""
 
         def close() -> None:
-            # Nobody but an event loop that ends cancels the task before `close` does: a new task would never be run.
-            if not self._fetching.done() and not self._fetching.cancelling():
+            # Nobody but an event loop that ends cancels this task before `close` does: a new task would never be run.
+            if not self._keeping.cancelling():
                 self._close_once()
 
         try:
@@ -290,7 +288,7 @@ class Inbox:
         while not self._stopping:
             try:
                 if held is not None:
-                    self._lose(await self._receiver.recover(list(self._live)))
+                    self._lose(await self._receiver.recover(self._held()))
                     _log.info("group %r is being consumed again", self.group)
                     held = None
                 room = self._room()
@@ -311,6 +309,10 @@ class Inbox:
                     self._live.update({delivery.receipt: delivery for delivery in deliveries})
                     self._buffer.extend(deliveries)
                     self._wake(1)
+
+    def _held(self) -> list[Receipt]:
+        """What the broker counts as ours, as far as we know."""
+        return [*self._live, *self._settler.receipts()]
 
     def _room(self) -> int:
         """How many to ask for: at most half the bound, so that the next ones travel while these are handled; none, if hardly any fit."""
@@ -373,6 +375,11 @@ class Inbox:
 
 def _delivery(message: Message) -> Delivery:
     return message._delivery  # pyright: ignore[reportPrivateUsage]
+
+
+def _text(text: str) -> str:
+    """Return what every broker can carry: an exception's text may hold lone surrogates, from file names for one."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _decide(message: Message, verdict: str) -> bool:

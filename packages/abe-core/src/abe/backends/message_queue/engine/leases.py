@@ -1,22 +1,23 @@
 """Leases: while a message is ours, buffered or in a handler, the broker hears so every third of the lease."""
 
+import asyncio
 import logging
 from collections.abc import Callable, Collection
 from typing import Final
 
 from abe.backends.message_queue.base.clock import Clock, sleep
-from abe.backends.message_queue.base.transport import Delivery, Receipt, Receiver
+from abe.backends.message_queue.base.transport import Receipt, Receiver
 from abe.errors import AbeError
 
 _log: Final = logging.getLogger("abe.engine")
 
 
 class LeaseKeeper:
-    """Renews the leases of the deliveries in `live`, and tells which were lost.
+    """Renews the leases of what we hold, and tells which were lost.
 
     Args:
         receiver: Whose deliveries they are.
-        live: The deliveries that we hold, by receipt.
+        held: Returns what we hold: buffered, in handlers, or with a verdict that the broker does not know yet.
         lost: Called with the receipts that are not ours any more.
         lease: Seconds; None where the broker has no leases.
         clock: What the lease is measured by.
@@ -25,36 +26,37 @@ class LeaseKeeper:
     def __init__(
         self,
         receiver: Receiver,
-        live: dict[Receipt, Delivery],
+        held: Callable[[], Collection[Receipt]],
         lost: Callable[[Collection[Receipt]], None],
         lease: float | None,
         clock: Clock,
     ) -> None:
         self._receiver = receiver
-        self._live = live
+        self._held = held
         self._lost = lost
         self._lease = lease
         self._clock = clock
         self._renewed = clock.time()
 
     def sure(self) -> bool:
-        """Whether every delivery in `live` is certainly still ours.
+        """Whether all that we hold is certainly still ours.
 
-        Each was received, or renewed, after `_renewed`. Half a lease is left for the way to the broker.
+        Each delivery was received, or renewed, after `_renewed`. Half a lease is left for the way to the broker.
         """
         return self._lease is None or self._clock.time() - self._renewed < self._lease / 2
 
     async def run(self) -> None:
         """Renew until cancelled."""
         if self._lease is None:
+            await asyncio.Event().wait()  # the connection is the lease: there is nothing to do
             return
         pause = self._lease / 3
         while True:
             await sleep(self._clock, pause)
             started = self._clock.time()
             try:
-                if self._live:
-                    self._lost(await self._receiver.renew(list(self._live)))
+                if held := self._held():
+                    self._lost(await self._receiver.renew(held))
             except AbeError as exc:
                 _log.debug("leases could not be renewed, trying again: %s", exc)
                 pause = self._lease / 10

@@ -14,7 +14,14 @@ from typing import Final
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.clock import pause
 from abe.backends.message_queue.base.transport import Envelope, Transport
-from abe.errors import AbeError, BackendClosedError, BackendConnectionError, PublishRejectedError, PublishUnknownError
+from abe.errors import (
+    AbeError,
+    BackendClosedError,
+    BackendConnectionError,
+    PublishRejectedError,
+    PublishUnknownError,
+    UnroutableError,
+)
 
 _log: Final = logging.getLogger("abe.engine")
 _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=2.0)
@@ -69,6 +76,7 @@ class Publisher:
         self._closed = False
         self._idle: asyncio.Future[None] | None = None
         self._abandoned = asyncio.Event()
+        self._troubled = False
 
     async def publish(self, envelope: Envelope) -> AbeError | None:
         """Publish a message, and return its outcome: None when the broker has it."""
@@ -90,7 +98,10 @@ class Publisher:
             while self._count >= self._max_count or self._bytes >= self._max_bytes:
                 await self._wait_for_room()
             if self._closed:
-                raise BackendClosedError("the backend was closed")
+                refused: asyncio.Future[AbeError | None] = self._loop.create_future()
+                refused.set_result(BackendClosedError("the backend was closed before the message could be sent"))
+                futures.append(refused)
+                continue
             size = len(envelope.body)
             self._count += 1
             self._bytes += size
@@ -181,7 +192,8 @@ class Publisher:
         """
         outcomes: list[AbeError | None] = [None] * len(envelopes)
         pending = list(range(len(envelopes)))
-        tries, unknown, sending = 0, False, False
+        doubtful: set[int] = set()  # those that an earlier try may have brought to the broker
+        tries, sending = 0, False
         error: AbeError | None = None
         try:
             async with asyncio.timeout_at(deadline):
@@ -192,6 +204,10 @@ class Publisher:
                         results = await self._transport.send([envelopes[i] for i in pending] if tries else envelopes)
                     except (BackendConnectionError, PublishUnknownError) as exc:
                         results = [exc] * len(pending)
+                    except AbeError as exc:
+                        if not doubtful:
+                            raise
+                        results = [exc] * len(pending)
                     sending = False
                     for index, result in zip(pending, results or [None] * len(pending), strict=True):
                         outcomes[index] = result
@@ -199,16 +215,33 @@ class Publisher:
                         i for i in pending if isinstance(outcomes[i], BackendConnectionError | PublishUnknownError)
                     ]
                     if not pending:
-                        return outcomes
+                        self._trouble(None)
+                        break
                     error = outcomes[pending[0]]
-                    unknown = unknown or any(_maybe_accepted(outcomes[i]) for i in pending)
+                    self._trouble(error)
+                    doubtful.update(i for i in pending if _maybe_accepted(outcomes[i]))
                     tries += 1
                     await pause(self._abandoned, _BACKOFF(tries))
         except TimeoutError:
-            unknown = unknown or sending
+            if sending:
+                doubtful.update(pending)
         for index in pending:
-            outcomes[index] = self._gave_up(unknown, error)
+            outcomes[index] = self._gave_up(index in doubtful, error)
+        for index in doubtful.difference(pending):
+            outcome = outcomes[index]
+            if outcome is not None and not isinstance(outcome, UnroutableError):
+                outcomes[index] = self._gave_up(True, outcome)  # refused now, but an earlier try may have been accepted
         return outcomes
+
+    def _trouble(self, error: AbeError | None) -> None:
+        """Log when publishing begins to fail, and when it works again; not each try in between."""
+        if (error is None) != self._troubled:
+            return
+        self._troubled = error is not None
+        if error is None:
+            _log.info("publishing works again")
+        else:
+            _log.warning("publishing fails, trying again: %s", error)
 
     def _gave_up(self, unknown: bool, cause: AbeError | None) -> AbeError:
         why = f": {cause}" if cause else ""

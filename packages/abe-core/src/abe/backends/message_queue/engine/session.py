@@ -14,9 +14,9 @@ class Session:
     """A transport, its publisher and the inboxes that take from it, all of the running event loop."""
 
     def __init__(self, transport: Transport, settings: QueueSettings) -> None:
-        self.loop = asyncio.get_running_loop()
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self.transport = transport
-        self.publisher = Publisher(
+        self.publisher: Publisher = Publisher(
             transport,
             self.opened,
             timeout=settings.publish_timeout,
@@ -59,8 +59,10 @@ class Session:
 
     async def _close(self) -> None:
         self._ended.set()
-        await asyncio.gather(
-            self.publisher.close(self._close_timeout),
-            *(inbox.close() for inbox in self.inboxes),
-        )
-        await self.transport.close()
+        try:
+            await asyncio.gather(
+                self.publisher.close(self._close_timeout),
+                *(inbox.close() for inbox in self.inboxes),
+            )
+        finally:
+            await self.transport.close()

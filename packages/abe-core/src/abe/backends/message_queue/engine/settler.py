@@ -11,7 +11,7 @@ from typing import Any, Final, TypeAlias
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.clock import Clock, sleep
-from abe.backends.message_queue.base.transport import Delivery, Failures, Receiver, Settlement
+from abe.backends.message_queue.base.transport import Delivery, Failures, Receipt, Receiver, Settlement
 from abe.errors import AbeError, LeaseLostError
 
 _log: Final = logging.getLogger("abe.engine")
@@ -53,7 +53,8 @@ class Settler:
         self._scheduled = False
         self._abandoned = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self.outstanding = 0
+        self._leaving: dict[Receipt, None] = {}
+        self.outstanding: int = 0
         """Verdicts that the broker does not know yet: it still counts these messages as ours."""
 
     def ack(self, delivery: Delivery) -> None:
@@ -77,6 +78,15 @@ class Settler:
             self._loop.call_soon(self._flush)
         return waiter
 
+    def receipts(self) -> list[Receipt]:
+        """Return the messages whose verdict the broker does not know yet."""
+        return [
+            *self._leaving,
+            *(delivery.receipt for delivery in self._acks),
+            *(delivery.receipt for delivery, _ in self._asked),
+            *(delivery.receipt for delivery, _, _ in self._verdicts),
+        ]
+
     async def drain(self) -> None:
         """Return when everything submitted so far has been carried out, or given up."""
         self._flush()
@@ -96,33 +106,44 @@ class Settler:
         verdicts, self._verdicts = self._verdicts, []
         for start in range(0, len(acks), _MOST):
             part = acks[start : start + _MOST]
-            self._start(self._send_acks(part), len(part))
+            receipts = [delivery.receipt for delivery in part]
+            self._start(self._send_acks(part, receipts), receipts)
         for start in range(0, len(asked), _MOST):
             batch = asked[start : start + _MOST]
             receipts = [delivery.receipt for delivery, _ in batch]
             # Somebody waits for the answer, so each one is verified: a plain acknowledgement may not tell which of them was lost.
-            self._start(self._answer(batch, partial(self._receiver.ack, receipts, verify=True)), len(batch))
+            self._start(self._answer(batch, partial(self._receiver.ack, receipts, verify=True)), receipts)
         for start in range(0, len(verdicts), _MOST):
             some = verdicts[start : start + _MOST]
             settlements = [settlement for _, _, settlement in some]
+            receipts = [settlement.receipt for settlement in settlements]
             self._start(
-                self._answer([item[:2] for item in some], partial(self._receiver.settle, settlements)), len(some)
+                self._answer([item[:2] for item in some], partial(self._receiver.settle, settlements)), receipts
             )
 
-    def _start(self, coroutine: Coroutine[Any, Any, None], count: int) -> None:
+    def _start(self, coroutine: Coroutine[Any, Any, None], receipts: Sequence[Receipt]) -> None:
         def done(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
-            self.outstanding -= count
+            self.outstanding -= len(receipts)
+            for receipt in receipts:
+                self._leaving.pop(receipt, None)
             self._settled()
 
+        self._leaving.update(dict.fromkeys(receipts))
         task = self._loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(done)
 
-    async def _send_acks(self, deliveries: Sequence[Delivery]) -> None:
-        receipts = [delivery.receipt for delivery in deliveries]
+    async def _send_acks(self, deliveries: Sequence[Delivery], receipts: Sequence[Receipt]) -> None:
+        verify = not self._sure()
+
+        def ack() -> Awaitable[Failures]:
+            nonlocal verify
+            now, verify = verify, True  # a retry may come when the leases are long over
+            return self._receiver.ack(receipts, verify=now)
+
         try:
-            failures = await self._persist(lambda: self._receiver.ack(receipts, verify=not self._sure()))
+            failures = await self._persist(ack)
         except AbeError as exc:
             failures = dict.fromkeys(receipts, exc)
         if failures:
@@ -143,6 +164,10 @@ class Settler:
             outcome = None
         except AbeError as exc:
             outcome = exc
+        except Exception as exc:  # noqa: BLE001 - a fault in a transport must not leave anybody waiting for ever
+            outcome = LeaseLostError(f"the transport failed, so that the broker may not know the verdict: {exc!r}")
+            outcome.__cause__ = exc
+            _log.exception("the transport failed in a way that it must not")
         finally:
             for delivery, waiter in batch:
                 error = outcome or failures.get(delivery.receipt)

@@ -57,13 +57,13 @@ class _MemoryReceiver:
                     queue.wake()
                     return deliveries
                 queue.waiting[self] = None
-                due = queue.next_event()
-            timer = None if due == math.inf else self._clock.call_at(due, self._woken.set)
+                # A lease taken after this look ends after that time at the earliest.
+                due = min(queue.next_event(), self._clock.time() + self._lease)
+            timer = self._clock.call_at(due, self._woken.set)
             try:
                 await self._woken.wait()
             finally:
-                if timer is not None:
-                    timer.cancel()
+                timer.cancel()
                 with self._namespace.lock:
                     if queue.waiting.pop(self, self) is self:
                         queue.wake()  # we were chosen; if we do not take it, another one must
@@ -253,7 +253,7 @@ class MemoryBackend(TransportBackend):
         clock: What leases and delays are measured by; give a `ManualClock` to move it in tests.
     """
 
-    capabilities = Capabilities(
+    capabilities: Capabilities = Capabilities(
         groups=True,
         key_patterns=True,
         ordered=True,

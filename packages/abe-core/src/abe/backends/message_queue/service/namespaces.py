@@ -129,7 +129,7 @@ class Namespace:
     """What one namespace holds, for the whole process."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock: threading.RLock = threading.RLock()
         self.queues: dict[str, Queue] = {}
         self.unclaimed: deque[tuple[Envelope, float]] = deque()
         self._routes: dict[str, list[Queue]] = {}
@@ -157,7 +157,7 @@ class Namespace:
                 queue.put(envelope, due, now)
             else:
                 self.unclaimed.append((envelope, due))
-        queue.wake()
+        queue.wake(everybody=True)
 
     def delete(self, group: str) -> None:
         queue = self.queues.pop(group, None)

@@ -1,0 +1,104 @@
+"""The providers are siblings: who knows one finds his way in each."""
+
+import difflib
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+PACKAGES = Path(__file__).parents[2] / "packages"
+TEMPLATE = "redis"
+PROVIDERS = sorted(
+    path.parent.name.removeprefix("abe-backend-") for path in PACKAGES.glob("abe-backend-*/pyproject.toml")
+)
+MODULES = {
+    "__init__",
+    "_backend",
+    "_connection",
+    "_errors",
+    "_receiver",
+    "_settings",
+    "_topology",
+    "_transport",
+    "_wire",
+}
+TESTS = {"test_settings", "test_wire", "test_topology", "test_errors", "test_transport"}
+HEADINGS = ["Install", "Thirty seconds", "Settings", "Guarantees", "Topology", "Wire format", "Differences"]
+
+EXTRA: dict[str, dict[str, str]] = {
+    "redis": {
+        "_scripts": "what must happen in one step happens in the server, by scripts in Lua",
+        "conftest": "servers to share, and private ones to hurt",
+        "test_connection": "getting in: TLS, users and rights, and what the server has to be",
+        "test_faults": "what is left of a message when this broker's connections and servers break",
+    },
+}
+"""What a provider has beside what all have, and why."""
+
+OWN_LINES = 6
+"""Lines of a pyproject.toml that are a provider's own: name, description, keywords, dependencies, entry point, package."""
+
+
+def names(directory: Path) -> set[str]:
+    found = {path.stem for path in directory.glob("*.py")} | {
+        path.parent.name for path in directory.glob("*/__init__.py")
+    }
+    return found - {"__pycache__"}
+
+
+def extra(provider: str, *, tests: bool) -> set[str]:
+    return {name for name in EXTRA.get(provider, {}) if name.startswith("_") is not tests}
+
+
+@pytest.fixture(params=PROVIDERS)
+def provider(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_the_template_is_one_of_them() -> None:
+    assert TEMPLATE in PROVIDERS
+    assert set(EXTRA) <= set(PROVIDERS)
+
+
+def test_the_modules_are_the_same(provider: str) -> None:
+    source = PACKAGES / f"abe-backend-{provider}/src/abe_backend_{provider}"
+    assert names(source) == MODULES | extra(provider, tests=False)
+    assert (source / "py.typed").is_file()
+
+
+def test_the_tests_are_the_same(provider: str) -> None:
+    assert names(PACKAGES / f"abe-backend-{provider}/tests") == TESTS | extra(provider, tests=True)
+
+
+def test_it_exports_a_backend_and_its_settings(provider: str) -> None:
+    package = import_module(f"abe_backend_{provider}")
+    backend, settings = package.__all__
+    name = backend.removesuffix("Backend")
+    assert name.lower() == provider
+    assert (backend, settings) == (f"{name}Backend", f"{name}Settings")
+
+
+def test_the_backend_s_public_members_come_in_the_same_order(provider: str) -> None:
+    package = import_module(f"abe_backend_{provider}")
+    backend = getattr(package, package.__all__[0])
+    assert [name for name in vars(backend) if not name.startswith("_")] == [
+        "capabilities",
+        "from_env",
+        "make_transport",
+    ]
+    assert list(backend.__annotations__) == ["settings", "capabilities"]
+
+
+def test_the_readme_has_the_same_headings(provider: str) -> None:
+    text = (PACKAGES / f"abe-backend-{provider}/README.md").read_text()
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == HEADINGS
+
+
+def test_the_pyproject_is_the_template_but_for_what_is_its_own(provider: str) -> None:
+    template, text = (
+        (PACKAGES / f"abe-backend-{name}/pyproject.toml").read_text().splitlines() for name in (TEMPLATE, provider)
+    )
+    different = [line for line in difflib.ndiff(template, text) if line.startswith("+ ")]
+    assert len(different) <= OWN_LINES, "\n".join(different)
+    assert len(text) == len(template)
