@@ -34,7 +34,6 @@ def test_groups_are_pinned_as_json() -> None:
         ("SQS_WAIT_SECONDS", "21"),
         ("SQS_MAX_POLLERS", "0"),
         ("SQS_REGISTRY_TTL_SECONDS", "0"),
-        ("SQS_REGISTRY_TTL_SECONDS", "10"),
         ("SQS_GROUPS", "billing"),
         ("SQS_GROUPS", "{}"),
         ("SQS_GROUPS", '{"billing": "order.#"}'),

@@ -147,11 +147,6 @@ class SqsSettings(QueueSettings):
         super().__post_init__()
         if (self.access_key_id is None) != (self.secret_access_key is None):
             raise ConfigurationError("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are set together, or not at all")
-        if self.pinned is None and self.registry_ttl >= self.publish_timeout:
-            raise ConfigurationError(
-                f"SQS_REGISTRY_TTL_SECONDS ({self.registry_ttl:g}) must be less than "
-                f"QUEUE_PUBLISH_TIMEOUT_SECONDS ({self.publish_timeout:g}): declaring a new group takes that long"
-            )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:

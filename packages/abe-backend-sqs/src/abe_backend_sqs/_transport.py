@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
 from abe.backends.message_queue.base import Transport as TransportProtocol
 from abe.backends.message_queue.base.names import EVERYTHING, matches
-from abe.errors import AbeError, BackendConnectionError
+from abe.errors import AbeError, BackendConnectionError, ConfigurationError
 from abe_backend_sqs import _wire
 from abe_backend_sqs._connection import Clients
 from abe_backend_sqs._drawer import Drawer
@@ -83,6 +83,7 @@ class SqsTransport:
             # Groups of the settings are declared on the way to the first publish, which needs none to wait; who subscribes does.
             self._waited.discard(group)
         elif ignorance:
+            self._check_patience()
             await asyncio.sleep(ignorance)
         wanted = (await self.queues.registry()).groups.get(group, patterns or EVERYTHING)
         await self._move_held({group: wanted}, thorough=bool(ignorance))
@@ -163,6 +164,14 @@ class SqsTransport:
     def _check_open(self) -> None:
         if self._closed:
             raise BackendConnectionError("the connection to SQS was closed")
+
+    def _check_patience(self) -> None:
+        ttl, patience = self.settings.registry_ttl, self.settings.publish_timeout
+        if ttl >= patience:
+            raise ConfigurationError(
+                f"SQS_REGISTRY_TTL_SECONDS ({ttl:g}) must be less than QUEUE_PUBLISH_TIMEOUT_SECONDS ({patience:g}): "
+                f"declaring a new group takes that long"
+            )
 
     def _dead(self, group: str) -> Drawer:
         return Drawer(self, self.queues.names.dead(group))
