@@ -23,6 +23,7 @@ from abe.backends.message_queue.engine.inbox import Inbox
 from abe.backends.message_queue.engine.leases import LeaseKeeper
 from abe.backends.message_queue.engine.publisher import Publisher
 from abe.backends.message_queue.engine.settler import Settler
+from abe.backends.message_queue.engine.subscription import GroupSubscription
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.codec import JSONCodec
 from abe.errors import (
@@ -494,6 +495,30 @@ def inbox_on(
 async def within(awaitable: Awaitable[Any]) -> Any:
     async with asyncio.timeout(5):
         return await awaitable
+
+
+class TestGroupSubscription:
+    async def test_a_start_that_failed_with_nobody_waiting_is_begun_anew(self, manual_clock: ManualClock) -> None:
+        inbox = inbox_on(ScriptedReceiver(delivery(1)), manual_clock)
+        fails, starts = asyncio.Event(), 0
+
+        async def start() -> Inbox:
+            nonlocal starts
+            starts += 1
+            if starts == 1:
+                await fails.wait()
+                raise BackendConnectionError("gone")
+            return inbox
+
+        subscription = GroupSubscription(start)
+        waiting = asyncio.create_task(subscription.receive())
+        await turns()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        fails.set()
+        await turns()
+        assert (await within(subscription.receive())).attempt == 1
+        await subscription.aclose()
 
 
 class TestInbox:

@@ -315,6 +315,8 @@ class AsyncLoopConsumer:
         try:
             while lane:
                 message = lane.popleft()
+                if message.lease_lost:
+                    continue  # it waited here for too long, and somebody else has it
                 if self._stopping.is_set() and started:
                     await subscription.release(message)
                 else:

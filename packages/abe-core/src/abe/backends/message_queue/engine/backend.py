@@ -211,7 +211,7 @@ class TransportBackend(ABC):
         await self._call(_nothing, patient=False)
 
     async def disconnect(self) -> None:
-        """Close: finish what is on its way, end the subscriptions, disconnect. Bounded by `close_timeout`; may be called repeatedly."""
+        """Close: finish what is on its way, end the subscriptions, disconnect, each within `close_timeout`. May be called repeatedly."""
         self._closed = True
         session = self._session
         if session is not None and not session.loop.is_closed():

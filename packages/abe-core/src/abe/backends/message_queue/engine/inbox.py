@@ -285,13 +285,13 @@ class Inbox:
 
     async def _fetch(self) -> None:
         failures = 0
-        held: Collection[Receipt] | None = None
+        broken = False
         while not self._stopping:
             try:
-                if held is not None:
+                if broken:
                     self._lose(await self._receiver.recover(self._held()))
                     _log.info("group %r is being consumed again", self.group)
-                    held = None
+                    broken = False
                 room = self._room()
                 if not room:
                     await self._wait_for_space()
@@ -301,7 +301,7 @@ class Inbox:
                 if not exc.retryable:
                     raise
                 failures += 1
-                held = ()
+                broken = True
                 _log.warning("group %r cannot be consumed, trying again: %s", self.group, exc)
                 await sleep(self._clock, _RECONNECT(failures))
             else:

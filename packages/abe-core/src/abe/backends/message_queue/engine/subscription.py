@@ -109,14 +109,13 @@ class GroupSubscription:
         """Subscribe once, however many ask, and even if the one who asked first is cancelled."""
         if self._closed:
             raise BackendClosedError("the subscription was closed")
-        if self._starting is None:
+        failed = self._starting is not None and self._starting.done() and self._inbox is None
+        if self._starting is None or failed:
             self._starting = asyncio.get_running_loop().create_task(_subscribe(self._start, weakref.ref(self)))
+            # If everybody who waits is cancelled, nobody looks at a failure: that is no error.
+            self._starting.add_done_callback(lambda task: task.cancelled() or task.exception())
         starting = self._starting
-        try:
-            await asyncio.wait([starting])
-        finally:
-            if starting.done() and starting is self._starting and (starting.cancelled() or starting.exception()):
-                self._starting = None
+        await asyncio.wait([starting])
         if starting.cancelled():
             raise BackendClosedError("the subscription was closed")
         return starting.result()
