@@ -8,16 +8,20 @@ from abe_contract_tests.services._base import (
     ServiceUnavailable,
 )
 from abe_contract_tests.services._choice import choose
+from abe_contract_tests.services.rabbitmq import RabbitMQ, RabbitMQShell, rabbitmq_service
 from abe_contract_tests.services.redis import Redis, TlsFiles, redis_service
 
 __all__ = [
     "Broker",
     "FaultUnsupportedError",
     "NotReadyError",
+    "RabbitMQ",
+    "RabbitMQShell",
     "Redis",
     "Service",
     "ServiceUnavailable",
     "TlsFiles",
     "choose",
+    "rabbitmq_service",
     "redis_service",
 ]

@@ -1,0 +1,141 @@
+"""The harness of the RabbitMQ provider."""
+
+from collections.abc import Mapping
+from secrets import token_hex
+from typing import ClassVar, Final
+
+import aio_pika
+from aio_pika.abc import AbstractConnection
+
+from abe.types import MessageQueueBackendProtocol
+from abe_backend_rabbitmq import RabbitMQBackend
+from abe_contract_tests.harness import Counts, Evidence, Harness, Oracle
+from abe_contract_tests.services import RabbitMQShell, Service, rabbitmq_service
+
+_NOBODY_LISTENS: Final = "amqp://guest:guest@127.0.0.1:1/"
+
+
+class RabbitMQHarness(Harness):
+    """A RabbitMQ of the run's own, or the one at ``ABE_TEST_RABBITMQ_URL``."""
+
+    name: ClassVar[str] = "rabbitmq"
+    backend: ClassVar[type[MessageQueueBackendProtocol]] = RabbitMQBackend
+    evidence: ClassVar[Evidence] = "real broker"
+
+    def __init__(self) -> None:
+        self._service: Service | None = None
+        self._shell: RabbitMQShell | None = None
+
+    @property
+    def service(self) -> Service:
+        """The running broker."""
+        assert self._service is not None, "start() first"
+        return self._service
+
+    @property
+    def shell(self) -> RabbitMQShell:
+        """The shell beside it."""
+        assert self._shell is not None, "start() first"
+        return self._shell
+
+    def start(self) -> None:
+        service, broker = rabbitmq_service()
+        service.start()
+        self._service, self._shell = service, RabbitMQShell(service, broker)
+
+    def stop(self) -> None:
+        self.shell.stop()
+        self.service.stop()
+
+    def environment(self, namespace: str, *, lease: float) -> Mapping[str, str]:
+        return {"RABBITMQ_URL": self.service.url, **_queue(namespace, lease)}
+
+    def unreachable(self, namespace: str) -> Mapping[str, str]:
+        return {"RABBITMQ_URL": _NOBODY_LISTENS, **_queue(namespace, 1.0)}
+
+    def wrong_credentials(self, namespace: str) -> tuple[Mapping[str, str], str]:
+        secret = "swordfish-8061"
+        host = self.service.url.partition("://")[2].rpartition("@")[2]
+        return {"RABBITMQ_URL": f"amqp://nobody:{secret}@{host}", **_queue(namespace, 1.0)}, secret
+
+    async def oracle(self, namespace: str) -> Oracle:
+        return _RabbitMQOracle(self.service.url, self.shell, namespace)
+
+    async def clean(self, namespace: str) -> None:
+        # Namespaces that a test made of this one begin with it.
+        await self.shell.ask(f"delete abe:{namespace}")
+
+    def broker_version(self) -> str:
+        return self.service.version
+
+
+class PlainRabbitMQHarness(RabbitMQHarness):
+    """The same by aiormq alone, without the tap."""
+
+    name: ClassVar[str] = "rabbitmq-plain"
+
+    def environment(self, namespace: str, *, lease: float) -> Mapping[str, str]:
+        return {**super().environment(namespace, lease=lease), "RABBITMQ_TAP": "false"}
+
+
+class _RabbitMQOracle:
+    """Counts by the node itself, and injects by aio-pika."""
+
+    def __init__(self, url: str, shell: RabbitMQShell, namespace: str) -> None:
+        self._url = url
+        self._shell = shell
+        self._prefix = f"abe:{namespace}:"
+        self._connection: AbstractConnection | None = None
+
+    async def inject(self, group: str, body: bytes, *, key: str = "injected") -> None:
+        await self._inject(group, aio_pika.Message(body), key)
+
+    async def inject_version(self, group: str, body: bytes) -> None:
+        await self._inject(
+            group, aio_pika.Message(body, headers={"abe-version": 9}, message_id="from-the-future"), "injected"
+        )
+
+    async def counts(self, group: str) -> Counts:
+        waiting = in_flight = delayed = dead = 0
+        for name, ready, held, _ in await self._queues():
+            if name == f"queue:{group}":
+                waiting, in_flight = ready, held
+            elif name == f"dead:{group}":
+                dead = ready + held
+            elif name.startswith("delay:") and name.split(":", 2)[2] == group:
+                delayed += ready + held
+        return Counts(waiting=waiting, in_flight=in_flight, delayed=delayed, dead=dead)
+
+    async def consumers(self, group: str) -> int:
+        return sum(count for name, _, _, count in await self._queues() if name == f"queue:{group}")
+
+    async def connections(self) -> int:
+        (count,) = await self._shell.ask("connections")
+        return int(count) - (self._connection is not None)
+
+    async def aclose(self) -> None:
+        if self._connection is not None:
+            await self._connection.close()
+
+    async def _queues(self) -> list[tuple[str, int, int, int]]:
+        rows = [line.rsplit(" ", 3) for line in await self._shell.ask(f"count {self._prefix}")]
+        return [
+            (name.removeprefix(self._prefix), int(ready), int(held), int(count)) for name, ready, held, count in rows
+        ]
+
+    async def _inject(self, group: str, message: aio_pika.Message, key: str) -> None:
+        """Publish by way of an exchange that leads to this queue alone, so that the key arrives as it would from the real one."""
+        if self._connection is None:
+            self._connection = await aio_pika.connect(self._url)
+        async with self._connection.channel() as channel:
+            exchange = await channel.declare_exchange(
+                f"{self._prefix}oracle-{token_hex(4)}", aio_pika.ExchangeType.FANOUT
+            )
+            queue = await channel.get_queue(f"{self._prefix}queue:{group}", ensure=False)
+            await queue.bind(exchange)
+            await exchange.publish(message, key)
+            await exchange.delete()
+
+
+def _queue(namespace: str, lease: float) -> Mapping[str, str]:
+    return {"QUEUE_NAMESPACE": namespace, "QUEUE_LEASE_SECONDS": str(lease)}

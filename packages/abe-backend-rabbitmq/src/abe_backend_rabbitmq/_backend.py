@@ -1,0 +1,65 @@
+"""The backend's public face."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
+
+from abe.backends.message_queue.base import (
+    Capabilities,
+    Durability,
+    MessageQueueBackend,
+    Middleware,
+    Transport,
+)
+from abe.backends.message_queue.engine import TransportBackend
+from abe.codec import Codec
+from abe_backend_rabbitmq._settings import RabbitMQSettings
+from abe_backend_rabbitmq._topology import MAX_DELAY
+from abe_backend_rabbitmq._transport import RabbitMQTransport
+
+
+class RabbitMQBackend(TransportBackend):
+    """A message queue on RabbitMQ from 3.10.
+
+    Args:
+        settings: Where RabbitMQ is, and what every backend can be told.
+        codec: Payload to bytes and back.
+        middleware: Wraps each publish, the first outermost.
+    """
+
+    settings: RabbitMQSettings
+    capabilities: Capabilities = Capabilities(
+        groups=True,
+        key_patterns=True,
+        ordered=True,
+        ordered_per_key=False,
+        spurious_duplicates=False,
+        dead_letter=True,
+        max_delay=MAX_DELAY,
+        lease=None,
+        redelivery_bound=1.0,
+        publish_dedup=None,
+        max_payload_bytes=16 * 1024 * 1024,
+        durability=Durability.POWER_LOSS,
+    )
+
+    def __init__(
+        self,
+        settings: RabbitMQSettings | None = None,
+        *,
+        codec: Codec | None = None,
+        middleware: Sequence[Middleware] = (),
+    ) -> None:
+        super().__init__(settings or RabbitMQSettings(), codec=codec, middleware=middleware)
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """Make an instance from the ``RABBITMQ_*``, ``MESSAGE_QUEUE_*`` and ``QUEUE_*`` variables. No I/O happens here."""
+        return cls(RabbitMQSettings.from_env())
+
+    def make_transport(self) -> Transport:
+        """Return a transport to the broker of the settings."""
+        return RabbitMQTransport(self.settings)
+
+
+if TYPE_CHECKING:
+    _: type[MessageQueueBackend] = RabbitMQBackend

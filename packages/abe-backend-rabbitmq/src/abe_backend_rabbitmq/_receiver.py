@@ -1,0 +1,285 @@
+"""One consumer of one group."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Final
+
+from abe.backends.message_queue.base import Delivery, Failures, Metadata, Receipt, Settlement, Verb
+from abe.backends.message_queue.base import Receiver as ReceiverProtocol
+from abe.errors import AbeError, BackendConnectionError
+from abe_backend_rabbitmq import _wire
+from abe_backend_rabbitmq._channel import Opened, Outgoing
+from abe_backend_rabbitmq._connection import finished
+from abe_backend_rabbitmq._errors import ChannelNotFound, lost, translated
+from abe_backend_rabbitmq._wire import Header
+
+if TYPE_CHECKING:
+    from abe_backend_rabbitmq._transport import RabbitMQTransport
+
+_log: Final = logging.getLogger("abe.rabbitmq")
+
+TICK: Final = 1.0
+"""Seconds after which a `receive` that got nothing returns."""
+
+CONSUMER_TIMEOUT: Final = 1800.0
+"""Seconds for which RabbitMQ by default lets a consumer hold a message: then it closes the channel."""
+
+_WARN_AT: Final = 0.8
+_SAMPLES: Final = 24
+_TAG_BITS: Final = 48
+_MOST_PREFETCHED: Final = 65_535
+
+
+class RabbitMQReceiver:
+    """A channel that consumes, and the ones after it when it is lost. A receipt names the channel, by its number in that row, and the tag.
+
+    Args:
+        transport: Publishes copies, and opens channels.
+        group: The group.
+        prefetch: How many messages it holds at most.
+        consumer_timeout: The broker's, in seconds.
+    """
+
+    def __init__(
+        self, transport: "RabbitMQTransport", group: str, prefetch: int, consumer_timeout: float = CONSUMER_TIMEOUT
+    ) -> None:
+        self.group = group
+        self._transport = transport
+        self._queue = transport.topology.queue(group)
+        self._prefetch = min(prefetch, _MOST_PREFETCHED)
+        self._loop = asyncio.get_running_loop()
+        self._channel: Opened | None = None
+        self._generation = 0
+        self._consumer = ""
+        self._ready: deque[Delivery] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._stopping = False
+        self._looked = False
+        self._sample_every = consumer_timeout * _WARN_AT / _SAMPLES
+        self._samples: deque[int] = deque(maxlen=_SAMPLES)
+        self._warned = -1
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def holding(self) -> int:
+        """Messages that are not settled."""
+        return 0 if self._channel is None else len(self._channel.held)
+
+    async def start(self) -> None:
+        """Begin to consume, on a new channel."""
+        self._generation += 1
+        self._ready.clear()
+        self._samples.clear()
+        transport = self._transport
+        channel = await transport.consume_channel()
+        base = self._generation << _TAG_BITS
+        ready, held = self._ready, channel.held
+
+        def deliver(tag: int, header: Header, body: bytes, redelivered: bool) -> None:
+            delivery = _wire.delivery(base | tag, header, body, redelivered)
+            held[tag] = delivery, header
+            ready.append(delivery)
+            if self._waiter is not None:
+                self._wake()
+
+        channel.ended = self._wake
+        channel.native.on_consumer_cancel_callbacks.add(lambda _: self._cancelled(channel))
+        self._channel = channel
+        with translated(transport.settings.namespace):
+            self._consumer = await finished(channel.consume(self._queue, self._prefetch, deliver))
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._sample_every, self._watch)
+
+    async def receive(self, limit: int) -> Sequence[Delivery]:
+        """Return what was pushed."""
+        ready = self._ready
+        if not ready and not self._stopping:
+            self._waiter = self._loop.create_future()
+            timer = self._loop.call_later(TICK, self._wake)
+            try:
+                if self._channel is not None and self._channel.closed is None:
+                    await self._waiter
+            finally:
+                timer.cancel()
+                self._waiter = None
+        if self._stopping:
+            return ()
+        channel = self._channel
+        if channel is None or channel.closed is not None:
+            reason = "it was not opened" if channel is None else channel.closed
+            raise BackendConnectionError(f"the channel that consumes group {self.group!r} is gone: {reason}")
+        if not ready and not self._looked:
+            self._looked = True
+            await self._transport.look_at_held(self.group)
+        return [ready.popleft() for _ in range(min(limit, len(ready)))]
+
+    def metadata(self, delivery: Delivery) -> Metadata:
+        """Parse the properties."""
+        header = delivery.header
+        assert isinstance(header, Header)
+        return _wire.metadata(header, delivery.body)
+
+    async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
+        """Acknowledge. AMQP does not answer that; a request that it answers, sent after it, shows that it arrived."""
+        tags = [tag for receipt in receipts if (tag := self._tag(receipt)) is not None]
+        failures = (
+            {receipt: lost() for receipt in receipts if self._tag(receipt) is None} if len(tags) < len(receipts) else {}
+        )
+        channel = self._channel
+        if channel is not None and tags:
+            with translated(self.group):
+                await channel.ack(tags)
+                if verify:
+                    try:
+                        await finished(channel.native.basic_qos(prefetch_count=self._prefetch))
+                    except (OSError, RuntimeError):
+                        return {receipt: lost() for receipt in receipts}
+        return failures
+
+    async def settle(self, settlements: Sequence[Settlement]) -> Failures:
+        """Carry out verdicts: a copy is published and confirmed, then the message acknowledged; or the broker takes it back."""
+        failures: dict[Receipt, AbeError] = {}
+        copies: list[tuple[Settlement, int, Outgoing]] = []
+        channel = self._channel
+        for settlement in settlements:
+            tag = self._tag(settlement.receipt)
+            if channel is None or tag is None:
+                failures[settlement.receipt] = lost()
+            elif settlement.verb is Verb.RETRY and settlement.delay <= 0:
+                await channel.requeue(tag)
+            else:
+                copies.append((settlement, tag, await self._copy(settlement, *channel.held[tag])))
+        if copies and channel is not None:
+            outcomes = await self._transport.move([copy for _, _, copy in copies])
+            done: list[int] = []
+            for i, (settlement, tag, _) in enumerate(copies):
+                error = outcomes[i] if outcomes else None
+                if channel.closed is not None or tag not in channel.held:
+                    failures[settlement.receipt] = lost()
+                elif error is None:
+                    done.append(tag)
+                else:  # what it was to go to is full, or gone
+                    self._transport.forget_ladders()
+                    await channel.requeue(tag)
+                    if settlement.verb is not Verb.RELEASE:
+                        failures[settlement.receipt] = error
+            with translated(self.group):
+                await channel.ack(done)
+        return failures
+
+    async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+        """Tell which are lost: the connection is the lease."""
+        return [receipt for receipt in receipts if self._tag(receipt) is None]
+
+    async def recover(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+        """Consume on a new channel; what the old one held is lost."""
+        try:
+            await self.start()
+        except BackendConnectionError as exc:
+            if not isinstance(exc.__cause__, ChannelNotFound):
+                raise
+            _log.warning("group %r was deleted underneath its consumers: it is made again", self.group)
+            await self._transport.declare(self.group, None)
+            await self.start()
+        return [receipt for receipt in receipts if self._tag(receipt) is None]
+
+    async def stop(self) -> None:
+        """Have nothing more pushed, and give back what nobody was handed yet."""
+        self._stopping = True
+        self._wake()
+        channel = self._channel
+        if channel is None or channel.closed is not None or not self._consumer:
+            return
+        consumer, self._consumer = self._consumer, ""
+        with translated(self.group):
+            await finished(channel.native.basic_cancel(consumer))
+        unread = [Settlement(delivery.receipt, Verb.RELEASE) for delivery in self._ready if not delivery.lost]
+        self._ready.clear()
+        if unread:
+            await self.settle(unread)
+
+    async def close(self) -> None:
+        """Give back everything, and close the channel."""
+        self._transport.receivers.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        try:
+            await self.stop()
+            channel = self._channel
+            if channel is not None and channel.held and channel.closed is None:
+                base = self._generation << _TAG_BITS
+                await self.settle([Settlement(base | tag, Verb.RELEASE) for tag in channel.held])
+        finally:
+            channel, self._channel = self._channel, None
+            if channel is not None and channel.closed is None:
+                channel.ended = None
+                with translated(self.group):
+                    await finished(channel.native.close())
+
+    def _tag(self, receipt: Receipt) -> int | None:
+        """Return the tag in a receipt; None: its channel is gone, or it was settled."""
+        assert isinstance(receipt, int)
+        channel = self._channel
+        if channel is None or channel.closed is not None or receipt >> _TAG_BITS != self._generation:
+            return None
+        tag = receipt & ((1 << _TAG_BITS) - 1)
+        return tag if tag in channel.held else None
+
+    async def _copy(self, settlement: Settlement, delivery: Delivery, header: Header) -> Outgoing:
+        body, attempt = delivery.body, delivery.attempt
+        if settlement.verb is Verb.RETRY:
+            exchange, key = await self._transport.retry(self.group, settlement.delay)
+            properties = _wire.copy(header, body, attempt)
+        elif settlement.verb is Verb.RELEASE:
+            exchange, key = "", self._queue
+            properties = _wire.copy(header, body, attempt - 1)
+        else:
+            exchange, key = "", self._transport.topology.dead(self.group)
+            properties = _wire.buried(header, body, attempt, settlement.reason, settlement.error)
+        return Outgoing(exchange, key, properties, body, _wire.message_id(properties))
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _cancelled(self, channel: Opened) -> None:
+        """The broker ended the consumer: its queue was deleted or moved. Everything begins anew."""
+        channel.lose("the broker cancelled the consumer")
+        task = self._loop.create_task(_close(channel))
+        _closing.add(task)
+        task.add_done_callback(_closing.discard)
+
+    def _watch(self) -> None:
+        """Warn before RabbitMQ loses patience with somebody who holds a message for long."""
+        self._timer = self._loop.call_later(self._sample_every, self._watch)
+        channel = self._channel
+        if channel is None or not channel.held:
+            self._samples.clear()
+            return
+        oldest = next(iter(channel.held))
+        if len(self._samples) == _SAMPLES and oldest <= self._samples[0] and oldest != self._warned:
+            self._warned = oldest
+            _log.warning(
+                "a message of group %r has been held for %.0f %% of RabbitMQ's default consumer_timeout: soon the broker closes the "
+                "channel, and delivers it again. Raise consumer_timeout, or work in smaller steps",
+                self.group,
+                _WARN_AT * 100,
+            )
+        self._samples.append(next(reversed(channel.held)))
+
+
+_closing: Final[set[asyncio.Task[None]]] = set()
+
+
+async def _close(channel: Opened) -> None:
+    try:
+        with translated("the broker"):
+            await channel.native.close()
+    except AbeError as exc:
+        _log.debug("a channel whose consumer was cancelled could not be closed: %s", exc)
+
+
+if TYPE_CHECKING:
+    _: type[ReceiverProtocol] = RabbitMQReceiver

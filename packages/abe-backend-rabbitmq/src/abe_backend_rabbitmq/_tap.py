@@ -1,0 +1,367 @@
+"""A tap on aiormq's connection: what is many goes past it, the rest is its own.
+
+``aiormq.connect(transport_factory=...)`` lets its caller supply the stream pair. Ours is the usual one, but its protocol looks at whole
+frames before the stream does: deliveries, returns and confirms of the channels here are handled at once, everything else (login,
+heartbeats, replies, closing, other channels) goes on to aiormq unchanged. Frames of ours go to the same transport. Only public names
+are used.
+"""
+
+import asyncio
+import logging
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import aiormq
+from aiormq.abc import AbstractChannel
+from pamqp import commands
+from pamqp import frame as pamqp_frame
+from yarl import URL
+
+from abe.errors import AbeError, BackendConnectionError, PublishUnknownError
+from abe_backend_rabbitmq import _wire
+from abe_backend_rabbitmq._channel import Flight, Opened, Outgoing, Pushed, nacked, unroutable
+from abe_backend_rabbitmq._errors import ConnectError
+from abe_backend_rabbitmq._wire import Header
+
+_log: Final = logging.getLogger("abe.rabbitmq")
+
+_FRAME: Final = struct.Struct(">BHI").unpack_from
+_TAG: Final = struct.Struct(">QB").unpack_from
+_U32: Final = struct.Struct(">I").unpack_from
+_U64: Final = struct.Struct(">Q").unpack_from
+_CONTENT: Final = struct.Struct(">IIQ").pack
+_SETTLE: Final = struct.Struct(">BHIIQBB").pack
+_SIZE: Final = struct.Struct(">I").pack
+
+_DELIVER, _RETURN, _ACKED, _NACKED = 0x3C003C, 0x3C0032, 0x3C0050, 0x3C0078
+_ACK, _REJECT = 0x3C0050, 0x3C005A
+_CLOSE, _CLOSE_OK = 0x140028, 0x140029
+_BLOCKED, _UNBLOCKED = 0x0A003C, 0x0A003D
+_OUT_CLOSE, _OUT_CLOSE_OK = b"\0\x14\0\x28", b"\0\x14\0\x29"
+_OUT_END: Final = (b"\0\x0a\0\x32", b"\0\x0a\0\x33")
+_HEARTBEAT: Final = b"\x08\0\0\0\0\0\0\xce"
+_FRAME_END: Final = 0xCE
+_LAST_KIND: Final = 8
+_MOST_ROUTES: Final = 10_000
+
+
+class Tap(asyncio.StreamReaderProtocol):
+    """The protocol of a connection.
+
+    Args:
+        reader: What aiormq reads from.
+        loop: The event loop.
+        blocked: Called with the reason when the broker blocks publishers, and with None when it lets them go on.
+    """
+
+    def __init__(
+        self, reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop, blocked: Callable[[str | None], object]
+    ) -> None:
+        super().__init__(reader, loop=loop)
+        self.loop = loop
+        self.transport: asyncio.WriteTransport | None = None
+        self.channels: dict[int, TapChannel] = {}
+        self._blocked = blocked
+        self._tail: bytes = b""
+        self._raw: bool = False
+        self._fed: float = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        assert isinstance(transport, asyncio.WriteTransport)
+        self.transport = transport
+        super().connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Take the frames that are ours out of what arrived, and pass the rest on in order."""
+        if self._raw:
+            super().data_received(data)
+            return
+        if self._tail:
+            data = self._tail + data
+        position, keep, size, channels = 0, 0, len(data), self.channels
+        rest: list[bytes] = []
+        while size - position >= 8:
+            kind, number, length = _FRAME(data, position)
+            end = position + length + 8
+            if kind > _LAST_KIND or (end <= size and data[end - 1] != _FRAME_END):
+                self._raw, position = True, size  # no AMQP: aiormq says so better
+                break
+            if end > size:
+                break
+            channel = channels.get(number)
+            if channel is None:
+                if number == 0 and kind == 1:
+                    self._notice(data[position:end])
+            elif channel.take(kind, data, position, end):
+                if keep < position:
+                    rest.append(data[keep:position])
+                keep = end
+            position = end
+        if keep < position:
+            rest.append(data[keep:position])
+        self._tail = data[position:]
+        now = self.loop.time()
+        if rest or (channels and now - self._fed > 1):
+            # aiormq counts silence by the frames it sees; those that we take prove life too.
+            super().data_received(b"".join(rest) or _HEARTBEAT)
+            self._fed = now
+
+    def eof_received(self) -> bool | None:
+        """Tell the channels."""
+        self._end("the broker ended the connection")
+        return super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the channels."""
+        self._end("the connection was lost" if exc is None else f"the connection was lost: {exc}")
+        super().connection_lost(exc)
+
+    def _end(self, reason: str) -> None:
+        for channel in list(self.channels.values()):
+            channel.lose(reason)
+
+    def _notice(self, frame: bytes) -> None:
+        method = _U32(frame, 7)[0]
+        if method == _BLOCKED:
+            self._blocked(str(frame[12:-1], "utf-8", "replace"))
+        elif method == _UNBLOCKED:
+            self._blocked(None)
+
+
+class _Writer(asyncio.StreamWriter):
+    """Watches what aiormq sends: nothing of ours goes out after it closed a channel or the connection."""
+
+    tap: Tap
+
+    def write(self, data: Any) -> None:
+        method = data[7:11]
+        if method in (_OUT_CLOSE, _OUT_CLOSE_OK):
+            number = int.from_bytes(data[1:3], "big")
+            channel = self.tap.channels.get(number)
+            if channel is not None:
+                channel.lose("the channel was closed")
+                if method == _OUT_CLOSE_OK:
+                    del self.tap.channels[number]
+        elif method in _OUT_END and data[:3] == b"\1\0\0":
+            for channel in self.tap.channels.values():
+                channel.lose("the connection was closed")
+        super().write(data)
+
+
+class TapFactory(aiormq.TransportFactory):
+    """Makes the stream pair of one connection.
+
+    Args:
+        blocked: See `Tap`.
+    """
+
+    def __init__(self, blocked: Callable[[str | None], object]) -> None:
+        self._blocked = blocked
+        self.tap: Tap | None = None
+
+    async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connect."""
+        provider = kwargs.pop("ssl_context_provider")
+        loop = asyncio.get_running_loop()
+        context = await provider.get_context() if url.scheme == "amqps" else None
+        reader = asyncio.StreamReader(loop=loop)
+        tap = Tap(reader, loop, self._blocked)
+        try:
+            transport, _ = await loop.create_connection(
+                lambda: tap, url.host or "localhost", url.port or 0, ssl=context, **kwargs
+            )
+        except OSError as exc:
+            raise ConnectError(*exc.args) from exc
+        writer = _Writer(transport, tap, reader, loop)
+        writer.tap = self.tap = tap
+        return reader, writer
+
+
+class TapChannel(Opened):
+    """One channel whose publishing, deliveries and settlements go by the tap.
+
+    Args:
+        tap: Of its connection.
+        native: aiormq's, opened without confirms: it keeps no count then.
+        frame_max: The longest frame.
+    """
+
+    def __init__(self, tap: Tap, native: AbstractChannel, frame_max: int) -> None:
+        super().__init__(native)
+        assert tap.transport is not None
+        self._tap = tap
+        self._write = tap.transport.write
+        self._loop = tap.loop
+        self._number = native.number
+        self._most = frame_max - 8
+        self._two = native.number.to_bytes(2, "big")
+        self._kind, self._method, self._header, self._left = 0, b"", b"", 0
+        self._parts: list[bytes] = []
+        self._sent, self._low = 0, 1
+        self._pending: dict[int, Flight] = {}
+        self._returned: set[tuple[str, str]] = set()
+        self._routes: dict[tuple[str, str], bytes] = {}
+        self._deliver: Pushed | None = None
+        tap.channels[self._number] = self
+
+    def publish(self, messages: Sequence[Outgoing]) -> asyncio.Future[Sequence[AbeError | None]]:
+        """See `Opened.publish`."""
+        if self.closed is not None:
+            raise BackendConnectionError(self.closed)
+        future: asyncio.Future[Sequence[AbeError | None]] = self._loop.create_future()
+        tag = self._sent
+        flight = Flight(tag + 1, messages, future)
+        pending, routes, two, most = self._pending, self._routes, self._two, self._most
+        parts: list[bytes] = []
+        for exchange, key, properties, body, _ in messages:
+            prefix = routes.get((exchange, key)) or self._route(exchange, key)
+            size = len(body)
+            parts += (prefix, _CONTENT(12 + len(properties), 0x3C0000, size), properties, b"\xce")
+            if size <= most:
+                if size:
+                    parts += (b"\3", two, _SIZE(size), body, b"\xce")
+            else:
+                for start in range(0, size, most):
+                    piece = body[start : start + most]
+                    parts += (b"\3", two, _SIZE(len(piece)), piece, b"\xce")
+            tag += 1
+            pending[tag] = flight
+        self._sent = tag
+        self._write(b"".join(parts))
+        return future
+
+    async def consume(self, queue: str, prefetch: int, deliver: Pushed) -> str:
+        """See `Opened.consume`."""
+        self._deliver = deliver  # first: messages may come in the same chunk as the reply
+        await self.native.basic_qos(prefetch_count=prefetch)
+        reply = await self.native.basic_consume(queue, _not_ours)
+        assert reply.consumer_tag is not None
+        return reply.consumer_tag
+
+    async def ack(self, tags: Sequence[int]) -> None:
+        """See `Opened.ack`."""
+        held, number = self.held, self._number
+        done = [tag for tag in tags if held.pop(tag, None) is not None]
+        if not done or self.closed is not None:
+            return
+        lowest, top = next(iter(held), 1 << 64), 0
+        parts: list[bytes] = []
+        for tag in done:
+            if tag > lowest:  # behind one that is still being handled: singly
+                parts.append(_SETTLE(1, number, 13, _ACK, tag, 0, _FRAME_END))
+            elif tag > top:
+                top = tag
+        if top:  # all below it is settled, or finished too
+            parts.append(_SETTLE(1, number, 13, _ACK, top, 1, _FRAME_END))
+        self._write(b"".join(parts))
+
+    async def requeue(self, tag: int) -> None:
+        """See `Opened.requeue`."""
+        if self.held.pop(tag, None) is not None and self.closed is None:
+            self._write(_SETTLE(1, self._number, 13, _REJECT, tag, 1, _FRAME_END))
+
+    def lose(self, reason: str) -> None:
+        """Tell everybody that the channel is gone. All that was published is on its way: nobody knows how far it came."""
+        if self.closed is None:
+            super().lose(reason)
+            flights = dict.fromkeys(self._pending.values())
+            self._pending.clear()
+            for flight in flights:
+                flight.abandon(PublishUnknownError(f"{reason}, before the confirm came"))
+
+    def take(self, kind: int, data: bytes, position: int, end: int) -> bool:
+        """Handle a frame, and return whether it was one of ours."""
+        if kind == 1:
+            method = _U32(data, position + 7)[0]
+            if method in (_DELIVER, _RETURN):
+                self._kind, self._method = method, data[position + 11 : end - 1]
+            elif method in (_ACKED, _NACKED):
+                tag, bits = _TAG(data, position + 11)
+                self._confirmed(tag, bits & 1, method == _NACKED)
+            else:
+                self._kind = 0
+                if method == _CLOSE:
+                    self.lose(f"the broker closed the channel: {_close_text(data[position:end])}")
+                elif method == _CLOSE_OK:
+                    self._forget()
+                return False
+            return True
+        if not self._kind:
+            return False  # the content of a method that is aiormq's
+        if kind == 2:
+            self._left = _U64(data, position + 11)[0]
+            self._header = data[position + 19 : end - 1]
+            if not self._left:
+                self._content(b"")
+        elif not self._parts and end - position - 8 == self._left:
+            self._content(data[position + 7 : end - 1])
+        else:
+            self._parts.append(data[position + 7 : end - 1])
+            self._left -= end - position - 8
+            if not self._left:
+                body, self._parts = b"".join(self._parts), []
+                self._content(body)
+        return True
+
+    def _content(self, body: bytes) -> None:
+        kind, self._kind = self._kind, 0
+        if self.closed is not None:
+            return
+        method = self._method
+        if kind == _RETURN:
+            at = 3 + method[2]  # after the code and its text
+            at += 1 + method[at]
+            key = str(method[at + 1 : at + 1 + method[at]], "utf-8", "replace")
+            self._returned.add((_wire.message_id(self._header), key))
+            return
+        at = 1 + method[0]  # after the consumer's tag
+        tag = _U64(method, at)[0]
+        start = at + 10
+        stop = start + method[at + 9]
+        exchange, key = str(method[start:stop], "utf-8", "replace"), str(method[stop + 1 :], "utf-8", "replace")
+        header = Header(self._header, exchange, key)
+        if self._deliver is not None:
+            self._deliver(tag, header, body, bool(method[at + 8]))
+
+    def _confirmed(self, tag: int, multiple: int, nack: bool) -> None:
+        tags: Sequence[int] = (tag,)
+        if multiple:  # from the last multiple on: never a walk over all that is outstanding
+            tags, self._low = range(self._low, tag + 1), tag + 1
+        pending, returned = self._pending, self._returned
+        for each in tags:
+            flight = pending.pop(each, None)
+            if flight is None:
+                continue
+            if nack:
+                flight.fail(each, nacked())
+            elif returned:
+                _, key, _, _, id = flight.messages[each - flight.first]
+                if (id, key) in returned:
+                    returned.discard((id, key))
+                    flight.fail(each, unroutable(key))
+            flight.left -= 1
+            if not flight.left:
+                flight.finish()
+
+    def _route(self, exchange: str, key: str) -> bytes:
+        if len(self._routes) >= _MOST_ROUTES:
+            self._routes.clear()
+        method = commands.Basic.Publish(exchange=exchange, routing_key=key, mandatory=True)
+        prefix = self._routes[exchange, key] = pamqp_frame.marshal(method, self._number) + b"\2" + self._two
+        return prefix
+
+    def _forget(self) -> None:
+        """The number is free for another channel."""
+        self.lose("the channel was closed")
+        del self._tap.channels[self._number]
+
+
+async def _not_ours(_: object) -> None:
+    _log.error("a delivery went past the tap: it is not acknowledged, and comes again")
+
+
+def _close_text(frame: bytes) -> str:
+    size = frame[13]
+    return str(frame[14 : 14 + size], "utf-8", "replace")

@@ -1,0 +1,319 @@
+"""Envelopes to AMQP properties and back. Pure.
+
+The body is the message's body. Its properties are the standard ones (content type, delivery mode, message id, timestamp in
+seconds) and headers: ``abe-version``, ``abe-published-at`` in milliseconds, and the application's own under their names. Those that
+RabbitMQ would take for its own, or that are too long for a name, travel together in ``abe-headers`` as JSON. A copy that we move (a
+retry, a dead letter, a message that was held) also has ``abe-key``, and ``abe-attempt``, the deliveries before; a dead letter
+``abe-reason``, ``abe-error`` and ``abe-dead-at`` in milliseconds; a held one ``abe-due`` in milliseconds if it has a delay.
+
+Properties are bytes here: the flags and the values, as they stand in a content header after the size of the body.
+"""
+
+import hashlib
+import struct
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple
+
+import msgspec
+from pamqp import commands
+from pamqp.header import ContentHeader
+
+from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Metadata
+from abe.errors import DecodeError
+
+VERSION: Final = 1
+_FLAGS: Final = b"\xb0\xc0"  # content type, headers, delivery mode, message id, timestamp
+_HEAD: Final = _FLAGS + b"\x10application/json"
+_VERSION_FIELD: Final = b"\x0babe-versionb" + bytes((VERSION,))
+_TIME_FIELD: Final = b"\x10abe-published-atl"
+_OURS: Final = len(_HEAD) + 4
+_NAMES: Final = _OURS + len(_VERSION_FIELD) + len(_TIME_FIELD)
+_PERSISTENT: Final = b"\x02"
+_MARK: Final = b"abe-attempt"
+_U32: Final = struct.Struct(">I")
+_U64: Final = struct.Struct(">Q")
+_BROKERS: Final = ("x-", "abe-", "CC", "BCC")
+_MOST_NAMES: Final = 1_000
+_LONGEST_NAME: Final = 128
+"""Bytes of a header's name, by AMQP's specification. More would fit, but pamqp cuts it off."""
+_LONGEST_ERROR: Final = 32_000
+"""Characters: properties must fit into one frame of 128 KiB."""
+
+_names: Final[dict[str, bytes]] = {}
+_fields: Final[dict[bytes, str]] = {}
+
+
+class Header(NamedTuple):
+    """What came with a body."""
+
+    properties: bytes
+    exchange: str
+    key: str
+
+
+def pack(envelope: Envelope, *extra: tuple[str, str | int]) -> bytes:
+    """Return the properties of a message.
+
+    Args:
+        envelope: The message.
+        extra: More headers of ours.
+    """
+    id, _, _, published_at, headers, _ = envelope
+    table = _VERSION_FIELD + _TIME_FIELD + _U64.pack(published_at)
+    if headers or extra:
+        table += _pack_headers(headers or {}, extra)
+    raw = id.encode()
+    return b"".join(
+        (_HEAD, _U32.pack(len(table)), table, _PERSISTENT, bytes((len(raw),)), raw, _U64.pack(published_at // 1000))
+    )
+
+
+def _pack_headers(headers: Mapping[str, str], extra: tuple[tuple[str, str | int], ...]) -> bytes:
+    parts: list[bytes] = []
+    packed: dict[str, str] = {}
+    for name, text in headers.items():
+        field = _names.get(name) or _name(name)
+        if field:
+            value = text.encode()
+            parts += (field, _U32.pack(len(value)), value)
+        else:
+            packed[name] = text
+    if packed:
+        extra = (*extra, ("abe-headers", msgspec.json.encode(packed).decode()))
+    for name, given in extra:
+        field = bytes((len(name),)) + name.encode()
+        if isinstance(given, int):
+            parts += (field, b"l", given.to_bytes(8, "big", signed=True))
+        else:
+            value = given.encode(errors="replace")
+            parts += (field, b"S", _U32.pack(len(value)), value)
+    return b"".join(parts)
+
+
+def _name(name: str) -> bytes:
+    raw = name.encode()
+    if len(raw) > _LONGEST_NAME or name.startswith(_BROKERS):
+        return b""
+    if len(_names) >= _MOST_NAMES:
+        _names.clear()
+    return _names.setdefault(name, bytes((len(raw),)) + raw + b"S")
+
+
+def delivery(receipt: int, header: Header, body: bytes, redelivered: bool) -> Delivery:
+    """Make a delivery of what the broker pushed.
+
+    Args:
+        receipt: What names it.
+        header: What came with it.
+        body: The body.
+        redelivered: Whether the broker says that it may have been delivered before.
+    """
+    raw = header.properties
+    if not redelivered and raw.startswith(_VERSION_FIELD, _OURS) and _MARK not in raw:
+        return Delivery(receipt, body, header, 1)
+    try:
+        headers = parse(raw).headers or {}
+    except DecodeError as exc:
+        return Delivery(receipt, body, header, 1, str(exc))
+    version = headers.get("abe-version", VERSION)
+    fault = None if version == VERSION else "the envelope is of a version that is not known here"
+    return Delivery(receipt, body, header, attempts(headers), fault)
+
+
+def attempts(headers: Mapping[str, Any]) -> int:
+    """Return which delivery this is, 1 for the first, from a message's headers."""
+    return _number(headers, "abe-attempt") + _number(headers, "x-delivery-count") + 1
+
+
+def metadata(header: Header, body: bytes) -> Metadata:
+    """Read what travelled beside a body.
+
+    Raises:
+        DecodeError: It is not what AMQP writes.
+    """
+    quick = _quick(header.properties)
+    if quick is not None:
+        id, published_at, headers = quick
+        return Metadata(id, header.key, published_at, headers)
+    properties = parse(header.properties)
+    given = properties.headers or {}
+    published_at = _number(given, "abe-published-at") or _milliseconds(properties.timestamp)
+    id = properties.message_id or stranger_id(header, body)
+    return Metadata(id, original_key(header, given), published_at, _strings(given) or None)
+
+
+def _quick(raw: bytes) -> tuple[str, int, Mapping[str, str] | None] | None:
+    """Read properties as `pack` writes them without anything extra; None: they are others."""
+    if not raw.startswith(_VERSION_FIELD, _OURS):
+        return None
+    end = _OURS + _U32.unpack_from(raw, _OURS - 4)[0]
+    headers: dict[str, str] | None = None
+    position = _NAMES + 8
+    if position < end:
+        if b"abe-" in raw[position:end] or b"x-" in raw[position:end]:
+            return None
+        headers = {}
+        while position < end:
+            after = position + 1 + raw[position]
+            if raw[after] != 83:
+                return None
+            field = raw[position:after]
+            name = _fields.get(field)
+            if name is None:
+                if len(_fields) >= _MOST_NAMES:
+                    _fields.clear()
+                name = _fields[field] = str(field[1:], "utf-8")
+            position = after + 5 + _U32.unpack_from(raw, after + 1)[0]
+            headers[name] = str(raw[after + 5 : position], "utf-8")
+    start = end + 2
+    return str(raw[start : start + raw[end + 1]], "utf-8"), _U64.unpack_from(raw, _NAMES)[0], headers
+
+
+def message_id(raw: bytes) -> str:
+    """Return the id in properties that we wrote."""
+    if raw.startswith(_HEAD):
+        end = _OURS + _U32.unpack_from(raw, _OURS - 4)[0]
+        return str(raw[end + 2 : end + 2 + raw[end + 1]], "utf-8", "replace")
+    try:
+        return parse(raw).message_id or ""
+    except DecodeError:
+        return ""
+
+
+def parse(raw: bytes) -> commands.Basic.Properties:
+    """Read properties, whoever wrote them.
+
+    Raises:
+        DecodeError: They are not what AMQP writes.
+    """
+    header = ContentHeader()
+    try:
+        header.unmarshal(b"\x00\x3c\x00\x00" + bytes(8) + raw)
+    except (ValueError, IndexError, struct.error, OverflowError) as exc:
+        raise DecodeError(f"the properties cannot be read: {exc}") from exc
+    return header.properties or commands.Basic.Properties()
+
+
+def unparse(properties: commands.Basic.Properties) -> bytes:
+    """Return the bytes of properties."""
+    return properties.marshal()
+
+
+def copy(header: Header, body: bytes, attempt: int, *extra: tuple[str, str | int]) -> bytes:
+    """Return the properties of a copy that takes a message's place, with what the broker added left out.
+
+    With ``x-death`` kept, the broker would drop the copy when it passes the same queues again.
+
+    Args:
+        header: The message's.
+        body: Its body.
+        attempt: Deliveries so far.
+        extra: More headers of ours.
+    """
+    try:
+        properties = parse(header.properties)
+    except DecodeError:
+        properties = commands.Basic.Properties()
+    given: dict[str, Any] = dict(properties.headers or {})
+    headers: dict[str, Any] = {
+        name: value
+        for name, value in given.items()
+        if not name.startswith("x-") and name not in ("CC", "BCC", "abe-due", "abe-reason", "abe-error", "abe-dead-at")
+    }
+    properties.headers = headers | {"abe-key": original_key(header, given), "abe-attempt": attempt} | dict(extra)
+    properties.message_id = properties.message_id or stranger_id(header, body)
+    properties.delivery_mode = 2
+    properties.expiration = None
+    properties.user_id = None
+    return unparse(properties)
+
+
+def buried(header: Header, body: bytes, attempt: int, reason: str, error: str) -> bytes:
+    """Return the properties of a dead letter."""
+    longest = _LONGEST_ERROR
+    return copy(
+        header,
+        body,
+        attempt,
+        ("abe-reason", reason[:longest]),
+        ("abe-error", error[-longest:]),
+        ("abe-dead-at", int(time.time() * 1000)),
+    )
+
+
+def dead_letter(header: Header, body: bytes) -> DeadLetter:
+    """Read a message of the dead letters, whoever put it there."""
+    try:
+        properties = parse(header.properties)
+    except DecodeError:
+        properties = commands.Basic.Properties()
+    given = properties.headers or {}
+    by_us = "abe-dead-at" in given
+    return DeadLetter(
+        id=properties.message_id or stranger_id(header, body),
+        key=original_key(header, given),
+        body=body,
+        headers=_strings(given),
+        attempts=_number(given, "abe-attempt") if by_us else attempts(given),
+        reason=str(given.get("abe-reason", "" if by_us else "dead-lettered by the broker")),
+        error=str(given.get("abe-error", "")),
+        published_at=(_number(given, "abe-published-at") or _milliseconds(properties.timestamp)) / 1000,
+        dead_at=_number(given, "abe-dead-at") / 1000,
+    )
+
+
+def due(header: Header) -> int:
+    """Return when a held message is due, in milliseconds since the epoch; 0: at once."""
+    try:
+        return _number(parse(header.properties).headers or {}, "abe-due")
+    except DecodeError:
+        return 0
+
+
+def routing_key(header: Header) -> str:
+    """Return the key that a message was published with, as far as it can be told."""
+    try:
+        return original_key(header, parse(header.properties).headers or {})
+    except DecodeError:
+        return original_key(header, {})
+
+
+def original_key(header: Header, given: Mapping[str, Any]) -> str:
+    """Return the key that a message was published with. Straight to a queue it was published with none."""
+    key = given.get("abe-key")
+    return key if isinstance(key, str) else header.key if header.exchange else ""
+
+
+def stranger_id(header: Header, body: bytes) -> str:
+    """Return an id for a message without one: the same at each delivery."""
+    return hashlib.blake2b(body + header.key.encode(), digest_size=12).hexdigest()
+
+
+def _strings(given: Mapping[str, Any]) -> dict[str, str]:
+    """Return the application's headers. A stranger's numbers become text; tables and arrays stay out."""
+    found = {
+        name: value if isinstance(value, str) else str(value)
+        for name, value in given.items()
+        if isinstance(value, str | int | float) and not name.startswith(_BROKERS)
+    }
+    packed = given.get("abe-headers")
+    if isinstance(packed, str):
+        try:
+            found |= msgspec.json.decode(packed, type=dict[str, str])
+        except msgspec.MsgspecError as exc:
+            raise DecodeError(f"the headers cannot be read: {exc}") from exc
+    return found
+
+
+def _number(given: Mapping[str, Any], name: str) -> int:
+    value = given.get(name)
+    return value if isinstance(value, int) and 0 <= value < 2**53 else 0
+
+
+def _milliseconds(timestamp: datetime | None) -> int:
+    if timestamp is None:
+        return 0
+    moment = timestamp if timestamp.tzinfo is not None else timestamp.replace(tzinfo=UTC)
+    return max(0, int(moment.timestamp() * 1000))
