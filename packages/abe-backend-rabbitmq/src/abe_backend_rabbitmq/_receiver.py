@@ -152,7 +152,7 @@ class RabbitMQReceiver:
             else:
                 copies.append((settlement, tag, await self._copy(settlement, *channel.held[tag])))
         if copies and channel is not None:
-            outcomes = await self._transport.move([copy for _, _, copy in copies])
+            outcomes = await self._transport.outlet.move([copy for _, _, copy in copies])
             done: list[int] = []
             for i, (settlement, tag, _) in enumerate(copies):
                 error = outcomes[i] if outcomes else None
@@ -161,7 +161,7 @@ class RabbitMQReceiver:
                 elif error is None:
                     done.append(tag)
                 else:  # what it was to go to is full, or gone
-                    self._transport.forget_ladders()
+                    self._transport.ladder.forget()
                     await channel.requeue(tag)
                     if settlement.verb is not Verb.RELEASE:
                         failures[settlement.receipt] = error
@@ -230,7 +230,7 @@ class RabbitMQReceiver:
     async def _copy(self, settlement: Settlement, delivery: Delivery, header: Header) -> Outgoing:
         body, attempt = delivery.body, delivery.attempt
         if settlement.verb is Verb.RETRY:
-            exchange, key = await self._transport.retry(self.group, settlement.delay)
+            exchange, key = await self._transport.ladder.retry(self.group, settlement.delay)
             properties = _wire.copy(header, body, attempt)
         elif settlement.verb is Verb.RELEASE:
             exchange, key = "", self._queue

@@ -7,9 +7,9 @@ queue that one connection owns; the broker frees it when that connection ends.
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 from aiormq.abc import AbstractChannel
@@ -28,6 +28,8 @@ _POLL: Final = 0.005
 _LONGEST_POLL: Final = 0.05
 _TOO_OFTEN: Final = 1_000
 """Deliveries of the registry's message after which it is written anew: the queue's log ends at its oldest message."""
+
+_T = TypeVar("_T")
 
 
 class Entry(msgspec.Struct):
@@ -75,6 +77,45 @@ class RegistryKeeper:
         self._names = topology
         self._patience = patience
         self._ours = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def exclusively(self, work: Callable[[], Awaitable[_T]]) -> _T:
+        """Do something under the namespace's lock, to its end even if the caller is cancelled.
+
+        Raises:
+            BackendConnectionError: It was closed meanwhile; or as `locked`, or the work.
+        """
+        task = self._start(work)
+        await asyncio.wait([task])
+        if task.cancelled():
+            raise BackendConnectionError("the connection to rabbitmq was closed")
+        return task.result()
+
+    def begin(self, work: Callable[[], Awaitable[object]]) -> None:
+        """Do something under the namespace's lock, when it is free. A failure is logged: nobody waits."""
+
+        def report(task: asyncio.Task[object]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                _log.warning("the groups could not be put in order: %s", error)
+
+        self._start(work).add_done_callback(report)
+
+    def _start(self, work: Callable[[], Awaitable[_T]]) -> "asyncio.Task[_T]":
+        async def run() -> _T:
+            async with self.locked():
+                return await work()
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     @asynccontextmanager
     async def locked(self, on: Connection | None = None) -> AsyncGenerator[None, None]:
@@ -131,11 +172,15 @@ class RegistryKeeper:
                 _encode(Registry()), routing_key=self._names.registry, properties=_PROPERTIES, mandatory=True
             )
 
-    async def read(self) -> Registry:
-        """Return the registry. The lock must be held."""
+    async def read(self, on: Connection | None = None) -> Registry:
+        """Return the registry. The lock must be held.
+
+        Args:
+            on: A connection that is being prepared.
+        """
         deadline = asyncio.get_running_loop().time() + self._patience / 2
         while True:
-            found = await self._control.call(self._read)
+            found = await self._control.call(self._read, on)
             if found is not None:
                 return found
             if asyncio.get_running_loop().time() > deadline:
