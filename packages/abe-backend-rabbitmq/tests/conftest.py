@@ -1,15 +1,103 @@
-"""A RabbitMQ node that the provider's tests share."""
+"""A RabbitMQ node that the provider's tests share, and namespaces on it."""
 
 import asyncio
+import itertools
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from typing import Any
+from uuid import uuid4
 
+import aio_pika
 import pytest
 
+from abe.backends.message_queue.base import Delivery, Envelope
+from abe_backend_rabbitmq import RabbitMQBackend, RabbitMQSettings
+from abe_backend_rabbitmq._receiver import RabbitMQReceiver
+from abe_backend_rabbitmq._topology import LEVELS, Topology
+from abe_backend_rabbitmq._transport import RabbitMQTransport
 from abe_contract_tests.services import ServiceUnavailable, rabbitmq_service
 from abe_contract_tests.services._process import ProcessService
 
 PROCESSES = {"ABE_TEST_SERVICES": "processes"}
+
+
+class Lab:
+    """A namespace of its own on a node: transports and backends in it, and a look at it with aio-pika."""
+
+    def __init__(self, url: str, stack: AsyncExitStack, *, tap: bool) -> None:
+        self.url = url
+        self.namespace = f"test-{uuid4().hex[:12]}"
+        self.names = Topology(self.namespace)
+        self.groups: set[str] = set()
+        self._tap = tap
+        self._stack = stack
+        self._serial = itertools.count()
+        self._pika: Any = None
+
+    def settings(self, **changes: Any) -> RabbitMQSettings:
+        return RabbitMQSettings(
+            **{"url": self.url, "namespace": self.namespace, "publish_timeout": 5.0, "tap": self._tap} | changes
+        )
+
+    async def transport(self, **changes: Any) -> RabbitMQTransport:
+        transport = RabbitMQTransport(self.settings(**changes))
+        await transport.open()
+        self._stack.push_async_callback(transport.close)
+        return transport
+
+    async def receiver(self, transport: RabbitMQTransport, group: str = "g", prefetch: int = 1000) -> RabbitMQReceiver:
+        receiver = await transport.subscribe(group, prefetch)
+        self._stack.push_async_callback(receiver.close)
+        return receiver
+
+    async def backend(self, **changes: Any) -> RabbitMQBackend:
+        return await self._stack.enter_async_context(RabbitMQBackend(self.settings(**changes)))
+
+    def envelope(
+        self, key: str = "k", *, delay: float = 0.0, headers: dict[str, str] | None = None, body: bytes = b"{}"
+    ) -> Envelope:
+        return Envelope(f"id-{next(self._serial)}", key, body, 1_700_000_000_000, headers, delay)
+
+    def envelopes(self, count: int, key: str = "k", *, delay: float = 0.0) -> list[Envelope]:
+        return [self.envelope(key, delay=delay) for _ in range(count)]
+
+    async def pika(self) -> Any:
+        """Return a channel of a plain client."""
+        if self._pika is None:
+            connection = await aio_pika.connect(self.url)
+            self._stack.push_async_callback(connection.close)
+            self._pika = await connection.channel()
+        return self._pika
+
+    async def waiting(self, queue: str) -> int:
+        """Count what a queue has that nobody holds."""
+        declared = await (await self.pika()).declare_queue(queue, passive=True)
+        return int(declared.declaration_result.message_count)
+
+    async def put(self, queue: str, body: bytes, **properties: Any) -> None:
+        """Put a stranger's message into a queue."""
+        await (await self.pika()).default_exchange.publish(aio_pika.Message(body, **properties), queue)
+
+    async def clean(self) -> None:
+        channel, names = await self.pika(), self.names
+        transport = await self.transport()
+        for group in await transport.groups():
+            await transport.delete_group(group)
+        for queue in (names.held, names.registry):
+            await channel.queue_delete(queue)
+        fixed = (names.exchange, names.unwanted, names.nowhere, names.holding, names.later, names.delay, names.due)
+        for exchange in (*fixed, *(names.rung(level) for level in range(LEVELS))):
+            await channel.exchange_delete(exchange)
+
+
+async def collect(receiver: RabbitMQReceiver, count: int, *, within: float = 10.0) -> list[Delivery]:
+    """Receive until there are `count` deliveries, or more."""
+    found: list[Delivery] = []
+    async with asyncio.timeout(within):
+        while len(found) < count:
+            found += await receiver.receive(count - len(found))
+    return found
 
 
 async def until(condition: Callable[[], object], *, within: float = 20.0) -> None:
@@ -32,6 +120,36 @@ def node() -> Iterator[ProcessService]:
         pytest.skip(str(exc))
     yield service
     service.stop()
+
+
+@pytest.fixture
+async def lab_at() -> AsyncIterator[Callable[..., Lab]]:
+    """Make a namespace on any node. Nobody cleans it up."""
+    async with AsyncExitStack() as stack:
+        yield lambda url, *, tap=True: Lab(url, stack, tap=tap)
+
+
+@pytest.fixture(params=["tap", "plain"])
+async def lab(request: pytest.FixtureRequest, node: ProcessService) -> AsyncIterator[Lab]:
+    """A namespace on the shared node; the test runs with the tap and without."""
+    async with AsyncExitStack() as stack:
+        lab = Lab(node.url, stack, tap=request.param == "tap")
+        stack.push_async_callback(lab.clean)
+        yield lab
+
+
+@pytest.fixture
+async def one_lab(node: ProcessService) -> AsyncIterator[Lab]:
+    """The same, with the tap alone."""
+    async with AsyncExitStack() as stack:
+        lab = Lab(node.url, stack, tap=True)
+        stack.push_async_callback(lab.clean)
+        yield lab
+
+
+@pytest.fixture(name="collect", scope="session")
+def collect_fixture() -> Callable[..., Awaitable[list[Delivery]]]:
+    return collect
 
 
 @pytest.fixture(name="until", scope="session")
