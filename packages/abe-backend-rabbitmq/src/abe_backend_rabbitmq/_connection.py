@@ -6,27 +6,28 @@ is no state that could come back wrong.
 
 import asyncio
 import logging
-import os
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar
 from typing import Any, Final, TypeVar
 
 import aiormq
 from aiormq.abc import AbstractChannel
+from pamqp import commands
+from pamqp import frame as pamqp_frame
+from pamqp.exceptions import PAMQPException
 from yarl import URL
 
 from abe.errors import BackendConnectionError, ConfigurationError
 from abe_backend_rabbitmq._channel import Opened, PlainChannel
-from abe_backend_rabbitmq._errors import translated
-from abe_backend_rabbitmq._settings import RabbitMQSettings, address
+from abe_backend_rabbitmq._errors import refused, translated
+from abe_backend_rabbitmq._settings import RabbitMQSettings, address, is_tls, vhost
 from abe_backend_rabbitmq._tap import TapChannel, TapFactory
 
 _log: Final = logging.getLogger("abe.rabbitmq")
 
 _GOODBYE: Final = 1.0
 """Seconds for which closing waits for the broker's answer."""
-
-_FILES: Final = ("cafile", "certfile", "keyfile")
 
 _T = TypeVar("_T")
 
@@ -38,50 +39,64 @@ class Connection:
     """One connection, until it is lost.
 
     Args:
+        settings: As whom, and how.
         url: Where to.
-        tapped: Whether what is many goes past aiormq.
+        name: Its name in RabbitMQ's list.
     """
 
-    def __init__(self, url: str, *, tapped: bool) -> None:
+    def __init__(self, settings: RabbitMQSettings, url: str, name: str) -> None:
         self.address = address(url)
+        self._settings = settings
         self._url = url
-        self._factory = TapFactory(self._on_blocked) if tapped else None
+        self._name = name
+        self._factory = TapFactory(self._said)
         self._native: Any = None
-        self._unblocked = asyncio.Event()
-        self._unblocked.set()
+        self._farewell: commands.Connection.Close | None = None
+        self._blocked = False
+        self._free = asyncio.Event()
+        self._free.set()
 
-    async def open(self, settings: RabbitMQSettings, name: str) -> None:
-        """Connect and log in.
+    async def open(self) -> None:
+        """Connect and log in. A connection is opened once.
 
         Raises:
-            BackendConnectionError: RabbitMQ cannot be reached.
+            BackendConnectionError: RabbitMQ cannot be reached, or does not answer.
             PermissionDeniedError: It does not let us in.
+            ConfigurationError: The vhost is not there; or a certificate does not hold, ours or its.
         """
-        url = URL(self._url).update_query(heartbeat=str(max(1, round(settings.heartbeat))))
-        _check_files(url)
-        options: dict[str, Any] = {} if self._factory is None else {"transport_factory": self._factory}
-        native: Any = aiormq.Connection(url, client_properties={"connection_name": name}, **options)
+        connecting = asyncio.ensure_future(self._open())
+        connecting.add_done_callback(_retrieved)
+        try:
+            await asyncio.wait([connecting], timeout=self._settings.connect_timeout)
+        finally:
+            if not connecting.done():
+                self._abort()  # first: a peer that is silent would be given half a minute to end TLS in order
+                connecting.cancel()
+                await asyncio.wait([connecting])
+        if connecting.cancelled():
+            limit = f"{self._settings.connect_timeout:g} s"
+            raise BackendConnectionError(f"rabbitmq at {self.address} did not let us in within {limit}: it is silent")
+        if self._farewell is not None:
+            raise refused(self._farewell, self.address) from connecting.exception()
         with translated(self.address):
-            async with asyncio.timeout(settings.connect_timeout):
-                await native.connect()
-        self._native = native
+            connecting.result()
 
     @property
     def alive(self) -> bool:
         """Whether it can be used."""
-        if self._native is None or self._native.is_closed:
+        if self._native is None or self._native.is_closed or self._farewell is not None:
             return False
-        tap = None if self._factory is None else self._factory.tap
-        return tap is None or (tap.transport is not None and not tap.transport.is_closing())
+        tap = self._factory.tap
+        return tap is not None and tap.transport is not None and not tap.transport.is_closing()
 
     @property
     def blocked(self) -> bool:
         """Whether the broker takes no messages now."""
-        return not self._unblocked.is_set()
+        return self._blocked
 
     async def unblocked(self) -> None:
-        """Return once the broker takes messages."""
-        await self._unblocked.wait()
+        """Return once the broker takes messages, or the connection is lost."""
+        await self._free.wait()
 
     async def channel(self) -> Opened:
         """Open a channel that publishes or consumes.
@@ -90,9 +105,9 @@ class Connection:
             BackendConnectionError: The connection is lost.
         """
         with translated(self.address):
-            if self._factory is None or self._factory.tap is None:
-                return PlainChannel(await finished(self._native.channel()))
-            return await finished(self._tapped(self._factory))
+            if self._settings.tap:
+                return await finished(self._tapped())
+            return PlainChannel(await finished(self._native.channel()))
 
     async def plain(self) -> AbstractChannel:
         """Open a channel of aiormq's, for what is rare."""
@@ -105,30 +120,62 @@ class Connection:
         if self._native is None:
             return
         closing = asyncio.ensure_future(self._native.close())
-        await asyncio.wait([closing], timeout=_GOODBYE)
-        tap = None if self._factory is None else self._factory.tap
-        if tap is not None and tap.transport is not None:
-            tap.transport.abort()
-        if not closing.done():
-            closing.cancel()
-            await asyncio.wait([closing])
-        if not closing.cancelled() and closing.exception() is not None:
-            _log.debug("the connection to rabbitmq at %s ended with %r", self.address, closing.exception())
+        closing.add_done_callback(_retrieved)
+        try:
+            await asyncio.wait([closing], timeout=_GOODBYE)
+        finally:
+            self._abort()
+        await asyncio.wait([closing], timeout=_GOODBYE)  # it ends by itself now; cancelled it would leave tasks behind
 
-    async def _tapped(self, factory: TapFactory) -> Opened:
-        assert factory.tap is not None
+    async def _open(self) -> None:
+        context = await asyncio.to_thread(_tls_context, self._settings) if is_tls(self._url) else None
+        try:
+            url = URL(self._url).update_query(heartbeat=str(round(self._settings.heartbeat)))
+        except ValueError:
+            raise ConfigurationError("RABBITMQ_URL or MESSAGE_QUEUE_HOST has a host that is none") from None
+        self._native = native = aiormq.Connection(
+            url, context=context, client_properties={"connection_name": self._name}, transport_factory=self._factory
+        )
+        native.vhost = vhost(self._url)  # aiormq takes a %2F in a name for a slash
+        native.closing.add_done_callback(lambda _: self._free.set())
+        await native.connect()
+
+    async def _tapped(self) -> Opened:
+        assert self._factory.tap is not None
         native = await self._native.channel(publisher_confirms=False)
-        channel = TapChannel(factory.tap, native, self._native.connection_tune.frame_max)
+        channel = TapChannel(self._factory.tap, native, self._native.connection_tune.frame_max)
         await native.confirm_delivery()
         return channel
 
-    def _on_blocked(self, reason: str | None) -> None:
-        if reason is None:
-            self._unblocked.set()
-            _log.warning("rabbitmq at %s takes messages again", self.address)
-        else:
-            self._unblocked.clear()
-            _log.warning("rabbitmq at %s takes no messages now (%s): publishers wait", self.address, reason)
+    def _said(self, frame: bytes) -> None:
+        """Take note of what the broker says of the connection itself."""
+        try:
+            method: object = pamqp_frame.unmarshal(frame)[2]
+        except PAMQPException:
+            return  # aiormq says so better
+        match method:
+            case commands.Connection.Close():
+                self._farewell = method
+                for channel in list(self._factory.tap.channels.values() if self._factory.tap else ()):
+                    channel.lose(f"the broker closed the connection: {method.reply_text}")
+            case commands.Connection.Blocked():
+                if not self._blocked:
+                    _log.warning(
+                        "rabbitmq at %s takes no messages now (%s): publishers wait", self.address, method.reason
+                    )
+                self._blocked = True
+                self._free.clear()
+            case commands.Connection.Unblocked():
+                _log.warning("rabbitmq at %s takes messages again", self.address)
+                self._blocked = False
+                self._free.set()
+            case _:
+                pass
+
+    def _abort(self) -> None:
+        tap = self._factory.tap
+        if tap is not None and tap.transport is not None:
+            tap.transport.abort()
 
 
 class Link:
@@ -149,11 +196,6 @@ class Link:
         self._connecting: asyncio.Task[Connection] | None = None
         self._closed = False
 
-    @property
-    def current(self) -> Connection | None:
-        """The connection as it is now."""
-        return self._connection
-
     async def get(self) -> Connection:
         """Return a live connection.
 
@@ -162,12 +204,13 @@ class Link:
         Raises:
             AbeError: There is none to be had; see `Connection.open`.
         """
-        if self._connection is not None and self._connection.alive:
-            return self._connection
         if self._closed:
             raise _was_closed()
+        if self._connection is not None and self._connection.alive:
+            return self._connection
         if self._connecting is None or self._connecting.done():
             self._connecting = asyncio.get_running_loop().create_task(self._connect())
+            self._connecting.add_done_callback(_retrieved)
         connecting = self._connecting
         await asyncio.wait([connecting])
         if connecting.cancelled():
@@ -177,36 +220,50 @@ class Link:
     async def close(self) -> None:
         """Disconnect for good."""
         self._closed = True
-        if self._connecting is not None and not self._connecting.done():
-            self._connecting.cancel()
-            await asyncio.wait([self._connecting])
-        if self._connection is not None:
-            await self._connection.close()
+        try:
+            if self._connecting is not None and not self._connecting.done():
+                self._connecting.cancel()
+                await asyncio.wait([self._connecting])
+        finally:
+            if self._connection is not None:
+                await self._connection.close()
 
     async def _connect(self) -> Connection:
         if self._connection is not None:
             await self._connection.close()
-        urls = self._settings.urls
-        for last in range(len(urls) - 1, -1, -1):
-            connection = Connection(urls[self._next % len(urls)], tapped=self._settings.tap)
-            try:
-                await connection.open(self._settings, self._name)
-            except BackendConnectionError as exc:
-                self._next += 1
-                if not last:
-                    raise
-                _log.info("another address is tried: %s", exc)
-            else:
-                break
-        else:
-            raise AssertionError("unreachable: the last address raises")
+        connection = await self._reach()
+        patience = self._settings.connect_timeout + self._settings.publish_timeout
         try:
-            await self._prepare(connection)
-        except BaseException:
+            async with asyncio.timeout(patience):
+                await self._prepare(connection)
+        except BaseException as exc:
+            blocked = connection.blocked
             await connection.close()
+            if isinstance(exc, TimeoutError | BackendConnectionError):
+                self._next += 1
+            if isinstance(exc, TimeoutError):
+                why = "it is short of memory or disk" if blocked else "it is silent"
+                text = f"rabbitmq at {connection.address} could not be made ready within {patience:g} s: {why}"
+                raise BackendConnectionError(text) from exc
             raise
         self._connection = connection
         return connection
+
+    async def _reach(self) -> Connection:
+        """Try each address once, beginning with the one that worked last."""
+        urls = self._settings.urls
+        for left in range(len(urls) - 1, -1, -1):
+            connection = Connection(self._settings, urls[self._next % len(urls)], self._name)
+            try:
+                await connection.open()
+            except BackendConnectionError as exc:
+                self._next += 1
+                if not left:
+                    raise
+                _log.info("another address is tried: %s", exc)
+            else:
+                return connection
+        raise AssertionError("unreachable: the last address raises")
 
 
 class Control:
@@ -239,8 +296,9 @@ class Control:
         return await finished(self._call(request, on))
 
     async def _call(self, request: Callable[[AbstractChannel], Awaitable[_T]], on: Connection | None) -> _T:
+        # Before the lock: a connection that is being made makes requests itself.
+        connection = on or PINNED.get() or await self._link.get()
         async with self._lock:
-            connection = on or PINNED.get() or await self._link.get()
             if not connection.alive:
                 raise BackendConnectionError(f"the connection to rabbitmq at {connection.address} was lost")
             with translated(connection.address):
@@ -249,17 +307,48 @@ class Control:
                 return await request(self._channel)
 
 
-def _check_files(url: URL) -> None:
-    for option in _FILES:
-        if option in url.query and not os.path.isfile(url.query[option]):
-            raise ConfigurationError(f"{option} in RABBITMQ_URL names no file")
+def _tls_context(settings: RabbitMQSettings) -> ssl.SSLContext:
+    """Read the files. They are read for each connection, so that a renewed certificate needs no restart. Blocks."""
+    ca, certificate, key = settings.ca_file, settings.certificate_file, settings.key_file
+    names = {"RABBITMQ_CA_FILE": ca, "RABBITMQ_CERTIFICATE_FILE": certificate, "RABBITMQ_KEY_FILE": key}
+    for name, path in names.items():
+        if path is not None:
+            try:
+                with open(path, "rb") as file:
+                    file.read(1)
+            except OSError as exc:
+                raise ConfigurationError(f"{name} must be a file that can be read: {path!r}: {exc.strerror}") from exc
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except ssl.SSLError as exc:
+        raise ConfigurationError(f"RABBITMQ_CA_FILE must hold certificates as PEM, and {ca!r} does not") from exc
+    if certificate is not None:
+        try:
+            context.load_cert_chain(certificate, key, password=_no_password)
+        except ssl.SSLError as exc:
+            raise ConfigurationError(
+                "RABBITMQ_CERTIFICATE_FILE must hold a certificate as PEM, and RABBITMQ_KEY_FILE, or the same file, its private key"
+                f" without a password: {exc.reason or exc}"
+            ) from exc
+    return context
+
+
+def _no_password() -> str:
+    raise ConfigurationError("RABBITMQ_KEY_FILE must hold a private key without a password: it cannot be asked for")
 
 
 async def finished(work: Coroutine[Any, Any, _T]) -> _T:
-    """Await something that goes on to its end even if the caller is cancelled: aiormq closes a channel whose request is cancelled."""
+    """Await something that goes on to its end even if the caller is cancelled: aiormq closes a channel whose request is cancelled.
+
+    Raises:
+        BackendConnectionError: The connection was closed here meanwhile. (aiormq cancels what waits then; the caller was not cancelled.)
+    """
     task = asyncio.ensure_future(work)
     task.add_done_callback(_retrieved)
-    return await asyncio.shield(task)
+    await asyncio.wait([task])
+    if task.cancelled():
+        raise _was_closed()
+    return task.result()
 
 
 def _retrieved(task: "asyncio.Future[Any]") -> None:

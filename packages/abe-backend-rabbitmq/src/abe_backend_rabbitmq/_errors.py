@@ -1,12 +1,14 @@
 """RabbitMQ's errors made ours: the only module that knows the client's exceptions."""
 
 import asyncio
+import re
 import ssl
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Final
 
 import aiormq.exceptions as native
+from pamqp import commands
 from pamqp.exceptions import PAMQPException
 
 from abe.errors import AbeError, BackendConnectionError, ConfigurationError, LeaseLostError, PermissionDeniedError
@@ -33,7 +35,7 @@ _BY_TYPE: Final[tuple[tuple[type[BaseException], type[AbeError]], ...]] = (
     (native.ConnectionNotAllowed, ConfigurationError),
     (native.ConnectionNotImplemented, ConfigurationError),
     (native.IncompatibleProtocolError, BackendConnectionError),
-    (native.ChannelInvalidStateError, BackendConnectionError),
+    (native.InvalidFrameError, BackendConnectionError),
     (native.ChannelNotFoundEntity, BackendConnectionError),
     (native.ChannelLockedResource, BackendConnectionError),
     (native.ChannelClosed, BackendConnectionError),
@@ -42,32 +44,60 @@ _BY_TYPE: Final[tuple[tuple[type[BaseException], type[AbeError]], ...]] = (
     (TimeoutError, BackendConnectionError),
     (OSError, BackendConnectionError),
     (EOFError, BackendConnectionError),
-    (RuntimeError, BackendConnectionError),  # aiormq: the connection was closed meanwhile
     (PAMQPException, BackendConnectionError),
 )
 
-_NATIVE: Final = (native.AMQPError, PAMQPException, OSError, EOFError, RuntimeError)
+_NATIVE: Final = (native.AMQPError, PAMQPException, OSError, EOFError)
 
-_HINTS: Final[dict[type[AbeError], str]] = {
-    PermissionDeniedError: "check the user, the password, and the user's rights in the vhost",
-}
-_CERTIFICATE: Final = "check cafile in RABBITMQ_URL, and that the certificate is for this host"
-_ARGUMENTS: Final = (
-    "it exists with other arguments: give this application the settings of those that made it, or delete it when it is empty, "
-    "or choose another QUEUE_NAMESPACE"
+_RIGHTS: Final = "check the user, the password, and the user's rights in the vhost"
+_AUTHORITY: Final = "RABBITMQ_CA_FILE must hold the authority that signed it, and the host in RABBITMQ_URL must be one that it was made for"
+_CLIENT: Final = (
+    "it asks for a client's certificate that it trusts: check RABBITMQ_CERTIFICATE_FILE and RABBITMQ_KEY_FILE"
 )
+_NO_TLS: Final = "it does not speak TLS at this port: name its TLS port, 5671 by default, or say amqp://"
+_VHOST: Final = "make it, or check the vhost in RABBITMQ_URL or MESSAGE_QUEUE_VHOST"
+_CLOSED: Final = "the connection was closed meanwhile"
+
+_REFUSED, _NOT_ALLOWED = 403, 530
+_PASSING: Final = re.compile(r"limit \(.*\) is reached|is down")
+"""Refusals that end by themselves."""
+
+_INEQUIVALENT: Final = re.compile(
+    r"inequivalent arg '(?P<argument>.*?)' for (?P<kind>\w+) '(?P<name>.*)' in vhost '.*': "
+    r"received (?P<given>.*?),? but current is (?P<found>.*)",
+    re.DOTALL,
+)
+_VALUE: Final = re.compile(r"(?:the value )?'(?P<value>.*)'(?: of type '\w+')?\Z", re.DOTALL)
+_LIMIT: Final = "x-max-length"
+_STALE: Final = re.compile("unknown delivery tag|timed out")
+"""Preconditions that fail because of what happened, not because of how something is set up."""
 
 
 def translate(exc: BaseException, address: str) -> AbeError:
     """Return our error for one of the client's."""
-    kind = next((ours for theirs, ours in _BY_TYPE if isinstance(exc, theirs)), RabbitMQError)
-    hint = _HINTS.get(kind, "")
-    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in (exc, exc.__cause__, exc.__context__)):
-        kind, hint = ConfigurationError, _CERTIFICATE  # it would be tried for ever
-    elif isinstance(exc, native.ChannelPreconditionFailed):
-        hint = _ARGUMENTS
+    where = f"rabbitmq at {address}"
+    for cause in _chain(exc):
+        if isinstance(cause, ssl.SSLError) and (hint := _tls(cause)):
+            return ConfigurationError(f"{where}: {hint}")  # it would be tried for ever
     text = str(exc) or type(exc).__name__
-    return kind(f"rabbitmq at {address}: {text}{hint and f' ({hint})'}")
+    if isinstance(exc, native.ChannelPreconditionFailed):
+        if _STALE.search(text):
+            return BackendConnectionError(f"{where}: {text}")
+        return ConfigurationError(f"{where}: {_inequivalent(text) or text}")
+    if _was_closed(exc):
+        return BackendConnectionError(f"{where}: {_CLOSED}")  # the client's text shows its address
+    kind = next((ours for theirs, ours in _BY_TYPE if isinstance(exc, theirs)), RabbitMQError)
+    return kind(f"{where}: {text} ({_RIGHTS})" if kind is PermissionDeniedError else f"{where}: {text}")
+
+
+def refused(close: commands.Connection.Close, address: str) -> AbeError:
+    """Return the error that the broker closed the connection with before it was open."""
+    text = f"rabbitmq at {address}: {close.reply_text}"
+    if close.reply_code not in (_REFUSED, _NOT_ALLOWED) or _PASSING.search(text):
+        return BackendConnectionError(text)
+    if close.reply_code == _NOT_ALLOWED and text.endswith("not found"):
+        return ConfigurationError(f"{text} ({_VHOST})")
+    return PermissionDeniedError(f"{text} ({_RIGHTS})")
 
 
 @contextmanager
@@ -81,12 +111,59 @@ def translated(address: str) -> Generator[None, None, None]:
         yield
     except asyncio.CancelledError:
         raise
-    except _NATIVE as exc:
-        if isinstance(exc, AbeError):
-            raise
-        raise translate(exc, address) from exc
+    except Exception as exc:
+        if isinstance(exc, _NATIVE) or _was_closed(exc):
+            raise translate(exc, address) from exc
+        raise
 
 
 def lost() -> LeaseLostError:
     """Return what a settlement gets whose channel is gone."""
     return LeaseLostError("the message is not ours any more: its connection was lost, or it was settled before")
+
+
+def _was_closed(exc: BaseException) -> bool:
+    """Return whether aiormq says that the connection was closed: by itself, or, where the end was orderly, with a bare Exception."""
+    return isinstance(exc, native.ChannelInvalidStateError) or type(exc) in (RuntimeError, Exception)
+
+
+def _chain(exc: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while exc is not None and id(exc) not in seen:
+        yield exc
+        seen.add(id(exc))
+        exc = exc.__cause__ or exc.__context__
+
+
+def _tls(exc: ssl.SSLError) -> str:
+    """Return what is wrong where trying again does not help."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return f"its certificate does not hold: {exc.verify_message} ({_AUTHORITY})"
+    reason = exc.reason or ""
+    if "ALERT" in reason and re.search("CERT|UNKNOWN_CA|HANDSHAKE_FAILURE", reason):
+        return f"{reason.lower().replace('_', ' ')}: {_CLIENT}"
+    return _NO_TLS if reason in {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"} else ""
+
+
+def _inequivalent(text: str) -> str:
+    """Return what is there, what was asked for, and the remedy; nothing where the text is another."""
+    found = _INEQUIVALENT.search(text)
+    if found is None:
+        return ""
+    argument, kind, name = found["argument"], found["kind"], found["name"]
+    there, given = _value(found["found"]), _value(found["given"])
+    if argument == _LIMIT:
+        setting = f"set QUEUE_MAX_BACKLOG to {int(there) + 1}" if there.isdecimal() else "leave QUEUE_MAX_BACKLOG unset"
+        remedy = f"{setting}, as those that made it, or delete it when it is empty"
+    elif kind == "exchange":
+        remedy = "something else uses it: choose another MESSAGE_QUEUE_EXCHANGE or QUEUE_NAMESPACE, or delete it"
+    else:
+        remedy = (
+            "something else, or another version, made it: delete it when it is empty, or choose another QUEUE_NAMESPACE"
+        )
+    return f"the {kind} {name!r} exists with {argument} {there}, and here {argument} is {given}: {remedy}"
+
+
+def _value(text: str) -> str:
+    value = _VALUE.match(text)
+    return value["value"] if value else "unset" if text == "none" else text

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from abe.errors import ConfigurationError
 from abe.settings import QueueSettings, boolean, integer, positive, seconds, setting
@@ -10,6 +10,19 @@ from abe.settings import QueueSettings, boolean, integer, positive, seconds, set
 _PORTS: Final = {"amqp": 5672, "amqps": 5671}
 _ENCODED: Final = "special characters in the user and the password must be percent-encoded"
 _LONGEST_EXCHANGE: Final = 200
+_LONGEST_HEARTBEAT: Final = 65_534
+_PARAMETERS: Final = {
+    "cafile": "say RABBITMQ_CA_FILE",
+    "certfile": "say RABBITMQ_CERTIFICATE_FILE",
+    "keyfile": "say RABBITMQ_KEY_FILE",
+    "capath": "say RABBITMQ_CA_FILE, one file with all authorities",
+    "cadata": "say RABBITMQ_CA_FILE, a file with the authorities",
+    "no_verify_ssl": "certificates are always verified, so say RABBITMQ_CA_FILE, the authority that signed the broker's",
+    "heartbeat": "say RABBITMQ_HEARTBEAT_SECONDS",
+    "timeout": "say RABBITMQ_CONNECT_TIMEOUT_SECONDS",
+    "connection_timeout": "say RABBITMQ_CONNECT_TIMEOUT_SECONDS",
+}
+"""What takes the place of query parameters that other clients know."""
 
 
 def _url(value: Any) -> str:
@@ -31,12 +44,27 @@ def _url(value: Any) -> str:
             raise ValueError(f"{form}; {_ENCODED}")
         if "/" in parts.path[1:]:
             raise ValueError(f"{form}; a slash in the name of a vhost is written %2F")
+        if parts.query:
+            given = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if name in _PARAMETERS]
+            instead = [f"instead of {name}: {_PARAMETERS[name]}" for name in given]
+            raise ValueError("; ".join([f"{form}, without query parameters", *instead]))
     return value
 
 
 def _port(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65535:
         raise ValueError("a port from 1 to 65535")
+    return value
+
+
+def _heartbeat(value: Any) -> Any:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 1 <= value <= _LONGEST_HEARTBEAT
+        or value % 1
+    ):
+        raise ValueError(f"a whole number of seconds from 1 to {_LONGEST_HEARTBEAT}")
     return value
 
 
@@ -56,15 +84,13 @@ class RabbitMQSettings(QueueSettings):
         default=None,
         check=_url,
         secret=True,
-        help="Where RabbitMQ is: amqp://user:password@host:port/vhost, or amqps:// for TLS (cafile, certfile, keyfile as query "
-        "parameters); several, separated by commas, are tried in turn.",
+        help="Where RabbitMQ is: amqp://user:password@host:port/vhost, or amqps:// for TLS; several, separated by commas, are tried "
+        "in turn.",
     )
     host: str | None = setting(
         "MESSAGE_QUEUE_HOST", str, default=None, help="The host; localhost if nothing says otherwise."
     )
-    port: int | None = setting(
-        "MESSAGE_QUEUE_PORT", integer(1), default=None, check=_port, help="The port; 5672, or 5671 for TLS."
-    )
+    port: int | None = setting("MESSAGE_QUEUE_PORT", integer(1), default=None, check=_port, help="The port; 5672.")
     username: str | None = setting("MESSAGE_QUEUE_USERNAME", str, default=None, help="The user; guest.")
     password: str | None = setting(
         "MESSAGE_QUEUE_PASSWORD", str, default=None, secret=True, help="The password; guest."
@@ -77,12 +103,30 @@ class RabbitMQSettings(QueueSettings):
         check=_exchange,
         help="The topic exchange that messages are published to; abe:<namespace>. One namespace has it for itself.",
     )
+    ca_file: str | None = setting(
+        "RABBITMQ_CA_FILE",
+        str,
+        default=None,
+        help="For amqps://: the file of the authorities (PEM) that RabbitMQ's certificate is verified by; the system's.",
+    )
+    certificate_file: str | None = setting(
+        "RABBITMQ_CERTIFICATE_FILE",
+        str,
+        default=None,
+        help="For amqps://: the file of the client's certificate (PEM), where RabbitMQ asks for one.",
+    )
+    key_file: str | None = setting(
+        "RABBITMQ_KEY_FILE",
+        str,
+        default=None,
+        help="For amqps://: the file of its private key (PEM, without a password); RABBITMQ_CERTIFICATE_FILE, which may hold both.",
+    )
     heartbeat: float = setting(
         "RABBITMQ_HEARTBEAT_SECONDS",
         seconds,
         default=20.0,
-        check=positive,
-        help="How often both sides give a sign of life, in whole seconds.",
+        check=_heartbeat,
+        help="How often both sides give a sign of life, in whole seconds. Whoever gives none for three times that is given up.",
     )
     connect_timeout: float = setting(
         "RABBITMQ_CONNECT_TIMEOUT_SECONDS",
@@ -100,16 +144,27 @@ class RabbitMQSettings(QueueSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.key_file is not None and self.certificate_file is None:
+            raise ConfigurationError(
+                "RABBITMQ_KEY_FILE is set, and RABBITMQ_CERTIFICATE_FILE, to which it belongs, is not"
+            )
+        if not any(is_tls(url) for url in self.urls):
+            files = ("ca_file", "RABBITMQ_CA_FILE"), ("certificate_file", "RABBITMQ_CERTIFICATE_FILE")
+            for name, variable in files:
+                if getattr(self, name) is not None:
+                    raise ConfigurationError(
+                        f"{variable} is set, and TLS is not asked for: RABBITMQ_URL must begin with amqps://"
+                    )
         if self.url is None:
             return
-        for url in self.url.split(","):
-            parts = urlsplit(url.strip())
+        for url in self.urls:
+            parts = urlsplit(url)
             inside: dict[str, tuple[object, object]] = {
-                "MESSAGE_QUEUE_HOST": (self.host, parts.hostname),
+                "MESSAGE_QUEUE_HOST": (self.host and self.host.lower(), parts.hostname),
                 "MESSAGE_QUEUE_PORT": (self.port, parts.port or _PORTS[parts.scheme]),
                 "MESSAGE_QUEUE_USERNAME": (self.username, unquote(parts.username or "guest")),
                 "MESSAGE_QUEUE_PASSWORD": (self.password, unquote(parts.password or "guest")),
-                "MESSAGE_QUEUE_VHOST": (self.vhost, unquote(parts.path[1:]) or "/"),
+                "MESSAGE_QUEUE_VHOST": (self.vhost, vhost(url)),
             }
             for name, (given, found) in inside.items():
                 if given is not None and given != found:
@@ -133,3 +188,13 @@ def address(url: str) -> str:
     """Return where a URL leads, without credentials, for texts."""
     parts = urlsplit(url)
     return f"{parts.hostname}:{parts.port or _PORTS[parts.scheme]}"
+
+
+def vhost(url: str) -> str:
+    """Return the virtual host of a URL."""
+    return unquote(urlsplit(url).path[1:]) or "/"
+
+
+def is_tls(url: str) -> bool:
+    """Return whether a URL asks for TLS."""
+    return urlsplit(url).scheme == "amqps"

@@ -37,7 +37,6 @@ _SIZE: Final = struct.Struct(">I").pack
 _DELIVER, _RETURN, _ACKED, _NACKED = 0x3C003C, 0x3C0032, 0x3C0050, 0x3C0078
 _ACK, _REJECT = 0x3C0050, 0x3C005A
 _CLOSE, _CLOSE_OK = 0x140028, 0x140029
-_BLOCKED, _UNBLOCKED = 0x0A003C, 0x0A003D
 _OUT_CLOSE, _OUT_CLOSE_OK = b"\0\x14\0\x28", b"\0\x14\0\x29"
 _OUT_END: Final = (b"\0\x0a\0\x32", b"\0\x0a\0\x33")
 _HEARTBEAT: Final = b"\x08\0\0\0\0\0\0\xce"
@@ -52,17 +51,17 @@ class Tap(asyncio.StreamReaderProtocol):
     Args:
         reader: What aiormq reads from.
         loop: The event loop.
-        blocked: Called with the reason when the broker blocks publishers, and with None when it lets them go on.
+        said: Called with each method of the connection itself, as a whole frame. Must not raise.
     """
 
     def __init__(
-        self, reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop, blocked: Callable[[str | None], object]
+        self, reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop, said: Callable[[bytes], object]
     ) -> None:
         super().__init__(reader, loop=loop)
         self.loop = loop
         self.transport: asyncio.WriteTransport | None = None
         self.channels: dict[int, TapChannel] = {}
-        self._blocked = blocked
+        self._said = said
         self._tail: bytes = b""
         self._raw: bool = False
         self._fed: float = 0.0
@@ -93,7 +92,7 @@ class Tap(asyncio.StreamReaderProtocol):
             channel = channels.get(number)
             if channel is None:
                 if number == 0 and kind == 1:
-                    self._notice(data[position:end])
+                    self._said(data[position:end])
             elif channel.take(kind, data, position, end):
                 if keep < position:
                     rest.append(data[keep:position])
@@ -122,13 +121,6 @@ class Tap(asyncio.StreamReaderProtocol):
         for channel in list(self.channels.values()):
             channel.lose(reason)
 
-    def _notice(self, frame: bytes) -> None:
-        method = _U32(frame, 7)[0]
-        if method == _BLOCKED:
-            self._blocked(str(frame[12:-1], "utf-8", "replace"))
-        elif method == _UNBLOCKED:
-            self._blocked(None)
-
 
 class _Writer(asyncio.StreamWriter):
     """Watches what aiormq sends: nothing of ours goes out after it closed a channel or the connection."""
@@ -154,11 +146,11 @@ class TapFactory(aiormq.TransportFactory):
     """Makes the stream pair of one connection.
 
     Args:
-        blocked: See `Tap`.
+        said: See `Tap`.
     """
 
-    def __init__(self, blocked: Callable[[str | None], object]) -> None:
-        self._blocked = blocked
+    def __init__(self, said: Callable[[bytes], object]) -> None:
+        self._said = said
         self.tap: Tap | None = None
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -167,7 +159,7 @@ class TapFactory(aiormq.TransportFactory):
         loop = asyncio.get_running_loop()
         context = await provider.get_context() if url.scheme == "amqps" else None
         reader = asyncio.StreamReader(loop=loop)
-        tap = Tap(reader, loop, self._blocked)
+        tap = self.tap = Tap(reader, loop, self._said)
         try:
             transport, _ = await loop.create_connection(
                 lambda: tap, url.host or "localhost", url.port or 0, ssl=context, **kwargs
@@ -175,7 +167,7 @@ class TapFactory(aiormq.TransportFactory):
         except OSError as exc:
             raise ConnectError(*exc.args) from exc
         writer = _Writer(transport, tap, reader, loop)
-        writer.tap = self.tap = tap
+        writer.tap = tap
         return reader, writer
 
 
