@@ -37,7 +37,8 @@ def _url(value: Any) -> str:
         except ValueError:
             raise ValueError(f"{form}, with a port from 1 to 65535; {_ENCODED}") from None
         if parts.scheme not in _PORTS:
-            raise ValueError(f"{form}; its scheme is {parts.scheme!r}")
+            # Without the slashes it may be what comes after a comma in a password.
+            raise ValueError(f"{form}; its scheme is {parts.scheme if '://' in url else ''!r}")
         if not parts.hostname or port == 0:
             raise ValueError(f"{form}; the host is missing or the port is 0")
         if parts.fragment or "@" in parts.path + parts.query:
