@@ -39,9 +39,9 @@ class RabbitMQHarness(Harness):
         return self._shell
 
     def start(self) -> None:
-        service, broker = rabbitmq_service()
+        service = rabbitmq_service()
         service.start()
-        self._service, self._shell = service, RabbitMQShell(service, broker)
+        self._service, self._shell = service, RabbitMQShell(service)
 
     def stop(self) -> None:
         self.shell.stop()
@@ -63,7 +63,7 @@ class RabbitMQHarness(Harness):
 
     async def clean(self, namespace: str) -> None:
         # Namespaces that a test made of this one begin with it.
-        await self.shell.ask(f"delete abe:{namespace}")
+        await self.shell.delete(f"abe:{namespace}")
 
     def broker_version(self) -> str:
         return self.service.version
@@ -97,31 +97,27 @@ class _RabbitMQOracle:
 
     async def counts(self, group: str) -> Counts:
         waiting = in_flight = delayed = dead = 0
-        for name, ready, held, _ in await self._queues():
+        for queue in await self._shell.counts(self._prefix):
+            name = queue.name.removeprefix(self._prefix)
+            held = queue.ready + queue.unacknowledged
             if name == f"queue:{group}":
-                waiting, in_flight = ready, held
+                waiting, in_flight = queue.ready, queue.unacknowledged
             elif name == f"dead:{group}":
-                dead = ready + held
+                dead = held
             elif name.startswith("delay:") and name.split(":", 2)[2] == group:
-                delayed += ready + held
+                delayed += held
         return Counts(waiting=waiting, in_flight=in_flight, delayed=delayed, dead=dead)
 
     async def consumers(self, group: str) -> int:
-        return sum(count for name, _, _, count in await self._queues() if name == f"queue:{group}")
+        name = f"{self._prefix}queue:{group}"
+        return sum(queue.consumers for queue in await self._shell.counts(name) if queue.name == name)
 
     async def connections(self) -> int:
-        (count,) = await self._shell.ask("connections")
-        return int(count) - (self._connection is not None)
+        return await self._shell.connections() - (self._connection is not None)
 
     async def aclose(self) -> None:
         if self._connection is not None:
             await self._connection.close()
-
-    async def _queues(self) -> list[tuple[str, int, int, int]]:
-        rows = [line.rsplit(" ", 3) for line in await self._shell.ask(f"count {self._prefix}")]
-        return [
-            (name.removeprefix(self._prefix), int(ready), int(held), int(count)) for name, ready, held, count in rows
-        ]
 
     async def _inject(self, group: str, message: aio_pika.Message, key: str) -> None:
         """Publish by way of an exchange that leads to this queue alone, so that the key arrives as it would from the real one."""

@@ -2,19 +2,24 @@
 
 from abe_contract_tests.services._base import (
     Broker,
+    Companion,
     FaultUnsupportedError,
     NotReadyError,
     Service,
     ServiceUnavailable,
+    TlsFiles,
 )
 from abe_contract_tests.services._choice import choose
-from abe_contract_tests.services.rabbitmq import RabbitMQ, RabbitMQShell, rabbitmq_service
-from abe_contract_tests.services.redis import Redis, TlsFiles, redis_service
+from abe_contract_tests.services._shell import QueueCounts, RabbitMQShell
+from abe_contract_tests.services.rabbitmq import RabbitMQ, rabbitmq_service
+from abe_contract_tests.services.redis import Redis, redis_service
 
 __all__ = [
     "Broker",
+    "Companion",
     "FaultUnsupportedError",
     "NotReadyError",
+    "QueueCounts",
     "RabbitMQ",
     "RabbitMQShell",
     "Redis",

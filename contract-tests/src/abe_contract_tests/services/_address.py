@@ -1,8 +1,11 @@
 """A broker that somebody else runs."""
 
+import shlex
+from collections.abc import Sequence
 from typing import ClassVar, NoReturn
 
 from abe_contract_tests.services._base import Broker, FaultUnsupportedError, NotReadyError, Service, ServiceUnavailable
+from abe_contract_tests.services._companion import ProcessCompanion
 
 
 class AddressService(Service):
@@ -11,10 +14,17 @@ class AddressService(Service):
     evidence: ClassVar[str] = "address from the environment"
     faults: ClassVar[bool] = False
 
-    def __init__(self, broker: Broker, url: str) -> None:
-        """Make the service; `start` looks whether anybody answers."""
+    def __init__(self, broker: Broker, url: str, *, shell: str = "") -> None:
+        """Make the service; `start` looks whether anybody answers.
+
+        Args:
+            broker: The kind of broker.
+            url: Its address.
+            shell: A command that runs the words after it where the broker runs, such as ``docker exec -i NAME``.
+        """
         self._broker = broker
         self._url = url
+        self._shell = shell
         self._version = ""
 
     @property
@@ -55,6 +65,16 @@ class AddressService(Service):
     def resume(self) -> None:
         """Refuse."""
         self._refuse()
+
+    def beside(self, command: Sequence[str]) -> ProcessCompanion:
+        """Start a program by the command that was given for it."""
+        if not self._shell:
+            raise ServiceUnavailable(
+                f"the tests must ask this {self._broker.name} what its protocol does not tell, by a program beside it: set "
+                f"{self._broker.shell_variable} to a command that runs another one there, such as 'docker exec -i NAME', "
+                f"or unset {self._broker.address_variable} to have a private one"
+            )
+        return ProcessCompanion([*shlex.split(self._shell), *command])
 
     def _refuse(self) -> NoReturn:
         raise FaultUnsupportedError(

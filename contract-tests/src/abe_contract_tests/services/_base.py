@@ -4,9 +4,10 @@ import secrets
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Final, Self
+from typing import ClassVar, Final, Protocol, Self
 
 _PORTS: Final = range(20_000, 32_000)
 _PORT_ATTEMPTS: Final = 100
@@ -24,6 +25,33 @@ class FaultUnsupportedError(Exception):
     """A fault was asked of a broker that is not ours to hurt."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TlsFiles:
+    """The files of a server that speaks TLS only."""
+
+    certificate: Path
+    key: Path
+    authority: Path
+
+
+class Companion(Protocol):
+    """A program that runs beside a broker, and reads and writes lines."""
+
+    def write(self, line: bytes) -> None:
+        """Write to its standard input.
+
+        Raises:
+            BrokenPipeError: It has ended. So does ConnectionResetError say.
+        """
+
+    def readline(self) -> bytes:
+        """Return the next line of its standard output, empty when it has ended."""
+        ...
+
+    def close(self) -> None:
+        """Close its standard input, at which it ends, and wait for that."""
+
+
 class Broker(ABC):
     """How one kind of broker is started, addressed and greeted: all that a module for a new broker subclasses."""
 
@@ -32,6 +60,9 @@ class Broker(ABC):
 
     address_variable: ClassVar[str]
     """The environment variable whose address wins over everything."""
+
+    shell_variable: ClassVar[str] = ""
+    """The environment variable with the command that runs another one beside a broker at an address, where tests need that."""
 
     container_port: ClassVar[int]
     """The port that the image serves on."""
@@ -78,6 +109,10 @@ class Broker(ABC):
     @abstractmethod
     def container_command(self) -> Sequence[str]:
         """Return the command inside the container."""
+
+    def container_environment(self) -> Mapping[str, str]:
+        """Return what the container needs in its environment."""
+        return {}
 
 
 class Service(ABC):
@@ -130,6 +165,14 @@ class Service(ABC):
     @abstractmethod
     def resume(self) -> None:
         """Let a frozen broker go on."""
+
+    @abstractmethod
+    def beside(self, command: Sequence[str]) -> Companion:
+        """Start a program where the broker runs, with the broker's environment.
+
+        Raises:
+            ServiceUnavailable: It cannot be started; the text says what is needed.
+        """
 
     def restart(self) -> None:
         """Shut the broker down in order and start it again."""

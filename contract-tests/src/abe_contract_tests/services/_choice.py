@@ -34,7 +34,7 @@ def choose(broker: Broker, *, process_only: bool = False, environ: Mapping[str, 
         return ProcessService(broker)
     address = values.get(broker.address_variable, "")
     if address and not forced:
-        return AddressService(broker, address)
+        return AddressService(broker, address, shell=values.get(broker.shell_variable, ""))
     problem = image_problem(broker.image)
     if problem is None:
         return ContainerService(broker)

@@ -6,10 +6,12 @@ import shlex
 import shutil
 import socket
 import time
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, ClassVar, Final
 
 from abe_contract_tests.services._base import Broker, NotReadyError, Service, ServiceUnavailable, free_port
+from abe_contract_tests.services._companion import ContainerCompanion
 from abe_contract_tests.services._watchdog import Watchdog
 
 _ATTEMPTS: Final = 5
@@ -134,6 +136,10 @@ class ContainerService(Service):
         """Let the container go on."""
         self._wrapped().unpause()
 
+    def beside(self, command: Sequence[str]) -> ContainerCompanion:
+        """Start a program in the container."""
+        return ContainerCompanion(self._wrapped(), command, timeout=_ENGINE_TIMEOUT)
+
     def log(self) -> str:
         """Return what the broker wrote."""
         return bytes(self._wrapped().logs(tail=20)).decode(errors="replace")
@@ -148,6 +154,7 @@ class ContainerService(Service):
             port = free_port()
             container = import_module("testcontainers.core.container").DockerContainer(self._broker.image)
             container.with_command(list(self._broker.container_command()))
+            container.with_envs(**self._broker.container_environment())
             # A fixed port, so that the address outlives a restart, and on this machine alone.
             container.ports[f"{self._broker.container_port}/tcp"] = ("127.0.0.1", port)
             try:

@@ -7,16 +7,20 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final
 
 from abe_contract_tests.services._base import Broker, NotReadyError, Service, ServiceUnavailable, free_port
+from abe_contract_tests.services._companion import ProcessCompanion
 from abe_contract_tests.services._watchdog import Watchdog
 
 _ATTEMPTS: Final = 5
 _POLL: Final = 0.02
 _ORDERLY: Final = 10.0
 _TAIL_LINES: Final = 20
+_TAKEN: Final = ("already in use", "eaddrinuse")
+"""What servers write when somebody else has their port."""
 
 
 class _PortTakenError(Exception):
@@ -113,6 +117,10 @@ class ProcessService(Service):
         self._running()
         self._signal(signal.SIGCONT)
 
+    def beside(self, command: Sequence[str]) -> ProcessCompanion:
+        """Start a program on this machine, in the broker's directory."""
+        return ProcessCompanion(command, environment=self._environment(), directory=self.directory)
+
     def log(self) -> str:
         """Return what the broker wrote since its last start."""
         try:
@@ -142,7 +150,6 @@ class ProcessService(Service):
     def _launch(self) -> None:
         self._starts += 1
         command = list(self._broker.command(self._port, self.directory))
-        environment = {**os.environ, **self._broker.environment(self._port, self.directory)}
         try:
             with self._log_file.open("wb") as log:
                 self._process = subprocess.Popen(
@@ -150,7 +157,7 @@ class ProcessService(Service):
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=environment,
+                    env=self._environment(),
                     cwd=self.directory,
                     start_new_session=True,
                 )
@@ -160,13 +167,16 @@ class ProcessService(Service):
         self._watchdog = Watchdog(f"kill -9 -{pid}; rm -rf -- {directory}")
         self._await_ready(self._process)
 
+    def _environment(self) -> Mapping[str, str]:
+        return {**os.environ, **self._broker.environment(self._port, self.directory)}
+
     def _await_ready(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + self._broker.start_timeout
         reason = "it says nothing"
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 log = self.log()
-                if "already in use" in log.lower():
+                if any(text in log.lower() for text in _TAKEN):
                     if not self._version:
                         raise _PortTakenError
                     raise ServiceUnavailable(

