@@ -63,11 +63,13 @@ _PASSING: Final = re.compile(r"limit \(.*\) is reached|is down")
 """Refusals that end by themselves."""
 
 _INEQUIVALENT: Final = re.compile(
-    r"inequivalent arg '(?P<argument>.*?)' for (?P<kind>\w+) '(?P<name>.*)' in vhost '.*': "
-    r"received (?P<given>.*?),? but current is (?P<found>.*)",
+    r"inequivalent arg '(?P<argument>[^']*)' for (?P<kind>queue|exchange) '(?P<name>[^']*)"
+    r"(?:' in vhost '.*': received (?P<given>.*?) but current is (?P<there>.*))?",
     re.DOTALL,
 )
-_VALUE: Final = re.compile(r"(?:the value )?'(?P<value>.*)'(?: of type '\w+')?\Z", re.DOTALL)
+"""The text is cut at 255 bytes: with long names the values are missing."""
+
+_VALUE: Final = re.compile(r"(?:the value )?'(?P<value>.*?)'(?: of type '\w+')?\Z", re.DOTALL)
 _LIMIT: Final = "x-max-length"
 _STALE: Final = re.compile("unknown delivery tag|timed out")
 """Preconditions that fail because of what happened, not because of how something is set up."""
@@ -151,19 +153,23 @@ def _inequivalent(text: str) -> str:
     if found is None:
         return ""
     argument, kind, name = found["argument"], found["kind"], found["name"]
-    there, given = _value(found["found"]), _value(found["given"])
+    there, given = _value(found["there"]), _value(found["given"])
     if argument == _LIMIT:
-        setting = f"set QUEUE_MAX_BACKLOG to {int(there) + 1}" if there.isdecimal() else "leave QUEUE_MAX_BACKLOG unset"
-        remedy = f"{setting}, as those that made it, or delete it when it is empty"
+        limits = {"unset": "leave QUEUE_MAX_BACKLOG unset", "": "give QUEUE_MAX_BACKLOG the value that it had"}
+        setting = limits[there] if there in limits else f"set QUEUE_MAX_BACKLOG to {int(there) + 1}"
+        remedy = f"{setting}, as when the queue was made, or delete the queue when it is empty"
     elif kind == "exchange":
         remedy = "something else uses it: choose another MESSAGE_QUEUE_EXCHANGE or QUEUE_NAMESPACE, or delete it"
     else:
         remedy = (
             "something else, or another version, made it: delete it when it is empty, or choose another QUEUE_NAMESPACE"
         )
-    return f"the {kind} {name!r} exists with {argument} {there}, and here {argument} is {given}: {remedy}"
+    values = f"{argument} {there}, and the settings here make it {given}" if there else f"another {argument}"
+    return f"the {kind} {name!r} exists with {values}: {remedy}"
 
 
-def _value(text: str) -> str:
+def _value(text: str | None) -> str:
+    if text is None:
+        return ""
     value = _VALUE.match(text)
     return value["value"] if value else "unset" if text == "none" else text

@@ -1,5 +1,6 @@
 """What the RabbitMQ provider can be told, from ``RABBITMQ_*``, ``MESSAGE_QUEUE_*`` and ``QUEUE_*``."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
@@ -9,7 +10,9 @@ from abe.settings import QueueSettings, boolean, integer, positive, seconds, set
 
 _PORTS: Final = {"amqp": 5672, "amqps": 5671}
 _ENCODED: Final = "special characters in the user and the password must be percent-encoded"
-_LONGEST_EXCHANGE: Final = 200
+_EXCHANGE: Final = re.compile(r"(?!amq\.)[A-Za-z0-9_.:@#,/+ -]{1,127}\Z")
+"""What the client carries; names that begin with ``amq.`` are the broker's own."""
+
 _LONGEST_HEARTBEAT: Final = 65_534
 _PARAMETERS: Final = {
     "cafile": "say RABBITMQ_CA_FILE",
@@ -70,8 +73,10 @@ def _heartbeat(value: Any) -> Any:
 
 
 def _exchange(value: Any) -> Any:
-    if not isinstance(value, str) or not 1 <= len(value.encode()) <= _LONGEST_EXCHANGE or value.startswith("amq."):
-        raise ValueError(f"the name of an exchange, 1 to {_LONGEST_EXCHANGE} bytes, not beginning with 'amq.'")
+    if not isinstance(value, str) or not _EXCHANGE.match(value):
+        raise ValueError(
+            "the name of an exchange, 1 to 127 letters, digits, spaces and characters of '_.:@#,/+-', not beginning with 'amq.'"
+        )
     return value
 
 
