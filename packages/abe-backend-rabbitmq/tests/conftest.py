@@ -110,7 +110,7 @@ async def until(condition: Callable[[], object], *, within: float = 20.0) -> Non
 @pytest.fixture(scope="session")
 def node() -> Iterator[ProcessService]:
     """A node that tests share, each with queues of its own. (One xdist group has it: a node takes seconds to start.)"""
-    service, _ = rabbitmq_service(environ=PROCESSES)
+    service = rabbitmq_service(environ=PROCESSES)
     assert isinstance(service, ProcessService)
     try:
         service.start()
