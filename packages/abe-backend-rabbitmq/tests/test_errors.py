@@ -16,8 +16,9 @@ from abe.errors import (
     ConfigurationError,
     LeaseLostError,
     PermissionDeniedError,
+    PublishUnknownError,
 )
-from abe_backend_rabbitmq._errors import _BY_TYPE, RabbitMQError, lost, refused, translate, translated
+from abe_backend_rabbitmq._errors import _BY_TYPE, RabbitMQError, lost, refused, translate, translated, unconfirmed
 
 WHERE = "rabbit:5672"
 
@@ -237,3 +238,16 @@ def test_rabbitmq_error_says_that_a_retry_does_not_help() -> None:
 
 def test_a_settlement_whose_channel_is_gone_has_lost_its_lease() -> None:
     assert type(lost()) is LeaseLostError
+
+
+def test_a_message_without_a_confirm_may_be_in_the_broker() -> None:
+    error = unconfirmed("the connection was lost")
+    assert type(error) is PublishUnknownError
+    assert str(error) == "the connection was lost, before the confirm came"
+
+
+def test_a_message_without_a_confirm_may_be_in_the_broker_even_where_the_user_lacks_a_right() -> None:
+    error = unconfirmed("the broker closed the channel: ACCESS_REFUSED - access to exchange 'e' refused for user 'app'")
+    assert type(error) is PermissionDeniedError
+    assert error.maybe_accepted
+    assert not error.retryable

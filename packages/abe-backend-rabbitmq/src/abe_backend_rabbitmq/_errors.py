@@ -11,7 +11,14 @@ import aiormq.exceptions as native
 from pamqp import commands
 from pamqp.exceptions import PAMQPException
 
-from abe.errors import AbeError, BackendConnectionError, ConfigurationError, LeaseLostError, PermissionDeniedError
+from abe.errors import (
+    AbeError,
+    BackendConnectionError,
+    ConfigurationError,
+    LeaseLostError,
+    PermissionDeniedError,
+    PublishUnknownError,
+)
 
 ChannelNotFound = native.ChannelNotFoundEntity
 """What is asked for does not exist; the channel is closed."""
@@ -122,6 +129,18 @@ def translated(address: str) -> Generator[None, None, None]:
 def lost() -> LeaseLostError:
     """Return what a settlement gets whose channel is gone."""
     return LeaseLostError("the message is not ours any more: its connection was lost, or it was settled before")
+
+
+def unconfirmed(reason: str) -> AbeError:
+    """Return the outcome of a message whose channel went before its confirm came.
+
+    The broker closes the channel when the user may not publish there, and does not say which message it means: those before it may be in.
+    """
+    if "ACCESS_REFUSED" not in reason:
+        return PublishUnknownError(f"{reason}, before the confirm came")
+    denied = PermissionDeniedError(f"{reason} ({_RIGHTS})")
+    denied.maybe_accepted = True
+    return denied
 
 
 def _was_closed(exc: BaseException) -> bool:
