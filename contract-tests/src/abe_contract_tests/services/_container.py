@@ -138,6 +138,8 @@ class ContainerService(Service):
 
     def beside(self, command: Sequence[str]) -> ContainerCompanion:
         """Start a program in the container."""
+        if (state := self._state()) != "running":
+            raise RuntimeError(f"{self._broker.name} is not running: its container is {state}")
         return ContainerCompanion(self._wrapped(), command, timeout=_ENGINE_TIMEOUT)
 
     def log(self) -> str:

@@ -173,14 +173,9 @@ class RabbitMQShell:
     def _evaluate(self, expressions: str) -> str:
         with self._turn:
             question = base64.b64encode(expressions.encode()) + b"\n"
-            answer = self._ask(question) if self._companion is not None else b""
+            # The shell may have ended since the last question, with the container that it ran in.
+            answer = (b"" if self._companion is None else self._ask(question)) or self._ask(question)
             if not answer:
-                # The first question, or the shell ended with the container that it ran in.
-                self.stop()
-                self._companion = self._service.beside(_COMMAND)
-                answer = self._ask(question)
-            if not answer:
-                self.stop()
                 raise RuntimeError("no Erlang shell starts beside RabbitMQ")
             verdict, text = answer.split(b" ", 1)
             result = base64.b64decode(text).decode()
@@ -190,12 +185,18 @@ class RabbitMQShell:
 
     def _ask(self, question: bytes) -> bytes:
         """Return the line of the answer, empty when the shell has ended."""
-        assert self._companion is not None
+        companion = self._companion = self._companion or self._service.beside(_COMMAND)
+        answer = b""
         try:
-            self._companion.write(question)
-            return self._companion.readline()
+            companion.write(question)
+            answer = companion.readline()
         except (BrokenPipeError, ConnectionResetError):
             return b""
+        finally:
+            if not answer:
+                # Its next line would answer this question.
+                self.stop()
+        return answer
 
 
 def _binary(text: str) -> str:

@@ -29,6 +29,9 @@ _NODE: Final = "abe@localhost"
 _NO_SPINNING: Final = "+sbwt none +sbwtdcpu none +sbwtdio none"
 """Schedulers that wait without spinning: the processors are the tests'."""
 
+_CERTIFICATE_DEMANDED: Final = ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "SSLV3_ALERT_HANDSHAKE_FAILURE")
+"""How the server ends a connection that shows no certificate where it demands one, by TLS 1.3 and before."""
+
 _GREETING: Final = b"AMQP\x00\x00\x09\x01"
 
 
@@ -71,15 +74,24 @@ class RabbitMQ(Broker):
         host = parts.hostname or "127.0.0.1"
         secure = parts.scheme == "amqps"
         with socket.create_connection((host, parts.port or (5671 if secure else 5672)), _PROBE_TIMEOUT) as connection:
-            stream = _context(self._tls).wrap_socket(connection, server_hostname=host) if secure else connection
-            with stream:
-                stream.sendall(_GREETING)
-                reply = stream.recv(4096)
+            try:
+                stream = self._context().wrap_socket(connection, server_hostname=host) if secure else connection
+                with stream:
+                    stream.sendall(_GREETING)
+                    reply = stream.recv(4096)
+            except ssl.SSLError as exc:
+                if exc.reason not in _CERTIFICATE_DEMANDED:
+                    raise
+                # A server that keeps strangers out serves all the same.
+                return "RabbitMQ of a version it does not tell"
         found = reply.find(b"\x07versionS")
         if not reply.startswith(b"\x01") or found < 0:
             raise NotReadyError("it does not answer as RabbitMQ does")
         size = int.from_bytes(reply[found + 9 : found + 13], "big")
         return f"RabbitMQ {reply[found + 13 : found + 13 + size].decode(errors='replace')}"
+
+    def _context(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=None if self._tls is None else self._tls.authority)
 
     def command(self, port: int, directory: Path) -> Sequence[str]:
         """Write the node's configuration, and return the server's command."""
@@ -155,14 +167,6 @@ def rabbitmq_service(
     values = os.environ if environ is None else environ
     broker = RabbitMQ(image=values.get(IMAGE_VARIABLE) or _IMAGE, configuration=configuration, tls=tls)
     return choose(broker, process_only=bool(configuration or tls), environ=values)
-
-
-def _context(files: TlsFiles | None) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=None if files is None else files.authority)
-    if files is not None:
-        # The server's own certificate serves where a client must show one.
-        context.load_cert_chain(files.certificate, files.key)
-    return context
 
 
 def _tls_lines(files: TlsFiles | None) -> list[str]:
