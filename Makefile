@@ -1,11 +1,13 @@
 # Everything that a person or a build server runs. `make help` lists it.
 
 BACKEND ?= memory
-CONTRACT ?= redis
+BROKERS := redis rabbitmq
+CONTRACT ?= $(BROKERS)
 ARGS ?=
 
 SUITE := contract-tests/src/abe_contract_tests/suite
 UV = $(or $(shell scripts/bootstrap),$(error no uv, and none could be installed))
+CONTRACTS = $(addprefix --contract ,$(CONTRACT))
 RUN = $(UV) run --locked
 
 .DEFAULT_GOAL := help
@@ -14,23 +16,23 @@ RUN = $(UV) run --locked
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: environment ## Show the main job, as it happens: make demo, make demo BACKEND=redis.
-	@if [ "$(BACKEND)" != memory ]; then scripts/ci/brokers; fi
+demo: environment ## Show the main job, as it happens: make demo, make demo BACKEND=redis, or rabbitmq.
+	@$(if $(filter $(BROKERS),$(BACKEND)),scripts/ci/brokers $(BACKEND))
 	$(RUN) python examples/demo.py --backend $(BACKEND)
 
-sigkill: environment ## Kill a consumer process at work, and show that nothing is lost.
-	@if [ -z "$$REDIS_URL" ]; then scripts/ci/brokers; fi
-	$(RUN) python examples/sigkill.py
+sigkill: environment ## Kill a consumer process at work, and show that nothing is lost: make sigkill, make sigkill BACKEND=rabbitmq.
+	@scripts/ci/brokers $(or $(filter $(BROKERS),$(BACKEND)),redis)
+	$(RUN) python examples/sigkill.py --backend $(or $(filter-out memory,$(BACKEND)),redis)
 
 test: environment brokers ## Run every test, on brokers of their own. ARGS goes to pytest.
 	$(RUN) pytest $(ARGS)
 
-contract: environment brokers ## Run the contract suite alone: make contract CONTRACT=redis.
-	$(RUN) pytest $(SUITE) --contract $(CONTRACT) $(ARGS)
+contract: environment brokers ## Run the contract suite alone, on all brokers or on one: make contract CONTRACT=redis.
+	$(RUN) pytest $(SUITE) $(CONTRACTS) $(ARGS)
 
 containers: environment ## Run the contract suite on brokers in containers, the images built here where no registry answers.
-	scripts/ci/offline-images
-	ABE_TEST_SERVICES=containers $(RUN) pytest $(SUITE) --contract $(CONTRACT) $(ARGS)
+	scripts/ci/offline-images $(sort $(filter $(BROKERS),$(CONTRACT:-plain=)))
+	ABE_TEST_SERVICES=containers $(RUN) pytest $(SUITE) $(CONTRACTS) $(ARGS)
 
 check: lock lint format imports mypy pyright workflows ## Lint, type-check, and hold the lock file and the layers to their rules.
 

@@ -1,7 +1,8 @@
-"""The main job, shown as it happens: orders are published, billed and shipped, in memory or on a real Redis.
+"""The main job, shown as it happens: orders are published, billed and shipped, in memory or on a real broker.
 
     python examples/demo.py --backend memory
     python examples/demo.py --backend redis
+    python examples/demo.py --backend rabbitmq
 
 One order fails twice and is retried, one is refused and goes to the dead letters, is shown, and is replayed; at the end
 the consumers are shut down while a handler still runs. The accounts are checked: the exit code is 1 when they do not
@@ -26,6 +27,9 @@ from abe.backends.message_queue.base import FullBackend
 ORDERS = 9
 UNLUCKY, REFUSED, SLOW = 3, 5, 9
 """The order that the bank fails twice, the one in an unknown currency, and the one being packed when we shut down."""
+
+ADDRESSES = {"redis": "REDIS_URL", "rabbitmq": "RABBITMQ_URL"}
+"""The variable with the address of each backend's broker."""
 
 RETRY = RetryPolicy(max_attempts=5, backoff=ConstantBackoff(0.4))
 _started = time.monotonic()
@@ -161,21 +165,25 @@ async def accounts(backend: FullBackend, billing: Billing, shipping: Shipping, r
 @contextmanager
 def broker(name: str) -> Iterator[None]:
     """Have a broker: what the environment names, or a private server for this run."""
-    if name != "redis" or os.environ.get("REDIS_URL"):
+    variable = ADDRESSES.get(name)
+    if variable is None or os.environ.get(variable):
         yield
         return
     try:
-        from abe_contract_tests.services import ServiceUnavailable, redis_service
+        from abe_contract_tests import services
     except ImportError:
-        sys.exit("REDIS_URL is not set: set it, or install abe-contract-tests, which can start a private Redis")
+        sys.exit(
+            f"{variable} is not set: set it, or install abe-contract-tests, which can start a private {name} server"
+        )
+    start = {"redis": services.redis_service, "rabbitmq": services.rabbitmq_service}
     try:
-        server = redis_service()
+        server = start[name]()
         server.start()
-    except ServiceUnavailable as exc:
-        sys.exit(f"REDIS_URL is not set, and no private Redis can be started: {exc}")
+    except services.ServiceUnavailable as exc:
+        sys.exit(f"{variable} is not set, and no private {name} server can be started: {exc}")
     try:
-        say("setup", f"REDIS_URL is not set: a private {server.version} was started")
-        os.environ["REDIS_URL"] = server.url
+        say("setup", f"{variable} is not set: a private {server.version} was started")
+        os.environ[variable] = server.url
         yield
     finally:
         server.stop()
@@ -197,7 +205,7 @@ async def main(name: str) -> bool:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Orders published, billed and shipped, as it happens.")
     parser.add_argument(
-        "--backend", default="memory", help="memory (the default), redis, or another installed provider"
+        "--backend", default="memory", help="memory (the default), redis, rabbitmq, or another installed provider"
     )
     chosen = parser.parse_args().backend
     logging.getLogger("abe").addHandler(Story(logging.WARNING))

@@ -1,10 +1,10 @@
-"""Nothing is lost when a consumer is killed: real processes on a real Redis, one of them ended by SIGKILL at work.
+"""Nothing is lost when a consumer is killed: real processes on a real broker, one of them ended by SIGKILL at work.
 
-    python examples/sigkill.py [--messages 20000]
+    python examples/sigkill.py [--backend redis] [--messages 20000]
 
 One process publishes, three consume in each of two groups, and one of those is killed when it has handled some of its
-share. What it held comes back after its lease and is handled by the others. At the end everything that was published
-has been handled in each group, some of it perhaps twice; the exit code is 1 if not.
+share. What it held comes back, on RabbitMQ at once and on Redis after its lease, and is handled by the others. At the
+end everything that was published has been handled in each group, some of it perhaps twice; the exit code is 1 if not.
 """
 
 import argparse
@@ -29,12 +29,12 @@ BATCH = 500
 DEADLINE = 55.0
 """Seconds for all of it."""
 LEASE = 3.0
-"""Seconds after which the messages of a dead consumer go to another."""
+"""Seconds after which the messages of a dead consumer go to another, where the broker has leases."""
 
 
-def redis() -> FullBackend:
-    """Return a backend of this process's own."""
-    backend = load_backend("redis")
+def connection() -> FullBackend:
+    """Return a backend of this process's own, the one that QUEUE_BACKEND names."""
+    backend = load_backend()
     assert isinstance(backend, FullBackend)
     return backend
 
@@ -49,7 +49,7 @@ async def work(group: str, path: Path) -> None:
         await asyncio.sleep(0.002)  # the work
         os.write(journal, f"done {message['number']} {message.attempt}\n".encode())
 
-    async with redis() as backend:
+    async with connection() as backend:
         consumer = AsyncLoopConsumer(backend, group, concurrency=20)
         run = asyncio.create_task(consumer.run(handle))
         loop = asyncio.get_running_loop()
@@ -63,7 +63,7 @@ async def work(group: str, path: Path) -> None:
 async def publish(count: int) -> None:
     """Be the publisher: print how many messages the broker has confirmed."""
     confirmed = 0
-    async with redis() as backend:
+    async with connection() as backend:
         for start in range(0, count, BATCH):
             batch = [
                 Publication("order.created", {"number": n}, id=f"n{n}") for n in range(start, min(start + BATCH, count))
@@ -118,7 +118,7 @@ async def kill_at_work(worker: asyncio.subprocess.Process, journal: Path, after:
 
 async def experiment(count: int, directory: Path) -> bool:
     """Run it, and return whether nothing was lost."""
-    async with redis() as backend:
+    async with connection() as backend:
         for group in GROUPS:
             await backend.declare(group)
         journals = {group: [directory / f"{group}-{n}" for n in range(WORKERS)] for group in GROUPS}
@@ -133,7 +133,11 @@ async def experiment(count: int, directory: Path) -> bool:
                 "main",
                 f"SIGKILL: consumer process {workers[victim].pid} of {GROUPS[0]} dies at work on {held} messages",
             )
-            say("main", f"they come back when its lease of {LEASE:g} s has run out")
+            leased = backend.capabilities.lease is not None
+            say(
+                "main",
+                f"they come back when its lease of {LEASE:g} s has run out" if leased else "they come back at once",
+            )
 
             confirmed = int((await publisher.communicate())[0])
             say("main", f"the publisher is done: {confirmed} confirmed")
@@ -181,6 +185,9 @@ async def within_deadline(count: int) -> bool:
 def main() -> int:
     """Read the command line, and be what it says."""
     parser = argparse.ArgumentParser(description="A consumer is killed, and nothing is lost.")
+    parser.add_argument(
+        "--backend", default="redis", help="redis (the default), rabbitmq, or another installed provider"
+    )
     parser.add_argument("--messages", type=int, default=20_000)
     roles = parser.add_subparsers(dest="role")
     worker = roles.add_parser("worker", help="be one of the consumers")
@@ -194,9 +201,11 @@ def main() -> int:
     if options.role == "publisher":
         asyncio.run(publish(options.count))
         return 0
+    # The other processes read it there.
+    os.environ["QUEUE_BACKEND"] = options.backend
     os.environ["QUEUE_NAMESPACE"] = f"sigkill-{uuid4().hex[:8]}"
     os.environ["QUEUE_LEASE_SECONDS"] = f"{LEASE:g}"
-    with broker("redis"):
+    with broker(options.backend):
         started = time.monotonic()
         fine = asyncio.run(within_deadline(options.messages))
         print(f"It took {time.monotonic() - started:.1f} s.")
