@@ -1,64 +1,105 @@
-"""Looking into a queue: messages are taken, some are removed, the rest goes back to where it was."""
+"""Looking through a queue: messages are taken, some are removed, the others go back to where they were.
+
+A quorum queue gives back what was taken behind what was given back before, and ahead of what never was. So the order is kept by who takes
+all there is, and leaves everything to the broker at once, by closing the channel.
+"""
 
 import asyncio
-from collections.abc import Sequence
-from typing import Final, Self
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Final, TypeAlias
 
 from abe.backends.message_queue.base import Delivery
 from abe.errors import BackendConnectionError
 from abe_backend_rabbitmq._channel import Opened
+from abe_backend_rabbitmq._connection import finished
 from abe_backend_rabbitmq._wire import Header
 
+PAGE: Final = 500
 _PATIENCE: Final = 5.0
-_MOST_PREFETCHED: Final = 65_535
+
+Found: TypeAlias = tuple[int, Header, bytes]
+"""Tag, what came with it, and body of a message."""
 
 
 class Browser:
-    """Messages that were taken from a queue. Closing their channel puts back those that were not removed.
+    """What a queue had when the look began, the oldest first.
 
     Args:
-        channel: Theirs; None: there are none.
-        found: Tag, what came with it, and body of each, the oldest first.
+        channel: For this alone.
+        queue: The queue.
+        count: How many messages it has.
+        keep: Chooses those to look at, as they come; the others stay in the queue, and no body of theirs in memory.
+        emptying: Whether each page is removed before the next one is asked for: then the rest waits in the broker.
     """
 
-    def __init__(self, channel: Opened | None, found: Sequence[tuple[int, Header, bytes]]) -> None:
-        self._channel = channel
-        self.found = found
+    def __init__(
+        self, channel: Opened, queue: str, count: int, keep: Callable[[Header, bytes], bool], *, emptying: bool = False
+    ) -> None:
         self.removed = 0
+        self._channel = channel
+        self._queue = queue
+        self._left = count
+        self._keep = keep
+        self._prefetch = PAGE if emptying else 0
+        self._found: deque[Found] = deque()
+        self._arrived = asyncio.Event()
+        self._consumer = ""
 
-    @classmethod
-    async def open(cls, channel: Opened, queue: str, wanted: int) -> Self:
-        """Take that many messages, or fewer if there are fewer after all.
+    async def open(self) -> None:
+        """Begin to take messages."""
+        self._channel.ended = self._arrived.set
+        self._consumer = await finished(self._channel.consume(self._queue, self._prefetch, self._deliver))
+
+    async def pages(self) -> AsyncGenerator[Sequence[Found], None]:
+        """Yield the chosen ones, up to `PAGE` at a time.
 
         Raises:
-            BackendConnectionError: The connection was lost.
+            BackendConnectionError: The channel was lost.
         """
-        found: list[tuple[int, Header, bytes]] = []
-        complete = asyncio.Event()
-
-        def deliver(tag: int, header: Header, body: bytes, redelivered: bool) -> None:
-            channel.held[tag] = Delivery(tag, b"", None, 1), header
-            if len(found) < wanted:
-                found.append((tag, header, body))
-            if len(found) == wanted:
-                complete.set()
-
-        channel.ended = complete.set
-        await channel.consume(queue, wanted if wanted <= _MOST_PREFETCHED else 0, deliver)
-        try:
-            async with asyncio.timeout(_PATIENCE):
-                await complete.wait()
-        except TimeoutError:
-            pass  # somebody without the lock took the others
-        if channel.closed is not None:
-            raise BackendConnectionError(channel.closed)
-        return cls(channel, found)
+        found = self._found
+        while True:
+            self._arrived.clear()
+            if self._channel.closed is not None:
+                raise BackendConnectionError(self._channel.closed)
+            if len(found) >= PAGE or (found and not self._left):
+                yield [found.popleft() for _ in range(min(PAGE, len(found)))]
+            elif not self._left:
+                return
+            else:
+                try:
+                    async with asyncio.timeout(_PATIENCE):
+                        await self._arrived.wait()
+                except TimeoutError:  # somebody who does not know of the lock took the others
+                    self._left = 0
 
     async def remove(self, tags: Sequence[int]) -> None:
-        """Remove messages for good."""
-        if self._channel is None or not tags:
-            return
+        """Remove messages for good.
+
+        Raises:
+            BackendConnectionError: The channel was lost.
+        """
         if self._channel.closed is not None:
             raise BackendConnectionError(self._channel.closed)
         await self._channel.ack(tags)
         self.removed += len(tags)
+
+    async def close(self) -> None:
+        """Give back what was not removed.
+
+        Acknowledgements can be lost with the channel that they were sent by, until the queue answered it something that came after them:
+        cancelling the consumer is such a thing.
+        """
+        if self._channel.closed is None:
+            await finished(self._channel.native.basic_cancel(self._consumer))
+        if self._channel.closed is None:
+            await finished(self._channel.native.close())
+
+    def _deliver(self, tag: int, header: Header, body: bytes, redelivered: bool) -> None:
+        self._channel.held[tag] = Delivery(tag, b"", None, 1), header
+        if self._left:
+            self._left -= 1
+            if self._keep(header, body):
+                self._found.append((tag, header, body))
+            if not self._left or len(self._found) == PAGE:
+                self._arrived.set()

@@ -10,7 +10,6 @@ from aiormq.abc import AbstractChannel
 from abe.backends.message_queue.base.names import EVERYTHING
 from abe.errors import BackendConnectionError
 from abe_backend_rabbitmq import _wire
-from abe_backend_rabbitmq._browser import Browser
 from abe_backend_rabbitmq._channel import Outgoing
 from abe_backend_rabbitmq._connection import Connection
 from abe_backend_rabbitmq._errors import ChannelNotFound
@@ -18,9 +17,9 @@ from abe_backend_rabbitmq._ladder import Ladder
 from abe_backend_rabbitmq._outlet import Outlet, moved
 from abe_backend_rabbitmq._registry import Entry, Registry, RegistryKeeper
 from abe_backend_rabbitmq._topology import LEVELS, Topology
+from abe_backend_rabbitmq._wire import Header
 
 _log: Final = logging.getLogger("abe.rabbitmq")
-_PAGE: Final = 500
 
 
 class Groups:
@@ -219,23 +218,24 @@ class Groups:
 
     async def _hand_over(self, registry: Registry) -> None:
         """Move held messages to the groups that want them. The lock is held: nobody else has some of them in hand."""
-        async with self._outlet.browse(self._names.held) as browser:
-            page: list[tuple[int, Outgoing]] = []
-            for tag, header, body in browser.found:
-                for group in registry.wanting(_wire.routing_key(header)):
-                    delay = _wire.due(header) / 1000 - time.time()
-                    exchange, key = (
-                        await self._ladder.retry(group, delay) if delay > 0 else ("", self._names.queue(group))
-                    )
-                    page.append((tag, moved(exchange, key, header, body)))
-                if len(page) >= _PAGE:
-                    await self._move_page(browser, page)
-                    page = []
-            await self._move_page(browser, page)
 
-    async def _move_page(self, browser: Browser, page: Sequence[tuple[int, Outgoing]]) -> None:
-        if not page:
-            return
-        outcomes = await self._outlet.move([copy for _, copy in page])
-        refused = {page[i][0] for i, error in enumerate(outcomes) if error is not None}
-        await browser.remove([tag for tag in dict.fromkeys(tag for tag, _ in page) if tag not in refused])
+        def wanted(header: Header, body: bytes) -> bool:
+            return bool(registry.wanting(_wire.routing_key(header)))
+
+        async with self._outlet.browse(self._names.held, wanted) as browser:
+            if browser is not None:
+                async for page in browser.pages():
+                    copies = [
+                        (tag, copy) for tag, header, body in page for copy in await self._copies(registry, header, body)
+                    ]
+                    outcomes = await self._outlet.move([copy for _, copy in copies])
+                    refused = {copies[i][0] for i, error in enumerate(outcomes) if error is not None}
+                    await browser.remove([tag for tag, _, _ in page if tag not in refused])
+
+    async def _copies(self, registry: Registry, header: Header, body: bytes) -> Sequence[Outgoing]:
+        copies: list[Outgoing] = []
+        delay = _wire.due(header) / 1000 - time.time()
+        for group in registry.wanting(_wire.routing_key(header)):
+            to = await self._ladder.retry(group, delay) if delay > 0 else ("", self._names.queue(group))
+            copies.append(moved(*to, header, body))
+        return copies

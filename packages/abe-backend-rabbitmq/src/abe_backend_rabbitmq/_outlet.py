@@ -1,4 +1,4 @@
-"""The connection to publish: the channel that everything goes out by, and looks into queues."""
+"""The connection to publish: the channel that everything goes out by, and another for each look into a queue."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -9,7 +9,7 @@ from abe.errors import AbeError, BackendConnectionError, BackpressureError, Publ
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._browser import Browser
 from abe_backend_rabbitmq._channel import Opened, Outgoing
-from abe_backend_rabbitmq._connection import Connection, Control, Link, finished
+from abe_backend_rabbitmq._connection import Connection, Control, Link
 from abe_backend_rabbitmq._errors import ChannelNotFound, translated
 from abe_backend_rabbitmq._settings import RabbitMQSettings
 from abe_backend_rabbitmq._wire import Header
@@ -105,31 +105,29 @@ class Outlet:
         return declared.message_count or 0
 
     @asynccontextmanager
-    async def browse(self, queue: str, limit: int | None = None) -> AsyncGenerator[Browser, None]:
-        """Hold the oldest messages of a queue; those that are not removed are put back in their places. The lock must be held.
-
-        Args:
-            queue: Whose.
-            limit: How many; None: all.
-        """
+    async def browse(
+        self,
+        queue: str,
+        keep: Callable[[Header, bytes], bool] = lambda header, body: True,
+        *,
+        emptying: bool = False,
+    ) -> AsyncGenerator[Browser | None, None]:
+        """Look through a queue; None: there is nothing in it. The lock must be held. See `Browser`."""
         count = await self.count(queue)
         if not count:
-            yield Browser(None, ())
+            yield None
             return
-        wanted = count if limit is None else min(limit, count)
         connection = await self._link.get()
-        channel = await connection.channel()
-        removed = 0
+        browser = Browser(await connection.channel(), queue, count, keep, emptying=emptying)
         try:
             with translated(connection.address):
-                browser = await Browser.open(channel, queue, wanted)
+                await browser.open()
             yield browser
-            removed = browser.removed
         finally:
             with translated(connection.address):
-                await finished(channel.native.close())
+                await browser.close()
             for _ in range(_TRIES):  # they are back before the lock is free
-                if (await self.count(queue) or 0) >= count - removed:
+                if (await self.count(queue) or 0) >= count - browser.removed:
                     break
                 await asyncio.sleep(_PAUSE)
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -10,7 +10,7 @@ from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, Grou
 from abe.backends.message_queue.base import Transport as TransportProtocol
 from abe.errors import AbeError, PublishUnknownError, UnroutableError
 from abe_backend_rabbitmq import _wire
-from abe_backend_rabbitmq._browser import Browser
+from abe_backend_rabbitmq._browser import Browser, Found
 from abe_backend_rabbitmq._channel import Opened, Outgoing
 from abe_backend_rabbitmq._connection import Connection, Link
 from abe_backend_rabbitmq._groups import Groups
@@ -22,7 +22,6 @@ from abe_backend_rabbitmq._settings import RabbitMQSettings
 from abe_backend_rabbitmq._topology import LEVELS, Topology
 from abe_backend_rabbitmq._wire import Header
 
-_PAGE: Final = 500
 _STALE: Final = 20
 """Times that the groups may change under one batch before it counts as failed."""
 
@@ -111,62 +110,40 @@ class RabbitMQTransport:
         )
 
     async def dead_letters(self, group: str, limit: int) -> Sequence[DeadLetter]:
-        """Look at the oldest, and put them back."""
-
-        async def look() -> Sequence[DeadLetter]:
-            async with self.outlet.browse(self.topology.dead(group), limit) as browser:
-                return [_wire.dead_letter(header, body) for _, header, body in browser.found]
-
-        return await self._keeper.exclusively(look)
+        """Look at all of them, and remember the oldest."""
+        return await self._letters(group, lambda letter, found: found < limit)
 
     async def find_dead_letter(self, group: str, id: str) -> DeadLetter | None:
-        """Look through all of them."""
-
-        async def find() -> DeadLetter | None:
-            async with self.outlet.browse(self.topology.dead(group)) as browser:
-                letters = (_wire.dead_letter(header, body) for _, header, body in browser.found)
-                return next((letter for letter in letters if letter.id == id), None)
-
-        return await self._keeper.exclusively(find)
+        """Look at all of them, and remember that one."""
+        letters = await self._letters(group, lambda letter, found: letter.id == id and not found)
+        return letters[0] if letters else None
 
     async def replay(self, group: str, ids: Collection[str] | None) -> int:
         """Put copies into the group's queue, then remove them here: a crash between doubles them and never loses them."""
+        queue = self.topology.queue(group)
 
-        async def some() -> int:
-            async with self.outlet.browse(self.topology.dead(group)) as browser:
-                chosen = [item for item in browser.found if _wire.dead_letter(*item[1:]).id in (ids or ())]
-                return sum(
-                    [await self._replay(group, browser, chosen[i : i + _PAGE]) for i in range(0, len(chosen), _PAGE)]
-                )
+        async def replay(browser: Browser, page: Sequence[Found]) -> None:
+            outcomes = await self.outlet.move([moved("", queue, header, body) for _, header, body in page])
+            await browser.remove([tag for i, (tag, _, _) in enumerate(page) if not outcomes or outcomes[i] is None])
+            for error in outcomes:
+                if error is not None:
+                    raise error
 
-        async def all() -> int:
-            left = await self.outlet.count(self.topology.dead(group)) or 0
-            done = 0
-            while left > done:  # page by page: there may be more than fit into memory
-                async with self.outlet.browse(self.topology.dead(group), min(_PAGE, left - done)) as browser:
-                    if not browser.found:
-                        break
-                    done += await self._replay(group, browser, browser.found)
-            return done
-
-        return await self._keeper.exclusively(all if ids is None else some)
+        return await self._each(group, ids, replay)
 
     async def purge(self, group: str, ids: Collection[str] | None) -> int:
         """Remove them."""
         queue = self.topology.dead(group)
-
-        async def some() -> int:
-            async with self.outlet.browse(queue) as browser:
-                tags = [tag for tag, header, body in browser.found if _wire.dead_letter(header, body).id in (ids or ())]
-                await browser.remove(tags)
-                return len(tags)
 
         async def all() -> int:
             if await self.outlet.count(queue) is None:
                 return 0
             return (await self.outlet.control.call(lambda channel: channel.queue_purge(queue))).message_count or 0
 
-        return await self._keeper.exclusively(all if ids is None else some)
+        async def purge(browser: Browser, page: Sequence[Found]) -> None:
+            await browser.remove([tag for tag, _, _ in page])
+
+        return await (self._keeper.exclusively(all) if ids is None else self._each(group, ids, purge))
 
     async def look_at_held(self, group: str) -> None:
         """Move held messages that the group wants: one that was on its way while the first group was made may have come late."""
@@ -176,20 +153,42 @@ class RabbitMQTransport:
     def _outgoing(self, envelope: Envelope) -> Outgoing:
         return Outgoing(self.topology.exchange, envelope.key, _wire.pack(envelope), envelope.body, envelope.id)
 
-    async def _replay(self, group: str, browser: Browser, page: Sequence[tuple[int, Header, bytes]]) -> int:
-        """Move dead letters, and return how many.
+    async def _letters(self, group: str, wanted: Callable[[DeadLetter, int], bool]) -> Sequence[DeadLetter]:
+        """Return the dead letters that are wanted; how many were so far is told too."""
+        found: list[DeadLetter] = []
 
-        Raises:
-            AbeError: The queue refused one; those that it took are moved.
-        """
-        queue = self.topology.queue(group)
-        outcomes = await self.outlet.move([moved("", queue, header, body) for _, header, body in page])
-        accepted = [tag for i, (tag, _, _) in enumerate(page) if not outcomes or outcomes[i] is None]
-        await browser.remove(accepted)
-        for error in outcomes:
-            if error is not None:
-                raise error
-        return len(accepted)
+        def keep(header: Header, body: bytes) -> bool:
+            letter = _wire.dead_letter(header, body)
+            if wanted(letter, len(found)):
+                found.append(letter)
+            return False
+
+        async def look() -> Sequence[DeadLetter]:
+            async with self.outlet.browse(self.topology.dead(group), keep) as browser:
+                if browser is not None:
+                    async for _ in browser.pages():
+                        pass
+            return found
+
+        return await self._keeper.exclusively(look)
+
+    async def _each(
+        self, group: str, ids: Collection[str] | None, work: Callable[[Browser, Sequence[Found]], Awaitable[None]]
+    ) -> int:
+        """Do something with dead letters (None: all of them) a page at a time, which removes them, and return how many."""
+
+        def keep(header: Header, body: bytes) -> bool:
+            return ids is None or _wire.dead_letter(header, body).id in ids
+
+        async def each() -> int:
+            async with self.outlet.browse(self.topology.dead(group), keep, emptying=ids is None) as browser:
+                if browser is None:
+                    return 0
+                async for page in browser.pages():
+                    await work(browser, page)
+                return browser.removed
+
+        return await self._keeper.exclusively(each)
 
     async def _send_some_later(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
         """Publish when some have a delay: of those, a copy to each group that wants it, as the groups are now."""

@@ -1,0 +1,502 @@
+"""The primitives, with the tap and without."""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aio_pika
+import pytest
+
+from abe.backends.message_queue.base import Delivery, Settlement, Verb
+from abe.backends.message_queue.base.names import matches
+from abe.errors import BackpressureError, ConfigurationError, LeaseLostError, UnroutableError
+from abe_backend_rabbitmq._receiver import RabbitMQReceiver
+from abe_backend_rabbitmq._transport import RabbitMQTransport
+
+Collect = Callable[..., Awaitable[list[Delivery]]]
+
+pytestmark = pytest.mark.xdist_group("rabbitmq")
+
+
+def retry(delivery: Delivery, delay: float = 0.0) -> Settlement:
+    return Settlement(delivery.receipt, Verb.RETRY, delay=delay)
+
+
+def release(delivery: Delivery) -> Settlement:
+    return Settlement(delivery.receipt, Verb.RELEASE)
+
+
+def dead(delivery: Delivery, reason: str = "why", error: str = "trace") -> Settlement:
+    return Settlement(delivery.receipt, Verb.DEAD, reason=reason, error=error)
+
+
+async def bury(lab: Any, collect: Collect, count: int) -> tuple[RabbitMQTransport, RabbitMQReceiver]:
+    transport = await lab.transport()
+    await transport.declare("g", None)
+    receiver = await lab.receiver(transport, prefetch=2000)
+    for start in range(0, count, 250):
+        await transport.send(lab.envelopes(min(250, count - start)))
+    buried = await collect(receiver, count)
+    for start in range(0, count, 500):
+        assert not await receiver.settle([dead(delivery) for delivery in buried[start : start + 500]])
+    return transport, receiver
+
+
+async def ids(transport: RabbitMQTransport) -> list[str]:
+    return [letter.id for letter in await transport.dead_letters("g", 5000)]
+
+
+class TestPublishing:
+    async def test_a_message_arrives_with_all_it_had(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        receiver = await lab.receiver(transport)
+        sent = lab.envelope("orders.created", headers={"h": "\u00fc"}, body=b'{"a": 1}')
+        assert await transport.send([sent]) == ()
+        [delivery] = await collect(receiver, 1)
+        assert (delivery.body, delivery.attempt, delivery.fault) == (sent.body, 1, None)
+        assert receiver.metadata(delivery) == (sent.id, sent.key, sent.published_at, sent.headers)
+
+    async def test_each_group_gets_what_its_patterns_want(self, lab: Any) -> None:
+        transport = await lab.transport()
+        await transport.declare("all", None)
+        await transport.declare("orders", ("orders.*",))
+        await transport.declare("two", ("orders.#", "users.#"))
+        keys = ["orders.created", "users.x.y", "orders", "other"]
+        assert await transport.send([lab.envelope(key) for key in keys]) == ()
+        counts = {group: (await transport.stats(group)).waiting for group in ("all", "orders", "two")}
+        assert counts == {"all": 4, "orders": 1, "two": 3}
+
+    async def test_a_message_that_no_group_wants_is_told(self, lab: Any) -> None:
+        transport = await lab.transport()
+        await transport.declare("orders", ("orders.*",))
+        outcomes = await transport.send([lab.envelope("orders.x"), lab.envelope("users.x"), lab.envelope("orders.y")])
+        assert [type(outcome) for outcome in outcomes] == [type(None), UnroutableError, type(None)]
+        assert (await transport.stats("orders")).waiting == 2
+
+    async def test_bindings_are_the_patterns_asked_for_last(self, lab: Any) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", ("a.*", "b.*"))
+        await (await lab.transport()).declare("g", ("b.*", "c.*"))
+        outcomes = await transport.send([lab.envelope(key) for key in ("a.x", "b.x", "c.x")])
+        assert [type(outcome) for outcome in outcomes] == [UnroutableError, type(None), type(None)]
+        assert await transport.groups() == {"g": ("b.*", "c.*")}
+
+    async def test_order_is_kept_within_and_across_batches(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        receiver = await lab.receiver(transport)
+        sent = lab.envelopes(900)
+        await asyncio.gather(*(transport.send(sent[start : start + 300]) for start in range(0, 900, 300)))
+        received = await collect(receiver, 900)
+        assert [receiver.metadata(delivery).id for delivery in received] == [envelope.id for envelope in sent]
+
+    async def test_patterns_mean_the_same_to_rabbitmq_as_to_us(self, one_lab: Any) -> None:
+        words = ["a", "b", "", "*", "#"]
+        keys = [
+            ".".join(key)
+            for size in (1, 2, 3)
+            for key in itertools.product(["a", "b", ""], repeat=size)
+            if key != ("",)
+        ]
+        patterns = [
+            ".".join(pattern)
+            for size in (1, 2, 3)
+            for pattern in itertools.product(words, repeat=size)
+            if pattern != ("",)
+        ]
+        transport = await one_lab.transport()
+        await transport.declare("g", ("nothing",))
+        for pattern in patterns[:: max(1, len(patterns) // 30)]:
+            await transport.declare("g", (pattern,))
+            outcomes = await transport.send([one_lab.envelope(key) for key in keys]) or [None] * len(keys)
+            wanted = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome is None]
+            assert wanted == [key for key in keys if matches(pattern, key)], pattern
+
+
+class TestTopology:
+    async def test_a_queue_with_other_arguments_is_named_with_both_values_and_a_remedy(self, lab: Any) -> None:
+        await (await lab.transport(max_backlog=10)).declare("g", None)
+        transport = await lab.transport(max_backlog=20)
+        with pytest.raises(ConfigurationError) as caught:
+            await transport.declare("other", None)
+            await transport.declare("g", None)
+        text = str(caught.value)
+        for part in (lab.names.queue("g"), "x-max-length", "9", "19", "delete", "QUEUE_NAMESPACE"):
+            assert part in text
+        assert "guest" not in text
+
+    async def test_an_exchange_of_another_namespace_is_refused(self, lab: Any, lab_at: Callable[..., Any]) -> None:
+        await lab.transport()
+        with pytest.raises(ConfigurationError, match=lab.names.exchange):
+            await lab_at(lab.url).transport(exchange=lab.names.exchange)
+
+    async def test_an_exchange_of_our_own_choice_is_published_to(self, lab: Any) -> None:
+        exchange = f"{lab.namespace}-events"
+        transport = await lab.transport(exchange=exchange)
+        await transport.declare("g", None)
+        channel = await lab.pika()
+        await (await channel.get_exchange(exchange)).publish(aio_pika.Message(b"{}"), "a.b")
+        await channel.exchange_delete(exchange)
+        assert (await transport.stats("g")).waiting == 1
+
+    async def test_an_exchange_deleted_underneath_comes_back_with_its_bindings(
+        self, lab: Any, collect: Collect, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        transport = await lab.transport()
+        await transport.declare("orders", ("orders.*",))
+        await transport.declare("all", None)
+        await (await lab.pika()).exchange_delete(lab.names.exchange)
+        backend = await lab.backend()
+        with caplog.at_level(logging.WARNING, "abe.rabbitmq"):
+            await backend.publish("orders.x", {"n": 1})
+            await backend.publish("users.x", {"n": 2})
+        assert "deleted underneath" in caplog.text
+        assert [(await transport.stats(group)).waiting for group in ("orders", "all")] == [1, 2]
+
+
+class TestBacklog:
+    async def test_it_is_exact(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport(max_backlog=5)
+        await transport.declare("g", None)
+        outcomes = await transport.send(lab.envelopes(8))
+        assert [type(outcome) for outcome in outcomes] == [type(None)] * 5 + [BackpressureError] * 3
+        receiver = await lab.receiver(transport, prefetch=2)
+        held = await collect(receiver, 2)
+        await receiver.ack([delivery.receipt for delivery in held], verify=True)
+        assert await transport.send(lab.envelopes(1)) == ()
+
+
+class TestHeld:
+    async def test_the_first_group_gets_what_was_published_before_it(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        sent = lab.envelopes(1500)
+        for start in range(0, 1500, 250):
+            await transport.send(sent[start : start + 250])
+        await transport.declare("g", None)
+        received = await collect(receiver := await lab.receiver(transport, prefetch=2000), 1500)
+        assert [receiver.metadata(delivery).id for delivery in received] == [envelope.id for envelope in sent]
+        assert await lab.waiting(lab.names.held) == 0
+
+    async def test_patterns_choose_among_any_number(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        sent = [lab.envelope("a.x" if number % 3 else "b.x") for number in range(1500)]
+        for start in range(0, 1500, 250):
+            await transport.send(sent[start : start + 250])
+        wanted = [envelope.id for envelope in sent if envelope.key == "a.x"]
+        await transport.declare("a", ("a.*",))
+        receiver = await lab.receiver(transport, "a", prefetch=2000)
+        assert [receiver.metadata(each).id for each in await collect(receiver, len(wanted))] == wanted
+        assert await lab.waiting(lab.names.held) == 1500 - len(wanted)
+        await transport.declare("rest", None)
+        assert (await transport.stats("rest")).waiting == 1500 - len(wanted)
+
+    async def test_a_later_group_gets_no_second_copy(self, lab: Any) -> None:
+        transport = await lab.transport()
+        await transport.send(lab.envelopes(3))
+        await transport.declare("first", None)
+        await transport.declare("second", None)
+        assert [(await transport.stats(group)).waiting for group in ("first", "second")] == [3, 0]
+
+    async def test_delayed_ones_are_held_too_and_keep_their_time(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        await transport.send([lab.envelope("a", delay=0.4), lab.envelope("b", delay=0.4), lab.envelope("a", delay=60)])
+        started = time.monotonic()
+        await transport.declare("g", ("a",))
+        assert await lab.waiting(lab.names.held) == 1
+        receiver = await lab.receiver(transport)
+        [delivery] = await collect(receiver, 1)
+        assert receiver.metadata(delivery).key == "a"
+        assert 0.2 < time.monotonic() - started < 2.0
+        assert (await transport.stats("g")).delayed == 1
+
+    async def test_what_a_stranger_left_there_stops_nobody(self, lab: Any) -> None:
+        transport = await lab.transport()
+        await lab.put(lab.names.held, b"\xff", headers={"abe-headers": "broken", "abe-due": -1})
+        await transport.send([lab.envelope("a"), lab.envelope("b")])
+        await transport.declare("g", ("a",))
+        assert (await transport.stats("g")).waiting == 1
+        await transport.declare("rest", None)
+        assert (await transport.stats("rest")).waiting == 2
+
+
+class TestDelayed:
+    async def test_not_before_and_soon_after(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        receiver = await lab.receiver(transport)
+        await transport.send(lab.envelopes(1, delay=0.1))  # the rungs are made
+        await collect(receiver, 1)
+        started = time.monotonic()
+        assert await transport.send([lab.envelope("late", delay=0.7), lab.envelope("early", delay=0.3)]) == ()
+        early, late = [(receiver.metadata(each).key, time.monotonic()) for each in await collect(receiver, 1)], []
+        assert early[0][0] == "early"
+        assert 0.3 <= early[0][1] - started < 1.3
+        late = [(receiver.metadata(each).key, time.monotonic()) for each in await collect(receiver, 1)]
+        assert late[0][0] == "late"
+        assert 0.7 <= late[0][1] - started < 1.7
+
+    async def test_the_groups_are_those_of_the_time_of_publishing(self, lab: Any) -> None:
+        ours, theirs = await lab.transport(), await lab.transport()
+        await ours.declare("one", None)
+        await theirs.send(lab.envelopes(1, delay=60))
+        await ours.declare("two", None)
+        await theirs.send(lab.envelopes(1, delay=60))
+        assert [(await ours.stats(group)).delayed for group in ("one", "two")] == [2, 1]
+
+    async def test_an_unwanted_one_is_told_and_the_others_go(self, lab: Any) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", ("a",))
+        outcomes = await transport.send(
+            [lab.envelope("a"), lab.envelope("b", delay=60), lab.envelope("a", delay=60), lab.envelope("b")]
+        )
+        assert [type(each) for each in outcomes] == [type(None), UnroutableError, type(None), UnroutableError]
+        stats = await transport.stats("g")
+        assert (stats.waiting, stats.delayed) == (1, 1)
+
+    async def test_a_rung_deleted_underneath_is_made_again(self, lab: Any) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        await transport.send(lab.envelopes(1, delay=0.4))
+        await (await lab.pika()).queue_delete(lab.names.waiting("g", 2))
+        assert await transport.send(lab.envelopes(3, delay=0.4)) == ()
+        assert (await transport.stats("g")).delayed == 3
+
+    async def test_a_retry_passes_the_same_rungs_again_and_again(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        receiver = await lab.receiver(transport)
+        sent = lab.envelope("orders.x", headers={"h": "v"})
+        await transport.send([sent])
+        for attempt in range(1, 5):
+            [delivery] = await collect(receiver, 1)
+            assert (delivery.attempt, delivery.body) == (attempt, sent.body)
+            assert receiver.metadata(delivery) == (sent.id, sent.key, sent.published_at, sent.headers)
+            assert not await receiver.settle([retry(delivery, 0.1)])
+        assert await lab.waiting(lab.names.dead("g")) == 0
+
+
+class TestSettling:
+    async def test_an_acknowledged_message_is_gone(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        receiver = await lab.receiver(transport)
+        await transport.send(lab.envelopes(5))
+        receipts = [delivery.receipt for delivery in await collect(receiver, 5)]
+        assert not await receiver.ack([receipts[3], receipts[0], receipts[1]], verify=False)
+        assert not await receiver.ack([receipts[4], receipts[2]], verify=True)
+        assert receiver.holding == 0
+        await receiver.close()
+        assert await lab.waiting(lab.names.queue("g")) == 0
+
+    async def test_what_was_settled_is_not_ours_any_more(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        receiver = await lab.receiver(transport)
+        await transport.send(lab.envelopes(1))
+        [delivery] = await collect(receiver, 1)
+        assert not await receiver.ack([delivery.receipt], verify=True)
+        for failures in (
+            await receiver.ack([delivery.receipt], verify=True),
+            await receiver.settle([retry(delivery)]),
+            await receiver.settle([dead(delivery)]),
+        ):
+            assert isinstance(failures[delivery.receipt], LeaseLostError)
+        assert list(await receiver.renew([delivery.receipt])) == [delivery.receipt]
+        assert (await transport.stats("g")).dead == 0
+
+    async def test_attempts_are_counted_and_releases_are_not(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        receiver = await lab.receiver(transport)
+        await transport.send(lab.envelopes(1))
+        for verdict, expected in ((release, 1), (retry, 1), (release, 2), (retry, 2)):
+            [delivery] = await collect(receiver, 1)
+            assert delivery.attempt == expected
+            assert not await receiver.settle([verdict(delivery)])
+        [delivery] = await collect(receiver, 1)
+        assert delivery.attempt == 3
+
+    async def test_a_dead_letter_keeps_everything(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        receiver = await lab.receiver(transport)
+        sent = lab.envelope("a.b", headers={"h": "v"}, body=b"\x00\xff")
+        await transport.send([sent])
+        [delivery] = await collect(receiver, 1)
+        before = time.time()
+        assert not await receiver.settle([dead(delivery, "why", "trace")])
+        [letter] = await transport.dead_letters("g", 10)
+        assert (letter.id, letter.key, letter.body, letter.headers) == (sent.id, "a.b", sent.body, {"h": "v"})
+        assert (letter.attempts, letter.reason, letter.error) == (1, "why", "trace")
+        assert before - 1 < letter.dead_at < time.time() + 1
+        assert await transport.find_dead_letter("g", sent.id) == letter
+        assert await transport.find_dead_letter("g", "nobody") is None
+
+    async def test_an_endless_error_text_is_cut_and_buries_the_message_all_the_same(
+        self, lab: Any, collect: Collect
+    ) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        receiver = await lab.receiver(transport)
+        await transport.send(lab.envelopes(1))
+        [delivery] = await collect(receiver, 1)
+        assert not await receiver.settle([dead(delivery, "why" * 50_000, "x" * 500_000 + "the end")])
+        [letter] = await transport.dead_letters("g", 10)
+        assert letter.error.endswith("the end")
+
+
+class TestLeaving:
+    async def test_closing_gives_back_everything(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        leaving, other = await lab.receiver(transport), await lab.receiver(transport, prefetch=5)
+        await transport.send(lab.envelopes(5))
+        await leaving.stop()
+        await leaving.close()
+        again = await collect(other, 5)
+        assert {delivery.attempt for delivery in again} == {1}
+
+    async def test_stopping_ends_a_receive_that_waits(self, lab: Any) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        receiver = await lab.receiver(transport)
+        waiting = asyncio.create_task(receiver.receive(1))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(0.5):
+            await receiver.stop()
+            assert list(await waiting) == []
+
+    async def test_a_lost_channel_loses_what_it_delivered_and_the_next_one_gets_it(
+        self, lab: Any, collect: Collect
+    ) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        receiver = await lab.receiver(transport)
+        await transport.send(lab.envelopes(3))
+        held = await collect(receiver, 3)
+        channel = receiver._channel
+        assert channel is not None
+        await channel.native.close()
+        assert all(delivery.lost for delivery in held)
+        receipts = [delivery.receipt for delivery in held]
+        assert set(await receiver.recover(receipts)) == set(receipts)
+        again = await collect(receiver, 3)
+        assert {delivery.attempt for delivery in again} == {2}
+        assert set(await receiver.ack(receipts, verify=False)) == set(receipts)  # and costs the new channel nothing
+        assert not await receiver.ack([delivery.receipt for delivery in again], verify=True)
+
+
+class TestDeadLetters:
+    async def test_looking_at_them_changes_nothing(self, lab: Any, collect: Collect) -> None:
+        transport, _ = await bury(lab, collect, 30)
+        before = await ids(transport)
+        for limit in (1, 7, 30, 100):
+            assert [letter.id for letter in await transport.dead_letters("g", limit)] == before[:limit]
+        assert await transport.find_dead_letter("g", before[-1]) is not None
+        assert await ids(transport) == before
+        assert len(before) == 30
+
+    async def test_more_than_a_page_is_replayed_in_order_and_starts_anew(self, lab: Any, collect: Collect) -> None:
+        transport, receiver = await bury(lab, collect, 1201)
+        order = await ids(transport)
+        assert await transport.replay("g", None) == 1201
+        assert await transport.dead_letters("g", 10) == []
+        again = await collect(receiver, 1201)
+        assert {delivery.attempt for delivery in again} == {1}
+        assert [receiver.metadata(delivery).id for delivery in again] == order
+
+    async def test_more_than_a_page_is_purged(self, lab: Any, collect: Collect) -> None:
+        transport, _ = await bury(lab, collect, 1201)
+        assert await transport.purge("g", None) == 1201
+        assert (await transport.stats("g")).dead == 0
+        assert await transport.purge("g", None) == 0
+
+    async def test_the_ids_that_are_named_and_no_others(self, lab: Any, collect: Collect) -> None:
+        transport, receiver = await bury(lab, collect, 10)
+        letters = await ids(transport)
+        assert await transport.replay("g", [letters[3], "nobody"]) == 1
+        assert await transport.purge("g", [letters[3], letters[5]]) == 1
+        [again] = await collect(receiver, 1)
+        assert receiver.metadata(again).id == letters[3]
+        assert await ids(transport) == [letter for i, letter in enumerate(letters) if i not in (3, 5)]
+
+    async def test_two_that_look_at_once_see_all(self, lab: Any, collect: Collect) -> None:
+        transport, _ = await bury(lab, collect, 50)
+        other = await lab.transport()
+        found = await asyncio.gather(*(each.dead_letters("g", 100) for each in (transport, other) for _ in range(3)))
+        assert {len(letters) for letters in found} == {50}
+
+    async def test_a_full_group_keeps_them_where_they_are(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport(max_backlog=4)
+        await transport.declare("g", None)
+        receiver = await lab.receiver(transport, prefetch=4)
+        for _ in range(2):
+            await transport.send(lab.envelopes(4))
+            await receiver.settle([dead(delivery) for delivery in await collect(receiver, 4)])
+        await receiver.close()
+        before = await ids(transport)
+        with pytest.raises(BackpressureError):
+            await transport.replay("g", None)
+        stats = await transport.stats("g")
+        assert stats.waiting + stats.dead == 8
+        assert await ids(transport) == before[-stats.dead :]
+
+    async def test_of_a_group_that_does_not_exist_there_are_none(self, lab: Any) -> None:
+        transport = await lab.transport()
+        assert await transport.dead_letters("nobody", 10) == []
+        assert (await transport.replay("nobody", None), await transport.purge("nobody", None)) == (0, 0)
+
+
+class TestStats:
+    async def test_they_are_exact(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        receiver = await lab.receiver(transport, prefetch=6)
+        await transport.send([*lab.envelopes(10), *lab.envelopes(2, delay=60)])
+        held = await collect(receiver, 6)
+        await receiver.settle([dead(held[2]), retry(held[3], 60.0)])
+        held = [*held[:2], *held[4:], *await collect(receiver, 2)]
+        stats = await transport.stats("g")
+        assert (stats.waiting, stats.in_flight, stats.delayed, stats.dead) == (2, 6, 3, 1)
+
+    async def test_a_group_that_does_not_exist_has_nothing(self, lab: Any) -> None:
+        stats = await (await lab.transport()).stats("nobody")
+        assert (stats.waiting, stats.in_flight, stats.delayed, stats.dead, stats.oldest) == (0, 0, 0, 0, None)
+
+    async def test_ping_asks_the_broker(self, lab: Any) -> None:
+        await (await lab.transport()).ping()
+
+
+class TestRegistry:
+    async def test_many_that_declare_at_once_lose_no_group(self, lab: Any) -> None:
+        transports = [await lab.transport() for _ in range(4)]
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(each.declare(f"g{i}", (f"k{i}",)) for i, each in enumerate(transports)))
+        assert await transports[0].groups() == {f"g{i}": (f"k{i}",) for i in range(4)}
+
+    async def test_a_cancelled_change_is_finished(self, lab: Any) -> None:
+        transport = await lab.transport()
+        for number in range(20):
+            declaring = asyncio.create_task(transport.declare("g", (f"k{number}",)))
+            for _ in range(number):
+                await asyncio.sleep(0)
+            declaring.cancel()
+            await asyncio.wait([declaring])
+            other = await lab.transport()
+            patterns = (await other.groups()).get("g", ())
+            outcome = await other.send([other_envelope := lab.envelope(f"k{number}")])
+            wanted = any(matches(pattern, other_envelope.key) for pattern in patterns)
+            assert number == 0 or not patterns or (not outcome) is wanted
+            await other.close()
+
+    async def test_reading_it_often_does_not_wear_it_out(self, one_lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("abe_backend_rabbitmq._registry._TOO_OFTEN", 3)
+        transport = await one_lab.transport()
+        await transport.declare("g", ("a",))
+        for _ in range(12):
+            assert await transport.groups() == {"g": ("a",)}
+        assert await one_lab.waiting(one_lab.names.registry) == 1
