@@ -27,6 +27,21 @@ TESTS = {"test_settings", "test_wire", "test_topology", "test_errors", "test_tra
 HEADINGS = ["Install", "Thirty seconds", "Settings", "Guarantees", "Topology", "Wire format", "Differences"]
 
 EXTRA: dict[str, dict[str, str]] = {
+    "rabbitmq": {
+        "_browser": "AMQP has no way to look into a queue but to take its messages and give them back",
+        "_channel": "the channel's face, and how it is on the plain client, without the tap",
+        "_groups": "exchanges, queues and bindings are made and changed one by one",
+        "_ladder": "a delay is a walk through queues",
+        "_outlet": "the connection that publishes, apart from the one that consumes",
+        "_registry": "AMQP lists neither queues nor bindings: the groups are kept in a message, under a lock",
+        "_tap": "frames that are many go past the client",
+        "conftest": "a node to share, and private ones to hurt",
+        "test_channel": "both kinds of channel keep the same promises",
+        "test_connection": "getting in: TLS, users and rights, several addresses, a broker that is short of memory",
+        "test_faults": "what is left of a message when this broker's connections and nodes break",
+        "test_interop": "messages of plain clients, and ours read by them",
+        "test_tap": "frames in pieces, torn, out of order, and a broker that is silent",
+    },
     "redis": {
         "_scripts": "what must happen in one step happens in the server, by scripts in Lua",
         "conftest": "servers to share, and private ones to hurt",

@@ -80,6 +80,7 @@ class Lab:
         await (await self.pika()).default_exchange.publish(aio_pika.Message(body, **properties), queue)
 
     async def clean(self) -> None:
+        self._pika = None  # that one is closed
         channel, names = await self.pika(), self.names
         transport = await self.transport()
         for group in await transport.groups():

@@ -75,24 +75,33 @@ class Outlet:
                     f"rabbitmq at {connection.address} takes no messages now: it is short of memory or disk"
                 )
                 return [full] * len(messages)
-        if self._settings.max_backlog is None:
+        return await self._publish(channel, messages, bounded=True)
+
+    async def move(self, messages: Sequence[Outgoing], *, bounded: bool = False) -> Sequence[AbeError | None]:
+        """Publish copies of messages that we hold.
+
+        Args:
+            messages: The copies.
+            bounded: Whether they are new to the group, so that its backlog must not grow beyond its limit.
+
+        Raises:
+            BackendConnectionError: It is not known of any of them whether it was accepted; it does no harm to repeat it.
+        """
+        try:
+            return await self._publish(await self.open(), messages, bounded=bounded)
+        except PublishUnknownError as exc:
+            raise BackendConnectionError(str(exc)) from exc
+
+    async def _publish(
+        self, channel: Opened, messages: Sequence[Outgoing], *, bounded: bool
+    ) -> Sequence[AbeError | None]:
+        if not bounded or self._settings.max_backlog is None:
             return await channel.publish(messages)
         # A queue says that it is full after it took what fills it: only one at a time finds out.
         outcomes: list[AbeError | None] = []
         for message in messages:
             outcomes += await channel.publish([message]) or (None,)
         return outcomes if any(outcomes) else ()
-
-    async def move(self, messages: Sequence[Outgoing]) -> Sequence[AbeError | None]:
-        """Publish copies of messages that we hold.
-
-        Raises:
-            BackendConnectionError: It is not known of any of them whether it was accepted; it does no harm to repeat it.
-        """
-        try:
-            return await (await self.open()).publish(messages)
-        except PublishUnknownError as exc:
-            raise BackendConnectionError(str(exc)) from exc
 
     async def count(self, queue: str) -> int | None:
         """Return how many messages a queue has that nobody holds; None: there is no such queue."""

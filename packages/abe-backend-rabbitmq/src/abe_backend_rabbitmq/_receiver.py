@@ -26,6 +26,9 @@ TICK: Final = 1.0
 CONSUMER_TIMEOUT: Final = 1800.0
 """Seconds for which RabbitMQ by default lets a consumer hold a message: then it closes the channel."""
 
+_UNSURE: Final = 1.0
+"""Seconds after which an acknowledgement has surely arrived."""
+
 _WARN_AT: Final = 0.8
 _SAMPLES: Final = 24
 _TAG_BITS: Final = 48
@@ -61,6 +64,7 @@ class RabbitMQReceiver:
         self._samples: deque[int] = deque(maxlen=_SAMPLES)
         self._warned = -1
         self._timer: asyncio.TimerHandle | None = None
+        self._acked_at = -_UNSURE
 
     @property
     def holding(self) -> int:
@@ -129,6 +133,7 @@ class RabbitMQReceiver:
         )
         channel = self._channel
         if channel is not None and tags:
+            self._acked_at = self._loop.time()
             with translated(self.group):
                 await channel.ack(tags)
                 if verify:
@@ -165,6 +170,7 @@ class RabbitMQReceiver:
                     await channel.requeue(tag)
                     if settlement.verb is not Verb.RELEASE:
                         failures[settlement.receipt] = error
+            self._acked_at = self._loop.time()
             with translated(self.group):
                 await channel.ack(done)
         return failures
@@ -211,12 +217,33 @@ class RabbitMQReceiver:
             if channel is not None and channel.held and channel.closed is None:
                 base = self._generation << _TAG_BITS
                 await self.settle([Settlement(base | tag, Verb.RELEASE) for tag in channel.held])
+            if channel is not None and channel.closed is None and self._loop.time() - self._acked_at < _UNSURE:
+                await self._settle_down(channel)
         finally:
             channel, self._channel = self._channel, None
             if channel is not None and channel.closed is None:
                 channel.ended = None
                 with translated(self.group):
                     await finished(channel.native.close())
+
+    async def _settle_down(self, channel: Opened) -> None:
+        """Have every acknowledgement arrive.
+
+        A quorum queue takes in 32 of them; RabbitMQ's channel keeps those that come faster to itself for a while, and forgets them when
+        it is closed. It has passed on all of them when the queue answered something: here, that a consumer comes and goes. What that
+        one is given meanwhile is given back.
+        """
+        given: list[tuple[int, Header, bytes, bool]] = []
+        with translated(self.group):
+            try:
+                consumer = await finished(channel.consume(self._queue, 1, lambda *message: given.append(message)))
+                await finished(channel.native.basic_cancel(consumer))
+            except ChannelNotFound:
+                return  # the queue was deleted, and what was in it
+        for tag, header, body, redelivered in given:
+            channel.held[tag] = _wire.delivery(tag, header, body, redelivered), header
+        base = self._generation << _TAG_BITS
+        await self.settle([Settlement(base | tag, Verb.RELEASE) for tag, _, _, _ in given])
 
     def _tag(self, receipt: Receipt) -> int | None:
         """Return the tag in a receipt; None: its channel is gone, or it was settled."""

@@ -123,7 +123,9 @@ class RabbitMQTransport:
         queue = self.topology.queue(group)
 
         async def replay(browser: Browser, page: Sequence[Found]) -> None:
-            outcomes = await self.outlet.move([moved("", queue, header, body) for _, header, body in page])
+            outcomes = await self.outlet.move(
+                [moved("", queue, header, body) for _, header, body in page], bounded=True
+            )
             await browser.remove([tag for i, (tag, _, _) in enumerate(page) if not outcomes or outcomes[i] is None])
             for error in outcomes:
                 if error is not None:
