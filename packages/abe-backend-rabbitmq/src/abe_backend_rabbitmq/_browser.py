@@ -17,6 +17,7 @@ from abe_backend_rabbitmq._wire import Header
 
 PAGE: Final = 500
 _PATIENCE: Final = 5.0
+"""Seconds without another message after which there are no more."""
 
 Found: TypeAlias = tuple[int, Header, bytes]
 """Tag, what came with it, and body of a message."""
@@ -67,11 +68,13 @@ class Browser:
             elif not self._left:
                 return
             else:
+                left = self._left
                 try:
                     async with asyncio.timeout(_PATIENCE):
                         await self._arrived.wait()
-                except TimeoutError:  # somebody who does not know of the lock took the others
-                    self._left = 0
+                except TimeoutError:
+                    if left == self._left:  # somebody who does not know of the lock took the others
+                        self._left = 0
 
     async def remove(self, tags: Sequence[int]) -> None:
         """Remove messages for good.
