@@ -1,17 +1,21 @@
 """A channel as the provider uses it, and how it is on plain aiormq."""
 
 import asyncio
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias
+from weakref import WeakValueDictionary
 
 import aiormq
 from aiormq.abc import AbstractChannel, DeliveredMessage
 
 from abe.backends.message_queue.base import Delivery
 from abe.errors import AbeError, BackendConnectionError, BackpressureError, PublishUnknownError, UnroutableError
-from abe_backend_rabbitmq import _wire
+from abe_backend_rabbitmq._properties import Raw, unparse
 from abe_backend_rabbitmq._wire import Header
+
+_log: Final = logging.getLogger("abe.rabbitmq")
 
 
 class Outgoing(NamedTuple):
@@ -25,37 +29,32 @@ class Outgoing(NamedTuple):
 
 
 Pushed: TypeAlias = Callable[[int, Header, bytes, bool], None]
-"""Called for each message that the broker pushes: its tag, what came with it, its body, whether it was delivered before. Must not raise."""
+"""Called for each message that the broker pushes: its tag, what came with it, its body, whether it was delivered before. It puts the
+message into `Opened.held`. If it raises, the message goes back to its queue."""
 
 
 class Flight:
     """Messages that were published together. The future's result is each one's outcome, or nothing when all were accepted."""
 
-    __slots__ = ("_failed", "_future", "first", "left", "messages")
+    __slots__ = ("_failed", "_future", "_left", "first", "messages")
 
     def __init__(
         self, first: int, messages: Sequence[Outgoing], future: "asyncio.Future[Sequence[AbeError | None]]"
     ) -> None:
         self.first = first
         self.messages = messages
-        self.left = len(messages)
+        self._left = len(messages)
         self._future = future
         self._failed: dict[int, AbeError] = {}
 
-    def fail(self, tag: int, error: AbeError) -> None:
-        """Note that a message was refused."""
-        self._failed[tag - self.first] = error
-
-    def finish(self) -> None:
-        """Every message has its outcome."""
-        if not self._future.done():
+    def settle(self, tag: int, error: AbeError | None) -> None:
+        """Note a message's outcome. (Whoever waited may be gone.)"""
+        if error is not None:
+            self._failed[tag - self.first] = error
+        self._left -= 1
+        if not self._left and not self._future.done():
             failed = self._failed
             self._future.set_result([failed.get(i) for i in range(len(self.messages))] if failed else ())
-
-    def abandon(self, error: AbeError) -> None:
-        """No confirm will come any more. (Which ones came already is not told: a repetition is harmless to nobody but them.)"""
-        if not self._future.done():
-            self._future.set_exception(error)
 
 
 class Opened(ABC):
@@ -72,15 +71,18 @@ class Opened(ABC):
         self.held: dict[int, tuple[Delivery, Header]] = {}
         """What was delivered and is not settled, by tag, the oldest first."""
         self.ended: Callable[[], object] | None = None
-        """Called when the channel is gone."""
+        """Called when the channel is gone. Must not raise."""
+        self._deliver: Pushed | None = None
+        self._oldest, self._newest = 1, 0
 
     @abstractmethod
     def publish(self, messages: Sequence[Outgoing]) -> "asyncio.Future[Sequence[AbeError | None]]":
-        """Publish messages, in this order; the future's result is as of `Flight`.
+        """Publish messages, in this order. The future's result is as of `Flight`; who is cancelled leaves alone.
+
+        An outcome is `PublishUnknownError` if the channel went before that message's confirm came.
 
         Raises:
             BackendConnectionError: The channel is gone; nothing was sent.
-            PublishUnknownError: By the future: it went before the confirms came.
         """
 
     @abstractmethod
@@ -95,6 +97,14 @@ class Opened(ABC):
     async def requeue(self, tag: int) -> None:
         """Give a message back, to be delivered again at once; the broker counts it."""
 
+    async def close(self) -> None:
+        """Close the channel. What is held goes back to its queue; what is settled from now on comes too late.
+
+        (An acknowledgement that followed the broker's sight of the close would cost the connection.)
+        """
+        self.lose("the channel was closed")
+        await self.native.close()
+
     def lose(self, reason: str) -> None:
         """Tell everybody that the channel is gone, and with it every delivery."""
         if self.closed is None:
@@ -105,6 +115,35 @@ class Opened(ABC):
             if self.ended is not None:
                 self.ended()
 
+    def _pushed(self, tag: int, header: Header, body: bytes, redelivered: bool) -> bool:
+        """Hand a delivery over; return whether it was taken."""
+        self._newest = tag
+        try:
+            assert self._deliver is not None
+            self._deliver(tag, header, body, redelivered)
+        except Exception:  # noqa: BLE001 - in the middle of what arrived: it would end the connection
+            _log.exception("a delivery could not be taken in: it goes back to its queue")
+            self.held.pop(tag, None)
+            return False
+        return True
+
+    def _settled(self, tags: Sequence[int]) -> tuple[list[int], int]:
+        """Take tags out of what is held. Return those to acknowledge singly, and the one to acknowledge with all below it, or 0."""
+        held, newest, oldest = self.held, self._newest, self._oldest
+        done = [tag for tag in tags if held.pop(tag, None) is not None]
+        # Tags come in order, one by one. (Asking the dict for its first would walk over all that were taken from its head.)
+        while oldest <= newest and oldest not in held:
+            oldest += 1
+        self._oldest = oldest
+        singly: list[int] = []
+        through = 0
+        for tag in done:
+            if tag > oldest:  # behind one that is still being handled
+                singly.append(tag)
+            elif tag > through:  # all below it is settled, or among these
+                through = tag
+        return singly, through
+
 
 class PlainChannel(Opened):
     """A channel on aiormq alone: several times slower, and without any assumption about its insides."""
@@ -112,8 +151,11 @@ class PlainChannel(Opened):
     def __init__(self, native: AbstractChannel) -> None:
         super().__init__(native)
         self._tasks: set[asyncio.Task[Any]] = set()
-        closing: Any = native.closing
-        closing.add_done_callback(self._on_closing)
+        self._settling = asyncio.Lock()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        declared: Any = native
+        self._closing: asyncio.Future[Any] = declared.closing
+        self._closing.add_done_callback(self._on_closing)
 
     def publish(self, messages: Sequence[Outgoing]) -> "asyncio.Future[Sequence[AbeError | None]]":
         """See `Opened.publish`."""
@@ -130,10 +172,13 @@ class PlainChannel(Opened):
 
         async def pushed(message: DeliveredMessage) -> None:
             method: Any = message.delivery
-            header = Header(_wire.unparse(message.header.properties), method.exchange, method.routing_key)
-            if self.closed is None:
-                deliver(method.delivery_tag, header, message.body, bool(method.redelivered))
+            header = Header(unparse(message.header.properties), method.exchange, method.routing_key)
+            tag = method.delivery_tag
+            if self.closed is None and not self._pushed(tag, header, message.body, bool(method.redelivered)):
+                async with self._settling:
+                    await self._send(self.native.basic_reject(tag, requeue=True, wait=False))
 
+        self._deliver = deliver
         await self.native.basic_qos(prefetch_count=prefetch)
         reply = await self.native.basic_consume(queue, pushed)
         assert reply.consumer_tag is not None
@@ -141,39 +186,67 @@ class PlainChannel(Opened):
 
     async def ack(self, tags: Sequence[int]) -> None:
         """See `Opened.ack`."""
-        for tag in tags:
-            if self.held.pop(tag, None) is not None and self.closed is None:
-                await self.native.basic_ack(tag, wait=False)
+        async with self._settling:
+            singly, through = self._settled(tags)
+            for tag in singly:
+                await self._send(self.native.basic_ack(tag, wait=False))
+            if through:
+                await self._send(self.native.basic_ack(through, multiple=True, wait=False))
 
     async def requeue(self, tag: int) -> None:
         """See `Opened.requeue`."""
-        if self.held.pop(tag, None) is not None and self.closed is None:
-            await self.native.basic_reject(tag, requeue=True, wait=False)
+        async with self._settling:
+            if self.held.pop(tag, None) is not None:
+                await self._send(self.native.basic_reject(tag, requeue=True, wait=False))
+
+    async def close(self) -> None:
+        """See `Opened.close`."""
+        async with self._settling:  # what waits for a place in aiormq's queue of frames goes first
+            self.lose("the channel was closed")
+        await self.native.close()
+
+    async def _send(self, settlement: Awaitable[None]) -> None:
+        """Settle, unless the channel is gone: then aiormq takes no frame, and who waits for a place in its queue waits for ever."""
+        sending = asyncio.ensure_future(settlement)
+        try:
+            await asyncio.wait([sending, self._closing], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not sending.done():
+                sending.cancel()
+        if self.closed is None:
+            sending.result()
 
     async def _publish(self, messages: Sequence[Outgoing]) -> Sequence[AbeError | None]:
         outcomes = await asyncio.gather(*(self._publish_one(message) for message in messages))
         return outcomes if any(outcomes) else ()
 
     async def _publish_one(self, message: Outgoing) -> AbeError | None:
-        exchange, key, properties, body, _ = message
-        try:
-            native: Any = self.native  # its declaration lacks `wait`
-            await native.basic_publish(
-                body,
-                exchange=exchange,
-                routing_key=key,
-                properties=_wire.parse(properties),
-                mandatory=True,
-                wait=False,
-            )
-        except aiormq.PublishError:
-            return unroutable(key)
-        except aiormq.DeliveryError:
-            return nacked()
-        except (aiormq.AMQPError, OSError, RuntimeError) as exc:
-            unknown = PublishUnknownError("the channel was closed before the confirm came")
-            unknown.__cause__ = exc
-            return unknown
+        exchange, key, properties, body, id = message
+        turn = self._turns.get(id) or asyncio.Lock()
+        self._turns[id] = turn
+        async with turn:  # aiormq tells returned messages apart by their ids alone
+            try:
+                native: Any = self.native  # its declaration lacks `wait`
+                await native.basic_publish(
+                    body,
+                    exchange=exchange,
+                    routing_key=key,
+                    properties=Raw(properties, id),
+                    mandatory=True,
+                    wait=False,
+                )
+            except aiormq.PublishError:
+                return unroutable(key)
+            except aiormq.DeliveryError:
+                return nacked()
+            except (asyncio.CancelledError, Exception) as exc:
+                task = asyncio.current_task()
+                if not self.native.is_closed or (task is not None and task.cancelling()):
+                    raise
+                # aiormq ends what waits for a confirm with whatever ended the channel: any exception, or a cancellation that is none.
+                unknown = PublishUnknownError(f"{self.closed or 'the channel was closed'}, before the confirm came")
+                unknown.__cause__ = exc
+                return unknown
         return None
 
     def _on_closing(self, closing: "asyncio.Future[Any]") -> None:

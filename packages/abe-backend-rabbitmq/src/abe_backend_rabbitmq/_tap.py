@@ -36,13 +36,15 @@ _SIZE: Final = struct.Struct(">I").pack
 
 _DELIVER, _RETURN, _ACKED, _NACKED = 0x3C003C, 0x3C0032, 0x3C0050, 0x3C0078
 _ACK, _REJECT = 0x3C0050, 0x3C005A
-_CLOSE, _CLOSE_OK = 0x140028, 0x140029
+_OPEN_OK, _CLOSE, _CLOSE_OK = 0x14000B, 0x140028, 0x140029
 _OUT_CLOSE, _OUT_CLOSE_OK = b"\0\x14\0\x28", b"\0\x14\0\x29"
 _OUT_END: Final = (b"\0\x0a\0\x32", b"\0\x0a\0\x33")
 _HEARTBEAT: Final = b"\x08\0\0\0\0\0\0\xce"
 _FRAME_END: Final = 0xCE
 _LAST_KIND: Final = 8
+_SHORTEST: Final = 8
 _MOST_ROUTES: Final = 10_000
+_UNLIMITED: Final = 1 << 31
 
 
 class Tap(asyncio.StreamReaderProtocol):
@@ -62,7 +64,8 @@ class Tap(asyncio.StreamReaderProtocol):
         self.transport: asyncio.WriteTransport | None = None
         self.channels: dict[int, TapChannel] = {}
         self._said = said
-        self._tail: bytes = b""
+        self._pieces: list[bytes] = []
+        self._missing = 0
         self._raw: bool = False
         self._fed: float = 0.0
 
@@ -77,17 +80,26 @@ class Tap(asyncio.StreamReaderProtocol):
         if self._raw:
             super().data_received(data)
             return
-        if self._tail:
-            data = self._tail + data
+        if self._pieces:
+            self._pieces.append(data)
+            self._missing -= len(data)
+            if self._missing > 0:  # a long frame comes in many pieces: they are joined once
+                return
+            data = b"".join(self._pieces)
+            self._pieces.clear()
         position, keep, size, channels = 0, 0, len(data), self.channels
         rest: list[bytes] = []
-        while size - position >= 8:
+        while position < size:
+            if size - position < _SHORTEST:
+                self._missing = position + _SHORTEST - size
+                break
             kind, number, length = _FRAME(data, position)
             end = position + length + 8
             if kind > _LAST_KIND or (end <= size and data[end - 1] != _FRAME_END):
-                self._raw, position = True, size  # no AMQP: aiormq says so better
+                self._raw, position = True, size  # aiormq says better what is wrong while we log in
                 break
             if end > size:
+                self._missing = end - size
                 break
             channel = channels.get(number)
             if channel is None:
@@ -100,24 +112,29 @@ class Tap(asyncio.StreamReaderProtocol):
             position = end
         if keep < position:
             rest.append(data[keep:position])
-        self._tail = data[position:]
+        if position < size:
+            self._pieces.append(data[position:])
         now = self.loop.time()
-        if rest or (channels and now - self._fed > 1):
+        if rest or (keep and now - self._fed > 1):
             # aiormq counts silence by the frames it sees; those that we take prove life too.
             super().data_received(b"".join(rest) or _HEARTBEAT)
             self._fed = now
+        if self._raw and channels and self.transport is not None:
+            self.end("the broker sent something that is not AMQP")
+            self.transport.abort()
 
     def eof_received(self) -> bool | None:
         """Tell the channels."""
-        self._end("the broker ended the connection")
+        self.end("the broker ended the connection")
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the channels."""
-        self._end("the connection was lost" if exc is None else f"the connection was lost: {exc}")
+        self.end("the connection was lost" if exc is None else f"the connection was lost: {exc}")
         super().connection_lost(exc)
 
-    def _end(self, reason: str) -> None:
+    def end(self, reason: str) -> None:
+        """Tell the channels that nothing more comes or goes."""
         for channel in list(self.channels.values()):
             channel.lose(reason)
 
@@ -137,9 +154,12 @@ class _Writer(asyncio.StreamWriter):
                 if method == _OUT_CLOSE_OK:
                     del self.tap.channels[number]
         elif method in _OUT_END and data[:3] == b"\1\0\0":
-            for channel in self.tap.channels.values():
-                channel.lose("the connection was closed")
+            self.tap.end("the connection was closed")
         super().write(data)
+
+    def close(self) -> None:
+        self.tap.end("the connection was closed")
+        super().close()
 
 
 class TapFactory(aiormq.TransportFactory):
@@ -174,34 +194,36 @@ class TapFactory(aiormq.TransportFactory):
 class TapChannel(Opened):
     """One channel whose publishing, deliveries and settlements go by the tap.
 
+    What is written waits in the transport's buffer if the broker does not read; the bounds on what is unconfirmed bound that too.
+
     Args:
         tap: Of its connection.
         native: aiormq's, opened without confirms: it keeps no count then.
-        frame_max: The longest frame.
+        frame_max: The longest frame; 0: any.
     """
 
     def __init__(self, tap: Tap, native: AbstractChannel, frame_max: int) -> None:
         super().__init__(native)
         assert tap.transport is not None
         self._tap = tap
+        self._transport = tap.transport
         self._write = tap.transport.write
         self._loop = tap.loop
         self._number = native.number
-        self._most = frame_max - 8
+        self._most = (frame_max or _UNLIMITED) - 8
         self._two = native.number.to_bytes(2, "big")
         self._kind, self._method, self._header, self._left = 0, b"", b"", 0
         self._parts: list[bytes] = []
         self._sent, self._low = 0, 1
         self._pending: dict[int, Flight] = {}
-        self._returned: set[tuple[str, str]] = set()
+        self._returned: dict[tuple[str, str, str], int] = {}
         self._routes: dict[tuple[str, str], bytes] = {}
-        self._deliver: Pushed | None = None
         tap.channels[self._number] = self
 
     def publish(self, messages: Sequence[Outgoing]) -> asyncio.Future[Sequence[AbeError | None]]:
         """See `Opened.publish`."""
-        if self.closed is not None:
-            raise BackendConnectionError(self.closed)
+        if self.closed is not None or self._transport.is_closing():
+            raise BackendConnectionError(self.closed or "the connection was lost")
         future: asyncio.Future[Sequence[AbeError | None]] = self._loop.create_future()
         tag = self._sent
         flight = Flight(tag + 1, messages, future)
@@ -234,34 +256,28 @@ class TapChannel(Opened):
 
     async def ack(self, tags: Sequence[int]) -> None:
         """See `Opened.ack`."""
-        held, number = self.held, self._number
-        done = [tag for tag in tags if held.pop(tag, None) is not None]
-        if not done or self.closed is not None:
+        singly, through = self._settled(tags)
+        if self.closed is not None or not (singly or through):
             return
-        lowest, top = next(iter(held), 1 << 64), 0
-        parts: list[bytes] = []
-        for tag in done:
-            if tag > lowest:  # behind one that is still being handled: singly
-                parts.append(_SETTLE(1, number, 13, _ACK, tag, 0, _FRAME_END))
-            elif tag > top:
-                top = tag
-        if top:  # all below it is settled, or finished too
-            parts.append(_SETTLE(1, number, 13, _ACK, top, 1, _FRAME_END))
+        number = self._number
+        parts = [_SETTLE(1, number, 13, _ACK, tag, 0, _FRAME_END) for tag in singly]
+        if through:
+            parts.append(_SETTLE(1, number, 13, _ACK, through, 1, _FRAME_END))
         self._write(b"".join(parts))
 
     async def requeue(self, tag: int) -> None:
         """See `Opened.requeue`."""
         if self.held.pop(tag, None) is not None and self.closed is None:
-            self._write(_SETTLE(1, self._number, 13, _REJECT, tag, 1, _FRAME_END))
+            self._reject(tag)
 
     def lose(self, reason: str) -> None:
         """Tell everybody that the channel is gone. All that was published is on its way: nobody knows how far it came."""
         if self.closed is None:
+            pending, self._pending = self._pending, {}
+            unknown = PublishUnknownError(f"{reason}, before the confirm came") if pending else None
+            for tag, flight in pending.items():
+                flight.settle(tag, unknown)
             super().lose(reason)
-            flights = dict.fromkeys(self._pending.values())
-            self._pending.clear()
-            for flight in flights:
-                flight.abandon(PublishUnknownError(f"{reason}, before the confirm came"))
 
     def take(self, kind: int, data: bytes, position: int, end: int) -> bool:
         """Handle a frame, and return whether it was one of ours."""
@@ -276,24 +292,27 @@ class TapChannel(Opened):
                 self._kind = 0
                 if method == _CLOSE:
                     self.lose(f"the broker closed the channel: {_close_text(data[position:end])}")
-                elif method == _CLOSE_OK:
-                    self._forget()
+                elif method in (_CLOSE_OK, _OPEN_OK):  # the number is free for another channel, or is another's already
+                    self.lose("the channel was closed")
+                    del self._tap.channels[self._number]
                 return False
             return True
         if not self._kind:
             return False  # the content of a method that is aiormq's
         if kind == 2:
+            self._parts.clear()
             self._left = _U64(data, position + 11)[0]
             self._header = data[position + 19 : end - 1]
             if not self._left:
                 self._content(b"")
-        elif not self._parts and end - position - 8 == self._left:
+        elif kind == 3 and not self._parts and end - position - 8 == self._left:
             self._content(data[position + 7 : end - 1])
-        else:
+        elif kind == 3:
             self._parts.append(data[position + 7 : end - 1])
             self._left -= end - position - 8
-            if not self._left:
-                body, self._parts = b"".join(self._parts), []
+            if self._left <= 0:
+                body = b"".join(self._parts)
+                self._parts.clear()
                 self._content(body)
         return True
 
@@ -304,38 +323,43 @@ class TapChannel(Opened):
         method = self._method
         if kind == _RETURN:
             at = 3 + method[2]  # after the code and its text
-            at += 1 + method[at]
-            key = str(method[at + 1 : at + 1 + method[at]], "utf-8", "replace")
-            self._returned.add((_wire.message_id(self._header), key))
+            start, stop = at + 1, at + 1 + method[at]
+            exchange, key = str(method[start:stop], "utf-8", "replace"), str(method[stop + 1 :], "utf-8", "replace")
+            which = exchange, key, _wire.message_id(self._header)
+            self._returned[which] = self._returned.get(which, 0) + 1
             return
         at = 1 + method[0]  # after the consumer's tag
         tag = _U64(method, at)[0]
         start = at + 10
         stop = start + method[at + 9]
         exchange, key = str(method[start:stop], "utf-8", "replace"), str(method[stop + 1 :], "utf-8", "replace")
-        header = Header(self._header, exchange, key)
-        if self._deliver is not None:
-            self._deliver(tag, header, body, bool(method[at + 8]))
+        if not self._pushed(tag, Header(self._header, exchange, key), body, bool(method[at + 8])):
+            self._reject(tag)
 
     def _confirmed(self, tag: int, multiple: int, nack: bool) -> None:
-        tags: Sequence[int] = (tag,)
-        if multiple:  # from the last multiple on: never a walk over all that is outstanding
-            tags, self._low = range(self._low, tag + 1), tag + 1
+        low = self._low
+        tags = range(low, tag + 1) if multiple else (tag,)  # each is walked over once, however many are outstanding
+        if multiple or tag == low:
+            self._low = max(low, tag + 1)
         pending, returned = self._pending, self._returned
         for each in tags:
             flight = pending.pop(each, None)
             if flight is None:
                 continue
-            if nack:
-                flight.fail(each, nacked())
-            elif returned:
-                _, key, _, _, id = flight.messages[each - flight.first]
-                if (id, key) in returned:
-                    returned.discard((id, key))
-                    flight.fail(each, unroutable(key))
-            flight.left -= 1
-            if not flight.left:
-                flight.finish()
+            error: AbeError | None = nacked() if nack else None
+            if returned and not nack:  # a return comes before its ack
+                exchange, key, _, _, id = flight.messages[each - flight.first]
+                times = returned.pop((exchange, key, id), 0)
+                if times:
+                    error = unroutable(key)
+                if times > 1:
+                    returned[exchange, key, id] = times - 1
+            flight.settle(each, error)
+        if returned and not pending:
+            returned.clear()
+
+    def _reject(self, tag: int) -> None:
+        self._write(_SETTLE(1, self._number, 13, _REJECT, tag, 1, _FRAME_END))
 
     def _route(self, exchange: str, key: str) -> bytes:
         if len(self._routes) >= _MOST_ROUTES:
@@ -343,11 +367,6 @@ class TapChannel(Opened):
         method = commands.Basic.Publish(exchange=exchange, routing_key=key, mandatory=True)
         prefix = self._routes[exchange, key] = pamqp_frame.marshal(method, self._number) + b"\2" + self._two
         return prefix
-
-    def _forget(self) -> None:
-        """The number is free for another channel."""
-        self.lose("the channel was closed")
-        del self._tap.channels[self._number]
 
 
 async def _not_ours(_: object) -> None:

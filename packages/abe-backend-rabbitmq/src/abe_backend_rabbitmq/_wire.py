@@ -1,9 +1,9 @@
 """Envelopes to AMQP properties and back. Pure.
 
 The body is the message's body. Its properties are the standard ones (content type, delivery mode, message id, timestamp in
-seconds) and headers: ``abe-version``, ``abe-published-at`` in milliseconds, and the application's own under their names. Those that
-RabbitMQ would take for its own, or that are too long for a name, travel together in ``abe-headers`` as JSON. A copy that we move (a
-retry, a dead letter, a message that was held) also has ``abe-key``, and ``abe-attempt``, the deliveries before; a dead letter
+seconds) and headers: ``abe-version``, ``abe-published-at`` in milliseconds, and the application's own under their names. Those whose
+names RabbitMQ or we use, or that are too long for a name, travel together in ``abe-headers`` as JSON. A copy that we move (a retry, a
+dead letter, a message that was held) also has ``abe-key``, and ``abe-attempt``, the deliveries before; a dead letter
 ``abe-reason``, ``abe-error`` and ``abe-dead-at`` in milliseconds; a held one ``abe-due`` in milliseconds if it has a delay.
 
 Properties are bytes here: the flags and the values, as they stand in a content header after the size of the body.
@@ -17,11 +17,10 @@ from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 import msgspec
-from pamqp import commands
-from pamqp.header import ContentHeader
 
 from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Metadata
 from abe.errors import DecodeError
+from abe_backend_rabbitmq._properties import Properties, encoded, parse
 
 VERSION: Final = 1
 _FLAGS: Final = b"\xb0\xc0"  # content type, headers, delivery mode, message id, timestamp
@@ -29,17 +28,26 @@ _HEAD: Final = _FLAGS + b"\x10application/json"
 _VERSION_FIELD: Final = b"\x0babe-versionb" + bytes((VERSION,))
 _TIME_FIELD: Final = b"\x10abe-published-atl"
 _OURS: Final = len(_HEAD) + 4
-_NAMES: Final = _OURS + len(_VERSION_FIELD) + len(_TIME_FIELD)
+_FIRST: Final = _VERSION_FIELD + _TIME_FIELD
+_NAMES: Final = _OURS + len(_FIRST)
 _PERSISTENT: Final = b"\x02"
+_TEXT: Final = ord("S")
 _MARK: Final = b"abe-attempt"
 _U32: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
-_BROKERS: Final = ("x-", "abe-", "CC", "BCC")
+_BROKERS: Final = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count", "x-opt-")
+_RESERVED: Final = ("abe-", *_BROKERS)
+_ADDRESSES: Final = ("CC", "BCC")
+"""Headers that name more routing keys: RabbitMQ acts on them."""
 _MOST_NAMES: Final = 1_000
 _LONGEST_NAME: Final = 128
 """Bytes of a header's name, by AMQP's specification. More would fit, but pamqp cuts it off."""
-_LONGEST_ERROR: Final = 32_000
-"""Characters: properties must fit into one frame of 128 KiB."""
+_LONGEST_TEXT: Final = 32_000
+"""Bytes of a dead letter's reason, and of its error."""
+_MOST: Final = 128 * 1024 - 20
+"""Bytes of properties: they must fit into one frame, by default of 128 KiB, or the broker ends the connection."""
+_FIELDS: Final = 100
+"""Bytes that a dead letter's own fields take beside their texts."""
 
 _names: Final[dict[str, bytes]] = {}
 _fields: Final[dict[bytes, str]] = {}
@@ -83,22 +91,21 @@ def _pack_headers(headers: Mapping[str, str], extra: tuple[tuple[str, str | int]
     if packed:
         extra = (*extra, ("abe-headers", msgspec.json.encode(packed).decode()))
     for name, given in extra:
-        field = bytes((len(name),)) + name.encode()
-        if isinstance(given, int):
-            parts += (field, b"l", given.to_bytes(8, "big", signed=True))
-        else:
-            value = given.encode(errors="replace")
-            parts += (field, b"S", _U32.pack(len(value)), value)
+        parts += (bytes((len(name),)), name.encode(), encoded(given))
     return b"".join(parts)
 
 
 def _name(name: str) -> bytes:
     raw = name.encode()
-    if len(raw) > _LONGEST_NAME or name.startswith(_BROKERS):
+    if len(raw) > _LONGEST_NAME or _reserved(name):
         return b""
     if len(_names) >= _MOST_NAMES:
         _names.clear()
     return _names.setdefault(name, bytes((len(raw),)) + raw + b"S")
+
+
+def _reserved(name: str) -> bool:
+    return name.startswith(_RESERVED) or name in _ADDRESSES
 
 
 def delivery(receipt: int, header: Header, body: bytes, redelivered: bool) -> Delivery:
@@ -111,10 +118,11 @@ def delivery(receipt: int, header: Header, body: bytes, redelivered: bool) -> De
         redelivered: Whether the broker says that it may have been delivered before.
     """
     raw = header.properties
-    if not redelivered and raw.startswith(_VERSION_FIELD, _OURS) and _MARK not in raw:
+    if not redelivered and raw.startswith(_HEAD) and raw.startswith(_FIRST, _OURS) and _MARK not in raw:
         return Delivery(receipt, body, header, 1)
     try:
         headers = parse(raw).headers or {}
+        _strings(headers)
     except DecodeError as exc:
         return Delivery(receipt, body, header, 1, str(exc))
     version = headers.get("abe-version", VERSION)
@@ -146,29 +154,36 @@ def metadata(header: Header, body: bytes) -> Metadata:
 
 def _quick(raw: bytes) -> tuple[str, int, Mapping[str, str] | None] | None:
     """Read properties as `pack` writes them without anything extra; None: they are others."""
-    if not raw.startswith(_VERSION_FIELD, _OURS):
+    if not (raw.startswith(_HEAD) and raw.startswith(_FIRST, _OURS)):
         return None
     end = _OURS + _U32.unpack_from(raw, _OURS - 4)[0]
     headers: dict[str, str] | None = None
     position = _NAMES + 8
-    if position < end:
-        if b"abe-" in raw[position:end] or b"x-" in raw[position:end]:
-            return None
-        headers = {}
+    try:
+        if position < end:
+            headers = {}
         while position < end:
             after = position + 1 + raw[position]
-            if raw[after] != 83:
-                return None
             field = raw[position:after]
-            name = _fields.get(field)
-            if name is None:
-                if len(_fields) >= _MOST_NAMES:
-                    _fields.clear()
-                name = _fields[field] = str(field[1:], "utf-8")
+            name = _fields.get(field) or _field(field)
+            if not name or raw[after] != _TEXT:
+                return None
             position = after + 5 + _U32.unpack_from(raw, after + 1)[0]
+            assert headers is not None
             headers[name] = str(raw[after + 5 : position], "utf-8")
-    start = end + 2
-    return str(raw[start : start + raw[end + 1]], "utf-8"), _U64.unpack_from(raw, _NAMES)[0], headers
+        start = end + 2
+        return str(raw[start : start + raw[end + 1]], "utf-8"), _U64.unpack_from(raw, _NAMES)[0], headers
+    except (ValueError, IndexError, struct.error):
+        return None
+
+
+def _field(field: bytes) -> str:
+    name = str(field[1:], "utf-8")
+    if _reserved(name):
+        return ""
+    if len(_fields) >= _MOST_NAMES:
+        _fields.clear()
+    return _fields.setdefault(field, name)
 
 
 def message_id(raw: bytes) -> str:
@@ -180,25 +195,6 @@ def message_id(raw: bytes) -> str:
         return parse(raw).message_id or ""
     except DecodeError:
         return ""
-
-
-def parse(raw: bytes) -> commands.Basic.Properties:
-    """Read properties, whoever wrote them.
-
-    Raises:
-        DecodeError: They are not what AMQP writes.
-    """
-    header = ContentHeader()
-    try:
-        header.unmarshal(b"\x00\x3c\x00\x00" + bytes(8) + raw)
-    except (ValueError, IndexError, struct.error, OverflowError) as exc:
-        raise DecodeError(f"the properties cannot be read: {exc}") from exc
-    return header.properties or commands.Basic.Properties()
-
-
-def unparse(properties: commands.Basic.Properties) -> bytes:
-    """Return the bytes of properties."""
-    return properties.marshal()
 
 
 def copy(header: Header, body: bytes, attempt: int, *extra: tuple[str, str | int]) -> bytes:
@@ -215,30 +211,39 @@ def copy(header: Header, body: bytes, attempt: int, *extra: tuple[str, str | int
     try:
         properties = parse(header.properties)
     except DecodeError:
-        properties = commands.Basic.Properties()
+        properties = Properties()
     given: dict[str, Any] = dict(properties.headers or {})
-    headers: dict[str, Any] = {
+    ours: dict[str, Any] = {"abe-key": original_key(header, given), "abe-attempt": attempt} | dict(extra)
+    kept = {
         name: value
         for name, value in given.items()
-        if not name.startswith("x-") and name not in ("CC", "BCC", "abe-due", "abe-reason", "abe-error", "abe-dead-at")
+        if not name.startswith(_BROKERS)
+        and name not in (*_ADDRESSES, "abe-due", "abe-reason", "abe-error", "abe-dead-at")
     }
-    properties.headers = headers | {"abe-key": original_key(header, given), "abe-attempt": attempt} | dict(extra)
+    properties.headers = kept | ours
     properties.message_id = properties.message_id or stranger_id(header, body)
     properties.delivery_mode = 2
     properties.expiration = None
     properties.user_id = None
-    return unparse(properties)
+    raw = properties.marshal()
+    if len(raw) > _MOST:  # a stranger's headers filled a frame: there is no room for ours beside them
+        properties.headers = ours
+        raw = properties.marshal()
+    return raw
 
 
 def buried(header: Header, body: bytes, attempt: int, reason: str, error: str) -> bytes:
-    """Return the properties of a dead letter."""
-    longest = _LONGEST_ERROR
+    """Return the properties of a dead letter. Of long texts the reason's beginning is kept, and the error's end."""
+    room = _MOST - _FIELDS - len(copy(header, body, attempt))
+    why = reason.encode(errors="replace")[: max(0, min(_LONGEST_TEXT, room // 2))]
+    trace = error.encode(errors="replace")
+    trace = trace[max(0, len(trace) - max(0, min(_LONGEST_TEXT, room - len(why)))) :]
     return copy(
         header,
         body,
         attempt,
-        ("abe-reason", reason[:longest]),
-        ("abe-error", error[-longest:]),
+        ("abe-reason", why.decode(errors="ignore")),
+        ("abe-error", trace.decode(errors="ignore")),
         ("abe-dead-at", int(time.time() * 1000)),
     )
 
@@ -248,14 +253,18 @@ def dead_letter(header: Header, body: bytes) -> DeadLetter:
     try:
         properties = parse(header.properties)
     except DecodeError:
-        properties = commands.Basic.Properties()
+        properties = Properties()
     given = properties.headers or {}
     by_us = "abe-dead-at" in given
+    try:
+        headers = _strings(given)
+    except DecodeError:
+        headers = {}
     return DeadLetter(
         id=properties.message_id or stranger_id(header, body),
         key=original_key(header, given),
         body=body,
-        headers=_strings(given),
+        headers=headers,
         attempts=_number(given, "abe-attempt") if by_us else attempts(given),
         reason=str(given.get("abe-reason", "" if by_us else "dead-lettered by the broker")),
         error=str(given.get("abe-error", "")),
@@ -296,7 +305,7 @@ def _strings(given: Mapping[str, Any]) -> dict[str, str]:
     found = {
         name: value if isinstance(value, str) else str(value)
         for name, value in given.items()
-        if isinstance(value, str | int | float) and not name.startswith(_BROKERS)
+        if isinstance(value, str | int | float) and not _reserved(name)
     }
     packed = given.get("abe-headers")
     if isinstance(packed, str):
