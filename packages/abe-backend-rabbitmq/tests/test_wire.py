@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pamqp import commands
 from pamqp.header import ContentHeader
@@ -19,6 +19,7 @@ from abe_backend_rabbitmq._properties import Raw, parse, unparse
 from abe_backend_rabbitmq._wire import Header
 
 FRAME = 128 * 1024
+unhurried = settings(deadline=None)
 KEY = "orders.created"
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -83,6 +84,7 @@ def read_by_pamqp(raw: bytes) -> commands.Basic.Properties:
     return content.properties
 
 
+@unhurried
 @given(envelopes)
 def test_what_is_packed_is_read_again(envelope: Envelope) -> None:
     raw = _wire.pack(envelope)
@@ -97,6 +99,7 @@ def test_what_is_packed_is_read_again(envelope: Envelope) -> None:
     assert _wire.message_id(raw) == envelope.id
 
 
+@unhurried
 @given(envelopes)
 def test_pamqp_reads_what_is_packed(envelope: Envelope) -> None:
     properties = read_by_pamqp(_wire.pack(envelope, ("abe-key", envelope.key), ("abe-due", 12)))
@@ -114,6 +117,7 @@ def test_pamqp_reads_what_is_packed(envelope: Envelope) -> None:
             assert headers[name] == value
 
 
+@unhurried
 @given(envelopes)
 def test_the_short_way_of_reading_agrees_with_the_long_one(envelope: Envelope) -> None:
     raw = _wire.pack(envelope)
@@ -177,6 +181,7 @@ def test_a_stranger_s_headers_are_read_as_text_where_they_can_be() -> None:
     assert (found.id, found.published_at) == ("m", int(when.timestamp() * 1000))
 
 
+@unhurried
 @given(st.dictionaries(texts.filter(lambda text: len(text.encode()) < 256), values, max_size=4))
 def test_headers_of_any_kind_survive_reading_and_writing(given: dict[str, Any]) -> None:
     properties = parse(
@@ -230,6 +235,7 @@ def test_a_copy_leaves_out_what_the_broker_added() -> None:
     assert (copied.expiration, copied.user_id, copied.delivery_mode) == (None, None, 2)
 
 
+@unhurried
 @given(envelopes, st.integers(0, 1000), st.integers(0, 5))
 def test_a_copy_of_ours_says_what_the_message_said(envelope: Envelope, attempt: int, redelivered: int) -> None:
     raw = _wire.pack(envelope)
@@ -243,6 +249,7 @@ def test_a_copy_of_ours_says_what_the_message_said(envelope: Envelope, attempt: 
     assert (delivery.attempt, delivery.fault) == (attempt + 1 + redelivered + 1, None)
 
 
+@unhurried
 @given(envelopes, texts, texts)
 def test_a_dead_letter_says_what_became_of_the_message(envelope: Envelope, reason: str, error: str) -> None:
     raw = _wire.buried(header(_wire.pack(envelope), envelope.key), envelope.body, 3, reason, error)
@@ -280,6 +287,7 @@ def test_the_broker_s_dead_letter_is_read_too() -> None:
     assert (letter.reason, letter.dead_at) == ("dead-lettered by the broker", 0)
 
 
+@unhurried
 @given(st.binary(max_size=60))
 def test_bytes_that_are_no_properties_are_a_fault_and_nothing_else(raw: bytes) -> None:
     delivery = _wire.delivery(1, header(raw), b"{}", False)
@@ -293,6 +301,7 @@ def test_bytes_that_are_no_properties_are_a_fault_and_nothing_else(raw: bytes) -
     _wire.routing_key(header(raw))
 
 
+@unhurried
 @given(envelopes, st.data())
 def test_properties_of_ours_that_were_damaged_are_an_error_of_ours(envelope: Envelope, data: st.DataObject) -> None:
     raw = bytearray(_wire.pack(envelope))
