@@ -11,7 +11,8 @@ import aiormq
 from aiormq.abc import AbstractChannel, DeliveredMessage
 
 from abe.backends.message_queue.base import Delivery
-from abe.errors import AbeError, BackendConnectionError, BackpressureError, PublishUnknownError, UnroutableError
+from abe.errors import AbeError, BackendConnectionError, BackpressureError, UnroutableError
+from abe_backend_rabbitmq._errors import unconfirmed
 from abe_backend_rabbitmq._properties import Raw, unparse
 from abe_backend_rabbitmq._wire import Header
 
@@ -244,7 +245,7 @@ class PlainChannel(Opened):
                 if not self.native.is_closed or (task is not None and task.cancelling()):
                     raise
                 # aiormq ends what waits for a confirm with whatever ended the channel: any exception, or a cancellation that is none.
-                unknown = PublishUnknownError(f"{self.closed or 'the channel was closed'}, before the confirm came")
+                unknown = unconfirmed(self.closed or f"the channel was closed: {exc}")
                 unknown.__cause__ = exc
                 return unknown
         return None

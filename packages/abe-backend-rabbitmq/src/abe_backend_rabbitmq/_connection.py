@@ -52,6 +52,7 @@ class Connection:
         self._factory = TapFactory(self._said)
         self._native: Any = None
         self._farewell: commands.Connection.Close | None = None
+        self._greeted = False
         self._blocked = False
         self._free = asyncio.Event()
         self._free.set()
@@ -75,10 +76,12 @@ class Connection:
                 await asyncio.wait([connecting])
         if connecting.cancelled():
             limit = f"{self._settings.connect_timeout:g} s"
-            raise BackendConnectionError(f"rabbitmq at {self.address} did not let us in within {limit}: it is silent")
+            raise BackendConnectionError(
+                f"rabbitmq at {self.address} did not let us in within {limit}: it is silent{self._doubt()}"
+            )
         if self._farewell is not None:
             raise refused(self._farewell, self.address) from connecting.exception()
-        with translated(self.address):
+        with translated(self.address, self._doubt()):
             connecting.result()
 
     @property
@@ -131,14 +134,23 @@ class Connection:
         context = await asyncio.to_thread(_tls_context, self._settings) if is_tls(self._url) else None
         try:
             url = URL(self._url).update_query(heartbeat=str(round(self._settings.heartbeat)))
-        except ValueError:
-            raise ConfigurationError("RABBITMQ_URL or MESSAGE_QUEUE_HOST has a host that is none") from None
-        self._native = native = aiormq.Connection(
-            url, context=context, client_properties={"connection_name": self._name}, transport_factory=self._factory
-        )
-        native.vhost = vhost(self._url)  # aiormq takes a %2F in a name for a slash
-        native.closing.add_done_callback(lambda _: self._free.set())
-        await native.connect()
+            self._native = native = aiormq.Connection(
+                url, context=context, client_properties={"connection_name": self._name}, transport_factory=self._factory
+            )
+            native.vhost = vhost(self._url)  # aiormq takes a %2F in a name for a slash
+            native.closing.add_done_callback(lambda _: self._free.set())
+            await native.connect()
+        except ValueError:  # by yarl, or by the codec for names of hosts; the text may show the URL
+            raise ConfigurationError("RABBITMQ_URL or MESSAGE_QUEUE_HOST names a host that cannot be one") from None
+
+    def _doubt(self) -> str:
+        """Return what may be wrong with somebody who took the connection, and never said a word that we understand."""
+        tap = self._factory.tap
+        if self._greeted or tap is None or tap.transport is None:
+            return ""
+        if is_tls(self._url):
+            return " (if it asks for a client's certificate, RABBITMQ_CERTIFICATE_FILE must hold one that it trusts)"
+        return " (is it RabbitMQ that listens there, and without TLS? With TLS, RABBITMQ_URL begins with amqps://)"
 
     async def _tapped(self) -> Opened:
         assert self._factory.tap is not None
@@ -149,6 +161,7 @@ class Connection:
 
     def _said(self, frame: bytes) -> None:
         """Take note of what the broker says of the connection itself."""
+        self._greeted = True
         try:
             method: object = pamqp_frame.unmarshal(frame)[2]
         except PAMQPException:

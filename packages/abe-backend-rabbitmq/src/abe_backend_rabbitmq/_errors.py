@@ -82,8 +82,14 @@ _STALE: Final = re.compile("unknown delivery tag|timed out")
 """Preconditions that fail because of what happened, not because of how something is set up."""
 
 
-def translate(exc: BaseException, address: str) -> AbeError:
-    """Return our error for one of the client's."""
+def translate(exc: BaseException, address: str, doubt: str = "") -> AbeError:
+    """Return our error for one of the client's.
+
+    Args:
+        exc: Theirs.
+        address: Whose.
+        doubt: What may be wrong where the connection is lost for no reason that is told.
+    """
     where = f"rabbitmq at {address}"
     for cause in _chain(exc):
         if isinstance(cause, ssl.SSLError) and (hint := _tls(cause)):
@@ -96,7 +102,8 @@ def translate(exc: BaseException, address: str) -> AbeError:
     if _was_closed(exc):
         return BackendConnectionError(f"{where}: {_CLOSED}")  # the client's text shows its address
     kind = next((ours for theirs, ours in _BY_TYPE if isinstance(exc, theirs)), RabbitMQError)
-    return kind(f"{where}: {text} ({_RIGHTS})" if kind is PermissionDeniedError else f"{where}: {text}")
+    hints = {PermissionDeniedError: f" ({_RIGHTS})", BackendConnectionError: doubt}
+    return kind(f"{where}: {text}{hints.get(kind, '')}")
 
 
 def refused(close: commands.Connection.Close, address: str) -> AbeError:
@@ -110,8 +117,8 @@ def refused(close: commands.Connection.Close, address: str) -> AbeError:
 
 
 @contextmanager
-def translated(address: str) -> Generator[None, None, None]:
-    """Turn the client's errors into ours.
+def translated(address: str, doubt: str = "") -> Generator[None, None, None]:
+    """Turn the client's errors into ours; the arguments are those of `translate`.
 
     Raises:
         AbeError: By the table above.
@@ -122,7 +129,7 @@ def translated(address: str) -> Generator[None, None, None]:
         raise
     except Exception as exc:
         if isinstance(exc, _NATIVE) or _was_closed(exc):
-            raise translate(exc, address) from exc
+            raise translate(exc, address, doubt) from exc
         raise
 
 
@@ -191,4 +198,4 @@ def _value(text: str | None) -> str:
     if text is None:
         return ""
     value = _VALUE.match(text)
-    return value["value"] if value else "unset" if text == "none" else text
+    return (value["value"] or "''") if value else "unset" if text == "none" else text

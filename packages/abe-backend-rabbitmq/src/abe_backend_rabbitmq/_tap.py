@@ -18,10 +18,10 @@ from pamqp import commands
 from pamqp import frame as pamqp_frame
 from yarl import URL
 
-from abe.errors import AbeError, BackendConnectionError, PublishUnknownError
+from abe.errors import AbeError, BackendConnectionError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._channel import Flight, Opened, Outgoing, Pushed, nacked, unroutable
-from abe_backend_rabbitmq._errors import ConnectError
+from abe_backend_rabbitmq._errors import ConnectError, unconfirmed
 from abe_backend_rabbitmq._wire import Header
 
 _log: Final = logging.getLogger("abe.rabbitmq")
@@ -274,7 +274,7 @@ class TapChannel(Opened):
         """Tell everybody that the channel is gone. All that was published is on its way: nobody knows how far it came."""
         if self.closed is None:
             pending, self._pending = self._pending, {}
-            unknown = PublishUnknownError(f"{reason}, before the confirm came") if pending else None
+            unknown = unconfirmed(reason) if pending else None
             for tag, flight in pending.items():
                 flight.settle(tag, unknown)
             super().lose(reason)
