@@ -1,7 +1,12 @@
-"""`make bench`: every benchmark there is."""
+"""`make bench`: every benchmark there is, or those of one broker: `make bench ARGS=rabbitmq`."""
 
 import sys
 
-from benchmarks import redis_ratios
+from benchmarks import rabbitmq_ratios, redis_ratios
 
-sys.exit(redis_ratios.main())
+ALL = {"redis": redis_ratios.main, "rabbitmq": rabbitmq_ratios.main}
+
+named = sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] in ALL else None
+chosen = [ALL[named]] if named else list(ALL.values())
+arguments = sys.argv[2:] if named else sys.argv[1:]
+sys.exit(max([measure(arguments) for measure in chosen]))
