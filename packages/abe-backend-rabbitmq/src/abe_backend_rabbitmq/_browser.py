@@ -96,7 +96,7 @@ class Browser:
         if self._channel.closed is None:
             await finished(self._channel.native.basic_cancel(self._consumer))
         if self._channel.closed is None:
-            await finished(self._channel.native.close())
+            await finished(self._channel.close())
 
     def _deliver(self, tag: int, header: Header, body: bytes, redelivered: bool) -> None:
         self._channel.held[tag] = Delivery(tag, b"", None, 1), header

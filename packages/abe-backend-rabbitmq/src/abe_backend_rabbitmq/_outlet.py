@@ -62,7 +62,6 @@ class Outlet:
 
         Raises:
             BackendConnectionError: Nothing was published.
-            PublishUnknownError: Nobody knows.
         """
         channel = await self.open()
         connection = self._owner
@@ -85,12 +84,13 @@ class Outlet:
             bounded: Whether they are new to the group, so that its backlog must not grow beyond its limit.
 
         Raises:
-            BackendConnectionError: It is not known of any of them whether it was accepted; it does no harm to repeat it.
+            BackendConnectionError: Some were not accepted for sure; it does no harm to repeat all.
         """
-        try:
-            return await self._publish(await self.open(), messages, bounded=bounded)
-        except PublishUnknownError as exc:
-            raise BackendConnectionError(str(exc)) from exc
+        outcomes = await self._publish(await self.open(), messages, bounded=bounded)
+        unknown = next((error for error in outcomes if isinstance(error, PublishUnknownError)), None)
+        if unknown is not None:
+            raise BackendConnectionError(str(unknown)) from unknown
+        return outcomes
 
     async def _publish(
         self, channel: Opened, messages: Sequence[Outgoing], *, bounded: bool

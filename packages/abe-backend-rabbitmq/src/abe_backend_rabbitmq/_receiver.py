@@ -224,7 +224,7 @@ class RabbitMQReceiver:
             if channel is not None and channel.closed is None:
                 channel.ended = None
                 with translated(self.group):
-                    await finished(channel.native.close())
+                    await finished(channel.close())
 
     async def _settle_down(self, channel: Opened) -> None:
         """Have every acknowledgement arrive.
@@ -233,17 +233,20 @@ class RabbitMQReceiver:
         it is closed. It has passed on all of them when the queue answered something: here, that a consumer comes and goes. What that
         one is given meanwhile is given back.
         """
-        given: list[tuple[int, Header, bytes, bool]] = []
+        given: list[int] = []
+
+        def deliver(tag: int, header: Header, body: bytes, redelivered: bool) -> None:
+            channel.held[tag] = _wire.delivery(tag, header, body, redelivered), header
+            given.append(tag)
+
         with translated(self.group):
             try:
-                consumer = await finished(channel.consume(self._queue, 1, lambda *message: given.append(message)))
+                consumer = await finished(channel.consume(self._queue, 1, deliver))
                 await finished(channel.native.basic_cancel(consumer))
             except ChannelNotFound:
                 return  # the queue was deleted, and what was in it
-        for tag, header, body, redelivered in given:
-            channel.held[tag] = _wire.delivery(tag, header, body, redelivered), header
         base = self._generation << _TAG_BITS
-        await self.settle([Settlement(base | tag, Verb.RELEASE) for tag, _, _, _ in given])
+        await self.settle([Settlement(base | tag, Verb.RELEASE) for tag in given])
 
     def _tag(self, receipt: Receipt) -> int | None:
         """Return the tag in a receipt; None: its channel is gone, or it was settled."""
@@ -303,7 +306,7 @@ _closing: Final[set[asyncio.Task[None]]] = set()
 async def _close(channel: Opened) -> None:
     try:
         with translated("the broker"):
-            await channel.native.close()
+            await channel.close()
     except AbeError as exc:
         _log.debug("a channel whose consumer was cancelled could not be closed: %s", exc)
 
