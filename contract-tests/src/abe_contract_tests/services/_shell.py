@@ -38,7 +38,8 @@ Loop().
 
 _COMMAND: Final = ("erl", "-noshell", "-hidden", "-sname", "undefined", "-dist_listen", "false", "-eval", _PROGRAM)
 
-# A queue applies the command that changes nothing after all that it was sent before: what is counted then is exact.
+# A queue applies the command that changes nothing after all that it was sent before: what is counted then is exact. A queue that is being
+# made, or has no leader, is asked again.
 _COUNTS: Final = """
 Count = fun(Q) -> case amqqueue:get_type(Q) of
   rabbit_quorum_queue ->
@@ -50,16 +51,13 @@ Count = fun(Q) -> case amqqueue:get_type(Q) of
   _ ->
     [V || {_, V} <- rabbit_amqqueue:info(Q, [messages_ready, messages_unacknowledged, consumers])]
 end end,
-Row = fun({resource, _, _, Name} = R) -> case rabbit_amqqueue:lookup(R) of
+Row = fun Row({resource, _, _, Name} = R, Attempts) -> case rabbit_amqqueue:lookup(R) of
   {ok, Q} ->
     try io_lib:format("~s ~b ~b ~b~n", [base64:encode(Name) | Count(Q)])
-    catch Class:Reason -> case rabbit_amqqueue:lookup(R) of
-      {error, not_found} -> [];
-      _ -> erlang:Class(Reason)
-    end end;
+    catch _:_ when Attempts > 0 -> timer:sleep(20), Row(R, Attempts - 1) end;
   {error, not_found} -> []
 end end,
-iolist_to_binary([Row(R) || {resource, _, _, Name} = R <- rabbit_amqqueue:list_names(<<"/">>),
+iolist_to_binary([Row(R, 200) || {resource, _, _, Name} = R <- rabbit_amqqueue:list_names(<<"/">>),
   binary:longest_common_prefix([Name, %(prefix)s]) =:= byte_size(%(prefix)s)]).
 """
 
@@ -139,6 +137,14 @@ class RabbitMQShell:
         """
         return int(await self.evaluate(_CLOSE % {"name": _binary(name)}))
 
+    async def sync(self) -> None:
+        """Have the node write down which quorum queues it has.
+
+        By itself it does so some seconds after a queue was made: killed before, it comes back with the queue empty, and
+        confirmed messages are gone. A test that kills a node waits for this first.
+        """
+        await self.evaluate("[ok = dets:sync(Table) || Table <- dets:all()], ok.")
+
     async def add_user(
         self, name: str, password: str, *, configure: str = ".*", write: str = ".*", read: str = ".*"
     ) -> None:
@@ -155,7 +161,10 @@ class RabbitMQShell:
         await self.evaluate(f'rabbit_auth_backend_internal:delete_user({_binary(name)}, <<"abe">>).')
 
     async def raise_memory_alarm(self) -> None:
-        """Let the node believe that its memory is short: connections that publish are blocked until `clear_memory_alarm`."""
+        """Let the node believe that its memory is short: who publishes is blocked until it is cleared.
+
+        The node stops to read from a connection at the next message's header: a message without a body still gets through.
+        """
         await self.evaluate(f"rabbit_alarm:set_alarm({_ALARM}), [_ | _] = rabbit_alarm:get_alarms(), ok.")
 
     async def clear_memory_alarm(self) -> None:
