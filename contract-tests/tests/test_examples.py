@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from abe_contract_tests.services import Service, redis_service
+from abe_contract_tests.services import Service, rabbitmq_service, redis_service
 
 ROOT = Path(__file__).parents[2]
 BOUND = 120
@@ -19,6 +19,14 @@ BOUND = 120
 @pytest.fixture(scope="module")
 def redis() -> Iterator[Service]:
     service = redis_service()
+    service.start()
+    yield service
+    service.stop()
+
+
+@pytest.fixture(scope="module")
+def rabbitmq() -> Iterator[Service]:
+    service = rabbitmq_service()
     service.start()
     yield service
     service.stop()
@@ -51,8 +59,25 @@ def test_the_demo_tells_its_story_on_a_real_redis(redis: Service) -> None:
 
 
 @pytest.mark.xdist_group("examples")
-def test_a_consumer_killed_at_work_loses_nothing(redis: Service) -> None:
-    done = run("examples/sigkill.py", REDIS_URL=redis.url)
+def test_the_demo_tells_its_story_on_a_real_rabbitmq(rabbitmq: Service) -> None:
+    done = run("examples/demo.py", "--backend", "rabbitmq", RABBITMQ_URL=rabbitmq.url)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing left in the broker" in done.stdout
+
+
+@pytest.mark.xdist_group("examples")
+def test_the_demo_starts_the_broker_that_no_variable_names() -> None:
+    variables = {"RABBITMQ_URL": "", "ABE_TEST_RABBITMQ_URL": "", "ABE_TEST_SERVICES": "processes"}
+    done = run("examples/demo.py", "--backend", "rabbitmq", **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "RABBITMQ_URL is not set: a private RabbitMQ" in done.stdout
+
+
+@pytest.mark.xdist_group("examples")
+@pytest.mark.parametrize(("backend", "variable"), [("redis", "REDIS_URL"), ("rabbitmq", "RABBITMQ_URL")])
+def test_a_consumer_killed_at_work_loses_nothing(backend: str, variable: str, request: pytest.FixtureRequest) -> None:
+    service: Service = request.getfixturevalue(backend)
+    done = run("examples/sigkill.py", "--backend", backend, **{variable: service.url})
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"SIGKILL: .*\d+.*billing", done.stdout)
     assert re.search(r"^Published: (\d+) of \1 confirmed$", done.stdout, re.MULTILINE)

@@ -94,6 +94,43 @@ class TestAptInstall:
         assert "apt-get install no-such-package-of-ours" in done.stderr
 
 
+class TestNoServices:
+    """`apt-install --no-services` with a package manager that looks whether services may start."""
+
+    def install(self, tmp_path: Path) -> tuple[subprocess.CompletedProcess[str], Path]:
+        policy = tmp_path / "policy-rc.d"
+        script = tmp_path / "apt-install"
+        text = (ROOT / "scripts/ci/apt-install").read_text()
+        assert "policy=/usr/sbin/policy-rc.d\n" in text
+        write_executable(script, text.replace("/usr/sbin/policy-rc.d", str(policy)))
+        write_executable(tmp_path / "bin/id", "#!/bin/sh\necho 0\n")
+        write_executable(tmp_path / "bin/apt-get", f'#!/bin/sh\n{policy}; echo "policy says $?"\n')
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        return run(script, "--no-services", "no-such-package-of-ours", PATH=path), policy
+
+    def test_nothing_may_start_while_it_installs_and_all_may_afterwards(self, tmp_path: Path) -> None:
+        done, policy = self.install(tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "policy says 101" in done.stdout
+        assert not policy.exists()
+
+    def test_a_policy_of_the_system_s_own_stays(self, tmp_path: Path) -> None:
+        write_executable(tmp_path / "policy-rc.d", "#!/bin/sh\nexit 7\n")
+        done, policy = self.install(tmp_path)
+        assert "policy says 7" in done.stdout
+        assert policy.read_text().endswith("exit 7\n")
+
+
+class TestNames:
+    @pytest.mark.parametrize("script", ["brokers", "offline-images"])
+    def test_an_unknown_broker_is_refused_with_the_names(self, tree: Path, script: str) -> None:
+        write_executable(tree / "scripts/ci/docker-engine", "#!/bin/sh\n")
+        done = run(tree / "scripts/ci" / script, "pigeons")
+        assert done.returncode == 2
+        assert "redis" in done.stderr
+        assert "rabbitmq" in done.stderr
+
+
 class TestDockerEngine:
     def test_it_wants_to_know_what_to_do(self) -> None:
         done = run(ROOT / "scripts/ci/docker-engine")
