@@ -32,6 +32,7 @@ EXTRA: dict[str, dict[str, str]] = {
         "_channel": "the channel's face, and how it is on the plain client, without the tap",
         "_groups": "exchanges, queues and bindings are made and changed one by one",
         "_ladder": "a delay is a walk through queues",
+        "_properties": "AMQP's table of headers, with its types kept",
         "_outlet": "the connection that publishes, apart from the one that consumes",
         "_registry": "AMQP lists neither queues nor bindings: the groups are kept in a message, under a lock",
         "_tap": "frames that are many go past the client",

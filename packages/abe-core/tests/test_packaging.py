@@ -90,10 +90,13 @@ def core_alone(built: dict[str, Built], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def core_and_redis(built: dict[str, Built], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    wheels = built["abe-core"].wheel, built["abe-backend-redis"].wheel
-    return environment_with(tmp_path_factory.mktemp("clean") / "redis", *wheels)
+def with_providers(built: dict[str, Built], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    wheels = [built["abe-core"].wheel, *(built[f"abe-backend-{name}"].wheel for name in PROVIDERS)]
+    return environment_with(tmp_path_factory.mktemp("clean") / "providers", *wheels)
 
+
+PROVIDERS: dict[str, dict[str, str]] = {"rabbitmq": {}, "redis": {"REDIS_URL": "redis://localhost:6379/0"}}
+"""The providers here, and what each has to be told."""
 
 LOAD = textwrap.dedent("""
     import json, sys, warnings
@@ -224,26 +227,27 @@ def test_an_application_type_checks_strictly_against_the_wheel(core_alone: Path,
 
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
 def test_an_application_type_checks_strictly_against_a_provider(
-    core_and_redis: Path, tmp_path: Path, checker: str
+    with_providers: Path, tmp_path: Path, checker: str
 ) -> None:
-    check_types(checker, core_and_redis, BROKER_APPLICATION, tmp_path)
+    check_types(checker, with_providers, BROKER_APPLICATION, tmp_path)
 
 
-@pytest.mark.parametrize("package", ["abe", "abe_backend_redis"])
-def test_every_public_type_is_known(core_and_redis: Path, tmp_path: Path, package: str) -> None:
+@pytest.mark.parametrize("package", ["abe", *(f"abe_backend_{name}" for name in PROVIDERS)])
+def test_every_public_type_is_known(with_providers: Path, tmp_path: Path, package: str) -> None:
     # Given no project, pyright looks into the environment of the first Python on the path.
-    path = f"{core_and_redis.parent}{os.pathsep}{os.environ['PATH']}"
+    path = f"{with_providers.parent}{os.pathsep}{os.environ['PATH']}"
     told = run(sys.executable, "-m", "pyright", "--verifytypes", package, "--ignoreexternal", cwd=tmp_path, PATH=path)
     assert "Type completeness score: 100%" in told
     assert f'Symbols exported by "{package}": 0' not in told
 
 
-def test_a_provider_is_found_by_its_name(core_and_redis: Path) -> None:
-    chosen = {"QUEUE_BACKEND": "redis", "REDIS_URL": "redis://localhost:6379/0"}
-    loaded = json.loads(run(core_and_redis, "-I", "-c", LOAD, **chosen))
-    assert (loaded["module"], loaded["class"]) == ("abe_backend_redis", "RedisBackend")
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_a_provider_is_found_by_its_name(with_providers: Path, name: str) -> None:
+    loaded = json.loads(run(with_providers, "-I", "-c", LOAD, QUEUE_BACKEND=name, **PROVIDERS[name]))
+    assert loaded["module"] == f"abe_backend_{name}"
+    assert loaded["class"].lower() == f"{name}backend"
     assert loaded["warnings"] == []
-    assert Path(loaded["file"]).is_relative_to(core_and_redis.parents[1])
+    assert Path(loaded["file"]).is_relative_to(with_providers.parents[1])
 
 
 def test_the_contract_suite_is_a_plugin_of_pytest(
