@@ -133,7 +133,7 @@ class Connection:
         closing = asyncio.ensure_future(self._native.close())
         closing.add_done_callback(_retrieved)
         try:
-            await asyncio.wait([closing], timeout=_GOODBYE)
+            await asyncio.wait([closing], timeout=min(_GOODBYE, self._settings.close_timeout))
         finally:
             self._abort()
         await asyncio.wait([closing], timeout=_GOODBYE)  # it ends by itself now; cancelled it would leave tasks behind
