@@ -142,9 +142,10 @@ class Connection:
         context = await asyncio.to_thread(_tls_context, self._settings) if is_tls(self._url) else None
         try:
             url = URL(self._url).update_query(heartbeat=str(round(self._settings.heartbeat)))
-            self._native = native = _Native(
+            native: Any = _Native(
                 url, context=context, client_properties={"connection_name": self._name}, transport_factory=self._factory
             )
+            self._native = native
             native.vhost = vhost(self._url)  # aiormq takes a %2F in a name for a slash
             native.closing.add_done_callback(lambda _: self._free.set())
             await native.connect()
