@@ -72,6 +72,9 @@ class Harness(ABC):
     networked: ClassVar[bool] = True
     """Whether the broker lives in another process: worker processes share it, and it can be unreachable."""
 
+    pace: ClassVar[float] = 1.0
+    """How many times as long a whole test may take as on a broker of the usual speed. What the contract bounds stays as it is."""
+
     def start(self) -> None:  # noqa: B027 - there may be nothing to start
         """Start the broker, or find it. Raises `ServiceUnavailable` (abe_contract_tests.services) when it cannot be had."""
 

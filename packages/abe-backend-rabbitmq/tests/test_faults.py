@@ -502,9 +502,6 @@ class TestDeletedUnderneath:
         async with backend.consume(group="g") as subscription, asyncio.timeout(10):
             assert [(await anext(subscription))["n"] for _ in range(3)] == [1, 2, 3]
 
-    @pytest.mark.xfail(
-        raises=AbeError, reason="they are made again only when the exchange that is published to is gone"
-    )
     @pytest.mark.parametrize("name", ["later", "delay"])
     async def test_the_exchanges_of_delays_come_back(self, one_lab: Any, name: str) -> None:
         backend = await one_lab.backend(groups=("g",), publish_timeout=1.0)
