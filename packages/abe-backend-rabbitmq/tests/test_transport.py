@@ -12,7 +12,13 @@ import pytest
 
 from abe.backends.message_queue.base import Delivery, Settlement, Verb
 from abe.backends.message_queue.base.names import matches
-from abe.errors import BackpressureError, ConfigurationError, LeaseLostError, UnroutableError
+from abe.errors import (
+    BackendConnectionError,
+    BackpressureError,
+    ConfigurationError,
+    LeaseLostError,
+    UnroutableError,
+)
 from abe_backend_rabbitmq._receiver import RabbitMQReceiver
 from abe_backend_rabbitmq._transport import RabbitMQTransport
 
@@ -222,6 +228,27 @@ class TestHeld:
         await transport.declare("rest", None)
         assert (await transport.stats("rest")).waiting == 2
 
+    async def test_a_full_group_gets_its_copies_later_and_the_others_theirs_once(
+        self, lab: Any, collect: Collect
+    ) -> None:
+        transport = await lab.transport(max_backlog=5)
+        sent = lab.envelopes(8)
+        await transport.send(sent)
+        await transport.declare("slow", ("nothing",))
+        await transport.declare("fast", ("nothing",))
+        await transport.declare("slow", ("#",))
+        await transport.declare("fast", ("#",))
+        seen: list[tuple[str, str]] = []
+        for group in ("slow", "fast"):
+            receiver = await lab.receiver(transport, group, prefetch=5)
+            while (await transport.stats(group)).waiting or receiver.holding:
+                held = await collect(receiver, 1)
+                seen += [(group, receiver.metadata(delivery).id) for delivery in held]
+                await receiver.ack([delivery.receipt for delivery in held], verify=True)
+                await transport.declare(group, None)
+        assert len(seen) == len(set(seen))
+        assert [id for group, id in seen if group == "slow"] == [envelope.id for envelope in sent]
+
 
 class TestDelayed:
     async def test_not_before_and_soon_after(self, lab: Any, collect: Collect) -> None:
@@ -375,6 +402,33 @@ class TestLeaving:
             await receiver.close()
             assert await lab.waiting(lab.names.queue("g")) == 200
 
+    async def test_a_cancelled_subscribe_leaves_no_consumer(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        await transport.send(lab.envelopes(5))
+        for turns in range(0, 40, 4):
+            subscribing = asyncio.create_task(transport.subscribe("g", 100))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            subscribing.cancel()
+            await asyncio.wait([subscribing])
+            if not subscribing.cancelled():
+                await subscribing.result().close()
+        assert len(await collect(await lab.receiver(transport), 5)) == 5
+
+    async def test_a_consumer_that_begins_anew_leaves_nothing_on_its_old_channel(
+        self, lab: Any, collect: Collect
+    ) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        receiver = await lab.receiver(transport, prefetch=3)
+        await transport.send(lab.envelopes(6))
+        await collect(receiver, 3)
+        await receiver.recover([])
+        again = await collect(receiver, 3)
+        assert not await receiver.ack([delivery.receipt for delivery in again], verify=True)
+        assert len(await collect(receiver, 3)) == 3
+
     async def test_stopping_ends_a_receive_that_waits(self, lab: Any) -> None:
         transport = await lab.transport()
         await transport.declare("g", None)
@@ -484,6 +538,47 @@ class TestStats:
 
     async def test_ping_asks_the_broker(self, lab: Any) -> None:
         await (await lab.transport()).ping()
+
+
+class TestChangesThatDied:
+    async def test_an_exchange_half_restored_is_restored_by_the_next(
+        self, lab: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await (await lab.transport()).declare("g", None)
+        await (await lab.pika()).exchange_delete(lab.names.exchange)
+
+        async def die(*_: object) -> None:
+            raise BackendConnectionError("died here")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("abe_backend_rabbitmq._groups.Groups._make_queues", die)
+            with pytest.raises(BackendConnectionError, match="died here"):
+                await lab.transport()
+        transport = await lab.transport()
+        assert await transport.send(lab.envelopes(1)) == ()
+        assert (await transport.stats("g")).waiting == 1
+
+    @pytest.mark.parametrize("change", ["declare", "delete"])
+    async def test_a_change_is_finished_by_whoever_reads_the_registry(
+        self, lab: Any, monkeypatch: pytest.MonkeyPatch, change: str
+    ) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", ("a",))
+
+        async def die(*_: object) -> None:
+            raise BackendConnectionError("died here")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("abe_backend_rabbitmq._groups.Groups._finish", die)
+            with pytest.raises(BackendConnectionError, match="died here"):
+                await (transport.declare("g", ("b",)) if change == "declare" else transport.delete_group("g"))
+        other = await lab.transport()
+        assert await other.groups() == ({"g": ("b",)} if change == "declare" else {})
+        outcomes = await other.send([lab.envelope("a"), lab.envelope("b")])
+        if change == "declare":
+            assert [type(outcome) for outcome in outcomes] == [UnroutableError, type(None)]
+        else:
+            assert await lab.waiting(lab.names.held) == 2
 
 
 class TestRegistry:

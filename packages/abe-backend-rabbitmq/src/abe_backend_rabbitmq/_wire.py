@@ -4,7 +4,8 @@ The body is the message's body. Its properties are the standard ones (content ty
 seconds) and headers: ``abe-version``, ``abe-published-at`` in milliseconds, and the application's own under their names. Those whose
 names RabbitMQ or we use, or that are too long for a name, travel together in ``abe-headers`` as JSON. A copy that we move (a retry, a
 dead letter, a message that was held) also has ``abe-key``, and ``abe-attempt``, the deliveries before; a dead letter
-``abe-reason``, ``abe-error`` and ``abe-dead-at`` in milliseconds; a held one ``abe-due`` in milliseconds if it has a delay.
+``abe-reason``, ``abe-error`` and ``abe-dead-at`` in milliseconds; a held one ``abe-due`` in milliseconds if it has a delay, and
+``abe-for``, the groups that are to get it still, if others have it.
 
 Properties are bytes here: the flags and the values, as they stand in a content header after the size of the body.
 """
