@@ -10,10 +10,13 @@ from abe_contract_tests.services._base import (
 from abe_contract_tests.services._choice import choose
 from abe_contract_tests.services.rabbitmq import RabbitMQ, RabbitMQShell, rabbitmq_service
 from abe_contract_tests.services.redis import Redis, TlsFiles, redis_service
+from abe_contract_tests.services.sqs import MiniStack, Moto, sqs_service
 
 __all__ = [
     "Broker",
     "FaultUnsupportedError",
+    "MiniStack",
+    "Moto",
     "NotReadyError",
     "RabbitMQ",
     "RabbitMQShell",
@@ -24,4 +27,5 @@ __all__ = [
     "choose",
     "rabbitmq_service",
     "redis_service",
+    "sqs_service",
 ]
