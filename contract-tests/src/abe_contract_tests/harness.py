@@ -75,6 +75,13 @@ class Harness(ABC):
     capacity: ClassVar[int] = 200_000
     """The most messages that a test may put into the broker at once. Emulators that go through all of them for every request say fewer."""
 
+    lingering_polls: ClassVar[bool] = False
+    """Whether a request for messages cannot be taken back: one that is under way when its consumer leaves may still be given a message,
+    and gives it back, by a copy where the broker counts deliveries. Tests then wait, within their bounds, until that is over."""
+
+    hides_retries: ClassVar[bool] = False
+    """Whether a message that waits for its retry stays in its queue, hidden from everybody, and counts as held."""
+
     pace: ClassVar[float] = 1.0
     """How many times as long a whole test may take as on a broker of the usual speed. What the contract bounds stays as it is."""
 

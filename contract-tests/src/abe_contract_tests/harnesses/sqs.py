@@ -4,6 +4,7 @@ import base64
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, ClassVar, Final, Literal, cast
 from urllib.parse import urlsplit
 
@@ -27,7 +28,11 @@ class _SqsHarness(Harness):
 
     backend: ClassVar[type[MessageQueueBackendProtocol]] = SqsBackend
     evidence: ClassVar[Evidence] = "emulator"
+    lingering_polls: ClassVar[bool] = True
+    hides_retries: ClassVar[bool] = True
     server: ClassVar[Literal["moto", "ministack"]]
+    variables: ClassVar[Mapping[str, str]] = {}
+    """What is set beside the server."""
 
     def __init__(self) -> None:
         self._service: Service | None = None
@@ -47,14 +52,14 @@ class _SqsHarness(Harness):
         self.service.stop()
 
     def environment(self, namespace: str, *, lease: float) -> Mapping[str, str]:
-        return _environment(self.service.url, namespace, lease)
+        return {**_environment(self.service.url, namespace, lease), **self.variables}
 
     def unreachable(self, namespace: str) -> Mapping[str, str]:
-        return _environment(_NOBODY_LISTENS, namespace, 1.0)
+        return {**_environment(_NOBODY_LISTENS, namespace, 1.0), **self.variables}
 
     async def oracle(self, namespace: str) -> Oracle:
         client = await _client(self.service.url)
-        return _SqsOracle(client, self.service.url, namespace)
+        return _SqsOracle(client, self.service.url, namespace, fifo="SQS_FIFO" in self.variables)
 
     async def clean(self, namespace: str) -> None:
         client = await _client(self.service.url)
@@ -84,11 +89,20 @@ class MiniStackHarness(_SqsHarness):
     pace: ClassVar[float] = 2.0
 
 
+class FifoHarness(MiniStackHarness):
+    """FIFO queues, where each key is a message group."""
+
+    name: ClassVar[str] = "sqs-fifo"
+    hides_retries: ClassVar[bool] = False
+    variables: ClassVar[Mapping[str, str]] = {"SQS_FIFO": "true"}
+
+
 class _SqsOracle:
     """Looks at the provider's queues with the SDK."""
 
-    def __init__(self, client: Any, url: str, namespace: str) -> None:
+    def __init__(self, client: Any, url: str, namespace: str, *, fifo: bool) -> None:
         self._client = client
+        self._suffix = ".fifo" if fifo else ""
         self._address = urlsplit(url)
         self._namespace = _escaped(namespace)
 
@@ -104,6 +118,8 @@ class _SqsOracle:
 
     async def counts(self, group: str) -> Counts:
         waiting, held, delayed = await self._numbers("group", group)
+        if self._suffix:
+            delayed += sum(await self._numbers("later", group))
         return Counts(waiting=waiting, in_flight=held, delayed=delayed, dead=sum(await self._numbers("dead", group)))
 
     async def consumers(self, group: str) -> int | None:
@@ -117,12 +133,14 @@ class _SqsOracle:
         await self._client.close()
 
     async def _send(self, group: str, body: str, attributes: Mapping[str, Any]) -> None:
+        # A stranger has to name a message group, and what makes it different from any other.
+        fifo = {"MessageGroupId": "stranger", "MessageDeduplicationId": token_hex()} if self._suffix else {}
         await self._client.send_message(
-            QueueUrl=await self._url("group", group), MessageBody=body, MessageAttributes=attributes
+            QueueUrl=await self._url("group", group), MessageBody=body, MessageAttributes=attributes, **fifo
         )
 
     async def _url(self, kind: str, group: str) -> str:
-        name = f"{self._namespace}-{kind}-{_escaped(group)}"
+        name = f"{self._namespace}-{kind}-{_escaped(group)}{self._suffix if kind != 'later' else ''}"
         url: str = (await self._client.get_queue_url(QueueName=name))["QueueUrl"]
         return url
 

@@ -1,6 +1,7 @@
 """The backend's public face."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Self
 
 from abe.backends.message_queue.base import (
@@ -51,6 +52,14 @@ class SqsBackend(TransportBackend):
         middleware: Sequence[Middleware] = (),
     ) -> None:
         super().__init__(settings or SqsSettings(), codec=codec, middleware=middleware)
+        if self.settings.fifo:
+            self.capabilities = replace(
+                self.capabilities,
+                ordered=self.settings.message_group is not None,
+                ordered_per_key=True,
+                spurious_duplicates=False,
+                publish_dedup=300.0,
+            )
 
     @classmethod
     def from_env(cls) -> Self:

@@ -1,19 +1,23 @@
 """A queue that is looked through rather than consumed: dead letters, and held messages."""
 
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, cast
 
+from abe.errors import BackendConnectionError
 from abe_backend_sqs._errors import QueueMissingError, translated
+from abe_backend_sqs._handles import Handles
+from abe_backend_sqs._polls import POLLED
 from abe_backend_sqs._wire import BATCH, Message
 
 if TYPE_CHECKING:
     from abe_backend_sqs._transport import SqsTransport
 
+_log: Final = logging.getLogger("abe.sqs")
+
 _HIDING: Final = 60
 """Seconds for which what was looked at is out of sight; it is put back as soon as everything was looked at."""
-
-_POLLED: Final = ("ApproximateReceiveCount", "SentTimestamp")
 
 
 class Drawer:
@@ -31,7 +35,7 @@ class Drawer:
         self._thorough = thorough
         self._taken: dict[str, Message] = {}
         self._seen: set[str] = set()
-        self._url = ""
+        self._handles = Handles(transport, "")
 
     async def __aenter__(self) -> Self:
         return self
@@ -39,20 +43,14 @@ class Drawer:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        handles = [message["ReceiptHandle"] for message in self._taken.values()]
-        client = await self._transport.clients.calls()
-        for start in range(0, len(handles), BATCH):
-            entries = [
-                {"Id": str(index), "ReceiptHandle": handle, "VisibilityTimeout": 0}
-                for index, handle in enumerate(handles[start : start + BATCH])
-            ]
-            with translated(self._transport.settings.address):
-                await client.change_message_visibility_batch(QueueUrl=self._url, Entries=entries)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        shown = await self._handles.hide({message["ReceiptHandle"]: 0 for message in self._taken.values()})
+        if shown:
+            _log.debug("%d messages of %s stay hidden for a minute: %s", len(shown), self._name, *shown.values())
 
     async def take(self) -> AsyncIterator[Sequence[Message]]:
         """Take out all there is, in batches."""
         try:
-            self._url = await self._transport.queues.url(self._name)
+            self._handles.url = await self._transport.queues.url(self._name)
             expected = sum((await self._transport.queues.counts(self._name))[:2])
         except QueueMissingError:
             return
@@ -60,12 +58,12 @@ class Drawer:
         while expected or self._thorough:
             with translated(self._transport.settings.address):
                 reply: Mapping[str, Any] = await client.receive_message(
-                    QueueUrl=self._url,
+                    QueueUrl=self._handles.url,
                     MaxNumberOfMessages=BATCH,
                     # A poll that waits asks every server; one that does not is enough where all that was counted has come.
                     WaitTimeSeconds=int(self._thorough or len(self._seen) < expected),
                     VisibilityTimeout=_HIDING,
-                    MessageSystemAttributeNames=_POLLED,
+                    MessageSystemAttributeNames=POLLED,
                     MessageAttributeNames=("All",),
                 )
             found = cast("Sequence[Message]", reply.get("Messages") or ())
@@ -79,14 +77,16 @@ class Drawer:
                 return  # what came since is for the next time
 
     async def delete(self, messages: Sequence[Message]) -> None:
-        """Remove some of what was taken for good."""
-        client = await self._transport.clients.calls()
-        for start in range(0, len(messages), BATCH):
-            some = messages[start : start + BATCH]
-            entries = [
-                {"Id": str(index), "ReceiptHandle": message["ReceiptHandle"]} for index, message in enumerate(some)
-            ]
-            with translated(self._transport.settings.address):
-                await client.delete_message_batch(QueueUrl=self._url, Entries=entries)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-            for message in some:
+        """Remove some of what was taken for good.
+
+        Raises:
+            BackendConnectionError: Some were not removed.
+        """
+        failures = await self._handles.delete([message["ReceiptHandle"] for message in messages])
+        for message in messages:
+            if message["ReceiptHandle"] not in failures:
                 del self._taken[message["MessageId"]]
+        for error in failures.values():
+            raise BackendConnectionError(
+                f"{len(failures)} of {len(messages)} messages could not be deleted from {self._name}: {error}"
+            ) from error

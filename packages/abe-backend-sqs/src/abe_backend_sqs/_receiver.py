@@ -1,19 +1,20 @@
 """One consumer of one group."""
 
-import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from abe.backends.message_queue.base import Delivery, Failures, Metadata, Receipt, Settlement, Verb
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
 from abe.errors import AbeError, BackendConnectionError, LeaseLostError
 from abe_backend_sqs import _wire
-from abe_backend_sqs._errors import CLIENT_ERRORS, QueueMissingError, translate, translate_entry
+from abe_backend_sqs._errors import QueueMissingError
+from abe_backend_sqs._handles import Handles, beside, not_ours
+from abe_backend_sqs._polls import Polls
 from abe_backend_sqs._sender import LONGEST_DELAY, delayed
-from abe_backend_sqs._wire import BATCH, Entry, Message
+from abe_backend_sqs._wire import Entry, Message
 
 if TYPE_CHECKING:
     from abe_backend_sqs._transport import SqsTransport
@@ -26,15 +27,17 @@ LONGEST_HIDING: Final = 43_200
 _EARLY: Final = LONGEST_DELAY - 300
 """Seconds before it is due that a long delayed message is looked at again: its last stretch is a delay of SQS's own."""
 
-_POLLED: Final = ("ApproximateReceiveCount", "SentTimestamp")
+_ON_ITS_WAY: Final = 0.5
+"""Seconds for which a message may have been on its way to us while its lease ran."""
 
-_T = TypeVar("_T")
+_MOST_LOST: Final = 10_000
+"""Receipts whose loss is remembered, for verdicts that were under way when it was found out."""
 
 
 class _Held:
     """A message that SQS counts as ours."""
 
-    __slots__ = ("attempt", "deadline", "expires", "message", "uncertain")
+    __slots__ = ("attempt", "deadline", "expires", "message", "replaced", "uncertain")
 
     def __init__(self, message: Message, attempt: int, deadline: float) -> None:
         self.message = message
@@ -44,16 +47,8 @@ class _Held:
         self.expires = time.monotonic() + LONGEST_HIDING
         self.uncertain = False
         """Whether it may have been deleted by a request that was not answered."""
-
-
-class Poll:
-    """A request for messages that is under way, and who gets what it brings."""
-
-    __slots__ = ("count", "owner")
-
-    def __init__(self, count: int, owner: "SqsReceiver") -> None:
-        self.count = count
-        self.owner = owner
+        self.replaced = False
+        """Whether its copy is stored, so that only deleting it is left."""
 
 
 class _Arrival(NamedTuple):
@@ -62,10 +57,7 @@ class _Arrival(NamedTuple):
 
 
 class SqsReceiver:
-    """Polls a group's queue in the background, as many times at once as messages flow, and never for more than it was asked for.
-
-    A poll is never cancelled: what SQS had put into its answer would be lost until its lease runs out, and an attempt with
-    it. A poll that ends after the receiver was stopped gives back what it brings.
+    """Hands out what polls bring in the background, and tells SQS what became of it.
 
     Args:
         transport: Asks SQS.
@@ -78,33 +70,33 @@ class SqsReceiver:
         self._transport = transport
         self._group = group
         self._name = name
-        self._url = url
         self._settings = transport.settings
+        self._fifo = self._settings.fifo
         self._visibility = self._settings.visibility
+        self._handles = Handles(transport, url)
+        self._polls = Polls(transport, name, url, self._take)
         self._held: dict[Receipt, _Held] = {}
-        self._lost: set[Receipt] = set()
+        self._lost: dict[Receipt, None] = {}
         self._leaving: set[Receipt] = set()
         self._arrived: deque[_Arrival] = deque()
-        self._asked_for = 0
-        self._polls: set[Poll] = set()
-        self._most_polls = 1
-        self._error: AbeError | None = None
-        self._news = asyncio.Event()
         self._stopping = False
+        if self._fifo:
+            transport.later(group).join()
 
     async def receive(self, limit: int) -> Sequence[Delivery]:
         """Wait for what the polls bring, and have as many of them under way as the limit allows."""
+        polls = self._polls
         while not self._stopping and not self._arrived:
-            if (error := self._error) is not None:
-                self._error = None
+            if (error := polls.error) is not None:
+                polls.error = None
                 await self._reported(error)
                 return ()
-            self._poll_for(limit - self._asked_for)
-            self._news.clear()
-            await self._news.wait()
+            polls.ask_for(limit - polls.asked_for)
+            polls.news.clear()
+            await polls.news.wait()
         taken = [self._arrived.popleft() for _ in range(min(limit, len(self._arrived)))]
         if not self._stopping:
-            self._poll_for(limit - len(taken) - self._asked_for - len(self._arrived))
+            polls.ask_for(limit - len(taken) - polls.asked_for - len(self._arrived))
         now = time.monotonic()
         deliveries: list[Delivery] = []
         for delivery, held in taken:
@@ -133,11 +125,11 @@ class SqsReceiver:
         moved: dict[Receipt, tuple[str, Entry]] = {}
         for receipt in ours:
             held, verdict = self._held[receipt], verdicts[receipt]
-            if verdict.verb is Verb.RETRY and (left := self._hideable(held)) >= verdict.delay:
-                hidden[receipt] = min(left, -int(-verdict.delay // 1))
+            if self._stays(held, verdict):
+                hidden[receipt] = 0 if verdict.verb is Verb.RELEASE else -int(-verdict.delay // 1)
             else:
                 moved[receipt] = self._copy(held, verdict)
-        for done in await _all(self._hide(hidden), self._move(moved)):
+        for done in await beside(self._hide(hidden), self._move(moved)):
             failures.update(done)
         return failures
 
@@ -178,69 +170,15 @@ class SqsReceiver:
         self._arrived.clear()
         await self._give_back(list(self._held))
 
-    def _poll_for(self, count: int) -> None:
-        """Have polls under way for that many messages more: those that a consumer of this process left behind, then new ones."""
-        left_behind = self._transport.left_behind[self._name]
-        while left_behind and left_behind[-1].count <= count:
-            poll = left_behind.pop()
-            poll.owner = self
-            count -= self._began(poll)
-        while count > 0 and len(self._polls) < self._most_polls:
-            poll = Poll(min(BATCH, count), self)
-            count -= self._began(poll)
-            self._transport.in_background(_carry_out(poll))
-
-    def _began(self, poll: Poll) -> int:
-        self._polls.add(poll)
-        self._asked_for += poll.count
-        return poll.count
-
-    async def brought(self, poll: Poll, messages: Sequence[Message]) -> None:
-        """Have what a poll brought."""
-        self._most_polls = min(self._settings.pollers, len(self._polls) + 1) if len(messages) == poll.count else 1
-        await self._take(messages)
-
-    def failed(self, error: AbeError) -> None:
-        """Know that a poll failed."""
-        self._error = error
-
-    def ended(self, poll: Poll) -> None:
-        """Forget a poll."""
-        if poll in self._polls:
-            self._polls.discard(poll)
-            self._asked_for -= poll.count
-        elif poll in self._transport.left_behind[self._name]:
-            self._transport.left_behind[self._name].remove(poll)
-        self._news.set()
-
     def _leave_polls(self) -> None:
-        """Leave the polls under way to the group's next consumer in this process."""
+        if self._fifo and not self._stopping:
+            self._transport.later(self._group).leave()
         self._stopping = True
-        self._transport.left_behind[self._name] += self._polls
-        self._polls.clear()
-        self._asked_for = 0
-        self._news.set()
+        self._polls.leave()
 
-    async def ask(self, count: int) -> Sequence[Message]:
-        """Ask SQS, and wait until there is something, or the time is up."""
-        client = await self._transport.clients.polls()
-        try:
-            reply: Mapping[str, Any] = await client.receive_message(
-                QueueUrl=self._url,
-                MaxNumberOfMessages=count,
-                WaitTimeSeconds=self._settings.wait,
-                VisibilityTimeout=self._visibility,
-                MessageSystemAttributeNames=_POLLED,
-                MessageAttributeNames=("All",),
-            )
-        except CLIENT_ERRORS as exc:
-            raise translate(exc, self._settings.address) from exc
-        messages: Sequence[Message] = reply.get("Messages") or ()
-        return messages
-
-    async def _take(self, messages: Iterable[Message]) -> None:
+    async def _take(self, messages: Sequence[Message]) -> None:
         """Have what a poll brought: to be handed out, hidden again, or given back."""
-        deadline = time.monotonic() + self._visibility
+        deadline = time.monotonic() + self._visibility - _ON_ITS_WAY
         now = time.time() * 1000
         # One answer may hold a message twice; the later handle is the one that counts.
         distinct = {message["MessageId"]: message for message in messages}
@@ -249,7 +187,8 @@ class SqsReceiver:
             parsed = _wire.parse(message)
             delivery = _wire.delivery(message, parsed)
             held = self._held[delivery.receipt] = _Held(message, delivery.attempt, deadline)
-            if parsed.due > now + 500:
+            # One that was put off, and that nobody was there for since it is due, has counted what was no attempt.
+            if parsed.due and (parsed.due > now + 500 or _wire.received(message) > 1):
                 early.append(delivery.receipt)
             else:
                 self._arrived.append(_Arrival(delivery, held))
@@ -268,13 +207,13 @@ class SqsReceiver:
         moved: dict[Receipt, tuple[str, Entry]] = {}
         for receipt in receipts:
             message = self._held[receipt].message
-            due = _wire.parse(message).due / 1000
-            left = due - time.time()
+            parsed = _wire.parse(message)
+            left = max(0.0, parsed.due / 1000 - time.time())
             if left > LONGEST_DELAY:
                 hidden[receipt] = int(min(LONGEST_HIDING - 60, left - _EARLY))
             else:
-                moved[receipt] = (self._name, delayed(_wire.repack(message, attempts=0), left))
-        await _all(self._hide(hidden), self._move(moved))
+                moved[receipt] = (self._name, delayed(_wire.repack(message, attempts=parsed.attempts), left))
+        await beside(self._hide(hidden), self._move(moved))
 
     async def _give_back(self, receipts: Collection[Receipt]) -> None:
         ours, _ = self._ours(
@@ -282,50 +221,64 @@ class SqsReceiver:
         )
         self._leaving.update(ours)
         try:
-            await self._move({each: self._copy(self._held[each], Settlement(each, Verb.RELEASE)) for each in ours})
+            if self._fifo:
+                await self._hide(dict.fromkeys(ours, 0))
+            else:
+                await self._move({each: self._copy(self._held[each], Settlement(each, Verb.RELEASE)) for each in ours})
         finally:
             self._leaving.difference_update(ours)
 
-    def _copy(self, held: _Held, verdict: Settlement) -> tuple[str, Entry]:
-        """Return what takes the message's place, and where.
+    def _stays(self, held: _Held, verdict: Settlement) -> bool:
+        """Whether hiding the message does what the verdict says.
 
-        A release is a copy because SQS cannot uncount a delivery; a retry is one where the delay is longer than a message can be hidden.
+        In a FIFO queue a hidden message holds up those behind it, so that only what comes back at once stays; it keeps its place, and a
+        release counts as an attempt. In any other, a release cannot be uncounted, and a delay may be longer than a message can be hidden.
         """
         if verdict.verb is Verb.DEAD:
+            return False
+        if self._fifo:
+            return verdict.verb is Verb.RELEASE or not verdict.delay
+        return verdict.verb is Verb.RETRY and self._hideable(held) >= -int(-verdict.delay // 1)
+
+    def _copy(self, held: _Held, verdict: Settlement) -> tuple[str, Entry]:
+        """Return what takes the message's place, and where."""
+        names, message = self._transport.queues.names, held.message
+        if verdict.verb is Verb.DEAD:
             entry = _wire.bury(
-                held.message,
-                attempts=held.attempt,
-                reason=verdict.reason,
-                error=verdict.error,
-                at=int(time.time() * 1000),
+                message, attempts=held.attempt, reason=verdict.reason, error=verdict.error, at=int(time.time() * 1000)
             )
-            return self._transport.queues.names.dead(self._group), entry
+            if self._fifo:
+                # Each dead letter is a message group of its own, so that none is kept from those who look through them by another; and
+                # what is buried again after a replay is no repetition.
+                id = str(message["MessageId"])
+                entry = _wire.in_order(_wire.leaving(message, entry), id, f"{id}-{_wire.received(message)}")
+            return names.dead(self._group), entry
         if verdict.verb is Verb.RELEASE:
-            return self._name, _wire.repack(held.message, attempts=held.attempt - 1)
+            return self._name, _wire.repack(message, attempts=held.attempt - 1)
         due = int((time.time() + verdict.delay) * 1000) if verdict.delay > LONGEST_DELAY else 0
-        return self._name, delayed(_wire.repack(held.message, attempts=held.attempt, due=due), verdict.delay)
+        entry = delayed(_wire.repack(message, attempts=held.attempt, due=due), verdict.delay)
+        return (names.later(self._group), _wire.leaving(message, entry)) if self._fifo else (self._name, entry)
 
     async def _move(self, moves: Mapping[Receipt, tuple[str, Entry]]) -> Failures:
         """Store copies, then delete what they are copies of: a crash in between doubles, and never loses."""
         failures: dict[Receipt, AbeError] = {}
-        stored: list[Receipt] = []
-        for name in {name for name, _ in moves.values()}:
-            some = {receipt: entry for receipt, (where, entry) in moves.items() if where == name}
+        stored = [receipt for receipt in moves if self._held[receipt].replaced]
+        left = {receipt: move for receipt, move in moves.items() if receipt not in stored}
+        for name in {name for name, _ in left.values()}:
+            some = {receipt: entry for receipt, (where, entry) in left.items() if where == name}
             results = await self._transport.sender.post(name, list(some.values()))
             for receipt, result in zip(some, results, strict=True):
                 if result is None:
                     stored.append(receipt)
+                    if (held := self._held.get(receipt)) is not None:
+                        held.replaced = True
                 else:
                     failures[receipt] = result
         failures.update(await self._delete(stored))
         return _insist(failures)
 
     async def _delete(self, receipts: Sequence[Receipt]) -> dict[Receipt, AbeError]:
-        def entry(receipt: Receipt) -> dict[str, Any]:
-            return {"ReceiptHandle": receipt}
-
-        client = await self._transport.clients.calls()
-        failures = await self._in_batches(receipts, entry, client.delete_message_batch)
+        failures = await self._handles.delete(receipts)
         for receipt in receipts:
             error, held = failures.get(receipt), self._held.get(receipt)
             if isinstance(error, LeaseLostError) and held is not None and held.uncertain:
@@ -335,11 +288,11 @@ class SqsReceiver:
                 self._held.pop(receipt, None)
             elif held is not None:
                 held.uncertain = True
-        return dict(_insist(failures))
+        return _insist(failures)
 
     async def _hide(self, hiding: Mapping[Receipt, int]) -> Failures:
         """Hide for that many seconds what is not ours any more after that."""
-        failures = await self._change(hiding)
+        failures = await self._handles.hide(hiding)
         for receipt in hiding:
             error = failures.get(receipt)
             if error is None or isinstance(error, LeaseLostError):
@@ -348,47 +301,13 @@ class SqsReceiver:
 
     async def _prolong(self, hiding: Mapping[Receipt, int], started: float) -> Collection[Receipt]:
         """Hide for that many seconds what stays ours, and return what does not."""
-        failures = await self._change(hiding)
+        failures = await self._handles.hide(hiding)
         for receipt, left in hiding.items():
             if receipt not in failures and receipt in self._held:
                 self._held[receipt].deadline = started + left
         lost = [receipt for receipt, error in failures.items() if not error.retryable]
         _insist({receipt: error for receipt, error in failures.items() if error.retryable})
         return lost
-
-    async def _change(self, hiding: Mapping[Receipt, int]) -> dict[Receipt, AbeError]:
-        def entry(receipt: Receipt) -> dict[str, Any]:
-            return {"ReceiptHandle": receipt, "VisibilityTimeout": hiding[receipt]}
-
-        client = await self._transport.clients.calls()
-        return await self._in_batches(list(hiding), entry, client.change_message_visibility_batch)
-
-    async def _in_batches(
-        self,
-        receipts: Sequence[Receipt],
-        entry: Callable[[Receipt], dict[str, Any]],
-        call: Callable[..., Awaitable[Any]],
-    ) -> dict[Receipt, AbeError]:
-        failures: dict[Receipt, AbeError] = {}
-
-        async def batch(some: Sequence[Receipt]) -> None:
-            try:
-                reply = await call(
-                    QueueUrl=self._url,
-                    Entries=[{"Id": str(index), **entry(receipt)} for index, receipt in enumerate(some)],
-                )
-            except CLIENT_ERRORS as exc:
-                error = translate(exc, self._settings.address)
-                error.__cause__ = exc
-                if isinstance(error, QueueMissingError):
-                    error = _not_ours()
-                failures.update(dict.fromkeys(some, error))
-                return
-            for failed in reply.get("Failed", ()):
-                failures[some[int(failed["Id"])]] = translate_entry(failed, self._settings.address)
-
-        await _all(*(batch(receipts[start : start + BATCH]) for start in range(0, len(receipts), BATCH)))
-        return failures
 
     def _ours(self, receipts: Iterable[Receipt]) -> tuple[list[Receipt], dict[Receipt, AbeError]]:
         """Return which are still ours, and an error for each of those that are not; neither has what was carried out before."""
@@ -401,13 +320,15 @@ class SqsReceiver:
                 ours.append(receipt)
             elif held is not None or receipt in self._lost:
                 self._forget(receipt)
-                lost[receipt] = _not_ours()
-                self._lost.discard(receipt)
+                lost[receipt] = not_ours()
         return ours, lost
 
     def _forget(self, receipt: Receipt) -> None:
-        if self._held.pop(receipt, None) is not None:
-            self._lost.add(receipt)
+        if self._held.pop(receipt, None) is None:
+            return
+        while len(self._lost) >= _MOST_LOST:
+            del self._lost[next(iter(self._lost))]
+        self._lost[receipt] = None
 
     def _hideable(self, held: _Held) -> int:
         """Return the seconds for which a message may still be hidden."""
@@ -420,24 +341,7 @@ class SqsReceiver:
         _log.warning("group %r was deleted underneath its consumers: it is made again", self._group)
         self._transport.queues.forget(self._name)
         await self._transport.declare(self._group, None)
-        self._url = await self._transport.queues.url(self._name)
-
-
-async def _carry_out(poll: Poll) -> None:
-    """Poll. Whoever owns it in the end gets what it brings."""
-    try:
-        messages = await poll.owner.ask(poll.count)
-    except AbeError as exc:
-        poll.owner.failed(exc)
-    else:
-        await poll.owner.brought(poll, messages)
-    finally:
-        poll.owner.ended(poll)
-
-
-async def _all(*calls: Awaitable[_T]) -> Sequence[_T]:
-    """Run them beside each other, or just run the only one."""
-    return [await calls[0]] if len(calls) == 1 else await asyncio.gather(*calls)
+        self._handles.url = self._polls.url = await self._transport.queues.url(self._name)
 
 
 def _insist(failures: dict[Receipt, AbeError]) -> dict[Receipt, AbeError]:
@@ -450,10 +354,6 @@ def _insist(failures: dict[Receipt, AbeError]) -> dict[Receipt, AbeError]:
         if error.retryable:
             raise BackendConnectionError(str(error)) from error
     return failures
-
-
-def _not_ours() -> LeaseLostError:
-    return LeaseLostError("the message is not ours any more: its lease had run out, or it was settled before")
 
 
 if TYPE_CHECKING:

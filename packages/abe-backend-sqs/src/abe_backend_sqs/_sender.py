@@ -1,6 +1,7 @@
 """Everything that stores messages: published ones fanned out to the groups' queues, and ones that are moved."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -8,6 +9,7 @@ from typing import Any, Final
 from abe.backends.message_queue.base import Envelope
 from abe.errors import (
     AbeError,
+    BackendConnectionError,
     BackpressureError,
     PayloadTooLargeError,
     PublishUnknownError,
@@ -66,6 +68,15 @@ class Sender:
         batches = list(_wire.batches(entries))
         if len(batches) == 1:
             await flight(batches[0])
+        elif self._settings.fifo:
+            for index, positions in enumerate(batches):
+                await flight(positions)
+                failed = next((each for each in map(outcomes.__getitem__, positions) if each and each.retryable), None)
+                if failed is not None:  # what is behind it must not overtake it
+                    error = BackendConnectionError(f"not sent, as one before it failed: {failed}")
+                    for position in itertools.chain(*batches[index + 1 :]):
+                        outcomes[position] = error
+                    break
         else:
             await asyncio.gather(*map(flight, batches))
         return outcomes
@@ -76,42 +87,50 @@ class Sender:
         outcomes: list[AbeError | None] = [None] * len(envelopes)
         queues: dict[str, list[tuple[int, Entry]]] = {}
         for position, envelope in enumerate(envelopes):
-            names = self._wanted(envelope, registry)
-            outcomes[position] = error = self._refusal(envelope, registry, names, room)
+            groups = registry.route(envelope.key)
+            entry = self._entry(envelope, held=not registry.groups)
+            outcomes[position] = error = _too_large(entry) or self._refusal(envelope, registry, groups, room)
             if error is None:
-                entry = _entry(envelope, held=not registry.groups)
-                if entry.size > _wire.LIMIT:
-                    outcomes[position] = PayloadTooLargeError(
-                        f"the message is {entry.size} bytes of {_wire.LIMIT} with its headers, as SQS carries it"
-                    )
-                    continue
-                for name in names:
+                for name in self._queues_for(envelope, registry, groups):
                     queues.setdefault(name, []).append((position, entry))
         await self._post_all(envelopes, queues, outcomes)
         return outcomes if any(outcomes) else ()
 
-    def _wanted(self, envelope: Envelope, registry: Registry) -> Sequence[str]:
+    def _queues_for(self, envelope: Envelope, registry: Registry, groups: Sequence[str]) -> Sequence[str]:
+        names = self._queues.names
         if not registry.groups:
-            return [self._queues.names.held]
-        return [self._queues.names.queue(group) for group in registry.route(envelope.key)]
+            return [names.held]
+        return [*map(names.later if self._settings.fifo and envelope.delay else names.queue, groups)]
+
+    def _entry(self, envelope: Envelope, *, held: bool) -> Entry:
+        """Return what is sent for an envelope. Held messages wait out their delay in the queue of the group that they end in."""
+        due = int((time.time() + envelope.delay) * 1000) if envelope.delay else 0
+        if due and not held:
+            return delayed(_wire.pack(envelope, due=due if envelope.delay > LONGEST_DELAY else 0), envelope.delay)
+        entry = _wire.pack(envelope, due=due)
+        if not self._settings.fifo:
+            return entry
+        return _wire.in_order(entry, self._settings.message_group or envelope.key, envelope.id)
 
     def _refusal(
-        self, envelope: Envelope, registry: Registry, names: Sequence[str], room: dict[str, int] | None
+        self, envelope: Envelope, registry: Registry, groups: Sequence[str], room: dict[str, int] | None
     ) -> AbeError | None:
-        if not names:
-            return UnroutableError(f"no group wants the key {envelope.key!r}")
-        if room is None or not registry.groups:
+        if not registry.groups:
             return None
-        if any(room[name] <= 0 for name in names):
+        if not groups:
+            return UnroutableError(f"no group wants the key {envelope.key!r}")
+        if room is None:
+            return None
+        if any(room[group] <= 0 for group in groups):
             return BackpressureError("a group that wants the message has max_backlog messages waiting")
-        for name in names:
-            room[name] -= 1
+        for group in groups:
+            room[group] -= 1
         return None
 
     async def _rooms(self, registry: Registry, most: int) -> dict[str, int]:
-        names = [self._queues.names.queue(group) for group in registry.groups]
-        counts = await asyncio.gather(*map(self._queues.counts, names))
-        return {name: most - waiting - delayed for name, (waiting, _, delayed) in zip(names, counts, strict=True)}
+        groups = list(registry.groups)
+        counts = await asyncio.gather(*map(self._queues.group_counts, groups))
+        return {group: most - waiting - delayed for group, (waiting, _, delayed) in zip(groups, counts, strict=True)}
 
     async def _post_all(
         self,
@@ -190,14 +209,14 @@ class Sender:
         return await self._queues.url(name)
 
 
-def _entry(envelope: Envelope, *, held: bool) -> Entry:
-    """Return what is sent for an envelope. Held messages wait out their delay in the queue of the group that they end in."""
-    if not envelope.delay:
-        return _wire.pack(envelope)
-    due = int((time.time() + envelope.delay) * 1000)
-    if held:
-        return _wire.pack(envelope, due=due)
-    return delayed(_wire.pack(envelope, due=due if envelope.delay > LONGEST_DELAY else 0), envelope.delay)
+def _too_large(entry: Entry) -> AbeError | None:
+    most = _wire.LIMIT - _wire.RESERVE
+    if entry.size <= most:
+        return None
+    return PayloadTooLargeError(
+        f"the message is {entry.size} bytes of {most} with its headers, as SQS carries it; "
+        f"the rest of its {_wire.LIMIT} is for what a retry or a dead letter adds"
+    )
 
 
 def delayed(entry: Entry, delay: float) -> Entry:
@@ -211,4 +230,7 @@ def _request(id: str, entry: Entry) -> dict[str, Any]:
         request["MessageAttributes"] = entry.attributes
     if entry.delay:
         request["DelaySeconds"] = entry.delay
+    if entry.group:
+        request["MessageGroupId"] = entry.group
+        request["MessageDeduplicationId"] = entry.dedup
     return request

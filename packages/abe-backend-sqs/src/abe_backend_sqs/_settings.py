@@ -6,6 +6,7 @@ is found by its chain when the backend connects.
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeAlias, cast
@@ -20,6 +21,7 @@ _ALIASES: Final = {"AWS_REGION": "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_SQS": "
 
 _GROUPS: Final = 'a JSON object from group to key patterns, such as {"billing": ["order.#"]}'
 _LONGEST_POLL: Final = 20
+_MESSAGE_GROUP: Final = re.compile("[!-~]{1,128}")
 
 Pinned: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
 
@@ -36,6 +38,13 @@ def _endpoint(value: Any) -> str:
         valid = False
     if not valid:
         raise ValueError(form)
+    return value
+
+
+def _message_group(value: Any) -> str:
+    """Check the name of a message group."""
+    if not isinstance(value, str) or not _MESSAGE_GROUP.fullmatch(value):
+        raise ValueError("1 to 128 letters, digits and punctuation marks of ASCII")
     return value
 
 
@@ -135,6 +144,21 @@ class SqsSettings(QueueSettings):
         default=True,
         help="Whether to create the queues that are missing. False: whoever manages the account's queues makes them.",
     )
+    fifo: bool = setting(
+        "SQS_FIFO",
+        boolean,
+        default=False,
+        help="Whether the queues are FIFO queues: messages of one message group stay in order, and an id published again within "
+        "5 minutes is delivered once.",
+    )
+    message_group: str | None = setting(
+        "SQS_MESSAGE_GROUP",
+        str,
+        default=None,
+        check=_message_group,
+        help="With SQS_FIFO: one message group for all messages, which keeps all of them in one order and has them handled batch by batch. "
+        "Unset: each key is a message group.",
+    )
     connect_timeout: float = setting(
         "SQS_CONNECT_TIMEOUT_SECONDS",
         seconds,
@@ -147,6 +171,8 @@ class SqsSettings(QueueSettings):
         super().__post_init__()
         if (self.access_key_id is None) != (self.secret_access_key is None):
             raise ConfigurationError("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are set together, or not at all")
+        if self.message_group is not None and not self.fifo:
+            raise ConfigurationError("SQS_MESSAGE_GROUP is for FIFO queues: set SQS_FIFO=true, or leave it out")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:

@@ -42,9 +42,9 @@ _PAGE: Final = 1_000
 class Topology:
     """The names in one namespace."""
 
-    def __init__(self, namespace: str, suffix: str = "") -> None:
+    def __init__(self, namespace: str, *, fifo: bool = False) -> None:
         self._namespace = _part(namespace)
-        self._suffix = suffix
+        self._suffix = suffix = FIFO if fifo else ""
         self.prefix = f"{self._namespace}-group-"
         """What the names of all groups' queues begin with."""
         self.held = f"{self._namespace}-held{suffix}"
@@ -57,6 +57,10 @@ class Topology:
     def dead(self, group: str) -> str:
         """Queue: the group's dead letters."""
         return f"{self._namespace}-dead-{_part(group)}{self._suffix}"
+
+    def later(self, group: str) -> str:
+        """Queue: what waits for its time, beside a FIFO queue, which can delay no single message."""
+        return f"{self._namespace}-later-{_part(group)}"
 
 
 class Group(NamedTuple):
@@ -127,7 +131,7 @@ class Queues:
     """
 
     def __init__(self, settings: SqsSettings, clients: Clients) -> None:
-        self.names = Topology(settings.namespace)
+        self.names = Topology(settings.namespace, fifo=settings.fifo)
         self._settings = settings
         self._clients = clients
         self._urls: dict[str, str] = {}
@@ -186,7 +190,8 @@ class Queues:
         client = await self._clients.calls()
         with translated(self._settings.address):
             # Made bare: with attributes, one that another process made meanwhile, with others, would be an error.
-            url = (await client.create_queue(QueueName=name))["QueueUrl"]
+            kind = {"Attributes": {"FifoQueue": "true"}} if name.endswith(FIFO) else {}
+            url = (await client.create_queue(QueueName=name, **kind))["QueueUrl"]  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
             await client.set_queue_attributes(QueueUrl=url, Attributes=attributes)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         self._urls[name] = url
         return url
@@ -205,6 +210,8 @@ class Queues:
                 f"SQS_GROUPS has no group {group!r} with the key patterns {list(wanted)}: all groups must be in it"
             )
         url = await self.ensure(self.names.queue(group), dead=self.names.dead(group))
+        if self._settings.fifo:
+            await self.ensure(self.names.later(group))
         if known == wanted:
             return self._ignorance(registry.since.get(group, 0.0))
         if not self._settings.ensure:
@@ -225,7 +232,8 @@ class Queues:
             raise ConfigurationError(
                 f"group {group!r} is not ours to delete: its queues are made by others (SQS_ENSURE, SQS_GROUPS)"
             )
-        for name in (self.names.queue(group), self.names.dead(group)):
+        others = [self.names.later(group)] if self._settings.fifo else []
+        for name in (self.names.queue(group), self.names.dead(group), *others):
             try:
                 client, url = await self._clients.calls(), await self.url(name)
                 with translated(self._settings.address):
@@ -233,6 +241,15 @@ class Queues:
             except QueueMissingError:
                 pass
             self.forget(name)
+
+    async def group_counts(self, group: str) -> tuple[int, int, int]:
+        """Return how many messages of the group wait, are held and are delayed."""
+        if not self._settings.fifo:
+            return await self.counts(self.names.queue(group))
+        (waiting, held, _), later = await asyncio.gather(
+            self.counts(self.names.queue(group)), self.counts(self.names.later(group))
+        )
+        return waiting, held, sum(later)
 
     async def counts(self, name: str) -> tuple[int, int, int]:
         """Return how many messages wait, are held and are delayed, as SQS counts: approximately."""
@@ -273,7 +290,7 @@ class Queues:
             while "NextToken" in page:
                 more = {"NextToken": page["NextToken"]} if page["NextToken"] else {}
                 page = await client.list_queues(QueueNamePrefix=self.names.prefix, MaxResults=_PAGE, **more)
-                found += page.get("QueueUrls", ())
+                found += [url for url in page.get("QueueUrls", ()) if url.endswith(FIFO) is self._settings.fifo]
         asking = asyncio.Semaphore(_AT_ONCE)
 
         async def ask(url: str) -> Group | None:

@@ -15,11 +15,13 @@ from abe_backend_sqs import _wire
 from abe_backend_sqs._connection import Clients
 from abe_backend_sqs._drawer import Drawer
 from abe_backend_sqs._errors import QueueMissingError, translated
-from abe_backend_sqs._receiver import Poll, SqsReceiver
-from abe_backend_sqs._sender import Sender, delayed
+from abe_backend_sqs._later import Later
+from abe_backend_sqs._polls import Poll
+from abe_backend_sqs._receiver import SqsReceiver
+from abe_backend_sqs._sender import LONGEST_DELAY, Sender, delayed
 from abe_backend_sqs._settings import SqsSettings
 from abe_backend_sqs._topology import Queues
-from abe_backend_sqs._wire import Message
+from abe_backend_sqs._wire import Entry, Message
 
 _log: Final = logging.getLogger("abe.sqs")
 
@@ -30,15 +32,16 @@ _lingering: Final[set[asyncio.Task[None]]] = set()
 class SqsTransport:
     """Queues in one account and region."""
 
-    batching = Batching(messages=100, bytes=1_048_576, flights=4)
-
     def __init__(self, settings: SqsSettings) -> None:
         self.settings = settings
+        # More than one at a time, and what is sent first would not always be first in a FIFO queue.
+        self.batching = Batching(messages=100, bytes=1_048_576, flights=1 if settings.fifo else 4)
         self.clients = Clients(settings)
         self.queues = Queues(settings, self.clients)
         self.sender = Sender(settings, self.clients, self.queues)
         self.left_behind: defaultdict[str, list[Poll]] = defaultdict(list)
         """Polls of consumers that are gone, by queue."""
+        self._later: dict[str, Later] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._opened = False
         self._closed = False
@@ -108,7 +111,7 @@ class SqsTransport:
         """Count, approximately. A message that waits for its retry counts as in flight, as SQS hides both alike."""
         try:
             (waiting, held, later), dead = await asyncio.gather(
-                self.queues.counts(self.queues.names.queue(group)), self.queues.counts(self.queues.names.dead(group))
+                self.queues.group_counts(group), self.queues.counts(self.queues.names.dead(group))
             )
         except QueueMissingError:
             return GroupStats(waiting=0, in_flight=0, delayed=0, dead=0, oldest=None)
@@ -136,9 +139,7 @@ class SqsTransport:
         replayed = 0
         async with self._dead(group) as drawer:
             async for chosen in _chosen(drawer, ids):
-                results = await self.sender.post(
-                    self.queues.names.queue(group), [_wire.repack(message, attempts=0) for message in chosen]
-                )
+                results = await self.sender.post(self.queues.names.queue(group), [*map(self._replayed, chosen)])
                 stored = [message for message, result in zip(chosen, results, strict=True) if result is None]
                 await drawer.delete(stored)
                 replayed += len(stored)
@@ -155,11 +156,22 @@ class SqsTransport:
                 removed += len(chosen)
         return removed
 
+    def later(self, group: str) -> Later:
+        """Return what moves the group's delayed messages to its FIFO queue."""
+        return self._later.setdefault(group, Later(self, group))
+
     def in_background(self, work: Coroutine[Any, Any, None]) -> None:
         """Run what must not be cancelled with the one who asked for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    def _replayed(self, message: Message) -> Entry:
+        entry = _wire.repack(message, attempts=0)
+        if not self.settings.fifo:
+            return entry
+        # Not the message's own id, with which it was published perhaps a moment ago; and the same if the replay is repeated.
+        return _wire.in_order(entry, self.settings.message_group or _wire.order(message), message["MessageId"])
 
     def _check_open(self) -> None:
         if self._closed:
@@ -196,12 +208,33 @@ class SqsTransport:
             async for batch in held.take():
                 for group, patterns in groups.items():
                     wanted = [message for message in batch if _wants(patterns, message)]
-                    results = await self.sender.post(
-                        self.queues.names.queue(group), [_unhold(message) for message in wanted]
-                    )
-                    moved = [message for message, result in zip(wanted, results, strict=True) if result is None]
+                    moved = await self._unhold(group, wanted)
                     await held.delete(moved)
                     batch = [message for message in batch if message not in moved]
+
+    async def _unhold(self, group: str, messages: Sequence[Message]) -> Sequence[Message]:
+        """Put held messages into the group's queue, with what is left of their delays, and return those that are there."""
+        names = self.queues.names
+        entries: dict[str, list[tuple[Message, Entry]]] = {}
+        for message in messages:
+            due = _wire.parse(message).due
+            left = max(0.0, due / 1000 - time.time())
+            entry = _wire.repack(message, attempts=0, due=due if left > LONGEST_DELAY else 0)
+            name = names.queue(group)
+            if left:
+                entry = delayed(entry, left)
+                name = names.later(group) if self.settings.fifo else name
+            elif self.settings.fifo:
+                # The message's own id: one that was moved, and not deleted here before a crash, is not moved twice.
+                entry = _wire.in_order(
+                    entry, self.settings.message_group or _wire.order(message), _wire.parse(message).metadata.id
+                )
+            entries.setdefault(name, []).append((message, entry))
+        moved: list[Message] = []
+        for name, some in entries.items():
+            results = await self.sender.post(name, [entry for _, entry in some])
+            moved += [message for (message, _), result in zip(some, results, strict=True) if result is None]
+        return moved
 
     async def _close_later(self) -> None:
         try:
@@ -232,16 +265,6 @@ async def _chosen(drawer: Drawer, ids: Collection[str] | None) -> AsyncIterator[
 def _wants(patterns: Sequence[str], message: Message) -> bool:
     key = _wire.parse(message).metadata.key
     return any(matches(pattern, key) for pattern in patterns)
-
-
-def _unhold(message: Message) -> _wire.Entry:
-    due = _wire.parse(message).due
-    left = due / 1000 - time.time()
-    return (
-        delayed(_wire.repack(message, attempts=0, due=due if left > 900 else 0), max(0.0, left))
-        if due
-        else _wire.repack(message, attempts=0)
-    )
 
 
 if TYPE_CHECKING:

@@ -5,11 +5,12 @@ array ``[1, id, key, milliseconds]``, then as far as needed: headers or null, th
 milliseconds before which it must not be delivered, and 1 for a body in base64 (2 for an empty one, which SQS does not
 carry). A stranger writes a body alone, or with the attributes ``key``, ``id`` (without it SQS's own is the message's) and
 ``encoding``, which may be ``base64``. A dead letter has the attribute ``abe-dead`` besides: ``[attempts, reason, error,
-milliseconds]``.
+milliseconds]``. A message that leaves a FIFO queue has the message group that it had there as ``abe-order``.
 """
 
 import base64
 import binascii
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final, NamedTuple, TypeAlias
@@ -21,11 +22,15 @@ from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Meta
 VERSION: Final = 1
 LIMIT: Final = 1_048_576
 """Bytes of a message, and of a batch of them: body, and names, types and values of attributes. SQS's, since 2025."""
+RESERVE: Final = 512
+"""Bytes of it that a published message leaves free: a retry notes the attempts, a dead letter at least when it died."""
 BATCH: Final = 10
 """Messages of a request."""
 
-_META, _DEAD = "abe", "abe-dead"
+_META, _DEAD, _ORDER = "abe", "abe-dead", "abe-order"
 _MARK: Final = f"[{VERSION},"
+_TOKEN: Final = re.compile("[!-~]{1,128}")
+"""What a message group or a deduplication id may be (the API reference of SendMessage)."""
 _FORBIDDEN: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What SQS takes in a body or attribute, and nothing else (the API reference of SendMessage)."""
 
@@ -41,6 +46,9 @@ class Entry(NamedTuple):
     size: int
     delay: int = 0
     """Whole seconds."""
+    group: str = ""
+    """The message group, and with it the deduplication id: of a FIFO queue only."""
+    dedup: str = ""
 
 
 class _Meta(msgspec.Struct, array_like=True, frozen=True):
@@ -95,7 +103,7 @@ def repack(message: Message, *, attempts: int, due: int = 0) -> Entry:
     A message that cannot be read, or a stranger's, stays what it is as far as it can: it has no place for either.
     """
     parsed = parse(message)
-    others = {name: value for name, value in _attributes(message).items() if name not in (_META, _DEAD)}
+    others = {name: value for name, value in _attributes(message).items() if name not in (_META, _DEAD, _ORDER)}
     if parsed.fault is not None and _META in _attributes(message):
         kept = {_META: _attributes(message)[_META]}
         return _sized(message.get("Body", ""), {**kept, **others})
@@ -122,6 +130,24 @@ def bury(message: Message, *, attempts: int, reason: str, error: str, at: int) -
     else:
         text = _encode(_Death(attempts, "", "", at)).decode()
     return _sized(body, {**attributes, _DEAD: {"DataType": "String", "StringValue": text}})
+
+
+def in_order(entry: Entry, group: str, dedup: str) -> Entry:
+    """Return the entry as a FIFO queue takes it. A key or an id that it would refuse takes part as its hash."""
+    return entry._replace(group=_token(group), dedup=_token(dedup))
+
+
+def leaving(message: Message, entry: Entry) -> Entry:
+    """Return the entry of a message that leaves a FIFO queue for a while: it remembers its message group."""
+    value = {"DataType": "String", "StringValue": order(message)}
+    return _sized(entry.body, {**entry.attributes, _ORDER: value})._replace(delay=entry.delay)
+
+
+def order(message: Message) -> str:
+    """Return the message group that a message was in, or that its key makes."""
+    known = message.get("Attributes", {}).get("MessageGroupId") or ""
+    remembered = _attributes(message).get(_ORDER, {}).get("StringValue")
+    return str(remembered or known) or parse(message).metadata.key or str(message["MessageId"])
 
 
 def parse(message: Message) -> Parsed:
@@ -258,6 +284,10 @@ def _stranger(message: Message) -> Metadata:
     attributes = _attributes(message)
     id = attributes.get("id", {}).get("StringValue") or message.get("MessageId", "")
     return Metadata(id, attributes.get("key", {}).get("StringValue") or "")
+
+
+def _token(text: str) -> str:
+    return text if _TOKEN.fullmatch(text) else f"sha256-{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _dict(headers: Mapping[str, str] | None) -> dict[str, str] | None:
