@@ -67,6 +67,8 @@ class _SqsHarness(Harness):
         for url in (await client.list_queues(QueueNamePrefix=prefix)).get("QueueUrls", ()):
             await client.delete_queue(QueueUrl=url)
         await client.close()
+        if self.variables.get("SQS_FANOUT") == "sns":
+            await _delete_topic(self.service.url, f"{prefix}topic")
 
     def broker_version(self) -> str:
         return self.service.version
@@ -95,6 +97,13 @@ class FifoHarness(MiniStackHarness):
     name: ClassVar[str] = "sqs-fifo"
     hides_retries: ClassVar[bool] = False
     variables: ClassVar[Mapping[str, str]] = {"SQS_FIFO": "true"}
+
+
+class SnsHarness(MiniStackHarness):
+    """Standard queues, and a topic that copies to them what all groups want."""
+
+    name: ClassVar[str] = "sqs-sns"
+    variables: ClassVar[Mapping[str, str]] = {"SQS_FANOUT": "sns"}
 
 
 class _SqsOracle:
@@ -159,11 +168,19 @@ class _SqsOracle:
         return waiting, held, delayed
 
 
-async def _client(url: str) -> Any:
+async def _delete_topic(url: str, name: str) -> None:
+    client = await _client(url, "sns")
+    for topic in (await client.list_topics()).get("Topics", ()):
+        if topic["TopicArn"].endswith(f":{name}"):
+            await client.delete_topic(TopicArn=topic["TopicArn"])
+    await client.close()
+
+
+async def _client(url: str, service: str = "sqs") -> Any:
     # One connection: the oracle's questions come one after the other, and `connections` leaves out exactly this one.
     config = AioConfig(max_pool_connections=1, retries={"total_max_attempts": 3})
     context = cast("Any", get_session()).create_client(
-        "sqs",
+        service,
         region_name=_REGION,
         endpoint_url=url,
         aws_access_key_id="test",
@@ -176,7 +193,7 @@ async def _client(url: str) -> Any:
 def _environment(url: str, namespace: str, lease: float) -> Mapping[str, str]:
     return {
         **_CREDENTIALS,
-        "AWS_ENDPOINT_URL_SQS": url,
+        "AWS_ENDPOINT_URL": url,
         "SQS_REGISTRY_TTL_SECONDS": "0.1",
         "SQS_WAIT_SECONDS": "1",
         "QUEUE_NAMESPACE": namespace,

@@ -1,4 +1,4 @@
-"""The AWS clients: one that polls, and one for everything else."""
+"""The AWS clients: one that polls, one for everything else that SQS is asked, and one for SNS."""
 
 import asyncio
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from abe_backend_sqs._errors import translated
 from abe_backend_sqs._settings import SqsSettings
 
 if TYPE_CHECKING:
+    from types_aiobotocore_sns.client import SNSClient
     from types_aiobotocore_sqs.client import SQSClient
 
 _CALLS: Final = 64
@@ -39,7 +40,7 @@ class Clients:
 
     def __init__(self, settings: SqsSettings) -> None:
         self._settings = settings
-        self._made: dict[str, asyncio.Task[SQSClient]] = {}
+        self._made: dict[str, asyncio.Task[Any]] = {}
 
     async def calls(self) -> "SQSClient":
         """Return the client for everything but polls.
@@ -47,7 +48,8 @@ class Clients:
         Raises:
             ConfigurationError: There is no region, no such profile, or they are malformed.
         """
-        return await self._client("calls", _CALLS, self._settings.publish_timeout + 1)
+        client: SQSClient = await self._client("calls", _CALLS, self._settings.publish_timeout + 1)
+        return client
 
     async def polls(self) -> "SQSClient":
         """Return the client for polls: they would keep the connections of the other from its requests.
@@ -55,28 +57,41 @@ class Clients:
         Raises:
             ConfigurationError: As above.
         """
-        return await self._client("polls", _POLLS, self._settings.wait + _ANSWER)
+        client: SQSClient = await self._client("polls", _POLLS, self._settings.wait + _ANSWER)
+        return client
+
+    async def topics(self) -> "SNSClient":
+        """Return the client for SNS.
+
+        Raises:
+            ConfigurationError: As above.
+        """
+        client: SNSClient = await self._client("topics", _CALLS, self._settings.publish_timeout + 1)
+        return client
 
     async def close(self) -> None:
-        """Close both."""
+        """Close them."""
         made, self._made = self._made, {}
         for task in made.values():
             await asyncio.wait([task])
             if not task.cancelled() and task.exception() is None:
                 await task.result().close()
 
-    async def _client(self, name: str, connections: int, read_timeout: float) -> "SQSClient":
+    async def _client(self, name: str, connections: int, read_timeout: float) -> Any:
         task = self._made.get(name)
         if task is not None and task.done() and not task.cancelled() and task.exception() is None:
             return task.result()
         if task is None or task.done():
             # A task of its own: who asked first may be cancelled, and the thread it needs goes on.
-            task = self._made[name] = asyncio.get_running_loop().create_task(self._make(connections, read_timeout))
+            task = self._made[name] = asyncio.get_running_loop().create_task(
+                self._make(name, connections, read_timeout)
+            )
         await asyncio.wait([task])
         return task.result()
 
-    async def _make(self, connections: int, read_timeout: float) -> "SQSClient":
+    async def _make(self, name: str, connections: int, read_timeout: float) -> Any:
         settings = self._settings
+        service, endpoint = ("sns", settings.topic_endpoint_url) if name == "topics" else ("sqs", settings.endpoint_url)
         config = AioConfig(
             connector_args={"keepalive_timeout": _IDLE},
             connect_timeout=settings.connect_timeout,
@@ -86,10 +101,10 @@ class Clients:
             # The engine tries again, with the same ids and within its own time; a poll that is repeated here could strand what it brought.
             retries={"mode": "standard", "total_max_attempts": 1},
         )
-        local = settings.endpoint_url is not None and settings.endpoint_url.startswith("http:")
+        local = endpoint is not None and endpoint.startswith("http:")
         arguments: Mapping[str, Any] = {
             "region_name": settings.region,
-            "endpoint_url": settings.endpoint_url,
+            "endpoint_url": endpoint,
             "aws_access_key_id": settings.access_key_id,
             "aws_secret_access_key": settings.secret_access_key,
             "aws_session_token": settings.session_token,
@@ -98,11 +113,10 @@ class Clients:
         }
         # Reads files, so it runs in a thread; nothing in it belongs to an event loop before the first request.
         with translated(settings.address):
-            client: SQSClient = await asyncio.to_thread(asyncio.run, self._create(arguments))
-        return client
+            return await asyncio.to_thread(asyncio.run, self._create(service, arguments))
 
-    def _create(self, arguments: Mapping[str, Any]) -> Any:
+    def _create(self, service: str, arguments: Mapping[str, Any]) -> Any:
         # A session of its own: sessions are not made for several threads, and a cancelled caller leaves its thread behind.
         session: Any = AioSession(profile=self._settings.profile)
         session.register_component("data_loader", _models)
-        return session.create_client("sqs", **arguments).__aenter__()
+        return session.create_client(service, **arguments).__aenter__()

@@ -22,7 +22,7 @@ class SqsError(AbeError):
 
 
 class QueueMissingError(BackendConnectionError):
-    """There is no such queue, or not any more."""
+    """There is no such queue or topic, or not any more."""
 
 
 class EntryRefusedError(PublishRejectedError):
@@ -37,6 +37,8 @@ _BY_CODE: Final[dict[str, type[AbeError]]] = {
             "AccessDenied",
             "AccessDeniedException",
             "AuthFailure",
+            "AuthorizationError",
+            "AuthorizationErrorException",
             "ExpiredToken",
             "ExpiredTokenException",
             "IncompleteSignature",
@@ -62,13 +64,15 @@ _BY_CODE: Final[dict[str, type[AbeError]]] = {
             "RequestThrottledException",
             "ServiceUnavailable",
             "SlowDown",
+            "Throttled",
+            "ThrottledException",
             "Throttling",
             "ThrottlingException",
             "TooManyRequestsException",
         ),
         BackendConnectionError,
     ),
-    **dict.fromkeys(("QueueDoesNotExist", "NonExistentQueue"), QueueMissingError),
+    **dict.fromkeys(("QueueDoesNotExist", "NonExistentQueue", "NotFound", "NotFoundException"), QueueMissingError),
     **dict.fromkeys(("ReceiptHandleIsInvalid", "MessageNotInflight"), LeaseLostError),
     "QueueNameExists": ConfigurationError,
 }

@@ -181,7 +181,7 @@ class SqsReceiver:
         deadline = time.monotonic() + self._visibility - _ON_ITS_WAY
         now = time.time() * 1000
         # One answer may hold a message twice; the later handle is the one that counts.
-        distinct = {message["MessageId"]: message for message in messages}
+        distinct = {message["MessageId"]: message for message in await self._wanted(messages)}
         early: list[Receipt] = []
         for message in distinct.values():
             parsed = _wire.parse(message)
@@ -200,6 +200,23 @@ class SqsReceiver:
                 await self._give_back([message["ReceiptHandle"] for message in distinct.values()])
         except AbeError as exc:
             _log.debug("messages of group %r could not be given back, their leases will run out: %s", self._group, exc)
+
+    async def _wanted(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return what the group wants. A topic sends everything to everybody, and publishers learn late that a group's patterns are new."""
+        if self._settings.fanout != "sns" or not messages:
+            return messages
+        try:
+            patterns = (await self._transport.queues.registry()).groups.get(self._group)
+            unwanted = [
+                message
+                for message in messages
+                if patterns and _wire.ours(message) and not _wire.wants(patterns, message)
+            ]
+            await self._handles.delete([message["ReceiptHandle"] for message in unwanted])
+        except AbeError as exc:
+            _log.debug("what group %r wants cannot be found out now, so it gets everything: %s", self._group, exc)
+            return messages
+        return [message for message in messages if message not in unwanted]
 
     async def _put_off(self, receipts: Sequence[Receipt]) -> None:
         """Hide again what is not due, so that it is seen before it is; the last stretch is a delay of SQS's own, which no attempt is."""

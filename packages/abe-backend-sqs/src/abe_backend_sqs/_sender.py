@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from abe.backends.message_queue.base import Envelope
@@ -19,6 +19,7 @@ from abe_backend_sqs import _wire
 from abe_backend_sqs._connection import Clients
 from abe_backend_sqs._errors import CLIENT_ERRORS, QueueMissingError, translate_entry, translate_send
 from abe_backend_sqs._settings import SqsSettings
+from abe_backend_sqs._topics import SNS_LIMIT
 from abe_backend_sqs._topology import Queues, Registry
 from abe_backend_sqs._wire import Entry
 
@@ -65,7 +66,7 @@ class Sender:
             for position, result in zip(positions, results, strict=True):
                 outcomes[position] = result
 
-        batches = list(_wire.batches(entries))
+        batches = list(_wire.batches(entries, SNS_LIMIT if _is_topic(name) else _wire.LIMIT))
         if len(batches) == 1:
             await flight(batches[0])
         elif self._settings.fifo:
@@ -91,15 +92,20 @@ class Sender:
             entry = self._entry(envelope, held=not registry.groups)
             outcomes[position] = error = _too_large(entry) or self._refusal(envelope, registry, groups, room)
             if error is None:
-                for name in self._queues_for(envelope, registry, groups):
+                for name in self._ways(envelope, entry, registry, groups):
                     queues.setdefault(name, []).append((position, entry))
         await self._post_all(envelopes, queues, outcomes)
         return outcomes if any(outcomes) else ()
 
-    def _queues_for(self, envelope: Envelope, registry: Registry, groups: Sequence[str]) -> Sequence[str]:
+    def _ways(self, envelope: Envelope, entry: Entry, registry: Registry, groups: Sequence[str]) -> Sequence[str]:
+        """Return the names of the queues that it goes to, or the ARN of the topic: one that delays nothing, and reaches all groups."""
         names = self._queues.names
         if not registry.groups:
             return [names.held]
+        if self._settings.fanout == "sns" and len(groups) == len(registry.groups):
+            topic = registry.topic
+            if topic and not envelope.delay and entry.size <= SNS_LIMIT:
+                return [topic]
         return [*map(names.later if self._settings.fifo and envelope.delay else names.queue, groups)]
 
     def _entry(self, envelope: Envelope, *, held: bool) -> Entry:
@@ -183,15 +189,11 @@ class Sender:
 
     async def _post(self, name: str, entries: Sequence[Entry]) -> Sequence[AbeError | None]:
         try:
-            url = await self._url(name)
-            client = await self._clients.calls()
+            call = await self._call(name, entries)
         except AbeError as exc:
             return [exc] * len(entries)
         try:
-            reply: Mapping[str, Any] = await client.send_message_batch(
-                QueueUrl=url,
-                Entries=[_request(str(position), entry) for position, entry in enumerate(entries)],  # type: ignore[misc]
-            )
+            reply = await call()
         except CLIENT_ERRORS as exc:
             error = translate_send(exc, self._settings.address)
             error.__cause__ = exc
@@ -203,10 +205,25 @@ class Sender:
             outcomes[int(failure["Id"])] = translate_entry(failure, self._settings.address)
         return outcomes
 
+    async def _call(self, name: str, entries: Sequence[Entry]) -> Callable[[], Awaitable[Mapping[str, Any]]]:
+        """Return the request that stores the messages, when all that it needs to know is known."""
+        requests: list[Any] = [_request(str(position), entry) for position, entry in enumerate(entries)]
+        if not _is_topic(name):
+            url, client = await self._url(name), await self._clients.calls()
+            return lambda: client.send_message_batch(QueueUrl=url, Entries=requests)
+        topics = await self._clients.topics()
+        for request in requests:
+            request["Message"] = request.pop("MessageBody")
+        return lambda: topics.publish_batch(TopicArn=name, PublishBatchRequestEntries=requests)
+
     async def _url(self, name: str) -> str:
         if name == self._queues.names.held:
             return await self._queues.ensure(name)
         return await self._queues.url(name)
+
+
+def _is_topic(name: str) -> bool:
+    return name.startswith("arn:")
 
 
 def _too_large(entry: Entry) -> AbeError | None:

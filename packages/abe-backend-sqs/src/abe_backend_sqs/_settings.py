@@ -16,7 +16,11 @@ from abe.backends.message_queue.base.names import check_patterns
 from abe.errors import ConfigurationError
 from abe.settings import QueueSettings, at_least, boolean, integer, plain_name, positive, seconds, setting
 
-_ALIASES: Final = {"AWS_REGION": "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_SQS": "AWS_ENDPOINT_URL"}
+_ALIASES: Final = {
+    "AWS_REGION": "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL_SQS": "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_SNS": "AWS_ENDPOINT_URL",
+}
 """Variables of the SDK that mean the same, the more particular one first."""
 
 _GROUPS: Final = 'a JSON object from group to key patterns, such as {"billing": ["order.#"]}'
@@ -39,6 +43,13 @@ def _endpoint(value: Any) -> str:
     if not valid:
         raise ValueError(form)
     return value
+
+
+def _fanout(value: Any) -> str:
+    """Check who copies a message to the groups."""
+    if value not in ("direct", "sns"):
+        raise ValueError("direct or sns")
+    return str(value)
 
 
 def _message_group(value: Any) -> str:
@@ -92,6 +103,14 @@ class SqsSettings(QueueSettings):
         secret=True,
         help="The address of SQS, for emulators and private endpoints; AWS_ENDPOINT_URL too. Unset: the region's.",
     )
+    topic_endpoint_url: str | None = setting(
+        "AWS_ENDPOINT_URL_SNS",
+        str,
+        default=None,
+        check=_endpoint,
+        secret=True,
+        help="The same for SNS, with SQS_FANOUT=sns.",
+    )
     profile: str | None = setting(
         "AWS_PROFILE", str, default=None, help="The profile of the SDK's configuration files to use."
     )
@@ -144,6 +163,13 @@ class SqsSettings(QueueSettings):
         default=True,
         help="Whether to create the queues that are missing. False: whoever manages the account's queues makes them.",
     )
+    fanout: str = setting(
+        "SQS_FANOUT",
+        str,
+        default="direct",
+        check=_fanout,
+        help="Who copies a message to the groups: direct, the publisher does; sns, an SNS topic does where every group wants the message.",
+    )
     fifo: bool = setting(
         "SQS_FIFO",
         boolean,
@@ -173,6 +199,12 @@ class SqsSettings(QueueSettings):
             raise ConfigurationError("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are set together, or not at all")
         if self.message_group is not None and not self.fifo:
             raise ConfigurationError("SQS_MESSAGE_GROUP is for FIFO queues: set SQS_FIFO=true, or leave it out")
+        if self.fanout == "sns" and self.fifo:
+            raise ConfigurationError("SQS_FANOUT=sns is for standard queues: leave it out, or SQS_FIFO")
+        if self.fanout == "sns" and self.pinned is not None:
+            raise ConfigurationError(
+                "SQS_FANOUT=sns needs what the queues' tags say of the topic, which SQS_GROUPS keeps from being read: leave one of them out"
+            )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:

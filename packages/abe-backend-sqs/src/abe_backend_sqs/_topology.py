@@ -18,6 +18,7 @@ from abe.errors import ConfigurationError
 from abe_backend_sqs._connection import Clients
 from abe_backend_sqs._errors import CLIENT_ERRORS, QueueMissingError, translate, translated
 from abe_backend_sqs._settings import SqsSettings
+from abe_backend_sqs._topics import Topics
 
 FIFO: Final = ".fifo"
 _ROOM: Final = 34
@@ -27,6 +28,7 @@ _GROUP_TAG: Final = "abe-group"
 _PATTERNS_TAG: Final = "abe-patterns-"
 _PARTS_TAG: Final = "abe-patterns"
 _SINCE_TAG: Final = "abe-since"
+_SUBSCRIPTION_TAG: Final = "abe-subscription"
 _TAG_ROOM: Final = 256
 _MOST_TAGS: Final = 40
 """Of the 50 that a queue may have: the others are the owner's."""
@@ -54,6 +56,11 @@ class Topology:
         """Queue: the group's messages."""
         return f"{self.prefix}{_part(group)}{self._suffix}"
 
+    @property
+    def topic(self) -> str:
+        """Topic: what every group wants, with SQS_FANOUT=sns."""
+        return f"{self._namespace}-topic"
+
     def dead(self, group: str) -> str:
         """Queue: the group's dead letters."""
         return f"{self._namespace}-dead-{_part(group)}{self._suffix}"
@@ -70,6 +77,8 @@ class Group(NamedTuple):
     patterns: tuple[str, ...]
     since: float
     """Seconds since the epoch, by the clock of whoever set them."""
+    subscription: str = ""
+    """The ARN of the queue's subscription to the namespace's topic, where it has one."""
 
 
 def tags(group: Group) -> dict[str, str]:
@@ -85,6 +94,8 @@ def tags(group: Group) -> dict[str, str]:
             f"group {group.name!r}: its {len(group.patterns)} key patterns are more than the tags of a queue can hold"
         )
     named = {f"{_PATTERNS_TAG}{index}": part for index, part in enumerate(parts)}
+    if group.subscription:
+        named[_SUBSCRIPTION_TAG] = group.subscription
     return {_GROUP_TAG: group.name, _SINCE_TAG: str(int(group.since * 1000)), _PARTS_TAG: str(len(parts)), **named}
 
 
@@ -93,7 +104,8 @@ def from_tags(found: Mapping[str, str]) -> Group | None:
     try:
         text = "".join(found[f"{_PATTERNS_TAG}{index}"] for index in range(int(found[_PARTS_TAG])))
         patterns = json.loads(base64.urlsafe_b64decode(text))
-        return Group(found[_GROUP_TAG], tuple(patterns), int(found.get(_SINCE_TAG, 0)) / 1000)
+        since = int(found.get(_SINCE_TAG, 0)) / 1000
+        return Group(found[_GROUP_TAG], tuple(patterns), since, found.get(_SUBSCRIPTION_TAG, ""))
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -108,6 +120,14 @@ class Registry(NamedTuple):
     """By the monotonic clock, before the first question was asked."""
     routes: dict[str, tuple[str, ...]]
     """The groups that want a key."""
+    subscriptions: Mapping[str, str] = {}
+    """The subscription of each group's queue, where it has one."""
+
+    @property
+    def topic(self) -> str:
+        """The ARN of the topic that reaches every group; empty where there is none."""
+        topics = {self.subscriptions.get(group, "").rpartition(":")[0] for group in self.groups}
+        return topics.pop() if len(topics) == 1 else ""
 
     def route(self, key: str) -> tuple[str, ...]:
         """Return the groups that want the key."""
@@ -136,6 +156,7 @@ class Queues:
         self._clients = clients
         self._urls: dict[str, str] = {}
         self._registry: Registry | None = None
+        self._topics: Topics | None = Topics(settings, clients) if settings.fanout == "sns" else None
         self._reading: asyncio.Lock = asyncio.Lock()
         if settings.pinned is not None:
             self._registry = Registry(dict(settings.pinned), {}, 0.0, {})
@@ -212,17 +233,21 @@ class Queues:
         url = await self.ensure(self.names.queue(group), dead=self.names.dead(group))
         if self._settings.fifo:
             await self.ensure(self.names.later(group))
-        if known == wanted:
+        unsubscribed = self._topics is not None and not registry.subscriptions.get(group)
+        if known == wanted and not unsubscribed:
             return self._ignorance(registry.since.get(group, 0.0))
         if not self._settings.ensure:
             raise ConfigurationError(
                 f"the queue {self.names.queue(group)!r} is not tagged as group {group!r} with the key patterns "
                 f"{list(wanted)}, and SQS_ENSURE is false: have it tagged, or set SQS_GROUPS"
             )
+        subscription = registry.subscriptions.get(group, "")
+        if self._topics is not None and unsubscribed:
+            subscription = await self._topics.subscribe(self.names.topic, url)
         client, since = await self._clients.calls(), time.time()
         with translated(self._settings.address):
             # In one call, and by count: what is left of longer lists means nothing.
-            await client.tag_queue(QueueUrl=url, Tags=tags(Group(group, wanted, since)))
+            await client.tag_queue(QueueUrl=url, Tags=tags(Group(group, wanted, since, subscription)))
         self.forget()
         return self._ignorance(since)
 
@@ -233,6 +258,10 @@ class Queues:
                 f"group {group!r} is not ours to delete: its queues are made by others (SQS_ENSURE, SQS_GROUPS)"
             )
         others = [self.names.later(group)] if self._settings.fifo else []
+        if self._topics is not None:
+            registry = await self.registry(since=time.monotonic())
+            if subscription := registry.subscriptions.get(group):
+                await self._topics.unsubscribe(subscription)
         for name in (self.names.queue(group), self.names.dead(group), *others):
             try:
                 client, url = await self._clients.calls(), await self.url(name)
@@ -303,7 +332,8 @@ class Queues:
 
         groups = sorted(each for each in await asyncio.gather(*map(ask, found)) if each is not None)
         patterns, since = {each.name: each.patterns for each in groups}, {each.name: each.since for each in groups}
-        self._registry = Registry(patterns, since, started, {})
+        subscriptions = {each.name: each.subscription for each in groups if each.subscription}
+        self._registry = Registry(patterns, since, started, {}, subscriptions)
         return self._registry
 
     async def _arn(self, url: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
 from abe.backends.message_queue.base import Transport as TransportProtocol
-from abe.backends.message_queue.base.names import EVERYTHING, matches
+from abe.backends.message_queue.base.names import EVERYTHING
 from abe.errors import AbeError, BackendConnectionError, ConfigurationError
 from abe_backend_sqs import _wire
 from abe_backend_sqs._connection import Clients
@@ -207,7 +207,7 @@ class SqsTransport:
         async with held:
             async for batch in held.take():
                 for group, patterns in groups.items():
-                    wanted = [message for message in batch if _wants(patterns, message)]
+                    wanted = [message for message in batch if _wire.wants(patterns, message)]
                     moved = await self._unhold(group, wanted)
                     await held.delete(moved)
                     batch = [message for message in batch if message not in moved]
@@ -260,11 +260,6 @@ async def _chosen(drawer: Drawer, ids: Collection[str] | None) -> AsyncIterator[
             yield chosen
         if not left:
             return
-
-
-def _wants(patterns: Sequence[str], message: Message) -> bool:
-    key = _wire.parse(message).metadata.key
-    return any(matches(pattern, key) for pattern in patterns)
 
 
 if TYPE_CHECKING:

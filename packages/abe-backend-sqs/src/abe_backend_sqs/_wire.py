@@ -18,6 +18,7 @@ from typing import Annotated, Any, Final, NamedTuple, TypeAlias
 import msgspec
 
 from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Metadata
+from abe.backends.message_queue.base.names import matches
 
 VERSION: Final = 1
 LIMIT: Final = 1_048_576
@@ -150,6 +151,17 @@ def order(message: Message) -> str:
     return str(remembered or known) or parse(message).metadata.key or str(message["MessageId"])
 
 
+def wants(patterns: Sequence[str], message: Message) -> bool:
+    """Whether a message's key matches one of the patterns."""
+    key = parse(message).metadata.key
+    return any(matches(pattern, key) for pattern in patterns)
+
+
+def ours(message: Message) -> bool:
+    """Whether we wrote it, and can read it: what a stranger put into a queue is meant for that queue."""
+    return _META in _attributes(message) and parse(message).fault is None
+
+
 def parse(message: Message) -> Parsed:
     """Read a message, whatever it is."""
     attributes, text = _attributes(message), str(message.get("Body", ""))
@@ -204,12 +216,12 @@ def dead_letter(message: Message) -> DeadLetter:
     )
 
 
-def batches(entries: Sequence[Entry]) -> Iterator[Sequence[int]]:
+def batches(entries: Sequence[Entry], limit: int = LIMIT) -> Iterator[Sequence[int]]:
     """Return the positions of entries in groups that each fit into a request."""
     batch: list[int] = []
     size = 0
     for position, entry in enumerate(entries):
-        if batch and (len(batch) == BATCH or size + entry.size > LIMIT):
+        if batch and (len(batch) == BATCH or size + entry.size > limit):
             yield batch
             batch, size = [], 0
         batch.append(position)
