@@ -144,7 +144,13 @@ class Contract:
 
     def within(self, seconds: float | str | None = None) -> asyncio.Timeout:
         """Bound a wait: ``async with contract.within(5):``. Every wait of a test goes through it."""
-        return asyncio.timeout(self.bound(DEFAULT_BOUND if seconds is None else seconds))
+        bound = self.bound(DEFAULT_BOUND if seconds is None else seconds)
+        # From there on it is the bound of a whole test, not one of the contract's.
+        return asyncio.timeout(bound * self.harness.pace if bound >= DEFAULT_BOUND else bound)
+
+    def many(self, count: int) -> int:
+        """Return that many messages, or as many as the broker can stand."""
+        return min(count, self.harness.capacity)
 
     def worker(self, function: WorkerFunction, **arguments: Any) -> AbstractAsyncContextManager[Worker]:
         """Run ``async def function(backend, report, receive, **arguments)`` as another member of the application; see `Worker`.

@@ -44,8 +44,8 @@ class Oracle(Protocol):
         """Count the group's messages."""
         ...
 
-    async def consumers(self, group: str) -> int:
-        """Count the consumers that the broker knows in the group, dead ones included."""
+    async def consumers(self, group: str) -> int | None:
+        """Count the consumers that the broker knows in the group, dead ones included; None where it knows messages and no consumers."""
         ...
 
     async def connections(self) -> int:
@@ -71,6 +71,19 @@ class Harness(ABC):
 
     networked: ClassVar[bool] = True
     """Whether the broker lives in another process: worker processes share it, and it can be unreachable."""
+
+    capacity: ClassVar[int] = 200_000
+    """The most messages that a test may put into the broker at once. Emulators that go through all of them for every request say fewer."""
+
+    lingering_polls: ClassVar[bool] = False
+    """Whether a request for messages cannot be taken back: one that is under way when its consumer leaves may still be given a message,
+    and gives it back, by a copy where the broker counts deliveries. Tests then wait, within their bounds, until that is over."""
+
+    hides_retries: ClassVar[bool] = False
+    """Whether a message that waits for its retry stays in its queue, hidden from everybody, and counts as held."""
+
+    pace: ClassVar[float] = 1.0
+    """How many times as long a whole test may take as on a broker of the usual speed. What the contract bounds stays as it is."""
 
     def start(self) -> None:  # noqa: B027 - there may be nothing to start
         """Start the broker, or find it. Raises `ServiceUnavailable` (abe_contract_tests.services) when it cannot be had."""

@@ -161,7 +161,8 @@ async def test_others_keep_flowing_while_a_message_fails_and_waits(contract: Con
                     seen.add(message["n"])
                     await message.ack()
         counts = await (await contract.oracle()).counts("g")
-        assert (counts.delayed, counts.total) == (1, 1)
+        postponed = counts.in_flight if contract.harness.hides_retries else counts.delayed
+        assert (postponed, counts.total) == (1, 1)
 
 
 @clause("C-PSN-02", capability="dead_letter")
