@@ -209,6 +209,7 @@ class PlainChannel(Opened):
     async def _send(self, settlement: Awaitable[None]) -> None:
         """Settle, unless the channel is gone: then aiormq takes no frame, and who waits for a place in its queue waits for ever."""
         sending = asyncio.ensure_future(settlement)
+        sending.add_done_callback(_retrieved)
         try:
             await asyncio.wait([sending, self._closing], return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -29,10 +29,18 @@ _log: Final = logging.getLogger("abe.rabbitmq")
 _GOODBYE: Final = 1.0
 """Seconds for which closing waits for the broker's answer."""
 
+_FRAMES: Final = 1_000
+
 _T = TypeVar("_T")
 
 PINNED: Final[ContextVar["Connection | None"]] = ContextVar("pinned", default=None)
 """The connection that requests must go by, in work that must not survive it."""
+
+
+class _Native(aiormq.Connection):
+    """aiormq's connection with more places for frames: with its ten, plain channels take a turn of the event loop for each message."""
+
+    FRAME_BUFFER_SIZE = _FRAMES
 
 
 class Connection:
@@ -110,7 +118,7 @@ class Connection:
         with translated(self.address):
             if self._settings.tap:
                 return await finished(self._tapped())
-            return PlainChannel(await finished(self._native.channel()))
+            return PlainChannel(await finished(self._native.channel(frame_buffer_size=_FRAMES)))
 
     async def plain(self) -> AbstractChannel:
         """Open a channel of aiormq's, for what is rare."""
@@ -125,7 +133,7 @@ class Connection:
         closing = asyncio.ensure_future(self._native.close())
         closing.add_done_callback(_retrieved)
         try:
-            await asyncio.wait([closing], timeout=_GOODBYE)
+            await asyncio.wait([closing], timeout=min(_GOODBYE, self._settings.close_timeout))
         finally:
             self._abort()
         await asyncio.wait([closing], timeout=_GOODBYE)  # it ends by itself now; cancelled it would leave tasks behind
@@ -134,9 +142,10 @@ class Connection:
         context = await asyncio.to_thread(_tls_context, self._settings) if is_tls(self._url) else None
         try:
             url = URL(self._url).update_query(heartbeat=str(round(self._settings.heartbeat)))
-            self._native = native = aiormq.Connection(
+            native: Any = _Native(
                 url, context=context, client_properties={"connection_name": self._name}, transport_factory=self._factory
             )
+            self._native = native
             native.vhost = vhost(self._url)  # aiormq takes a %2F in a name for a slash
             native.closing.add_done_callback(lambda _: self._free.set())
             await native.connect()

@@ -102,7 +102,7 @@ def translate(exc: BaseException, address: str, doubt: str = "") -> AbeError:
     if _was_closed(exc):
         return BackendConnectionError(f"{where}: {_CLOSED}")  # the client's text shows its address
     kind = next((ours for theirs, ours in _BY_TYPE if isinstance(exc, theirs)), RabbitMQError)
-    hints = {PermissionDeniedError: f" ({_RIGHTS})", BackendConnectionError: doubt}
+    hints: dict[type[AbeError], str] = {PermissionDeniedError: f" ({_RIGHTS})", BackendConnectionError: doubt}
     return kind(f"{where}: {text}{hints.get(kind, '')}")
 
 

@@ -100,7 +100,10 @@ class Outlet:
         # A queue says that it is full after it took what fills it: only one at a time finds out.
         outcomes: list[AbeError | None] = []
         for message in messages:
-            outcomes += await channel.publish([message]) or (None,)
+            try:
+                outcomes += await channel.publish([message]) or (None,)
+            except BackendConnectionError as exc:  # those before it are there
+                outcomes.append(exc)
         return outcomes if any(outcomes) else ()
 
     async def count(self, queue: str) -> int | None:

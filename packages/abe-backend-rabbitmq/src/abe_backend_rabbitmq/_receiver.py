@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from abe.backends.message_queue.base import Delivery, Failures, Metadata, Receipt, Settlement, Verb
@@ -28,6 +29,9 @@ CONSUMER_TIMEOUT: Final = 1800.0
 
 _UNSURE: Final = 1.0
 """Seconds after which an acknowledgement has surely arrived."""
+
+_GOODBYE: Final = 1.0
+"""Seconds for which closing a channel waits for the broker's answer."""
 
 _WARN_AT: Final = 0.8
 _SAMPLES: Final = 24
@@ -223,8 +227,9 @@ class RabbitMQReceiver:
             channel, self._channel = self._channel, None
             if channel is not None and channel.closed is None:
                 channel.ended = None
-                with translated(self.group):
-                    await finished(channel.close())
+                with translated(self.group), suppress(TimeoutError):
+                    async with asyncio.timeout(_GOODBYE):  # a broker that is silent is left to its connection
+                        await finished(channel.close())
 
     async def _settle_down(self, channel: Opened) -> None:
         """Have every acknowledgement arrive.

@@ -115,6 +115,7 @@ class RegistryKeeper:
         task = asyncio.get_running_loop().create_task(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # the caller may have left
         return task
 
     @asynccontextmanager

@@ -95,6 +95,8 @@ class Inbox:
         while self._buffer:
             delivery = self._buffer.popleft()
             if delivery.lost:
+                if self._live.get(delivery.receipt) is delivery:  # the transport saw it go: it takes no place any more
+                    del self._live[delivery.receipt]
                 continue
             if delivery.fault is None and delivery.attempt <= self._max_attempts:
                 try:
