@@ -96,6 +96,7 @@ class FifoHarness(MiniStackHarness):
 
     name: ClassVar[str] = "sqs-fifo"
     hides_retries: ClassVar[bool] = False
+    capacity: ClassVar[int] = 1_000
     variables: ClassVar[Mapping[str, str]] = {"SQS_FIFO": "true"}
 
 

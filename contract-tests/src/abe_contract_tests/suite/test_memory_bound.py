@@ -45,7 +45,7 @@ async def test_a_client_holds_no_more_than_its_limit_of_a_backlog(contract: Cont
     async with contract.within(20):
         await backend.declare("g")
         count = contract.many(5_000)
-        await backend.publish_many(numbered(count))
+        await backend.publish_many(contract.apart(numbered(count)))
         async with backend.consume(group="g", prefetch=PREFETCH) as stalled:
             await stalled.receive()
             held = 1

@@ -75,13 +75,15 @@ class Later:
         queues = self._transport.queues
         name = queues.names.later(self._group)
         try:
-            url = await queues.url(name)
+            url, deletions = await queues.url(name), queues.deletions
             found = await poll(self._transport, url, BATCH)
         except QueueMissingError:
             queues.forget(name)
             # The consumers find their own queue missing, and make both again; a queue that others make is only missing here.
             await queues.ensure(name)
             return
+        if queues.deletions != deletions:
+            return  # a group of this name was deleted meanwhile, and with it what this poll may bring
         handles = Handles(self._transport, url)
         messages = {message["MessageId"]: message for message in found}.values()
         early = {

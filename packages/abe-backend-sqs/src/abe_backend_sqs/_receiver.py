@@ -34,6 +34,11 @@ _MOST_LOST: Final = 10_000
 """Receipts whose loss is remembered, for verdicts that were under way when it was found out."""
 
 
+_uncounted: Final[dict[str, int]] = {}
+"""Deliveries that were no attempts, by message, as far as this process knows: a FIFO queue counts what is given back."""
+_MOST_UNCOUNTED: Final = 100_000
+
+
 class _Held:
     """A message that SQS counts as ours."""
 
@@ -122,14 +127,17 @@ class SqsReceiver:
         verdicts = {settlement.receipt: settlement for settlement in settlements}
         ours, failures = self._ours(verdicts)
         hidden: dict[Receipt, int] = {}
+        released: list[Receipt] = []
         moved: dict[Receipt, tuple[str, Entry]] = {}
         for receipt in ours:
             held, verdict = self._held[receipt], verdicts[receipt]
-            if self._stays(held, verdict):
-                hidden[receipt] = 0 if verdict.verb is Verb.RELEASE else -int(-verdict.delay // 1)
-            else:
+            if not self._stays(held, verdict):
                 moved[receipt] = self._copy(held, verdict)
-        for done in await beside(self._hide(hidden), self._move(moved)):
+            elif verdict.verb is Verb.RELEASE:
+                released.append(receipt)
+            else:
+                hidden[receipt] = -int(-verdict.delay // 1)
+        for done in await beside(self._hide(hidden), self._release(released), self._move(moved)):
             failures.update(done)
         return failures
 
@@ -186,6 +194,8 @@ class SqsReceiver:
         for message in distinct.values():
             parsed = _wire.parse(message)
             delivery = _wire.delivery(message, parsed)
+            if self._fifo:
+                delivery.attempt -= _uncounted.get(message["MessageId"], 0)
             held = self._held[delivery.receipt] = _Held(message, delivery.attempt, deadline)
             # One that was put off, and that nobody was there for since it is due, has counted what was no attempt.
             if parsed.due and (parsed.due > now + 500 or _wire.received(message) > 1):
@@ -239,7 +249,7 @@ class SqsReceiver:
         self._leaving.update(ours)
         try:
             if self._fifo:
-                await self._hide(dict.fromkeys(ours, 0))
+                await self._release(ours)
             else:
                 await self._move({each: self._copy(self._held[each], Settlement(each, Verb.RELEASE)) for each in ours})
         finally:
@@ -303,6 +313,8 @@ class SqsReceiver:
                 error = None
             if error is None or isinstance(error, LeaseLostError):
                 self._held.pop(receipt, None)
+                if held is not None:
+                    _uncounted.pop(held.message["MessageId"], None)
             elif held is not None:
                 held.uncertain = True
         return _insist(failures)
@@ -315,6 +327,24 @@ class SqsReceiver:
             if error is None or isinstance(error, LeaseLostError):
                 self._held.pop(receipt, None)
         return _insist(failures)
+
+    async def _release(self, receipts: Sequence[Receipt]) -> Failures:
+        """Show at once what is in a FIFO queue, so that it keeps its place, and remember that this delivery was no attempt."""
+        ids = {receipt: str(self._held[receipt].message["MessageId"]) for receipt in receipts}
+        for id in ids.values():  # before it can be delivered again
+            while len(_uncounted) >= _MOST_UNCOUNTED:
+                del _uncounted[next(iter(_uncounted))]
+            _uncounted[id] = _uncounted.pop(id, 0) + 1
+        failures: Failures = {}
+        try:
+            failures = await self._hide(dict.fromkeys(receipts, 0))
+        except AbeError:
+            failures = {receipt: not_ours() for receipt in receipts if receipt in self._held}
+            raise
+        finally:
+            for receipt in failures:
+                _uncounted[ids[receipt]] = _uncounted.get(ids[receipt], 1) - 1
+        return failures
 
     async def _prolong(self, hiding: Mapping[Receipt, int], started: float) -> Collection[Receipt]:
         """Hide for that many seconds what stays ours, and return what does not."""
