@@ -8,12 +8,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import pytest
 import trustme
 
 from abe_contract_tests import services
-from abe_contract_tests.services import FaultUnsupportedError, Service, ServiceUnavailable, TlsFiles, redis_service
+from abe_contract_tests.services import (
+    FaultUnsupportedError,
+    Service,
+    ServiceUnavailable,
+    TlsFiles,
+    redis_service,
+    sqs,
+    sqs_service,
+)
 from abe_contract_tests.services import _process as process_module
 from abe_contract_tests.services._address import AddressService
 from abe_contract_tests.services._container import ContainerService, image_problem
@@ -217,6 +226,42 @@ class TestProcess:
         with redis_service(server="system", tls=files, environ=PROCESSES) as service:
             assert service.url.startswith("rediss://")
             assert ask(service.url, ("PING",), authority=files.authority) == ["PONG"]
+
+
+@pytest.mark.parametrize("kind", ["moto", "ministack"])
+class TestSqs:
+    def test_it_starts_answers_and_comes_back_at_its_address(self, kind: Literal["moto", "ministack"]) -> None:
+        with sqs_service(kind, environ=PROCESSES) as service:
+            url = service.url
+            assert service.version.startswith(f"{kind} ")
+            assert sqs.ask(url, "CreateQueue", {"QueueName": "q"})
+            service.kill()
+            with pytest.raises(OSError):
+                sqs.ask(url, "ListQueues", {})
+            service.start()
+            assert service.url == url
+            # Both keep everything in memory.
+            assert "q" not in str(sqs.ask(url, "ListQueues", {"QueueNamePrefix": "q"})).replace("QueueUrls", "")
+
+    def test_it_listens_on_the_loopback_address_only(self, kind: Literal["moto", "ministack"]) -> None:
+        with sqs_service(kind, environ=PROCESSES) as service:
+            port = int(service.url.rpartition(":")[2])
+            with socket.socket() as outside, pytest.raises(OSError):
+                outside.connect(("127.0.0.2", port))  # another address of this machine
+
+    def test_an_address_from_the_environment_wins(self, kind: Literal["moto", "ministack"]) -> None:
+        variable = {"moto": "ABE_TEST_SQS_URL", "ministack": "ABE_TEST_MINISTACK_URL"}[kind]
+        service = sqs_service(kind, environ={variable: "http://127.0.0.1:1"})
+        assert isinstance(service, AddressService)
+        with pytest.raises(ServiceUnavailable, match=variable):
+            service.start()
+
+    def test_a_missing_server_says_what_to_install(
+        self, kind: Literal["moto", "ministack"], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("abe_contract_tests.services.sqs.find_spec", lambda _: None)
+        with pytest.raises(ServiceUnavailable, match=f"install the Python package {kind}"):
+            sqs_service(kind, environ=PROCESSES).start()
 
 
 class TestComplaints:
