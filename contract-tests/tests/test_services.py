@@ -241,7 +241,7 @@ class TestSqs:
             service.start()
             assert service.url == url
             # Both keep everything in memory.
-            assert "q" not in str(sqs.ask(url, "ListQueues", {"QueueNamePrefix": "q"})).replace("QueueUrls", "")
+            assert f"{url}/" not in str(sqs.ask(url, "ListQueues", {}))
 
     def test_it_listens_on_the_loopback_address_only(self, kind: Literal["moto", "ministack"]) -> None:
         with sqs_service(kind, environ=PROCESSES) as service:

@@ -42,6 +42,7 @@ EXTRA: dict[str, dict[str, str]] = {
         "_sender": "the publisher copies a message to the groups' queues",
         "_topics": "or SNS does",
         "conftest": "a server to share, behind a gate that can be made to fail",
+        "test_connection": "the clients of the AWS SDK, and how they end",
         "test_delays": "delays and leases longer than this broker knows",
         "test_faults": "what this broker does and no emulator of it can be made to do",
         "test_fifo": "the other kind of queue that this broker has",
