@@ -28,7 +28,7 @@ class _SqsHarness(Harness):
 
     backend: ClassVar[type[MessageQueueBackendProtocol]] = SqsBackend
     evidence: ClassVar[Evidence] = "emulator"
-    lingering_polls: ClassVar[bool] = True
+    approximate: ClassVar[bool] = True
     hides_retries: ClassVar[bool] = True
     server: ClassVar[Literal["moto", "ministack"]]
     variables: ClassVar[Mapping[str, str]] = {}

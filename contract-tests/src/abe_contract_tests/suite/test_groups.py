@@ -92,7 +92,7 @@ async def test_no_group_means_the_shared_group_default(contract: Contract) -> No
         async def waits() -> bool:
             return (await backend.stats()).waiting == (await backend.stats("default")).waiting == 1
 
-        if contract.harness.lingering_polls:
+        if contract.harness.approximate:
             await until(waits)
         else:
             assert await waits()
