@@ -75,9 +75,9 @@ class Harness(ABC):
     capacity: ClassVar[int] = 200_000
     """The most messages that a test may put into the broker at once. Emulators that go through all of them for every request say fewer."""
 
-    lingering_polls: ClassVar[bool] = False
-    """Whether a request for messages cannot be taken back: one that is under way when its consumer leaves may still be given a message,
-    and gives it back, by a copy where the broker counts deliveries. Tests then wait, within their bounds, until that is over."""
+    approximate: ClassVar[bool] = False
+    """Whether what the broker counts is true only after a moment: it counts approximately, or a request for messages that cannot be taken
+    back is still given one when its consumer is gone, and gives it back. Tests then wait, within their bounds, for what they expect."""
 
     hides_retries: ClassVar[bool] = False
     """Whether a message that waits for its retry stays in its queue, hidden from everybody, and counts as held."""

@@ -1,9 +1,15 @@
 """What the provider can be told."""
 
+import re
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 
 from abe.errors import ConfigurationError
 from abe_backend_sqs import SqsBackend, SqsSettings
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_sdk_s_variables_are_read_the_particular_before_the_general() -> None:
@@ -40,6 +46,11 @@ def test_groups_are_pinned_as_json() -> None:
         ("SQS_GROUPS", '{"billing": []}'),
         ("SQS_GROUPS", '{"a b": ["#"]}'),
         ("SQS_ENSURE", "perhaps"),
+        ("SQS_FANOUT", "topic"),
+        ("SQS_FIFO", "perhaps"),
+        ("SQS_MESSAGE_GROUP", "a b"),
+        ("SQS_MESSAGE_GROUP", "x" * 129),
+        ("SQS_MESSAGE_GROUP", "all"),
         ("AWS_ACCESS_KEY_ID", "key"),
         ("AWS_SECRET_ACCESS_KEY", "secret"),
     ],
@@ -67,3 +78,34 @@ def test_sqs_is_told_whole_seconds_and_never_less_than_the_lease(lease: float, v
 
 def test_the_capabilities_say_the_lease_of_the_settings() -> None:
     assert SqsBackend(SqsSettings(lease=7)).capabilities.lease == 7
+
+
+@pytest.mark.parametrize(("other", "text"), [("SQS_FIFO", "true"), ("SQS_GROUPS", '{"billing": ["#"]}')])
+def test_what_does_not_go_with_a_topic_is_refused(other: str, text: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"SQS_FANOUT.*{other}"):
+        SqsSettings.from_env({"SQS_FANOUT": "sns", other: text})
+
+
+def test_the_readme_lists_the_settings_of_the_class() -> None:
+    section = README.read_text().partition("## Settings")[2].partition("\n## ")[0]
+    documented = [
+        tuple(cell.strip().strip("`") for cell in line.strip("|").split("|"))
+        for line in section.splitlines()
+        if line.startswith("| `")
+    ]
+    expected = [
+        (item.metadata["variable"], item.name, _shown(item.default), item.metadata["help"].replace("|", "\\|"))
+        for item in fields(SqsSettings)
+    ]
+    assert documented == expected
+
+
+def test_the_readme_has_the_headings_of_every_provider() -> None:
+    headings = re.findall(r"^## (.+)$", README.read_text(), re.MULTILINE)
+    assert headings == ["Install", "Thirty seconds", "Settings", "Guarantees", "Topology", "Wire format", "Differences"]
+
+
+def _shown(default: object) -> str:
+    return (
+        "unset" if default is None or default == () else f"{default:g}" if isinstance(default, float) else str(default)
+    )

@@ -192,7 +192,7 @@ async def test_shutdown_takes_nothing_new_and_lets_handlers_finish_under_their_l
 
     async with contract.within(15):
         await backend.declare("g")
-        await backend.publish_many(numbered(5))
+        await backend.publish_many(contract.apart(numbered(5)))
         consumer = AsyncLoopConsumer(backend, "g")
         running = asyncio.create_task(consumer.run(handler))
         await started.wait()
@@ -231,7 +231,7 @@ async def test_after_the_grace_period_handlers_are_cancelled_and_their_messages_
 
     async with contract.within():
         await backend.declare("g")
-        await backend.publish_many(numbered(3))
+        await backend.publish_many(contract.apart(numbered(3)))
         consumer = AsyncLoopConsumer(backend, "g", concurrency=3, grace=0.2)
         running = asyncio.create_task(consumer.run(handler))
         await all_run.wait()

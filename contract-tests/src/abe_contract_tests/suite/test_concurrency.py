@@ -47,7 +47,7 @@ async def test_50_consumers_take_5000_messages_and_never_hold_more_than_their_li
         await backends[0].declare("g")
         members = [asyncio.create_task(member(index)) for index in range(CONSUMERS)]
         messages = contract.many(MESSAGES)
-        await backends[0].publish_many(numbered(messages))
+        await backends[0].publish_many(contract.apart(numbered(messages)))
         while (counts := await oracle.counts("g")).total:
             most_in_flight = max(most_in_flight, counts.in_flight)
             await asyncio.sleep(0.005)

@@ -199,7 +199,7 @@ async def test_a_process_killed_in_the_middle_of_the_move_loses_no_message(contr
     oracle = await contract.oracle()
     async with contract.within(25):
         await backend.declare("g")
-        await backend.publish_many(numbered(60))
+        await backend.publish_many(contract.apart(numbered(60)))
         async with contract.worker(workers.reject_all, group="g", count=60) as worker:
             reported = [await worker.next_report() for _ in range(3)]
             await worker.kill()

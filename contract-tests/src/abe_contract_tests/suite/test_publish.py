@@ -193,6 +193,12 @@ async def test_100_tasks_publish_through_one_instance(contract: Contract) -> Non
         assert (await oracle.counts("g")).waiting == 100 * each
         async with backend.consume(group="g", prefetch=200) as subscription:
             messages = await collect(subscription, 100 * each)
+            # One that came twice may have come in place of another.
+            while (
+                contract.capabilities.spurious_duplicates
+                and len({message["text"] for message in messages}) < 100 * each
+            ):
+                messages += await collect(subscription, 1)
     assert {(message["task"], message["n"]) for message in messages} == {
         (task, n) for task in range(100) for n in range(each)
     }

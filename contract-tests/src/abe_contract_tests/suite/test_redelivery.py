@@ -264,7 +264,7 @@ async def test_what_was_fetched_and_not_yielded_is_released_at_close(contract: C
     oracle = await contract.oracle()
     async with contract.within():
         await backend.declare("g")
-        await backend.publish_many(numbered(10))
+        await backend.publish_many(contract.apart(numbered(10)))
         async with other.consume(group="g", prefetch=1) as others:
             first = await others.receive()
             async with backend.consume(group="g", prefetch=20) as subscription:
@@ -286,7 +286,7 @@ async def test_a_stopped_subscription_gives_back_what_nobody_was_handed_and_keep
     oracle = await contract.oracle()
     async with contract.within():
         await backend.declare("g")
-        await backend.publish_many(numbered(10))
+        await backend.publish_many(contract.apart(numbered(10)))
         async with backend.consume(group="g", prefetch=20) as subscription:
             held = await hold(subscription, 3)
             await until_in_flight(oracle, "g", 10)

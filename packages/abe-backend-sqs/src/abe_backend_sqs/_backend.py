@@ -29,7 +29,7 @@ class SqsBackend(TransportBackend):
     """
 
     settings: SqsSettings
-    capabilities = Capabilities(
+    capabilities: Capabilities = Capabilities(
         groups=True,
         key_patterns=True,
         ordered=False,

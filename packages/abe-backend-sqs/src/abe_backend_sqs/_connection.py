@@ -70,12 +70,19 @@ class Clients:
         return client
 
     async def close(self) -> None:
-        """Close them."""
+        """Close them, each even if this is cancelled meanwhile: an event loop that ends cancels it."""
         made, self._made = self._made, {}
+        cancelled: asyncio.CancelledError | None = None
         for task in made.values():
-            await asyncio.wait([task])
-            if not task.cancelled() and task.exception() is None:
-                await task.result().close()
+            try:
+                if not task.done():
+                    await asyncio.wait([task])
+                if not task.cancelled() and task.exception() is None:
+                    await task.result().close()
+            except asyncio.CancelledError as exc:
+                cancelled = exc
+        if cancelled is not None:
+            raise cancelled
 
     async def _client(self, name: str, connections: int, read_timeout: float) -> Any:
         task = self._made.get(name)

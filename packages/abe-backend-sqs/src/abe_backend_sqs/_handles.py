@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from abe.backends.message_queue.base import Receipt
-from abe.errors import AbeError, LeaseLostError
+from abe.errors import AbeError, BackendConnectionError, LeaseLostError
 from abe_backend_sqs._errors import CLIENT_ERRORS, QueueMissingError, translate, translate_entry
 from abe_backend_sqs._wire import BATCH
 
@@ -82,3 +82,15 @@ async def beside(*calls: Awaitable[_T]) -> Sequence[_T]:
 def not_ours() -> LeaseLostError:
     """Return what a verdict fails with that comes too late."""
     return LeaseLostError("the message is not ours any more: its lease had run out, or it was settled before")
+
+
+def insist(failures: dict[Receipt, AbeError]) -> dict[Receipt, AbeError]:
+    """Return the failures if they are for good.
+
+    Raises:
+        BackendConnectionError: Some may succeed later: the call is to be repeated, and leaves out what is done.
+    """
+    for error in failures.values():
+        if error.retryable:
+            raise BackendConnectionError(str(error)) from error
+    return failures

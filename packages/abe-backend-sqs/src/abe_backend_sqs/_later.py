@@ -12,7 +12,7 @@ from abe_backend_sqs import _wire
 from abe_backend_sqs._errors import QueueMissingError
 from abe_backend_sqs._handles import Handles
 from abe_backend_sqs._polls import poll
-from abe_backend_sqs._wire import BATCH, Entry, Message
+from abe_backend_sqs._wire import BATCH, Message
 
 if TYPE_CHECKING:
     from abe_backend_sqs._transport import SqsTransport
@@ -75,13 +75,15 @@ class Later:
         queues = self._transport.queues
         name = queues.names.later(self._group)
         try:
-            url = await queues.url(name)
+            url, deletions = await queues.url(name), queues.deletions
             found = await poll(self._transport, url, BATCH)
         except QueueMissingError:
             queues.forget(name)
             # The consumers find their own queue missing, and make both again; a queue that others make is only missing here.
             await queues.ensure(name)
             return
+        if queues.deletions != deletions:
+            return  # a group of this name was deleted meanwhile, and with it what this poll may bring
         handles = Handles(self._transport, url)
         messages = {message["MessageId"]: message for message in found}.values()
         early = {
@@ -89,7 +91,7 @@ class Later:
         }  # it was delayed for as long as SQS can, and has to wait for longer
         due = [message for message in messages if message["ReceiptHandle"] not in early]
         failures = await handles.hide(early) if early else {}
-        entries = [moved(message, self._transport.settings.message_group) for message in due]
+        entries = [self._transport.copies.due(self._group, message).entry for message in due]
         results = await self._transport.sender.post(queues.names.queue(self._group), entries)
         stored = [message["ReceiptHandle"] for message, result in zip(due, results, strict=True) if result is None]
         failures.update(await handles.delete(stored))
@@ -103,18 +105,6 @@ class Later:
                 await self._left.wait()
         except TimeoutError:
             return
-
-
-def moved(message: Message, message_group: str | None) -> Entry:
-    """Return the entry of a FIFO queue for what waited.
-
-    A message that was never delivered is deduplicated by its id, like any published one. One that is tried again would be dropped by
-    that: it has a deduplication id of its own, the same however often it is moved.
-    """
-    parsed = _wire.parse(message)
-    entry = _wire.repack(message, attempts=parsed.attempts)
-    dedup = message["MessageId"] if parsed.attempts or parsed.fault else parsed.metadata.id
-    return _wire.in_order(entry, message_group or _wire.order(message), dedup)
 
 
 def _left(message: Message) -> int:

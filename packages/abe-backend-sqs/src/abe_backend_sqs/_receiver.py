@@ -1,20 +1,22 @@
 """One consumer of one group."""
 
+import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from abe.backends.message_queue.base import Delivery, Failures, Metadata, Receipt, Settlement, Verb
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
-from abe.errors import AbeError, BackendConnectionError, LeaseLostError
+from abe.errors import AbeError, LeaseLostError
 from abe_backend_sqs import _wire
+from abe_backend_sqs._copies import LONGEST_DELAY, Copy, delayed
 from abe_backend_sqs._errors import QueueMissingError
-from abe_backend_sqs._handles import Handles, beside, not_ours
+from abe_backend_sqs._handles import Handles, beside, insist, not_ours
 from abe_backend_sqs._polls import Polls
-from abe_backend_sqs._sender import LONGEST_DELAY, delayed
-from abe_backend_sqs._wire import Entry, Message
+from abe_backend_sqs._wire import Message
 
 if TYPE_CHECKING:
     from abe_backend_sqs._transport import SqsTransport
@@ -32,6 +34,11 @@ _ON_ITS_WAY: Final = 0.5
 
 _MOST_LOST: Final = 10_000
 """Receipts whose loss is remembered, for verdicts that were under way when it was found out."""
+
+
+_uncounted: Final[dict[str, int]] = {}
+"""Deliveries that were no attempts, by message, as far as this process knows: a FIFO queue counts what is given back."""
+_MOST_UNCOUNTED: Final = 100_000
 
 
 class _Held:
@@ -78,6 +85,7 @@ class SqsReceiver:
         self._held: dict[Receipt, _Held] = {}
         self._lost: dict[Receipt, None] = {}
         self._leaving: set[Receipt] = set()
+        self._renewing = asyncio.Lock()
         self._arrived: deque[_Arrival] = deque()
         self._stopping = False
         if self._fifo:
@@ -114,7 +122,8 @@ class SqsReceiver:
     async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
         """Delete. A handle whose lease has run out is left alone: what it deletes, if anything, may be somebody else's by now."""
         ours, failures = self._ours(receipts)
-        failures.update(await self._delete(ours))
+        with self._being_settled(ours):
+            failures.update(await self._delete(ours))
         return failures
 
     async def settle(self, settlements: Sequence[Settlement]) -> Failures:
@@ -122,21 +131,26 @@ class SqsReceiver:
         verdicts = {settlement.receipt: settlement for settlement in settlements}
         ours, failures = self._ours(verdicts)
         hidden: dict[Receipt, int] = {}
-        moved: dict[Receipt, tuple[str, Entry]] = {}
+        released: list[Receipt] = []
+        moved: dict[Receipt, Copy] = {}
         for receipt in ours:
             held, verdict = self._held[receipt], verdicts[receipt]
-            if self._stays(held, verdict):
-                hidden[receipt] = 0 if verdict.verb is Verb.RELEASE else -int(-verdict.delay // 1)
-            else:
+            if not self._stays(held, verdict):
                 moved[receipt] = self._copy(held, verdict)
-        for done in await beside(self._hide(hidden), self._move(moved)):
-            failures.update(done)
+            elif verdict.verb is Verb.RELEASE:
+                released.append(receipt)
+            else:
+                hidden[receipt] = -int(-verdict.delay // 1)
+        with self._being_settled(ours):
+            for done in await beside(self._hide(hidden), self._release(released), self._move(moved)):
+                failures.update(done)
         return failures
 
     async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
         """Hide anew what is still ours, and what arrived and waits to be asked for."""
         waiting = [arrival.delivery.receipt for arrival in self._arrived]
         ours, failures = self._ours([*receipts, *waiting])
+        ours = [receipt for receipt in ours if receipt not in self._leaving]
         started = time.monotonic()
         hiding = {receipt: min(self._visibility, self._hideable(self._held[receipt])) for receipt in ours}
         ended = [receipt for receipt, left in hiding.items() if left <= 0]
@@ -146,11 +160,9 @@ class SqsReceiver:
                 len(ended),
                 self._group,
             )
-        lost = {
-            *failures,
-            *ended,
-            *await self._prolong({each: left for each, left in hiding.items() if left > 0}, started),
-        }
+        async with self._renewing:
+            left_over = {each: left for each, left in hiding.items() if left > 0}
+            lost = {*failures, *ended, *await self._prolong(left_over, started)}
         for receipt in lost:
             self._forget(receipt)
         return lost.intersection(receipts)
@@ -186,6 +198,8 @@ class SqsReceiver:
         for message in distinct.values():
             parsed = _wire.parse(message)
             delivery = _wire.delivery(message, parsed)
+            if self._fifo:
+                delivery.attempt -= _uncounted.get(message["MessageId"], 0)
             held = self._held[delivery.receipt] = _Held(message, delivery.attempt, deadline)
             # One that was put off, and that nobody was there for since it is due, has counted what was no attempt.
             if parsed.due and (parsed.due > now + 500 or _wire.received(message) > 1):
@@ -221,7 +235,7 @@ class SqsReceiver:
     async def _put_off(self, receipts: Sequence[Receipt]) -> None:
         """Hide again what is not due, so that it is seen before it is; the last stretch is a delay of SQS's own, which no attempt is."""
         hidden: dict[Receipt, int] = {}
-        moved: dict[Receipt, tuple[str, Entry]] = {}
+        moved: dict[Receipt, Copy] = {}
         for receipt in receipts:
             message = self._held[receipt].message
             parsed = _wire.parse(message)
@@ -229,21 +243,27 @@ class SqsReceiver:
             if left > LONGEST_DELAY:
                 hidden[receipt] = int(min(LONGEST_HIDING - 60, left - _EARLY))
             else:
-                moved[receipt] = (self._name, delayed(_wire.repack(message, attempts=parsed.attempts), left))
+                moved[receipt] = Copy(self._name, delayed(_wire.repack(message, attempts=parsed.attempts), left))
         await beside(self._hide(hidden), self._move(moved))
 
     async def _give_back(self, receipts: Collection[Receipt]) -> None:
         ours, _ = self._ours(
             [receipt for receipt in receipts if receipt in self._held and receipt not in self._leaving]
         )
-        self._leaving.update(ours)
-        try:
+        with self._being_settled(ours):
             if self._fifo:
-                await self._hide(dict.fromkeys(ours, 0))
+                await self._release(ours)
             else:
                 await self._move({each: self._copy(self._held[each], Settlement(each, Verb.RELEASE)) for each in ours})
+
+    @contextmanager
+    def _being_settled(self, receipts: Collection[Receipt]) -> Generator[None]:
+        """Keep them from being renewed meanwhile, which would hide again what a verdict shows."""
+        self._leaving.update(receipts)
+        try:
+            yield
         finally:
-            self._leaving.difference_update(ours)
+            self._leaving.difference_update(receipts)
 
     def _stays(self, held: _Held, verdict: Settlement) -> bool:
         """Whether hiding the message does what the verdict says.
@@ -257,26 +277,10 @@ class SqsReceiver:
             return verdict.verb is Verb.RELEASE or not verdict.delay
         return verdict.verb is Verb.RETRY and self._hideable(held) >= -int(-verdict.delay // 1)
 
-    def _copy(self, held: _Held, verdict: Settlement) -> tuple[str, Entry]:
-        """Return what takes the message's place, and where."""
-        names, message = self._transport.queues.names, held.message
-        if verdict.verb is Verb.DEAD:
-            entry = _wire.bury(
-                message, attempts=held.attempt, reason=verdict.reason, error=verdict.error, at=int(time.time() * 1000)
-            )
-            if self._fifo:
-                # Each dead letter is a message group of its own, so that none is kept from those who look through them by another; and
-                # what is buried again after a replay is no repetition.
-                id = str(message["MessageId"])
-                entry = _wire.in_order(_wire.leaving(message, entry), id, f"{id}-{_wire.received(message)}")
-            return names.dead(self._group), entry
-        if verdict.verb is Verb.RELEASE:
-            return self._name, _wire.repack(message, attempts=held.attempt - 1)
-        due = int((time.time() + verdict.delay) * 1000) if verdict.delay > LONGEST_DELAY else 0
-        entry = delayed(_wire.repack(message, attempts=held.attempt, due=due), verdict.delay)
-        return (names.later(self._group), _wire.leaving(message, entry)) if self._fifo else (self._name, entry)
+    def _copy(self, held: _Held, verdict: Settlement) -> Copy:
+        return self._transport.copies.settled(self._group, held.message, held.attempt, verdict)
 
-    async def _move(self, moves: Mapping[Receipt, tuple[str, Entry]]) -> Failures:
+    async def _move(self, moves: Mapping[Receipt, Copy]) -> Failures:
         """Store copies, then delete what they are copies of: a crash in between doubles, and never loses."""
         failures: dict[Receipt, AbeError] = {}
         stored = [receipt for receipt in moves if self._held[receipt].replaced]
@@ -292,7 +296,7 @@ class SqsReceiver:
                 else:
                     failures[receipt] = result
         failures.update(await self._delete(stored))
-        return _insist(failures)
+        return insist(failures)
 
     async def _delete(self, receipts: Sequence[Receipt]) -> dict[Receipt, AbeError]:
         failures = await self._handles.delete(receipts)
@@ -303,18 +307,39 @@ class SqsReceiver:
                 error = None
             if error is None or isinstance(error, LeaseLostError):
                 self._held.pop(receipt, None)
+                if held is not None:
+                    _uncounted.pop(held.message["MessageId"], None)
             elif held is not None:
                 held.uncertain = True
-        return _insist(failures)
+        return insist(failures)
 
     async def _hide(self, hiding: Mapping[Receipt, int]) -> Failures:
         """Hide for that many seconds what is not ours any more after that."""
-        failures = await self._handles.hide(hiding)
+        async with self._renewing:  # a renewal that is on its way would come after this
+            failures = await self._handles.hide(hiding)
         for receipt in hiding:
             error = failures.get(receipt)
             if error is None or isinstance(error, LeaseLostError):
                 self._held.pop(receipt, None)
-        return _insist(failures)
+        return insist(failures)
+
+    async def _release(self, receipts: Sequence[Receipt]) -> Failures:
+        """Show at once what is in a FIFO queue, so that it keeps its place, and remember that this delivery was no attempt."""
+        ids = {receipt: str(self._held[receipt].message["MessageId"]) for receipt in receipts}
+        for id in ids.values():  # before it can be delivered again
+            while len(_uncounted) >= _MOST_UNCOUNTED:
+                del _uncounted[next(iter(_uncounted))]
+            _uncounted[id] = _uncounted.pop(id, 0) + 1
+        failures: Failures = {}
+        try:
+            failures = await self._hide(dict.fromkeys(receipts, 0))
+        except AbeError:
+            failures = {receipt: not_ours() for receipt in receipts if receipt in self._held}
+            raise
+        finally:
+            for receipt in failures:
+                _uncounted[ids[receipt]] = _uncounted.get(ids[receipt], 1) - 1
+        return failures
 
     async def _prolong(self, hiding: Mapping[Receipt, int], started: float) -> Collection[Receipt]:
         """Hide for that many seconds what stays ours, and return what does not."""
@@ -322,8 +347,10 @@ class SqsReceiver:
         for receipt, left in hiding.items():
             if receipt not in failures and receipt in self._held:
                 self._held[receipt].deadline = started + left
-        lost = [receipt for receipt, error in failures.items() if not error.retryable]
-        _insist({receipt: error for receipt, error in failures.items() if error.retryable})
+        # What was settled while this was on its way is not lost.
+        settled = {receipt for receipt in failures if receipt not in self._held or receipt in self._leaving}
+        lost = [receipt for receipt, error in failures.items() if not error.retryable and receipt not in settled]
+        insist({receipt: error for receipt, error in failures.items() if error.retryable})
         return lost
 
     def _ours(self, receipts: Iterable[Receipt]) -> tuple[list[Receipt], dict[Receipt, AbeError]]:
@@ -359,18 +386,6 @@ class SqsReceiver:
         self._transport.queues.forget(self._name)
         await self._transport.declare(self._group, None)
         self._handles.url = self._polls.url = await self._transport.queues.url(self._name)
-
-
-def _insist(failures: dict[Receipt, AbeError]) -> dict[Receipt, AbeError]:
-    """Return the failures if they are for good.
-
-    Raises:
-        BackendConnectionError: Some may succeed later: the call is to be repeated, and leaves out what is done.
-    """
-    for error in failures.values():
-        if error.retryable:
-            raise BackendConnectionError(str(error)) from error
-    return failures
 
 
 if TYPE_CHECKING:

@@ -17,14 +17,12 @@ from abe.errors import (
 )
 from abe_backend_sqs import _wire
 from abe_backend_sqs._connection import Clients
+from abe_backend_sqs._copies import LONGEST_DELAY, delayed
 from abe_backend_sqs._errors import CLIENT_ERRORS, QueueMissingError, translate_entry, translate_send
 from abe_backend_sqs._settings import SqsSettings
 from abe_backend_sqs._topics import SNS_LIMIT
 from abe_backend_sqs._topology import Queues, Registry
 from abe_backend_sqs._wire import Entry
-
-LONGEST_DELAY: Final = 900
-"""Seconds that SQS delays a message at most."""
 
 _FLIGHTS: Final = 48
 """Requests that store messages under way at once."""
@@ -234,11 +232,6 @@ def _too_large(entry: Entry) -> AbeError | None:
         f"the message is {entry.size} bytes of {most} with its headers, as SQS carries it; "
         f"the rest of its {_wire.LIMIT} is for what a retry or a dead letter adds"
     )
-
-
-def delayed(entry: Entry, delay: float) -> Entry:
-    """Return the entry with a delay in seconds, which SQS counts whole and up to a limit."""
-    return entry._replace(delay=min(LONGEST_DELAY, -int(-delay // 1)))
 
 
 def _request(id: str, entry: Entry) -> dict[str, Any]:

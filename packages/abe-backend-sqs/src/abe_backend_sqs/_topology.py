@@ -157,6 +157,8 @@ class Queues:
         self._urls: dict[str, str] = {}
         self._registry: Registry | None = None
         self._topics: Topics | None = Topics(settings, clients) if settings.fanout == "sns" else None
+        self.deletions: int = 0
+        """Groups that were deleted through this object."""
         self._reading: asyncio.Lock = asyncio.Lock()
         if settings.pinned is not None:
             self._registry = Registry(dict(settings.pinned), {}, 0.0, {})
@@ -257,6 +259,7 @@ class Queues:
             raise ConfigurationError(
                 f"group {group!r} is not ours to delete: its queues are made by others (SQS_ENSURE, SQS_GROUPS)"
             )
+        self.deletions += 1
         others = [self.names.later(group)] if self._settings.fifo else []
         if self._topics is not None:
             registry = await self.registry(since=time.monotonic())

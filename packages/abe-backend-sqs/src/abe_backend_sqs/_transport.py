@@ -13,12 +13,13 @@ from abe.backends.message_queue.base.names import EVERYTHING
 from abe.errors import AbeError, BackendConnectionError, ConfigurationError
 from abe_backend_sqs import _wire
 from abe_backend_sqs._connection import Clients
+from abe_backend_sqs._copies import Copies
 from abe_backend_sqs._drawer import Drawer
 from abe_backend_sqs._errors import QueueMissingError, translated
 from abe_backend_sqs._later import Later
 from abe_backend_sqs._polls import Poll
 from abe_backend_sqs._receiver import SqsReceiver
-from abe_backend_sqs._sender import LONGEST_DELAY, Sender, delayed
+from abe_backend_sqs._sender import Sender
 from abe_backend_sqs._settings import SqsSettings
 from abe_backend_sqs._topology import Queues
 from abe_backend_sqs._wire import Entry, Message
@@ -38,6 +39,7 @@ class SqsTransport:
         self.batching = Batching(messages=100, bytes=1_048_576, flights=1 if settings.fifo else 4)
         self.clients = Clients(settings)
         self.queues = Queues(settings, self.clients)
+        self.copies = Copies(settings, self.queues.names)
         self.sender = Sender(settings, self.clients, self.queues)
         self.left_behind: defaultdict[str, list[Poll]] = defaultdict(list)
         """Polls of consumers that are gone, by queue."""
@@ -139,7 +141,8 @@ class SqsTransport:
         replayed = 0
         async with self._dead(group) as drawer:
             async for chosen in _chosen(drawer, ids):
-                results = await self.sender.post(self.queues.names.queue(group), [*map(self._replayed, chosen)])
+                copies = [self.copies.replayed(group, message).entry for message in chosen]
+                results = await self.sender.post(self.queues.names.queue(group), copies)
                 stored = [message for message, result in zip(chosen, results, strict=True) if result is None]
                 await drawer.delete(stored)
                 replayed += len(stored)
@@ -165,13 +168,6 @@ class SqsTransport:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-    def _replayed(self, message: Message) -> Entry:
-        entry = _wire.repack(message, attempts=0)
-        if not self.settings.fifo:
-            return entry
-        # Not the message's own id, with which it was published perhaps a moment ago; and the same if the replay is repeated.
-        return _wire.in_order(entry, self.settings.message_group or _wire.order(message), message["MessageId"])
 
     def _check_open(self) -> None:
         if self._closed:
@@ -214,21 +210,9 @@ class SqsTransport:
 
     async def _unhold(self, group: str, messages: Sequence[Message]) -> Sequence[Message]:
         """Put held messages into the group's queue, with what is left of their delays, and return those that are there."""
-        names = self.queues.names
         entries: dict[str, list[tuple[Message, Entry]]] = {}
         for message in messages:
-            due = _wire.parse(message).due
-            left = max(0.0, due / 1000 - time.time())
-            entry = _wire.repack(message, attempts=0, due=due if left > LONGEST_DELAY else 0)
-            name = names.queue(group)
-            if left:
-                entry = delayed(entry, left)
-                name = names.later(group) if self.settings.fifo else name
-            elif self.settings.fifo:
-                # The message's own id: one that was moved, and not deleted here before a crash, is not moved twice.
-                entry = _wire.in_order(
-                    entry, self.settings.message_group or _wire.order(message), _wire.parse(message).metadata.id
-                )
+            name, entry = self.copies.unheld(group, message)
             entries.setdefault(name, []).append((message, entry))
         moved: list[Message] = []
         for name, some in entries.items():
