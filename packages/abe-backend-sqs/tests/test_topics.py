@@ -53,6 +53,17 @@ async def test_a_group_that_is_not_subscribed_keeps_publishers_from_the_topic(la
         assert [(await backend.stats(group)).waiting for group in ("a", "b")] == [1, 1]
 
 
+async def test_where_others_make_the_queues_nothing_is_subscribed(lab: Any) -> None:
+    async with asyncio.timeout(20):
+        maker, backend = await lab.backend(), await lab.backend(fanout="sns", ensure=False)
+        await maker.declare("g")
+        await backend.declare("g")
+        await backend.publish("k", {"n": 1})
+        assert set(operations(lab)) == {"SendMessageBatch"}
+        assert not lab.gate.requests("CreateTopic")
+        assert (await backend.stats("g")).waiting == 1
+
+
 async def test_what_reached_a_group_that_does_not_want_it_is_dropped_and_a_stranger_s_message_is_not(lab: Any) -> None:
     async with asyncio.timeout(20):
         backend = await lab.backend(fanout="sns")

@@ -98,7 +98,7 @@ class FifoHarness(MiniStackHarness):
 
     name: ClassVar[str] = "sqs-fifo"
     hides_retries: ClassVar[bool] = False
-    capacity: ClassVar[int] = 1_000
+    capacity: ClassVar[int] = 500
     variables: ClassVar[Mapping[str, str]] = {"SQS_FIFO": "true"}
 
 

@@ -235,7 +235,8 @@ class Queues:
         url = await self.ensure(self.names.queue(group), dead=self.names.dead(group))
         if self._settings.fifo:
             await self.ensure(self.names.later(group))
-        unsubscribed = self._topics is not None and not registry.subscriptions.get(group)
+        subscribing = self._settings.ensure and self._topics is not None
+        unsubscribed = subscribing and not registry.subscriptions.get(group)
         if known == wanted and not unsubscribed:
             return self._ignorance(registry.since.get(group, 0.0))
         if not self._settings.ensure:
