@@ -147,7 +147,7 @@ class Connection:
             )
             self._native = native
             native.vhost = vhost(self._url)  # aiormq takes a %2F in a name for a slash
-            native.closing.add_done_callback(lambda _: self._free.set())
+            native.closing.add_done_callback(self._ended)
             await native.connect()
         except ValueError:  # by yarl, or by the codec for names of hosts; the text may show the URL
             raise ConfigurationError("RABBITMQ_URL or MESSAGE_QUEUE_HOST names a host that cannot be one") from None
@@ -193,6 +193,9 @@ class Connection:
                 self._free.set()
             case _:
                 pass
+
+    def _ended(self, _: object) -> None:
+        self._free.set()
 
     def _abort(self) -> None:
         tap = self._factory.tap
