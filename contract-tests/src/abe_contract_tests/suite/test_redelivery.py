@@ -190,7 +190,9 @@ async def test_the_late_ack_of_a_revived_consumer_leaves_the_new_owner_s_copy(co
                 # Our copy is a copy still: failing it brings it back once more.
                 await mine.nack(delay=0)
                 (again,) = await collect(subscription, 1)
-                assert (again["n"], again.attempt) == (1, 3)
+                assert again["n"] == 1
+                # The broker may have given it to the one that was killed, whose last request it had not seen the end of.
+                assert again.attempt == 3 or (contract.harness.approximate and again.attempt == 4)
                 await until_empty(oracle, "g")
 
 

@@ -315,8 +315,9 @@ class SqsReceiver:
 
     async def _hide(self, hiding: Mapping[Receipt, int]) -> Failures:
         """Hide for that many seconds what is not ours any more after that."""
-        async with self._renewing:  # a renewal that is on its way would come after this
-            failures = await self._handles.hide(hiding)
+        async with self._renewing:
+            pass  # a renewal that is on its way could come after this, and hide again what is to be shown
+        failures = await self._handles.hide(hiding)
         for receipt in hiding:
             error = failures.get(receipt)
             if error is None or isinstance(error, LeaseLostError):
