@@ -237,11 +237,10 @@ class TestRestartedNode:
     ) -> None:
         backend = await one_lab.backend(groups=("g",), publish_timeout=30.0)
         await asyncio.gather(*(backend.publish("k", {"n": n}) for n in range(100)))
-        await backend.publish("k", {"n": 100}, delay=0.2)
         await killed(victim, shell)
         started = asyncio.create_task(asyncio.to_thread(victim.start))
         async with backend.consume(group="g") as subscription, asyncio.timeout(60):
-            assert [(await anext(subscription))["n"] for _ in range(101)] == list(range(101))
+            assert [(await anext(subscription))["n"] for _ in range(100)] == list(range(100))
         await started
 
     async def test_with_no_node_each_call_ends_in_time(

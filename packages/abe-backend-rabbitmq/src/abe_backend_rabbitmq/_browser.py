@@ -19,6 +19,9 @@ PAGE: Final = 500
 _PATIENCE: Final = 5.0
 """Seconds without another message after which there are no more."""
 
+_HELD: Final = Delivery(0, b"", None, 1), Header(b"", "", "")
+"""Stands for each message in hand: no more than its tag is needed."""
+
 Found: TypeAlias = tuple[int, Header, bytes]
 """Tag, what came with it, and body of a message."""
 
@@ -99,7 +102,7 @@ class Browser:
             await finished(self._channel.close())
 
     def _deliver(self, tag: int, header: Header, body: bytes, redelivered: bool) -> None:
-        self._channel.held[tag] = Delivery(tag, b"", None, 1), header
+        self._channel.held[tag] = _HELD
         if self._left:
             self._left -= 1
             if self._keep(header, body):

@@ -263,7 +263,9 @@ def unroutable(key: str) -> UnroutableError:
 
 def nacked() -> BackpressureError:
     """Return the outcome of a message that a queue refused."""
-    return BackpressureError("a group that wants the message is full: it has max_backlog messages waiting")
+    return BackpressureError(
+        "a group that wants the message takes no more: max_backlog messages wait, or its queue is short of resources"
+    )
 
 
 def _retrieved(task: "asyncio.Task[Any]") -> None:

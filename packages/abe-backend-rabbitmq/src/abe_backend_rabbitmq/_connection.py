@@ -329,7 +329,14 @@ class Control:
             with translated(connection.address):
                 if self._channel is None or self._owner is not connection or self._channel.is_closed:
                     self._channel, self._owner = await connection.plain(), connection
-                return await request(self._channel)
+                channel = self._channel
+                try:
+                    return await request(channel)
+                except BaseException:
+                    self._channel = None  # what the request had in hand goes back with its channel
+                    if not channel.is_closed:
+                        await channel.close()
+                    raise
 
 
 def _tls_context(settings: RabbitMQSettings) -> ssl.SSLContext:

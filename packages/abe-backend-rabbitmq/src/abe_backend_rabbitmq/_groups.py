@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from aiormq.abc import AbstractChannel
@@ -10,6 +11,7 @@ from aiormq.abc import AbstractChannel
 from abe.backends.message_queue.base.names import EVERYTHING
 from abe.errors import BackendConnectionError
 from abe_backend_rabbitmq import _wire
+from abe_backend_rabbitmq._browser import Found
 from abe_backend_rabbitmq._channel import Outgoing
 from abe_backend_rabbitmq._connection import Connection
 from abe_backend_rabbitmq._errors import ChannelNotFound
@@ -41,15 +43,22 @@ class Groups:
         self._known: Registry | None = None
 
     async def prepare(self, connection: Connection) -> None:
-        """Make what every namespace has. The exchange that is published to comes last: where it is, everything is.
+        """Make what every namespace has. The exchange `nowhere` comes last: where it is, everything is.
 
         Args:
             connection: A new one, or the one that the broker closed a channel of.
         """
         names = self._names
         self.forget()
+
+        async def present(channel: AbstractChannel) -> None:
+            for exchange in (names.exchange, names.nowhere):
+                await channel.exchange_declare(exchange, passive=True)
+            for queue in (names.held, names.registry):
+                await channel.queue_declare(queue, passive=True)
+
         try:
-            await self._control.call(lambda channel: channel.exchange_declare(names.exchange, passive=True), connection)
+            await self._control.call(present, connection)
         except BackendConnectionError as exc:
             if not isinstance(exc.__cause__, ChannelNotFound):
                 raise
@@ -67,82 +76,84 @@ class Groups:
     async def known(self) -> Registry:
         """Return the registry as it was when somebody looked last: who publishes by an old one is told so by the broker."""
         known = self._known
-        return known if known is not None else await self._keeper.exclusively(self._look)
+        return known if known is not None else await self._keeper.exclusively(self._read)
 
     async def all(self) -> Mapping[str, tuple[str, ...]]:
         """Return the groups and their patterns."""
-        registry = await self._keeper.exclusively(self._keeper.read)
+        registry = await self._keeper.exclusively(self._read)
         return {group: tuple(entry.patterns) for group, entry in sorted(registry.groups.items())}
 
-    async def declare(self, group: str, patterns: Sequence[str] | None) -> None:
-        """Register a group, make its queues and bindings, and hand it the held messages that it wants. The lock must be held.
+    async def declare(
+        self, group: str, patterns: Sequence[str] | None, otherwise: Sequence[str] = EVERYTHING
+    ) -> tuple[str, ...]:
+        """Register a group, make its queues and bindings, and hand out what was held. The lock must be held.
 
         Args:
             group: The group.
-            patterns: All that it wants; None: what it has, or everything.
+            patterns: All that it wants; None: what it has.
+            otherwise: What it wants if nothing is said, and it has none.
+
+        Returns:
+            All that it wants.
         """
-        names = self._names
-        registry = await self._keeper.read()
+        registry = await self._read()
         entry = registry.groups.get(group)
-        wanted = list(patterns or (entry.patterns if entry is not None else EVERYTHING))
-        complete = entry is not None and not entry.changing and await self._outlet.count(names.queue(group)) is not None
-        if not (complete and entry is not None and entry.patterns == wanted):
-            before = entry.bound if entry is not None else []
-            registry.groups[group] = Entry(wanted, sorted({*before, *wanted}), changing=True)
-            await self._begin(registry)
-
-            async def make(channel: AbstractChannel) -> None:
-                await self._make_group(channel, group, wanted, before)
-                await self._stop_holding(channel, group)
-
-            await self._control.call(make)
-            await self._bind_version(registry)
-            registry.groups[group] = Entry(wanted, wanted)
-            await self._keeper.write(registry)
-        elif not await self._outlet.count(names.held):
-            await self._control.call(lambda channel: self._make_queues(channel, group))
-            return
+        wanted = list(patterns or (entry.patterns if entry is not None else otherwise))
+        if entry is None or entry.patterns != wanted:
+            registry.groups[group] = Entry(wanted, sorted({*(entry.bound if entry else ()), *wanted}), changing=True)
+            await self._change(registry)
+        else:  # what somebody deleted is made again
+            await self._control.call(lambda channel: self._make_group(channel, group, entry))
         await self._hand_over(registry)
+        return tuple(wanted)
 
     async def delete(self, group: str) -> None:
         """Delete what a group has. The lock must be held."""
-        names = self._names
+        registry = await self._read()
+        entry = registry.groups.get(group)
+        registry.groups[group] = Entry([], entry.bound if entry else [], changing=True)
+        await self._change(registry)
+
+    async def hand_over(self) -> None:
+        """Hand out what is held: messages that were on their way while the first group was made may have come late."""
+        if await self._outlet.count(self._names.held):
+            await self._keeper.exclusively(self._hand_over_now)
+
+    async def _read(self) -> Registry:
+        """Return the registry, with every change that somebody died in the middle of carried out."""
         registry = await self._keeper.read()
-        if group in registry.groups:
-            registry.groups[group].changing = True
-        await self._begin(registry)
-
-        async def delete(channel: AbstractChannel) -> None:
-            for level in range(LEVELS):
-                await channel.queue_delete(names.waiting(group, level))
-            await channel.queue_delete(names.queue(group))
-            await channel.queue_delete(names.dead(group))
-            await channel.exchange_unbind(destination=names.nowhere, source=names.unwanted, routing_key=group)
-
-        await self._control.call(delete)
-        self._ladder.forget(group)
-        registry.groups.pop(group, None)
-        await self._bind_version(registry)
-        await self._keeper.write(registry)
-
-    async def _look(self) -> Registry:
-        registry = await self._keeper.read()
-        if registry.stale:  # somebody died in the middle of a change
-            await self._bind_version(registry)
-            await self._keeper.write(registry)
+        if registry.stale or any(entry.changing for entry in registry.groups.values()):
+            await self._finish(registry)
         self._known = registry
         return registry
 
-    async def _begin(self, registry: Registry) -> None:
-        """Note that a change begins: who dies in its middle leaves it to the next one."""
+    async def _change(self, registry: Registry) -> None:
+        """Carry out a change. The registry says before it what will be, so that who comes next can finish it."""
         registry.stale.append(registry.version)
         registry.version += 1
+        await self._keeper.write(registry)
+        await self._finish(registry)
+
+    async def _finish(self, registry: Registry) -> None:
+        # First: nobody publishes with a delay for groups that are being deleted.
+        await self._control.call(lambda channel: self._bind(channel, registry))
+        for group, entry in list(registry.groups.items()):
+            if not entry.changing:
+                continue
+            if entry.patterns:
+                await self._control.call(partial(self._make_group, group=group, entry=entry))
+                registry.groups[group] = Entry(entry.patterns, entry.patterns)
+            else:
+                await self._control.call(partial(self._delete_group, group=group))
+                self._ladder.forget(group)
+                del registry.groups[group]
+        registry.stale.clear()
+        self._known = registry
         await self._keeper.write(registry)
 
     async def _make_namespace(self, channel: AbstractChannel) -> None:
         names = self._names
-        for fanout in (names.nowhere, names.holding):
-            await channel.exchange_declare(fanout, exchange_type="fanout", durable=True)
+        await channel.exchange_declare(names.holding, exchange_type="fanout", durable=True)
         await channel.exchange_declare(
             names.unwanted, exchange_type="fanout", durable=True, arguments={"alternate-exchange": names.holding}
         )
@@ -159,44 +170,51 @@ class Groups:
         await channel.exchange_declare(names.exchange, exchange_type="topic", durable=True, arguments=arguments)
 
     async def _restore(self, connection: Connection) -> None:
-        """Make the exchange that is published to, with the bindings of the groups there are: it was deleted underneath them.
+        """Make the exchange that is published to, with the bindings of the groups there are, if it was deleted underneath them.
 
-        Until all are bound, everything is held, so that nobody who publishes meanwhile is told that no group wants it.
+        Until all are bound there is no `nowhere`, so that everything is held: nobody who publishes meanwhile is told that no group wants
+        it.
         """
         names = self._names
         registry = await self._keeper.read(connection)
 
         async def restore(channel: AbstractChannel) -> None:
-            for group in registry.groups:
-                await channel.exchange_unbind(destination=names.nowhere, source=names.unwanted, routing_key=group)
+            await channel.exchange_delete(names.nowhere)
             await self._make_exchange(channel)
             for group, entry in registry.groups.items():
-                await self._make_group(channel, group, entry.patterns, entry.bound)
+                await self._make_queues(channel, group, entry)
+            await self._bind(channel, registry)
+            await channel.exchange_declare(names.nowhere, exchange_type="fanout", durable=True)
             for group in registry.groups:
                 await self._stop_holding(channel, group)
-            await self._bind(channel, registry)
 
         await self._control.call(restore, connection)
         if registry.groups:
             _log.warning("the exchange %r was deleted underneath its groups: it is made again", names.exchange)
-            self._keeper.begin(lambda: self._hand_over(registry))
+            self._keeper.begin(self.hand_over)
 
-    async def _make_queues(self, channel: AbstractChannel, group: str) -> None:
+    async def _make_group(self, channel: AbstractChannel, group: str, entry: Entry) -> None:
+        await self._make_queues(channel, group, entry)
+        await self._stop_holding(channel, group)
+
+    async def _delete_group(self, channel: AbstractChannel, group: str) -> None:
         names = self._names
-        await channel.queue_declare(names.dead(group), durable=True, arguments=dict(names.store_arguments))
-        await channel.queue_declare(names.queue(group), durable=True, arguments=dict(names.queue_arguments(group)))
+        for level in range(LEVELS):
+            await channel.queue_delete(names.waiting(group, level))
+        await channel.queue_delete(names.queue(group))
+        await channel.queue_delete(names.dead(group))
+        await channel.exchange_unbind(destination=names.nowhere, source=names.unwanted, routing_key=group)
 
-    async def _make_group(
-        self, channel: AbstractChannel, group: str, wanted: Sequence[str], before: Sequence[str]
-    ) -> None:
+    async def _make_queues(self, channel: AbstractChannel, group: str, entry: Entry) -> None:
         names = self._names
         queue = names.queue(group)
-        await self._make_queues(channel, group)
+        await channel.queue_declare(names.dead(group), durable=True, arguments=dict(names.store_arguments))
+        await channel.queue_declare(queue, durable=True, arguments=dict(names.queue_arguments(group)))
         await channel.queue_bind(queue, names.due, names.arrive(group))
-        for pattern in wanted:
+        for pattern in entry.patterns:
             await channel.queue_bind(queue, names.exchange, pattern)
-        for pattern in before:
-            if pattern not in wanted:
+        for pattern in entry.bound:
+            if pattern not in entry.patterns:
                 await channel.queue_unbind(queue, names.exchange, pattern)
 
     async def _stop_holding(self, channel: AbstractChannel, group: str) -> None:
@@ -204,38 +222,65 @@ class Groups:
         names = self._names
         await channel.exchange_bind(destination=names.nowhere, source=names.unwanted, routing_key=group)
 
-    async def _bind_version(self, registry: Registry) -> None:
-        """Accept delayed messages of those who know the newest version, and of nobody else."""
-        await self._control.call(lambda channel: self._bind(channel, registry))
-        registry.stale.clear()
-        self._known = registry
-
     async def _bind(self, channel: AbstractChannel, registry: Registry) -> None:
+        """Accept delayed messages of those who know the newest version, and of nobody else."""
         names = self._names
         for version in registry.stale:
             await channel.exchange_unbind(destination=names.delay, source=names.later, routing_key=f"{version}.#")
         await channel.exchange_bind(destination=names.delay, source=names.later, routing_key=f"{registry.version}.#")
 
+    async def _hand_over_now(self) -> None:
+        await self._hand_over(await self._read())
+
     async def _hand_over(self, registry: Registry) -> None:
-        """Move held messages to the groups that want them. The lock is held: nobody else has some of them in hand."""
+        """Move held messages to the groups that want them. The lock is held.
+
+        One that a full group refuses goes back with the names of those that are to get it still.
+        """
 
         def wanted(header: Header, body: bytes) -> bool:
-            return bool(registry.wanting(_wire.routing_key(header)))
+            return bool(_wire.left_to(header) or registry.wanting(_wire.routing_key(header)))
 
-        async with self._outlet.browse(self._names.held, wanted) as browser:
-            if browser is not None:
-                async for page in browser.pages():
-                    copies = [
-                        (tag, copy) for tag, header, body in page for copy in await self._copies(registry, header, body)
-                    ]
-                    outcomes = await self._outlet.move([copy for _, copy in copies])
-                    refused = {copies[i][0] for i, error in enumerate(outcomes) if error is not None}
-                    await browser.remove([tag for tag, _, _ in page if tag not in refused])
+        emptying = any(entry.patterns == ["#"] for entry in registry.groups.values())
+        async with self._outlet.browse(self._names.held, wanted, emptying=emptying) as browser:
+            if browser is None:
+                return
+            async for page in browser.pages():
+                copies: list[Outgoing] = []
+                places: list[tuple[int, str]] = []
+                for place, (_, header, body) in enumerate(page):
+                    for group in self._recipients(registry, header):
+                        delay = _wire.due(header) / 1000 - time.time()
+                        to = await self._ladder.retry(group, delay) if delay > 0 else ("", self._names.queue(group))
+                        copies.append(moved(*to, header, body))
+                        places.append((place, group))
+                outcomes = await self._outlet.move(copies, bounded=True)
+                left: dict[int, list[str]] = {}
+                taken: set[int] = set()
+                for i, (place, group) in enumerate(places):
+                    if not outcomes or outcomes[i] is None:
+                        taken.add(place)
+                    else:
+                        left.setdefault(place, []).append(group)
+                await self._keep_for({place: left[place] for place in left if place in taken}, page)
+                refused = left.keys() - taken
+                await browser.remove([tag for place, (tag, _, _) in enumerate(page) if place not in refused])
+                if left:
+                    return  # a group is full, and the next page would only find it so
 
-    async def _copies(self, registry: Registry, header: Header, body: bytes) -> Sequence[Outgoing]:
-        copies: list[Outgoing] = []
-        delay = _wire.due(header) / 1000 - time.time()
-        for group in registry.wanting(_wire.routing_key(header)):
-            to = await self._ladder.retry(group, delay) if delay > 0 else ("", self._names.queue(group))
-            copies.append(moved(*to, header, body))
-        return copies
+    def _recipients(self, registry: Registry, header: Header) -> Sequence[str]:
+        named = _wire.left_to(header)
+        groups = [group for group in named if group in registry.groups]
+        return groups if named else registry.wanting(_wire.routing_key(header))
+
+    async def _keep_for(self, left: Mapping[int, Sequence[str]], page: Sequence[Found]) -> None:
+        """Put those back, named, that only some of their groups took."""
+        named: list[Outgoing] = []
+        for place, groups in left.items():
+            _, header, body = page[place]
+            properties = _wire.copy(header, body, 0, ("abe-due", _wire.due(header)), ("abe-for", " ".join(groups)))
+            named.append(Outgoing("", self._names.held, properties, body, _wire.message_id(properties)))
+        if named:
+            for error in await self._outlet.move(named):
+                if error is not None:
+                    raise error

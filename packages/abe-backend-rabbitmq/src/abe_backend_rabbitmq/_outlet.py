@@ -9,7 +9,7 @@ from abe.errors import AbeError, BackendConnectionError, BackpressureError, Publ
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._browser import Browser
 from abe_backend_rabbitmq._channel import Opened, Outgoing
-from abe_backend_rabbitmq._connection import Connection, Control, Link
+from abe_backend_rabbitmq._connection import PINNED, Connection, Control, Link
 from abe_backend_rabbitmq._errors import ChannelNotFound, translated
 from abe_backend_rabbitmq._settings import RabbitMQSettings
 from abe_backend_rabbitmq._wire import Header
@@ -84,7 +84,7 @@ class Outlet:
             bounded: Whether they are new to the group, so that its backlog must not grow beyond its limit.
 
         Raises:
-            BackendConnectionError: Some were not accepted for sure; it does no harm to repeat all.
+            BackendConnectionError: Some were not accepted for sure; repeating all of them doubles some at worst.
         """
         outcomes = await self._publish(await self.open(), messages, bounded=bounded)
         unknown = next((error for error in outcomes if isinstance(error, PublishUnknownError)), None)
@@ -129,7 +129,7 @@ class Outlet:
         if not count:
             yield None
             return
-        connection = await self._link.get()
+        connection = PINNED.get() or await self._link.get()  # the lock is that connection's
         browser = Browser(await connection.channel(), queue, count, keep, emptying=emptying)
         try:
             with translated(connection.address):

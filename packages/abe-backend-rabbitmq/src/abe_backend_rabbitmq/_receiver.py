@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from abe.backends.message_queue.base import Delivery, Failures, Metadata, Receipt, Settlement, Verb
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
-from abe.errors import AbeError, BackendConnectionError
+from abe.errors import AbeError, BackendConnectionError, UnroutableError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._channel import Opened, Outgoing
 from abe_backend_rabbitmq._connection import finished
@@ -32,6 +32,12 @@ _UNSURE: Final = 1.0
 
 _GOODBYE: Final = 1.0
 """Seconds for which closing a channel waits for the broker's answer."""
+
+_LOOK_AGAIN: Final = 10.0
+"""Seconds after which a consumer that has nothing to do looks again for held messages."""
+
+_PATIENCE: Final = 25.0
+"""Seconds for which a verdict is tried by way of a copy. The engine gives up after 30, and nobody would give the message back then."""
 
 _WARN_AT: Final = 0.8
 _SAMPLES: Final = 24
@@ -63,12 +69,14 @@ class RabbitMQReceiver:
         self._ready: deque[Delivery] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._stopping = False
-        self._looked = False
+        self._look_at = 0.0
         self._sample_every = consumer_timeout * _WARN_AT / _SAMPLES
         self._samples: deque[int] = deque(maxlen=_SAMPLES)
         self._warned = -1
         self._timer: asyncio.TimerHandle | None = None
         self._acked_at = -_UNSURE
+        self._failing: dict[int, float] = {}
+        self._requeued: set[Receipt] = set()
 
     @property
     def holding(self) -> int:
@@ -77,9 +85,14 @@ class RabbitMQReceiver:
 
     async def start(self) -> None:
         """Begin to consume, on a new channel."""
+        before, self._channel, self._consumer = self._channel, None, ""
+        if before is not None and before.closed is None:
+            self._drop(before, "the consumer began anew")
         self._generation += 1
         self._ready.clear()
         self._samples.clear()
+        self._failing.clear()
+        self._requeued.clear()
         transport = self._transport
         channel = await transport.consume_channel()
         base = self._generation << _TAG_BITS
@@ -97,7 +110,9 @@ class RabbitMQReceiver:
         self._channel = channel
         with translated(transport.settings.namespace):
             self._consumer = await finished(channel.consume(self._queue, self._prefetch, deliver))
-        if self._timer is None:
+        if self._stopping:  # meanwhile
+            await self.stop()
+        elif self._timer is None:
             self._timer = self._loop.call_later(self._sample_every, self._watch)
 
     async def receive(self, limit: int) -> Sequence[Delivery]:
@@ -118,9 +133,9 @@ class RabbitMQReceiver:
         if channel is None or channel.closed is not None:
             reason = "it was not opened" if channel is None else channel.closed
             raise BackendConnectionError(f"the channel that consumes group {self.group!r} is gone: {reason}")
-        if not ready and not self._looked:
-            self._looked = True
-            await self._transport.look_at_held(self.group)
+        if not ready and self._loop.time() >= self._look_at:
+            self._look_at = self._loop.time() + _LOOK_AGAIN
+            self._transport.look_at_held()
         return [ready.popleft() for _ in range(min(limit, len(ready)))]
 
     def metadata(self, delivery: Delivery) -> Metadata:
@@ -150,27 +165,36 @@ class RabbitMQReceiver:
     async def settle(self, settlements: Sequence[Settlement]) -> Failures:
         """Carry out verdicts: a copy is published and confirmed, then the message acknowledged; or the broker takes it back."""
         failures: dict[Receipt, AbeError] = {}
-        copies: list[tuple[Settlement, int, Outgoing]] = []
+        copied: list[tuple[Settlement, int]] = []
         channel = self._channel
         for settlement in settlements:
             tag = self._tag(settlement.receipt)
-            if channel is None or tag is None:
+            if settlement.receipt in self._requeued:
+                self._requeued.discard(settlement.receipt)
+            elif channel is None or tag is None:
                 failures[settlement.receipt] = lost()
             elif settlement.verb is Verb.RETRY and settlement.delay <= 0:
                 await channel.requeue(tag)
             else:
-                copies.append((settlement, tag, await self._copy(settlement, *channel.held[tag])))
-        if copies and channel is not None:
-            outcomes = await self._transport.outlet.move([copy for _, _, copy in copies])
+                copied.append((settlement, tag))
+        if copied and channel is not None:
+            try:
+                outcomes = await self._move(copied, channel)
+            except AbeError as exc:
+                if exc.retryable and not self._too_late([tag for _, tag in copied]):
+                    again = {settlement.receipt for settlement, _ in copied}
+                    self._requeued |= {each.receipt for each in settlements} - again - failures.keys()
+                    raise
+                outcomes = [exc] * len(copied)
             done: list[int] = []
-            for i, (settlement, tag, _) in enumerate(copies):
+            for i, (settlement, tag) in enumerate(copied):
                 error = outcomes[i] if outcomes else None
+                self._failing.pop(tag, None)
                 if channel.closed is not None or tag not in channel.held:
                     failures[settlement.receipt] = lost()
                 elif error is None:
                     done.append(tag)
-                else:  # what it was to go to is full, or gone
-                    self._transport.ladder.forget()
+                else:
                     await channel.requeue(tag)
                     if settlement.verb is not Verb.RELEASE:
                         failures[settlement.receipt] = error
@@ -191,7 +215,7 @@ class RabbitMQReceiver:
             if not isinstance(exc.__cause__, ChannelNotFound):
                 raise
             _log.warning("group %r was deleted underneath its consumers: it is made again", self.group)
-            await self._transport.declare(self.group, None)
+            await self._transport.declare_again(self.group)
             await self.start()
         return [receipt for receipt in receipts if self._tag(receipt) is None]
 
@@ -262,6 +286,34 @@ class RabbitMQReceiver:
         tag = receipt & ((1 << _TAG_BITS) - 1)
         return tag if tag in channel.held else None
 
+    async def _move(self, copied: Sequence[tuple[Settlement, int]], channel: Opened) -> Sequence[AbeError | None]:
+        """Publish what takes the messages' places. Queues that it goes to and that were deleted are made again, once."""
+        outcomes: list[AbeError | None] = [lost()] * len(copied)
+        places: Sequence[int] = range(len(copied))
+        for last in (False, True):
+            copies: list[Outgoing] = []
+            sent: list[int] = []
+            for place in places:
+                settlement, tag = copied[place]
+                held = channel.held.get(tag)
+                if held is not None:
+                    copies.append(await self._copy(settlement, *held))
+                    sent.append(place)
+            found = await self._transport.outlet.move(copies)
+            for i, place in enumerate(sent):
+                outcomes[place] = found[i] if found else None
+            missing = [place for place in sent if isinstance(outcomes[place], UnroutableError)]
+            if last or not missing:
+                break
+            self._transport.ladder.forget()
+            await self._transport.declare_again(self.group)
+            places = missing
+        return outcomes if any(outcomes) else ()
+
+    def _too_late(self, tags: Sequence[int]) -> bool:
+        now = self._loop.time()
+        return any(now - self._failing.setdefault(tag, now) > _PATIENCE for tag in tags)
+
     async def _copy(self, settlement: Settlement, delivery: Delivery, header: Header) -> Outgoing:
         body, attempt = delivery.body, delivery.attempt
         if settlement.verb is Verb.RETRY:
@@ -281,7 +333,10 @@ class RabbitMQReceiver:
 
     def _cancelled(self, channel: Opened) -> None:
         """The broker ended the consumer: its queue was deleted or moved. Everything begins anew."""
-        channel.lose("the broker cancelled the consumer")
+        self._drop(channel, "the broker cancelled the consumer")
+
+    def _drop(self, channel: Opened, reason: str) -> None:
+        channel.lose(reason)
         task = self._loop.create_task(_close(channel))
         _closing.add(task)
         task.add_done_callback(_closing.discard)

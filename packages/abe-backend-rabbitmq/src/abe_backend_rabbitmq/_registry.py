@@ -7,7 +7,7 @@ queue that one connection owns; the broker frees it when that connection ends.
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final, TypeVar
 
@@ -16,7 +16,7 @@ from aiormq.abc import AbstractChannel
 from pamqp import commands
 
 from abe.backends.message_queue.base.names import matches
-from abe.errors import AbeError, BackendConnectionError
+from abe.errors import AbeError, BackendConnectionError, ConfigurationError
 from abe_backend_rabbitmq._connection import PINNED, Connection, Control
 from abe_backend_rabbitmq._errors import ChannelLocked
 from abe_backend_rabbitmq._topology import Topology
@@ -24,6 +24,9 @@ from abe_backend_rabbitmq._topology import Topology
 _log: Final = logging.getLogger("abe.rabbitmq")
 
 _PROPERTIES: Final = commands.Basic.Properties(content_type="application/json", delivery_mode=2)
+_GOODBYE: Final = 1.0
+"""Seconds for which closing waits for work that was cancelled."""
+
 _POLL: Final = 0.005
 _LONGEST_POLL: Final = 0.05
 _TOO_OFTEN: Final = 1_000
@@ -77,14 +80,15 @@ class RegistryKeeper:
         self._names = topology
         self._patience = patience
         self._ours = asyncio.Lock()
+        self._owner: Connection | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def close(self) -> None:
-        """Give up what is under way."""
+        """Give up what is under way. What waits for a silent broker ends with its connection."""
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
-            await asyncio.wait(self._tasks)
+            await asyncio.wait(self._tasks, timeout=_GOODBYE)
 
     async def exclusively(self, work: Callable[[], Awaitable[_T]]) -> _T:
         """Do something under the namespace's lock, to its end even if the caller is cancelled.
@@ -92,27 +96,31 @@ class RegistryKeeper:
         Raises:
             BackendConnectionError: It was closed meanwhile; or as `locked`, or the work.
         """
-        task = self._start(work)
+
+        async def run() -> _T:
+            async with self.locked():
+                return await work()
+
+        task = self._start(run())
         await asyncio.wait([task])
         if task.cancelled():
             raise BackendConnectionError("the connection to rabbitmq was closed")
         return task.result()
 
     def begin(self, work: Callable[[], Awaitable[object]]) -> None:
-        """Do something under the namespace's lock, when it is free. A failure is logged: nobody waits."""
+        """Do something that nobody waits for: a failure is logged."""
 
         def report(task: asyncio.Task[object]) -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
                 _log.warning("the groups could not be put in order: %s", error)
 
-        self._start(work).add_done_callback(report)
+        async def run() -> object:
+            return await work()
 
-    def _start(self, work: Callable[[], Awaitable[_T]]) -> "asyncio.Task[_T]":
-        async def run() -> _T:
-            async with self.locked():
-                return await work()
+        self._start(run()).add_done_callback(report)
 
-        task = asyncio.get_running_loop().create_task(run())
+    def _start(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda task: task.cancelled() or task.exception())  # the caller may have left
@@ -143,6 +151,9 @@ class RegistryKeeper:
 
     @asynccontextmanager
     async def _locked(self, on: Connection) -> AsyncGenerator[None, None]:
+        if on is self._owner:  # a connection that prepares itself again while its own process works under the lock
+            yield
+            return
         lock = self._names.lock
         deadline = asyncio.get_running_loop().time() + self._patience
         pause = _POLL
@@ -151,13 +162,19 @@ class RegistryKeeper:
                 await self._control.call(lambda channel: channel.queue_declare(lock, exclusive=True), on)
                 break
             except BackendConnectionError as exc:
-                if not isinstance(exc.__cause__, ChannelLocked) or asyncio.get_running_loop().time() > deadline:
+                if not isinstance(exc.__cause__, ChannelLocked):
                     raise
+                if asyncio.get_running_loop().time() > deadline:
+                    raise BackendConnectionError(
+                        f"another process has been changing the groups for {self._patience:g} s: it holds the queue {lock!r}"
+                    ) from exc
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
             pause = min(_LONGEST_POLL, pause * 1.5)
+        self._owner = on
         try:
             yield
         finally:
+            self._owner = None
             try:
                 await self._control.call(lambda channel: channel.queue_delete(lock), on)
             except AbeError as exc:
@@ -206,7 +223,10 @@ class RegistryKeeper:
                 break
             tag = method.delivery_tag or tag
             used = max(used, _count(message.header.properties.headers))
-            found = _decode(message.body)
+            try:
+                found = _decode(message.body)
+            except msgspec.MsgspecError as exc:
+                raise ConfigurationError(f"the queue {queue!r} holds a message that is no registry: remove it") from exc
             if newest is None or found.serial >= newest.serial:
                 newest = found
             if not method.message_count:

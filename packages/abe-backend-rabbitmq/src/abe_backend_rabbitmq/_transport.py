@@ -1,6 +1,7 @@
 """The primitives: what the engine asks of RabbitMQ."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -8,7 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
 from abe.backends.message_queue.base import Transport as TransportProtocol
-from abe.errors import AbeError, PublishUnknownError, UnroutableError
+from abe.backends.message_queue.base.names import EVERYTHING
+from abe.errors import AbeError, BackendConnectionError, PublishUnknownError, UnroutableError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._browser import Browser, Found
 from abe_backend_rabbitmq._channel import Opened, Outgoing
@@ -22,6 +24,7 @@ from abe_backend_rabbitmq._settings import RabbitMQSettings
 from abe_backend_rabbitmq._topology import LEVELS, Topology
 from abe_backend_rabbitmq._wire import Header
 
+_log: Final = logging.getLogger("abe.rabbitmq")
 _STALE: Final = 20
 """Times that the groups may change under one batch before it counts as failed."""
 
@@ -48,6 +51,8 @@ class RabbitMQTransport:
         self.ladder = Ladder(self.outlet.control, self.topology)
         self._keeper = RegistryKeeper(self.outlet.control, self.topology, settings.publish_timeout)
         self._groups = Groups(self.outlet, self._keeper, self.ladder, self.topology)
+        self._patterns: dict[str, tuple[str, ...]] = {}
+        self._leaving: set[asyncio.Future[None]] = set()
         self._consuming = Link(settings, "abe-consume", _nothing)
 
     async def open(self) -> None:
@@ -58,6 +63,8 @@ class RabbitMQTransport:
         """Disconnect."""
         await self._keeper.close()
         await asyncio.gather(self.outlet.close(), self._consuming.close())
+        if self._leaving:
+            await asyncio.wait(self._leaving)
 
     async def ping(self) -> None:
         """Ask for a queue that is always there."""
@@ -71,7 +78,12 @@ class RabbitMQTransport:
 
     async def declare(self, group: str, patterns: tuple[str, ...] | None) -> None:
         """Register the group, make its queues and bindings, and move the held messages that it wants."""
-        await self._keeper.exclusively(partial(self._groups.declare, group, patterns))
+        self._patterns[group] = await self._keeper.exclusively(partial(self._groups.declare, group, patterns))
+
+    async def declare_again(self, group: str) -> None:
+        """Make a group again that was deleted underneath, with the patterns that it had when we last knew."""
+        patterns = self._patterns.get(group, EVERYTHING)
+        await self._keeper.exclusively(partial(self._groups.declare, group, None, patterns))
 
     async def delete_group(self, group: str) -> None:
         """Delete what the group has."""
@@ -84,7 +96,14 @@ class RabbitMQTransport:
     async def subscribe(self, group: str, prefetch: int) -> RabbitMQReceiver:
         """Make a consumer."""
         receiver = RabbitMQReceiver(self, group, prefetch)
-        await receiver.start()
+        starting = asyncio.ensure_future(receiver.start())
+        try:
+            await asyncio.shield(starting)
+        except BaseException:
+            leaving = asyncio.ensure_future(_leave(starting, receiver))  # nobody will close it
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+            raise
         self.receivers.add(receiver)
         return receiver
 
@@ -147,10 +166,9 @@ class RabbitMQTransport:
 
         return await (self._keeper.exclusively(all) if ids is None else self._each(group, ids, purge))
 
-    async def look_at_held(self, group: str) -> None:
-        """Move held messages that the group wants: one that was on its way while the first group was made may have come late."""
-        if await self.outlet.count(self.topology.held):
-            await self.declare(group, None)
+    def look_at_held(self) -> None:
+        """Hand out held messages, in a while."""
+        self._keeper.begin(self._groups.hand_over)
 
     def _outgoing(self, envelope: Envelope) -> Outgoing:
         return Outgoing(self.topology.exchange, envelope.key, _wire.pack(envelope), envelope.body, envelope.id)
@@ -198,18 +216,22 @@ class RabbitMQTransport:
         copies = {(i, ""): self._outgoing(each) for i, each in enumerate(envelopes) if not each.delay}
         waiting = {i for i, each in enumerate(envelopes) if each.delay}
         done: set[tuple[int, str]] = set()
-        for _ in range(_STALE):
-            registry = await self._groups.known()
-            for i in waiting:
-                try:
-                    copies |= {
-                        (i, group): copy
-                        for group, copy in await self._later(registry, envelopes[i])
-                        if (i, group) not in done
-                    }
-                except UnroutableError as exc:
-                    outcomes[i] = exc
-            results = await self.outlet.publish(list(copies.values())) if copies else ()
+        failure: AbeError = BackendConnectionError("the groups change faster than delayed messages can be published")
+        for turn in range(_STALE):
+            try:
+                registry = await self._groups.known()
+                for i in waiting:
+                    try:
+                        later = await self._later(registry, envelopes[i])
+                        copies |= {(i, group): copy for group, copy in later if (i, group) not in done}
+                    except UnroutableError as exc:
+                        outcomes[i] = exc
+                results = await self.outlet.publish(list(copies.values())) if copies else ()
+            except AbeError as exc:
+                if not turn:
+                    raise
+                failure = exc
+                break
             waiting = set[int]()
             for place, (i, group) in enumerate(copies):
                 result = results[place] if results else None
@@ -223,7 +245,10 @@ class RabbitMQTransport:
                 return outcomes if any(outcomes) else ()
             copies = {}
             self._groups.forget()
-        raise PublishUnknownError("the groups change faster than delayed messages can be published")
+        halfway = {i for i, _ in done}
+        for i in waiting:
+            outcomes[i] = PublishUnknownError(f"some groups have it, not all: {failure}") if i in halfway else failure
+        return outcomes
 
     async def _later(self, registry: Registry, envelope: Envelope) -> Sequence[tuple[str, Outgoing]]:
         id, key, body, _, _, delay = envelope
@@ -240,6 +265,14 @@ class RabbitMQTransport:
         return [
             (group, Outgoing(later, f"{registry.version}.{words[group]}", properties, body, id)) for group in groups
         ]
+
+
+async def _leave(starting: "asyncio.Future[None]", receiver: RabbitMQReceiver) -> None:
+    await asyncio.wait([starting])
+    try:
+        await receiver.close()
+    except AbeError as exc:
+        _log.debug("a consumer that was not wanted any more could not be closed: %s", exc)
 
 
 async def _nothing(_: Connection) -> None:

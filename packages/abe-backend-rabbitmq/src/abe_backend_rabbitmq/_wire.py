@@ -12,7 +12,7 @@ Properties are bytes here: the flags and the values, as they stand in a content 
 import hashlib
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
@@ -218,7 +218,7 @@ def copy(header: Header, body: bytes, attempt: int, *extra: tuple[str, str | int
         name: value
         for name, value in given.items()
         if not name.startswith(_BROKERS)
-        and name not in (*_ADDRESSES, "abe-due", "abe-reason", "abe-error", "abe-dead-at")
+        and name not in (*_ADDRESSES, "abe-due", "abe-for", "abe-reason", "abe-error", "abe-dead-at")
     }
     properties.headers = kept | ours
     properties.message_id = properties.message_id or stranger_id(header, body)
@@ -279,6 +279,15 @@ def due(header: Header) -> int:
         return _number(parse(header.properties).headers or {}, "abe-due")
     except DecodeError:
         return 0
+
+
+def left_to(header: Header) -> Sequence[str]:
+    """Return the groups that are still to get a held message, where others have it; none: whoever wants it."""
+    try:
+        named = (parse(header.properties).headers or {}).get("abe-for")
+    except DecodeError:
+        return ()
+    return named.split(" ") if isinstance(named, str) else ()
 
 
 def routing_key(header: Header) -> str:
