@@ -106,6 +106,7 @@ class SnsHarness(MiniStackHarness):
     """Standard queues, and a topic that copies to them what all groups want."""
 
     name: ClassVar[str] = "sqs-sns"
+    capacity: ClassVar[int] = 500
     variables: ClassVar[Mapping[str, str]] = {"SQS_FANOUT": "sns"}
 
 
