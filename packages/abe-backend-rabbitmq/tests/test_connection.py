@@ -723,6 +723,7 @@ class TestWhatIsThere:
         with pytest.raises(ConfigurationError, match="QUEUE_NAMESPACE") as caught:
             await backend.declare("g")
         assert f"the queue 'abe:{lab.namespace}:queue:g' exists with x-" in str(caught.value)
+        await (await lab.pika()).queue_delete(f"abe:{lab.namespace}:queue:g")
 
 
 async def _entered(backend: RabbitMQBackend) -> None:

@@ -109,7 +109,6 @@ class Traffic:
         self._publishing = True
 
     async def run(self, faults: Callable[["Traffic"], Awaitable[None]], *, within: float = 60.0) -> None:
-        await self._publisher.declare("g")
         consuming = asyncio.create_task(self._consumer.run(self._handle))
         publishing = [asyncio.create_task(self._publish()) for _ in range(20)]
         try:
@@ -161,7 +160,7 @@ class TestClosedConnections:
                 closed += await shell.close_connections(name)
             await traffic.some()
 
-        backend = await lab.backend()
+        backend = await lab.backend(groups=("g",))
         traffic = Traffic(backend, backend)
         await traffic.run(close)
         assert closed >= 5
@@ -193,12 +192,12 @@ class TestClosedConnections:
             while [found.unacknowledged for found in await shell.counts(lab.names.queue("g"))] != [4]:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             assert await shell.close_connections("abe-consume") == 1
-            numbers = []
-            for _ in range(8):
+            done = set[int]()
+            while len(done) < 8:
                 message = await subscription.receive()
-                numbers.append(message["n"])
-                await message.ack()
-        assert sorted(numbers) == list(range(8))
+                with suppress(LeaseLostError):  # it was handed out before the end of the connection was seen
+                    await message.ack()
+                    done.add(message["n"])
 
     async def test_the_address_that_lives_is_found_again(self, one_lab: Any, shell: RabbitMQShell) -> None:
         backend = await one_lab.backend(url=f"amqp://127.0.0.1:1,{one_lab.url}", groups=("g",))
@@ -229,7 +228,7 @@ class TestRestartedNode:
             await asyncio.to_thread(victim.start)
             await traffic.some()
 
-        backend = await lab.backend()
+        backend = await lab.backend(groups=("g",))
         await Traffic(backend, backend).run(restart, within=90)
 
     async def test_what_waits_outlives_the_node(
@@ -293,8 +292,9 @@ class TestFrozenNode:
                     await asyncio.sleep(1.0)  # the fault itself: longer than publish_timeout
             await traffic.some()
 
+        patient = await lab.backend(groups=("g",))
         backend = await lab.backend(publish_timeout=0.4, connect_timeout=0.4)
-        await Traffic(backend, backend).run(freeze)
+        await Traffic(backend, patient).run(freeze)
 
     async def test_a_missed_heartbeat_ends_the_connection(
         self, lab: Any, victim: ProcessService, caplog: pytest.LogCaptureFixture
@@ -502,9 +502,6 @@ class TestDeletedUnderneath:
         async with backend.consume(group="g") as subscription, asyncio.timeout(10):
             assert [(await anext(subscription))["n"] for _ in range(3)] == [1, 2, 3]
 
-    @pytest.mark.xfail(
-        raises=AbeError, reason="they are made again only when the exchange that is published to is gone"
-    )
     @pytest.mark.parametrize("name", ["later", "delay"])
     async def test_the_exchanges_of_delays_come_back(self, one_lab: Any, name: str) -> None:
         backend = await one_lab.backend(groups=("g",), publish_timeout=1.0)

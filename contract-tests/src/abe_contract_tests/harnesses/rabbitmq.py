@@ -73,6 +73,7 @@ class PlainRabbitMQHarness(RabbitMQHarness):
     """The same by aiormq alone, without the tap."""
 
     name: ClassVar[str] = "rabbitmq-plain"
+    pace: ClassVar[float] = 3.0
 
     def environment(self, namespace: str, *, lease: float) -> Mapping[str, str]:
         return {**super().environment(namespace, lease=lease), "RABBITMQ_TAP": "false"}

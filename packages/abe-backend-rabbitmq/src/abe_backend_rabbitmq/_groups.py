@@ -52,7 +52,7 @@ class Groups:
         self.forget()
 
         async def present(channel: AbstractChannel) -> None:
-            for exchange in (names.exchange, names.nowhere):
+            for exchange in (names.exchange, names.later, names.delay, names.due, names.nowhere):
                 await channel.exchange_declare(exchange, passive=True)
             for queue in (names.held, names.registry):
                 await channel.queue_declare(queue, passive=True)
@@ -190,7 +190,7 @@ class Groups:
 
         await self._control.call(restore, connection)
         if registry.groups:
-            _log.warning("the exchange %r was deleted underneath its groups: it is made again", names.exchange)
+            _log.warning("exchanges of %r were deleted underneath the groups: they are made again", names.exchange)
             self._keeper.begin(self.hand_over)
 
     async def _make_group(self, channel: AbstractChannel, group: str, entry: Entry) -> None:

@@ -53,6 +53,12 @@ class Outlet:
                 self._owner = connection
             return self._channel
 
+    async def prepare(self) -> None:
+        """Make again what was deleted of what every namespace has."""
+        await self.open()
+        if self._owner is not None:
+            await self._prepare(self._owner)
+
     async def close(self) -> None:
         """Disconnect."""
         await self._link.close()

@@ -15,6 +15,7 @@ from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._browser import Browser, Found
 from abe_backend_rabbitmq._channel import Opened, Outgoing
 from abe_backend_rabbitmq._connection import Connection, Link
+from abe_backend_rabbitmq._errors import ChannelNotFound
 from abe_backend_rabbitmq._groups import Groups
 from abe_backend_rabbitmq._ladder import Ladder
 from abe_backend_rabbitmq._outlet import Outlet, moved
@@ -217,7 +218,8 @@ class RabbitMQTransport:
         waiting = {i for i, each in enumerate(envelopes) if each.delay}
         done: set[tuple[int, str]] = set()
         failure: AbeError = BackendConnectionError("the groups change faster than delayed messages can be published")
-        for turn in range(_STALE):
+        mended = published = False
+        for _ in range(_STALE):
             try:
                 registry = await self._groups.known()
                 for i in waiting:
@@ -227,8 +229,13 @@ class RabbitMQTransport:
                     except UnroutableError as exc:
                         outcomes[i] = exc
                 results = await self.outlet.publish(list(copies.values())) if copies else ()
+                published = True
             except AbeError as exc:
-                if not turn:
+                if isinstance(exc.__cause__, ChannelNotFound) and not mended:
+                    mended = True  # an exchange of the ladder was deleted
+                    await self.outlet.prepare()
+                    continue
+                if not published:
                     raise
                 failure = exc
                 break
