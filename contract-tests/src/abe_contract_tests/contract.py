@@ -148,6 +148,10 @@ class Contract:
         # From there on it is the bound of a whole test, not one of the contract's.
         return asyncio.timeout(bound * self.harness.pace if bound >= DEFAULT_BOUND else bound)
 
+    def many(self, count: int) -> int:
+        """Return that many messages, or as many as the broker can stand."""
+        return min(count, self.harness.capacity)
+
     def worker(self, function: WorkerFunction, **arguments: Any) -> AbstractAsyncContextManager[Worker]:
         """Run ``async def function(backend, report, receive, **arguments)`` as another member of the application; see `Worker`.
 

@@ -72,6 +72,9 @@ class Harness(ABC):
     networked: ClassVar[bool] = True
     """Whether the broker lives in another process: worker processes share it, and it can be unreachable."""
 
+    capacity: ClassVar[int] = 200_000
+    """The most messages that a test may put into the broker at once, where putting them there takes too long."""
+
     pace: ClassVar[float] = 1.0
     """How many times as long a whole test may take as on a broker of the usual speed. What the contract bounds stays as it is."""
 

@@ -73,6 +73,7 @@ class PlainRabbitMQHarness(RabbitMQHarness):
     """The same by aiormq alone, without the tap."""
 
     name: ClassVar[str] = "rabbitmq-plain"
+    capacity: ClassVar[int] = 50_000
     pace: ClassVar[float] = 3.0
 
     def environment(self, namespace: str, *, lease: float) -> Mapping[str, str]:
