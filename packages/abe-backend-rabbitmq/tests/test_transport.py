@@ -580,6 +580,38 @@ class TestChangesThatDied:
         else:
             assert await lab.waiting(lab.names.held) == 2
 
+    async def test_a_group_that_cannot_be_finished_stops_nobody_else(
+        self, lab: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        await (await lab.pika()).declare_queue(lab.names.queue("taken"), durable=True)
+        transport = await lab.transport()
+        with pytest.raises(ConfigurationError, match=lab.names.queue("taken")):
+            await transport.declare("taken", None)
+        other = await lab.transport()
+        async with asyncio.timeout(10):
+            await other.declare("g", ("a",))
+            assert await other.send([lab.envelope("a", delay=60)]) == ()
+        assert set(await other.groups()) == {"g", "taken"}
+        assert "half made" in caplog.text
+
+    async def test_what_is_left_for_groups_that_are_gone_is_dropped(self, lab: Any) -> None:
+        transport = await lab.transport()
+        await lab.put(lab.names.held, b"{}", headers={"abe-for": "gone", "abe-key": "a"})
+        async with asyncio.timeout(10):
+            await transport.declare("g", ("b",))
+        assert await lab.waiting(lab.names.held) == 0
+
+    async def test_who_shares_a_lock_does_not_free_it_for_the_other(self, lab: Any) -> None:
+        transport = await lab.transport()
+        keeper, connection = transport._keeper, await transport.outlet.control.connection()
+        rival = await lab.transport(publish_timeout=0.2)
+        async with keeper.locked():
+            async with keeper.locked(connection):
+                pass
+            with pytest.raises(BackendConnectionError, match="another process"):
+                await rival.groups()
+        assert await rival.groups() == {}
+
 
 class TestRegistry:
     async def test_many_that_declare_at_once_lose_no_group(self, lab: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from aiormq.abc import AbstractChannel
 
 from abe.backends.message_queue.base.names import EVERYTHING
-from abe.errors import BackendConnectionError
+from abe.errors import BackendConnectionError, ConfigurationError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._browser import Found
 from abe_backend_rabbitmq._channel import Outgoing
@@ -101,7 +101,7 @@ class Groups:
         wanted = list(patterns or (entry.patterns if entry is not None else otherwise))
         if entry is None or entry.patterns != wanted:
             registry.groups[group] = Entry(wanted, sorted({*(entry.bound if entry else ()), *wanted}), changing=True)
-            await self._change(registry)
+            await self._change(registry, group)
         else:  # what somebody deleted is made again
             await self._control.call(lambda channel: self._make_group(channel, group, entry))
         await self._hand_over(registry)
@@ -112,7 +112,7 @@ class Groups:
         registry = await self._read()
         entry = registry.groups.get(group)
         registry.groups[group] = Entry([], entry.bound if entry else [], changing=True)
-        await self._change(registry)
+        await self._change(registry, group)
 
     async def hand_over(self) -> None:
         """Hand out what is held: messages that were on their way while the first group was made may have come late."""
@@ -127,22 +127,34 @@ class Groups:
         self._known = registry
         return registry
 
-    async def _change(self, registry: Registry) -> None:
+    async def _change(self, registry: Registry, group: str) -> None:
         """Carry out a change. The registry says before it what will be, so that who comes next can finish it."""
         registry.stale.append(registry.version)
         registry.version += 1
         await self._keeper.write(registry)
-        await self._finish(registry)
+        await self._finish(registry, group)
 
-    async def _finish(self, registry: Registry) -> None:
+    async def _finish(self, registry: Registry, ours: str | None = None) -> None:
+        """Carry out what the registry says.
+
+        Args:
+            registry: The registry.
+            ours: The group that this is about. What keeps another one from being made is not the caller's fault, and stops nobody.
+        """
         # First: nobody publishes with a delay for groups that are being deleted.
         await self._control.call(lambda channel: self._bind(channel, registry))
         for group, entry in list(registry.groups.items()):
             if not entry.changing:
                 continue
             if entry.patterns:
-                await self._control.call(partial(self._make_group, group=group, entry=entry))
-                registry.groups[group] = Entry(entry.patterns, entry.patterns)
+                try:
+                    await self._control.call(partial(self._make_group, group=group, entry=entry))
+                except ConfigurationError as exc:
+                    if group == ours:
+                        raise
+                    _log.warning("group %r is half made, and stays so until somebody can finish it: %s", group, exc)
+                else:
+                    registry.groups[group] = Entry(entry.patterns, entry.patterns)
             else:
                 await self._control.call(partial(self._delete_group, group=group))
                 self._ladder.forget(group)

@@ -101,6 +101,8 @@ class Outlet:
     async def _publish(
         self, channel: Opened, messages: Sequence[Outgoing], *, bounded: bool
     ) -> Sequence[AbeError | None]:
+        if not messages:  # no confirm would ever come
+            return ()
         if not bounded or self._settings.max_backlog is None:
             return await channel.publish(messages)
         # A queue says that it is full after it took what fills it: only one at a time finds out.

@@ -7,6 +7,7 @@ queue that one connection owns; the broker frees it when that connection ends.
 import asyncio
 import logging
 import random
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final, TypeVar
@@ -80,8 +81,9 @@ class RegistryKeeper:
         self._names = topology
         self._patience = patience
         self._ours = asyncio.Lock()
-        self._owner: Connection | None = None
+        self._holders: Counter[Connection] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._begun: asyncio.Task[object] | None = None
 
     async def close(self) -> None:
         """Give up what is under way. What waits for a silent broker ends with its connection."""
@@ -108,16 +110,19 @@ class RegistryKeeper:
         return task.result()
 
     def begin(self, work: Callable[[], Awaitable[object]]) -> None:
-        """Do something that nobody waits for: a failure is logged."""
+        """Look after something that nobody waits for, unless that is under way: a failure is logged, and left to the next time."""
+        if self._begun is not None and not self._begun.done():
+            return
 
         def report(task: asyncio.Task[object]) -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
-                _log.warning("the groups could not be put in order: %s", error)
+                _log.warning("held messages could not be handed out, and are kept until the next look: %s", error)
 
         async def run() -> object:
             return await work()
 
-        self._start(run()).add_done_callback(report)
+        self._begun = self._start(run())
+        self._begun.add_done_callback(report)
 
     def _start(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
         task = asyncio.get_running_loop().create_task(work)
@@ -151,16 +156,25 @@ class RegistryKeeper:
 
     @asynccontextmanager
     async def _locked(self, on: Connection) -> AsyncGenerator[None, None]:
-        if on is self._owner:  # a connection that prepares itself again while its own process works under the lock
+        # The lock is the connection's: one that prepares itself again while its own process works under it shares it.
+        if not self._holders[on]:
+            await self._acquire(on)
+        self._holders[on] += 1
+        try:
             yield
-            return
+        finally:
+            self._holders[on] -= 1
+            if not self._holders[on]:
+                del self._holders[on]
+                await self._release(on)
+
+    async def _acquire(self, on: Connection) -> None:
         lock = self._names.lock
         deadline = asyncio.get_running_loop().time() + self._patience
         pause = _POLL
         while True:
             try:
                 await self._control.call(lambda channel: channel.queue_declare(lock, exclusive=True), on)
-                break
             except BackendConnectionError as exc:
                 if not isinstance(exc.__cause__, ChannelLocked):
                     raise
@@ -168,17 +182,16 @@ class RegistryKeeper:
                     raise BackendConnectionError(
                         f"another process has been changing the groups for {self._patience:g} s: it holds the queue {lock!r}"
                     ) from exc
+            else:
+                return
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
             pause = min(_LONGEST_POLL, pause * 1.5)
-        self._owner = on
+
+    async def _release(self, on: Connection) -> None:
         try:
-            yield
-        finally:
-            self._owner = None
-            try:
-                await self._control.call(lambda channel: channel.queue_delete(lock), on)
-            except AbeError as exc:
-                _log.debug("the lock of the namespace goes with its connection: %s", exc)
+            await self._control.call(lambda channel: channel.queue_delete(self._names.lock), on)
+        except AbeError as exc:
+            _log.debug("the lock of the namespace goes with its connection: %s", exc)
 
     async def seed(self, channel: AbstractChannel) -> None:
         """Put an empty registry where there is none. The lock must be held."""

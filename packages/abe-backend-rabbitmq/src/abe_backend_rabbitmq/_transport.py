@@ -275,8 +275,9 @@ class RabbitMQTransport:
 
 
 async def _leave(starting: "asyncio.Future[None]", receiver: RabbitMQReceiver) -> None:
-    await asyncio.wait([starting])
     try:
+        await asyncio.wait([starting])
+        await starting
         await receiver.close()
     except AbeError as exc:
         _log.debug("a consumer that was not wanted any more could not be closed: %s", exc)
