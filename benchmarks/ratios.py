@@ -8,15 +8,18 @@ import asyncio
 import json
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from abe.backends.message_queue.base import FullBackend
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
 
+_MEMORY: Final = Path("/dev/shm")
 IN_FLIGHT: Final = 1_000
 CONCURRENCY: Final = 100
 GROUP: Final = "g"
@@ -160,11 +163,19 @@ def run(
     parser.add_argument("--messages", type=int, default=messages, help="messages drained; the others are shares of it")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
+    parser.add_argument(
+        "--directory",
+        default=_MEMORY if _MEMORY.is_dir() else tempfile.gettempdir(),
+        help="where the broker keeps its data; by default in memory, as a disk would bound both sides alike (%(default)s)",
+    )
     options(parser)
     chosen = parser.parse_args(arguments)
     assert len(json.dumps(PAYLOAD)) == 200
+    tempfile.tempdir = str(chosen.directory)  # the broker is a process of ours
     with service(chosen) as broker:
-        print(f"{broker.version}, {chosen.repetitions} repetitions, 200-byte payloads; median (min-max)")
+        print(
+            f"{broker.version}, {chosen.repetitions} repetitions, 200-byte payloads, data in {chosen.directory}; median (min-max)"
+        )
         results = asyncio.run(_measure(lambda: sides(broker.url), comparisons, chosen.messages, chosen.repetitions))
     missed = [
         comparison.name
