@@ -2,12 +2,13 @@
 
 BACKEND ?= memory
 BROKERS := redis rabbitmq
-CONTRACT ?= $(BROKERS)
+CONTRACT ?= $(BROKERS) sqs-moto
 ARGS ?=
 
 SUITE := contract-tests/src/abe_contract_tests/suite
 UV = $(or $(shell scripts/bootstrap),$(error no uv, and none could be installed))
 CONTRACTS = $(addprefix --contract ,$(CONTRACT))
+KILLED = $(or $(filter-out memory,$(BACKEND)),redis)
 RUN = $(UV) run --locked
 
 .DEFAULT_GOAL := help
@@ -16,13 +17,13 @@ RUN = $(UV) run --locked
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: environment ## Show the main job, as it happens: make demo, make demo BACKEND=redis, or rabbitmq.
+demo: environment ## Show the main job, as it happens: make demo, make demo BACKEND=redis, or rabbitmq, or sqs.
 	@$(if $(filter $(BROKERS),$(BACKEND)),scripts/ci/brokers $(BACKEND))
 	$(RUN) python examples/demo.py --backend $(BACKEND)
 
 sigkill: environment ## Kill a consumer process at work, and show that nothing is lost: make sigkill, make sigkill BACKEND=rabbitmq.
-	@scripts/ci/brokers $(or $(filter $(BROKERS),$(BACKEND)),redis)
-	$(RUN) python examples/sigkill.py --backend $(or $(filter-out memory,$(BACKEND)),redis)
+	@$(if $(filter $(BROKERS),$(KILLED)),scripts/ci/brokers $(KILLED))
+	$(RUN) python examples/sigkill.py --backend $(KILLED)
 
 test: environment brokers ## Run every test, on brokers of their own. ARGS goes to pytest.
 	$(RUN) pytest $(ARGS)
@@ -31,7 +32,7 @@ contract: environment brokers ## Run the contract suite alone, on all brokers or
 	$(RUN) pytest $(SUITE) $(CONTRACTS) $(ARGS)
 
 containers: environment ## Run the contract suite on brokers in containers, the images built here where no registry answers.
-	scripts/ci/offline-images $(sort $(filter $(BROKERS),$(CONTRACT:-plain=)))
+	scripts/ci/offline-images $(sort $(filter $(BROKERS) sqs-moto,$(CONTRACT:-plain=)))
 	ABE_TEST_SERVICES=containers $(RUN) pytest $(SUITE) $(CONTRACTS) $(ARGS)
 
 check: lock lint format imports mypy pyright workflows ## Lint, type-check, and hold the lock file and the layers to their rules.

@@ -3,6 +3,7 @@
     python examples/demo.py --backend memory
     python examples/demo.py --backend redis
     python examples/demo.py --backend rabbitmq
+    python examples/demo.py --backend sqs
 
 One order fails twice and is retried, one is refused and goes to the dead letters, is shown, and is replayed; at the end
 the consumers are shut down while a handler still runs. The accounts are checked: the exit code is 1 when they do not
@@ -28,8 +29,11 @@ ORDERS = 9
 UNLUCKY, REFUSED, SLOW = 3, 5, 9
 """The order that the bank fails twice, the one in an unknown currency, and the one being packed when we shut down."""
 
-ADDRESSES = {"redis": "REDIS_URL", "rabbitmq": "RABBITMQ_URL"}
-"""The variable with the address of each backend's broker."""
+ADDRESSES = {"redis": ["REDIS_URL"], "rabbitmq": ["RABBITMQ_URL"], "sqs": ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_SQS"]}
+"""The variables that may have the address of each backend's broker; a private one's is put into the first."""
+
+AWS_ACCOUNT = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo"}
+"""What a private SQS is told where the environment names no account: it believes everybody."""
 
 RETRY = RetryPolicy(max_attempts=5, backoff=ConstantBackoff(0.4))
 _started = time.monotonic()
@@ -165,28 +169,45 @@ async def accounts(backend: FullBackend, billing: Billing, shipping: Shipping, r
 @contextmanager
 def broker(name: str) -> Iterator[None]:
     """Have a broker: what the environment names, or a private server for this run."""
-    variable = ADDRESSES.get(name)
-    if variable is None or os.environ.get(variable):
+    variables = ADDRESSES.get(name)
+    if variables is None or any(map(os.environ.get, variables)):
         yield
         return
+    unset = f"{' and '.join(variables)} {'is' if len(variables) == 1 else 'are'} not set"
     try:
         from abe_contract_tests import services
     except ImportError:
-        sys.exit(
-            f"{variable} is not set: set it, or install abe-contract-tests, which can start a private {name} server"
-        )
-    start = {"redis": services.redis_service, "rabbitmq": services.rabbitmq_service}
+        sys.exit(f"{unset}: set {variables[0]}, or install abe-contract-tests, which can start a private {name} server")
+    start = {
+        "redis": services.redis_service,
+        "rabbitmq": services.rabbitmq_service,
+        "sqs": lambda: services.sqs_service(
+            "ministack"
+        ),  # of the emulators, the one that serves many processes at once
+    }
     try:
         server = start[name]()
         server.start()
     except services.ServiceUnavailable as exc:
-        sys.exit(f"{variable} is not set, and no private {name} server can be started: {exc}")
+        sys.exit(f"{unset}, and no private {name} server can be started: {exc}")
     try:
-        say("setup", f"{variable} is not set: a private {server.version} was started")
-        os.environ[variable] = server.url
+        say("setup", f"{unset}: a private {server.version} was started")
+        os.environ[variables[0]] = server.url
+        if name == "sqs":
+            aws_defaults()
         yield
     finally:
         server.stop()
+
+
+def aws_defaults() -> None:
+    """Say what a private SQS needs to be told, where the environment does not say it."""
+    if not any(map(os.environ.get, [*AWS_ACCOUNT, "AWS_PROFILE"])):
+        os.environ.update(AWS_ACCOUNT)
+    if not any(map(os.environ.get, ["AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"])):
+        os.environ["AWS_REGION"] = "us-east-1"
+    # Making a group takes as long as a publisher may rely on a list of groups without it, and our publishers are few.
+    os.environ.setdefault("SQS_REGISTRY_TTL_SECONDS", "0.5")
 
 
 async def main(name: str) -> bool:
@@ -205,7 +226,7 @@ async def main(name: str) -> bool:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Orders published, billed and shipped, as it happens.")
     parser.add_argument(
-        "--backend", default="memory", help="memory (the default), redis, rabbitmq, or another installed provider"
+        "--backend", default="memory", help="memory (the default), redis, rabbitmq, sqs, or another installed provider"
     )
     chosen = parser.parse_args().backend
     logging.getLogger("abe").addHandler(Story(logging.WARNING))

@@ -2,19 +2,22 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import aiormq
 
 from abe_contract_tests import services
-from abe_contract_tests.services import RabbitMQShell, Service, rabbitmq_service, redis_service
+from abe_contract_tests.services import RabbitMQShell, Service, rabbitmq_service, redis_service, sqs_service
 from abe_contract_tests.services.redis import ask
+from abe_contract_tests.services.sqs import ask as ask_sqs
 
 PROCESSES = {"ABE_TEST_SERVICES": "processes"}
 CONTAINERS = {"ABE_TEST_SERVICES": "containers"}
 BOUND = 20
 """Seconds for what takes one or two."""
+_NAME = 80
+"""Characters that the name of a queue has in SQS at most."""
 
 
 async def _set(event: asyncio.Event) -> None:
@@ -29,6 +32,10 @@ class Kind(ABC):
     variable: ClassVar[str]
     versions: ClassVar[tuple[str, ...]]
     make: ClassVar[Callable[..., Service]]
+    processes: ClassVar[Mapping[str, str]] = PROCESSES
+    """The environment in which it is a private process."""
+    durable: ClassVar[bool] = True
+    """Whether a broker that was ended has its data when it starts again."""
 
     @abstractmethod
     def answers(self, url: str) -> bool:
@@ -106,4 +113,33 @@ class RabbitMQKind(Kind):
             return True
 
 
-KINDS = {kind.name: kind for kind in (RedisKind(), RabbitMQKind())}
+class SqsKind(Kind):
+    name = "sqs"
+    image = "motoserver/moto:5.2.5"
+    variable = "ABE_TEST_SQS_URL"
+    versions = ("moto ",)
+    make = staticmethod(sqs_service)
+    durable = False
+
+    def answers(self, url: str) -> bool:
+        ask_sqs(url, "ListQueues", {})
+        return True
+
+    def put(self, service: Service, key: str) -> None:
+        ask_sqs(service.url, "CreateQueue", {"QueueName": key[:_NAME]})
+
+    def has(self, url: str, key: str) -> bool:
+        return bool(ask_sqs(url, "ListQueues", {"QueueNamePrefix": key[:_NAME]})[0].get("QueueUrls"))
+
+
+class MiniStackKind(SqsKind):
+    name = "ministack"
+    versions = ("ministack ",)
+    processes = PROCESSES | {"ABE_TEST_SQS_SERVER": "ministack"}
+
+
+KINDS = {kind.name: kind for kind in (RedisKind(), RabbitMQKind(), SqsKind())}
+"""What a broker may be chosen from."""
+
+SERVERS = KINDS | {kind.name: kind for kind in (MiniStackKind(),)}
+"""What a private process may be."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from abe_contract_tests.services import Service, rabbitmq_service, redis_service
+from abe_contract_tests.services import Service, rabbitmq_service, redis_service, sqs_service
 
 ROOT = Path(__file__).parents[2]
 BOUND = 120
@@ -32,11 +32,30 @@ def rabbitmq() -> Iterator[Service]:
     service.stop()
 
 
+@pytest.fixture(scope="module")
+def sqs() -> Iterator[Service]:
+    service = sqs_service("ministack")
+    service.start()
+    yield service
+    service.stop()
+
+
+AWS = {"AWS_REGION": "eu-north-1", "AWS_ACCESS_KEY_ID": "mine", "AWS_SECRET_ACCESS_KEY": "mine"}
+VARIABLES = {"redis": "REDIS_URL", "rabbitmq": "RABBITMQ_URL", "sqs": "AWS_ENDPOINT_URL"}
+
+
+def at(backend: str, service: Service) -> dict[str, str]:
+    """Return what a backend has to be told to find its broker there."""
+    return {VARIABLES[backend]: service.url} if backend != "sqs" else AWS | {VARIABLES[backend]: service.url}
+
+
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    # Whatever this machine says about AWS is not for the examples.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env={**os.environ, **environ},
+        env={**kept, **environ},
         capture_output=True,
         text=True,
         timeout=BOUND,
@@ -52,15 +71,10 @@ def test_the_demo_tells_its_story_in_memory() -> None:
 
 
 @pytest.mark.xdist_group("examples")
-def test_the_demo_tells_its_story_on_a_real_redis(redis: Service) -> None:
-    done = run("examples/demo.py", "--backend", "redis", REDIS_URL=redis.url)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "nothing left in the broker" in done.stdout
-
-
-@pytest.mark.xdist_group("examples")
-def test_the_demo_tells_its_story_on_a_real_rabbitmq(rabbitmq: Service) -> None:
-    done = run("examples/demo.py", "--backend", "rabbitmq", RABBITMQ_URL=rabbitmq.url)
+@pytest.mark.parametrize("backend", VARIABLES)
+def test_the_demo_tells_its_story_on_a_broker(backend: str, request: pytest.FixtureRequest) -> None:
+    service: Service = request.getfixturevalue(backend)
+    done = run("examples/demo.py", "--backend", backend, **at(backend, service))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing left in the broker" in done.stdout
 
@@ -74,10 +88,40 @@ def test_the_demo_starts_the_broker_that_no_variable_names() -> None:
 
 
 @pytest.mark.xdist_group("examples")
-@pytest.mark.parametrize(("backend", "variable"), [("redis", "REDIS_URL"), ("rabbitmq", "RABBITMQ_URL")])
-def test_a_consumer_killed_at_work_loses_nothing(backend: str, variable: str, request: pytest.FixtureRequest) -> None:
+def test_the_demo_starts_the_sqs_that_no_variable_names() -> None:
+    done = run("examples/demo.py", "--backend", "sqs")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "AWS_ENDPOINT_URL and AWS_ENDPOINT_URL_SQS are not set: a private ministack" in done.stdout
+
+
+@pytest.mark.xdist_group("examples")
+@pytest.mark.parametrize(
+    ("environ", "seen"),
+    [
+        ({}, ["demo", "demo", "us-east-1"]),
+        (AWS, ["mine", "mine", "eu-north-1"]),
+        ({"AWS_DEFAULT_REGION": "eu-north-1"}, ["demo", "demo", None]),
+        ({"AWS_PROFILE": "work"}, [None, None, None]),
+    ],
+    ids=["nothing", "account", "region", "profile"],
+)
+def test_the_demo_s_private_sqs_changes_nothing_that_is_said_about_aws(
+    environ: dict[str, str], seen: list[str]
+) -> None:
+    names = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"]
+    script = (
+        f"import os, sys; sys.path.insert(0, 'examples'); import demo\nwith demo.broker('sqs'):\n"
+        f"    print([os.environ.get(name) for name in {names}])"
+    )
+    done = run("-c", script, **environ)
+    assert done.stdout.splitlines()[-1] == str(seen), done.stderr
+
+
+@pytest.mark.xdist_group("examples")
+@pytest.mark.parametrize("backend", VARIABLES)
+def test_a_consumer_killed_at_work_loses_nothing(backend: str, request: pytest.FixtureRequest) -> None:
     service: Service = request.getfixturevalue(backend)
-    done = run("examples/sigkill.py", "--backend", backend, **{variable: service.url})
+    done = run("examples/sigkill.py", "--backend", backend, **at(backend, service))
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"SIGKILL: .*\d+.*billing", done.stdout)
     assert re.search(r"^Published: (\d+) of \1 confirmed$", done.stdout, re.MULTILINE)

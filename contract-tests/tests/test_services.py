@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,15 +20,14 @@ from abe_contract_tests.services._container import ContainerService, image_probl
 from abe_contract_tests.services._process import ProcessService
 
 sys.path.insert(0, str(Path(__file__).parent))
-from brokers import BOUND, CONTAINERS, KINDS, PROCESSES, Kind
+from brokers import BOUND, CONTAINERS, KINDS, PROCESSES, SERVERS, Kind
 
 
-def per_kind(*places: str) -> list[object]:
+def each(place: str, kinds: Iterable[str]) -> list[object]:
     """Return parameters whose tests run in one worker each, for they share a broker."""
     return [
         pytest.param((name, place), id=f"{name}-{place}", marks=pytest.mark.xdist_group(f"services-{name}-{place}"))
-        for name in KINDS
-        for place in places
+        for name in kinds
     ]
 
 
@@ -37,22 +36,27 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     return KINDS[request.param]
 
 
-@pytest.fixture(scope="module", params=per_kind("process", "container"))
+@pytest.fixture(params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Kind:
+    return SERVERS[request.param]
+
+
+@pytest.fixture(scope="module", params=[*each("process", SERVERS), *each("container", KINDS)])
 def placed(request: pytest.FixtureRequest) -> Iterator[tuple[Kind, Service]]:
     """A running broker, which every test leaves running."""
     name, place = request.param
-    kind = KINDS[name]
+    kind = SERVERS[name]
     if place == "container" and (problem := image_problem(kind.image)):
         pytest.skip(problem)
-    with kind.make(environ=PROCESSES if place == "process" else CONTAINERS) as service:
+    with kind.make(environ=kind.processes if place == "process" else CONTAINERS) as service:
         yield kind, service
 
 
-@pytest.fixture(scope="module", params=per_kind("process"))
+@pytest.fixture(scope="module", params=each("process", SERVERS))
 def started(request: pytest.FixtureRequest) -> Iterator[tuple[Kind, ProcessService]]:
     """A private process, which every test leaves running."""
-    kind = KINDS[request.param[0]]
-    service = kind.make(environ=PROCESSES)
+    kind = SERVERS[request.param[0]]
+    service = kind.make(environ=kind.processes)
     assert isinstance(service, ProcessService)
     with service:
         yield kind, service
@@ -127,7 +131,7 @@ class TestFaults:
         assert kind.answers(service.url)
         assert service.version.startswith(kind.versions)
 
-    def test_a_killed_service_refuses_connections_and_comes_back_with_its_data(
+    def test_a_killed_service_refuses_connections_and_comes_back_with_its_data_where_it_is_durable(
         self, placed: tuple[Kind, Service], key: str
     ) -> None:
         kind, service = placed
@@ -138,13 +142,13 @@ class TestFaults:
             kind.answers(url)
         service.start()
         assert service.url == url
-        assert kind.has(url, key)
+        assert kind.has(url, key) is kind.durable
 
-    def test_a_restarted_service_has_its_data(self, placed: tuple[Kind, Service], key: str) -> None:
+    def test_a_restarted_service_has_its_data_where_it_is_durable(self, placed: tuple[Kind, Service], key: str) -> None:
         kind, service = placed
         kind.put(service, key)
         service.restart()
-        assert kind.has(service.url, key)
+        assert kind.has(service.url, key) is kind.durable
 
     def test_a_paused_service_is_silent_until_it_resumes(self, placed: tuple[Kind, Service]) -> None:
         kind, service = placed
@@ -168,7 +172,7 @@ class TestFaults:
         kind.put(service, key)
         service.pause()
         service.restart()
-        assert kind.has(service.url, key)
+        assert kind.has(service.url, key) is kind.durable
 
     def test_kill_and_stop_may_be_repeated_and_a_new_start_finds_no_data(
         self, placed: tuple[Kind, Service], key: str
@@ -217,9 +221,9 @@ class TestProcess:
         with pytest.raises(RuntimeError, match="running already"):
             started[1].start()
 
-    def test_stop_leaves_no_process_no_file_and_no_descriptor(self, kind: Kind) -> None:
+    def test_stop_leaves_no_process_no_file_and_no_descriptor(self, server: Kind) -> None:
         before = open_files()
-        service = kind.make(environ=PROCESSES)
+        service = server.make(environ=server.processes)
         assert isinstance(service, ProcessService)
         service.start()
         processes, directory = family(service.pid), service.directory
@@ -228,11 +232,11 @@ class TestProcess:
         assert open_files() == before
         await_end(processes)
 
-    def test_it_dies_with_the_process_that_started_it(self, kind: Kind) -> None:
+    def test_it_dies_with_the_process_that_started_it(self, server: Kind) -> None:
         script = (
             "import sys\n"
             "from abe_contract_tests import services\n"
-            f"service = services.{kind.make.__name__}(environ={PROCESSES!r})\n"
+            f"service = services.{server.make.__name__}(environ={server.processes!r})\n"
             "service.start()\n"
             "print(service.pid, service.directory, flush=True)\n"
             "sys.stdin.read()\n"
@@ -252,14 +256,14 @@ class TestProcess:
             assert time.monotonic() < deadline, f"still there: {directory}"
             time.sleep(0.02)
 
-    def test_a_taken_port_is_left_for_another(self, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_taken_port_is_left_for_another(self, server: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
         with socket.socket() as rival:
             rival.bind(("127.0.0.1", 0))
             rival.listen()
             free = process_module.free_port()
             ports = iter([rival.getsockname()[1], free])
             monkeypatch.setattr(process_module, "free_port", lambda: next(ports))
-            with kind.make(environ=PROCESSES) as service:
+            with server.make(environ=server.processes) as service:
                 assert port_of(service.url) == free
 
 
@@ -286,9 +290,12 @@ class TestChoice:
                     fault()
         assert kind.answers(process.url)
 
-    @pytest.mark.parametrize("scheme", ["redis", "amqp", "amqps"])
-    def test_an_address_where_nobody_answers_is_reported_without_its_password(self, scheme: str) -> None:
-        kind = KINDS["redis" if scheme == "redis" else "rabbitmq"]
+    @pytest.mark.parametrize(
+        ("name", "scheme"),
+        [("redis", "redis"), ("rabbitmq", "amqp"), ("rabbitmq", "amqps"), ("sqs", "http"), ("sqs", "https")],
+    )
+    def test_an_address_where_nobody_answers_is_reported_without_its_password(self, name: str, scheme: str) -> None:
+        kind = KINDS[name]
         url = f"{scheme}://somebody:secret@127.0.0.1:{process_module.free_port()}/0"
         with pytest.raises(ServiceUnavailable, match=kind.variable) as caught:
             kind.make(environ={kind.variable: url}).start()

@@ -49,6 +49,21 @@ EXTRA: dict[str, dict[str, str]] = {
         "test_connection": "getting in: TLS, users and rights, and what the server has to be",
         "test_faults": "what is left of a message when this broker's connections and servers break",
     },
+    "sqs": {
+        "_copies": "where a broker can neither uncount a delivery nor move a message, a copy takes its place",
+        "_drawer": "dead letters and held messages are in queues, which have to be emptied to be looked through",
+        "_handles": "verdicts are batches of receipt handles, of which each may fail on its own",
+        "_later": "a FIFO queue can delay no single message",
+        "_polls": "requests for messages that cannot be taken back",
+        "_sender": "the publisher copies a message to the groups' queues",
+        "_topics": "or SNS does",
+        "conftest": "a server to share, behind a gate that can be made to fail",
+        "test_connection": "the clients of the AWS SDK, and how they end",
+        "test_delays": "delays and leases longer than this broker knows",
+        "test_faults": "what this broker does and no emulator of it can be made to do",
+        "test_fifo": "the other kind of queue that this broker has",
+        "test_topics": "the other way to the groups' queues",
+    },
 }
 """What a provider has beside what all have, and why."""
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,40 @@ class TestNames:
         assert done.returncode == 2
         assert "redis" in done.stderr
         assert "rabbitmq" in done.stderr
+
+    @pytest.mark.parametrize("image", ["redis:7", "rabbitmq:3", f"motoserver/moto:{version('moto')}"])
+    def test_an_image_is_the_same_everywhere(self, image: str) -> None:
+        """Of moto, whose image has the version of the package, it is the one that is locked."""
+        services = "contract-tests/src/abe_contract_tests/services"
+        for path in ("scripts/ci/offline-images", "docker-compose.yml", services):
+            files = [ROOT / path] if (ROOT / path).is_file() else sorted((ROOT / path).glob("*.py"))
+            assert any(re.search(rf"{re.escape(image)}(?![\w.])", each.read_text()) for each in files), path
+
+
+class TestMake:
+    """What make would run, with an environment that is there already."""
+
+    def plan(self, *arguments: str) -> str:
+        done = run("make", "--no-print-directory", "--dry-run", *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    @pytest.mark.parametrize("target", ["demo", "sigkill"])
+    @pytest.mark.parametrize("backend", ["redis", "rabbitmq", "sqs"])
+    def test_an_example_has_the_server_installed_that_it_needs(self, target: str, backend: str) -> None:
+        plan = self.plan(target, f"BACKEND={backend}")
+        assert f"python examples/{target}.py --backend {backend}\n" in plan
+        installed = re.findall(r"scripts/ci/brokers *(.*)", plan)
+        assert installed == ([] if backend == "sqs" else [backend])
+
+    def test_containers_has_an_image_for_each_broker(self) -> None:
+        plan = self.plan("containers")
+        assert "scripts/ci/offline-images rabbitmq redis sqs-moto\n" in plan
+        assert "--contract redis --contract rabbitmq --contract sqs-moto" in plan
+
+    def test_containers_builds_what_is_asked_for(self) -> None:
+        plan = self.plan("containers", "CONTRACT=rabbitmq-plain")
+        assert "scripts/ci/offline-images rabbitmq\n" in plan
 
 
 class TestDockerEngine:

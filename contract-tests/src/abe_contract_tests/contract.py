@@ -1,17 +1,19 @@
 """What a clause test holds in its hands: the `Contract` of one backend, in a namespace of its own."""
 
 import asyncio
+import itertools
 import logging
 import os
 import sys
 import threading
-from collections.abc import AsyncGenerator, Generator, Mapping
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Final, cast
 from unittest.mock import patch
 
 from abe.backends.message_queue.base import Capabilities, Durability
+from abe.types import MessageQueuePayload
 from abe_contract_tests.accounting import Accounting
 from abe_contract_tests.clauses import declares
 from abe_contract_tests.harness import Harness, Oracle
@@ -68,6 +70,7 @@ class Contract:
         self._backends: list[Any] = []
         self._workers: list[Worker] = []
         self._oracle: Oracle | None = None
+        self._serial = itertools.count()
 
     @property
     def backend_class(self) -> "type[TransportBackend]":
@@ -151,6 +154,12 @@ class Contract:
     def many(self, count: int) -> int:
         """Return that many messages, or as many as the broker can stand."""
         return min(count, self.harness.capacity)
+
+    def apart(self, items: Sequence[tuple[str, MessageQueuePayload]]) -> Sequence[tuple[str, MessageQueuePayload]]:
+        """Return what consumers can hold beside each other: where the broker keeps one key's messages in order, each gets its own key."""
+        if not self.capabilities.ordered_per_key:
+            return items
+        return [(f"{key}.{next(self._serial)}", payload) for key, payload in items]
 
     def worker(self, function: WorkerFunction, **arguments: Any) -> AbstractAsyncContextManager[Worker]:
         """Run ``async def function(backend, report, receive, **arguments)`` as another member of the application; see `Worker`.

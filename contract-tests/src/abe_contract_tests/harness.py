@@ -44,8 +44,8 @@ class Oracle(Protocol):
         """Count the group's messages."""
         ...
 
-    async def consumers(self, group: str) -> int:
-        """Count the consumers that the broker knows in the group, dead ones included."""
+    async def consumers(self, group: str) -> int | None:
+        """Count the consumers that the broker knows in the group, dead ones included; None where it knows messages and no consumers."""
         ...
 
     async def connections(self) -> int:
@@ -73,7 +73,14 @@ class Harness(ABC):
     """Whether the broker lives in another process: worker processes share it, and it can be unreachable."""
 
     capacity: ClassVar[int] = 200_000
-    """The most messages that a test may put into the broker at once, where putting them there takes too long."""
+    """The most messages that a test may put into the broker at once. Where putting them there takes too long, or going through them, it is fewer."""
+
+    approximate: ClassVar[bool] = False
+    """Whether what the broker counts is true only after a moment: it counts approximately, or a request for messages that cannot be taken
+    back is still given one when its consumer is gone, and gives it back. Tests then wait, within their bounds, for what they expect."""
+
+    hides_retries: ClassVar[bool] = False
+    """Whether a message that waits for its retry stays in its queue, hidden from everybody, and counts as held."""
 
     pace: ClassVar[float] = 1.0
     """How many times as long a whole test may take as on a broker of the usual speed. What the contract bounds stays as it is."""

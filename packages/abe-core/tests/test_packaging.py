@@ -95,7 +95,11 @@ def with_providers(built: dict[str, Built], tmp_path_factory: pytest.TempPathFac
     return environment_with(tmp_path_factory.mktemp("clean") / "providers", *wheels)
 
 
-PROVIDERS: dict[str, dict[str, str]] = {"rabbitmq": {}, "redis": {"REDIS_URL": "redis://localhost:6379/0"}}
+PROVIDERS: dict[str, dict[str, str]] = {
+    "rabbitmq": {},
+    "redis": {"REDIS_URL": "redis://localhost:6379/0"},
+    "sqs": {"AWS_REGION": "eu-central-1"},
+}
 """The providers here, and what each has to be told."""
 
 LOAD = textwrap.dedent("""

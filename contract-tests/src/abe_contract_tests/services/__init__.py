@@ -13,11 +13,14 @@ from abe_contract_tests.services._choice import choose
 from abe_contract_tests.services._shell import QueueCounts, RabbitMQShell
 from abe_contract_tests.services.rabbitmq import RabbitMQ, rabbitmq_service
 from abe_contract_tests.services.redis import Redis, redis_service
+from abe_contract_tests.services.sqs import MiniStack, Moto, sqs_service
 
 __all__ = [
     "Broker",
     "Companion",
     "FaultUnsupportedError",
+    "MiniStack",
+    "Moto",
     "NotReadyError",
     "QueueCounts",
     "RabbitMQ",
@@ -29,4 +32,5 @@ __all__ = [
     "choose",
     "rabbitmq_service",
     "redis_service",
+    "sqs_service",
 ]

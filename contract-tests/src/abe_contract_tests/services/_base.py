@@ -110,6 +110,10 @@ class Broker(ABC):
     def container_command(self) -> Sequence[str]:
         """Return the command inside the container."""
 
+    def container_entrypoint(self) -> Sequence[str]:
+        """Return what the command is given to, empty for what the image says."""
+        return []
+
     def container_environment(self) -> Mapping[str, str]:
         """Return what the container needs in its environment."""
         return {}
@@ -119,7 +123,7 @@ class Service(ABC):
     """One broker of a test run. The methods block, and are for one caller at a time.
 
     Data live from the first `start` to `stop`: a killed or terminated broker starts again on the same address with
-    what it had.
+    what it had. An emulator, which keeps everything in memory, starts again there without it.
     """
 
     evidence: ClassVar[str]

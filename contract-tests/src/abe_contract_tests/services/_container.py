@@ -156,6 +156,8 @@ class ContainerService(Service):
             port = free_port()
             container = import_module("testcontainers.core.container").DockerContainer(self._broker.image)
             container.with_command(list(self._broker.container_command()))
+            if entrypoint := self._broker.container_entrypoint():
+                container.with_kwargs(entrypoint=list(entrypoint))
             container.with_envs(**self._broker.container_environment())
             # A fixed port, so that the address outlives a restart, and on this machine alone.
             container.ports[f"{self._broker.container_port}/tcp"] = ("127.0.0.1", port)

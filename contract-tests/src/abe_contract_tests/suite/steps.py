@@ -63,6 +63,17 @@ async def until_empty(oracle: Oracle, group: str) -> None:
     await until(empty)
 
 
+async def expect_counts(contract: Contract, oracle: Oracle, group: str, **expected: int) -> None:
+    """Fail unless the broker counts that many messages (total, waiting, ...) now; in the end, where its counts are approximate."""
+    while True:
+        counts = await oracle.counts(group)
+        found = {name: getattr(counts, name) for name in expected}
+        if found == expected or not contract.harness.approximate:
+            assert found == expected
+            return
+        await asyncio.sleep(_POLL)
+
+
 async def until_in_flight(oracle: Oracle, group: str, count: int) -> None:
     """Return when consumers hold exactly that many messages of the group."""
 

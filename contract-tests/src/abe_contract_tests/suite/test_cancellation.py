@@ -390,11 +390,11 @@ async def test_many_tasks_may_wait_in_receive_and_some_be_cancelled(contract: Co
     async with contract.within(), backend.consume(group="g") as subscription:
         waiting = [asyncio.create_task(subscription.receive()) for _ in range(20)]
         await asyncio.sleep(0)
-        await backend.publish_many(numbered(10))
+        await backend.publish_many(contract.apart(numbered(10)))
         await until_in_flight(oracle, "g", 10)
         for task in waiting[:5]:
             task.cancel()
-        await backend.publish_many(numbered(10, start=10))
+        await backend.publish_many(contract.apart(numbered(10, start=10)))
         got = [message for message in await asyncio.gather(*waiting[5:]) if message]
         got += [task.result() for task in waiting[:5] if not task.cancelled()]
         got += [await subscription.receive() for _ in range(20 - len(got))]

@@ -192,7 +192,7 @@ async def test_shutdown_takes_nothing_new_and_lets_handlers_finish_under_their_l
 
     async with contract.within(15):
         await backend.declare("g")
-        await backend.publish_many(numbered(5))
+        await backend.publish_many(contract.apart(numbered(5)))
         consumer = AsyncLoopConsumer(backend, "g")
         running = asyncio.create_task(consumer.run(handler))
         await started.wait()
@@ -231,7 +231,7 @@ async def test_after_the_grace_period_handlers_are_cancelled_and_their_messages_
 
     async with contract.within():
         await backend.declare("g")
-        await backend.publish_many(numbered(3))
+        await backend.publish_many(contract.apart(numbered(3)))
         consumer = AsyncLoopConsumer(backend, "g", concurrency=3, grace=0.2)
         running = asyncio.create_task(consumer.run(handler))
         await all_run.wait()
@@ -281,7 +281,8 @@ async def test_100_cycles_leave_nothing_behind(contract: Contract) -> None:
         # Whatever is opened once in a process (an executor, a resolver) is open before the count begins.
         await _cycle(contract)
         await checker.declare("g")
-        connections, consumers = await oracle.connections(), await oracle.consumers("g")
+        connections = await oracle.connections()
+        assert await oracle.consumers("g") in (0, None)
         async with contract.leaks():
             for _ in range(CYCLES):
                 await _cycle(contract)
@@ -290,7 +291,7 @@ async def test_100_cycles_leave_nothing_behind(contract: Contract) -> None:
             return await oracle.connections() <= connections
 
         await until(back)
-        assert await oracle.consumers("g") == consumers == 0
+        assert await oracle.consumers("g") in (0, None)
         assert (await oracle.counts("g")).total == 0
 
 
@@ -332,7 +333,7 @@ async def test_subscriptions_that_come_and_go_leave_nothing_behind(contract: Con
                     del dropped
 
         async def back() -> bool:
-            return await oracle.connections() <= connections and await oracle.consumers("g") == 0
+            return await oracle.connections() <= connections and await oracle.consumers("g") in (0, None)
 
         await until(back)
         assert (await oracle.counts("g")).total == 0

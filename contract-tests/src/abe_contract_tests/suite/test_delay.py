@@ -67,20 +67,24 @@ async def test_delayed_messages_wait_in_the_broker_and_not_in_a_consumer(contrac
             contract.within(0.6 + contract.bound("redelivery_bound")),
         ):
             (message,) = await collect(subscription, 1)
-            # The one that died had not had it.
-            assert (message["n"], message.attempt) == (1, 1)
+            assert message["n"] == 1
+            # The one that died had not had it; at most the broker was about to give it to a connection that was dead already.
+            assert message.attempt == 1 or contract.harness.approximate
 
 
 @clause("C-DLY-01", capability="max_delay")
 async def test_a_shorter_delay_overtakes_a_longer_one(contract: Contract) -> None:
     backend = contract.backend()
+    late = contract.capabilities.redelivery_bound or 0.0
+    # Where a delivery may be late by more than a second, only delays further apart than that are surely in order.
+    short, middle, long = (0.1, 0.7, 1.5) if late <= 1 else (0.1, 0.1 + late, 0.1 + 2 * late)
     async with contract.within(15), backend.consume(group="g") as subscription:
-        await backend.publish("order.created", {"n": 3}, delay=1.5)
+        await backend.publish("order.created", {"n": 3}, delay=long)
         await backend.publish_many(
             [
-                Publication("order.created", {"n": 2}, delay=0.7),
+                Publication("order.created", {"n": 2}, delay=middle),
                 Publication("order.created", {"n": 0}),
-                Publication("order.created", {"n": 1}, delay=0.1),
+                Publication("order.created", {"n": 1}, delay=short),
             ]
         )
         assert [message["n"] for message in await collect(subscription, 4)] == [0, 1, 2, 3]

@@ -151,22 +151,23 @@ async def test_messages_that_are_simply_done_come_once(contract: Contract) -> No
     backend = contract.backend()
     oracle = await contract.oracle()
     seen: list[int] = []
+    count = contract.many(1_000)
     async with contract.within(20):
         await backend.declare("g")
-        await backend.publish_many(numbered(1_000))
+        await backend.publish_many(numbered(count))
         async with backend.consume(group="g") as subscription:
             async for message in subscription:
                 seen.append(message["n"])
                 assert message.attempt == 1
-                if message["n"] == 999 or len(seen) >= 1_000:
+                if message["n"] == count - 1 or len(seen) >= count:
                     await message.ack()
                     break
-            while len(seen) < 1_000:
+            while len(seen) < count:
                 seen.extend(numbers(await collect(subscription, 1)))
             await until_empty(oracle, "g")
             assert subscription.take() is None
-    assert len(seen) == 1_000
-    assert set(seen) == set(range(1_000))
+    assert len(seen) == count
+    assert set(seen) == set(range(count))
 
 
 @clause("C-DLV-04")

@@ -60,7 +60,7 @@ async def test_a_held_message_is_nobody_else_s(contract: Contract) -> None:
         backend.consume(group="g", prefetch=1) as ours,
         other.consume(group="g", prefetch=1) as theirs,
     ):
-        await backend.publish_many(numbered(2))
+        await backend.publish_many(contract.apart(numbered(2)))
         first, second = await ours.receive(), await theirs.receive()
         assert {first["n"], second["n"]} == {0, 1}
         await second.ack()
@@ -79,7 +79,7 @@ async def test_no_group_means_the_shared_group_default(contract: Contract) -> No
     async with contract.within():
         async with backend.consume(prefetch=1) as unnamed, other.consume(group="default", prefetch=1) as named:
             assert list(await backend.groups()) == ["default"]
-            await backend.publish_many(numbered(2))
+            await backend.publish_many(contract.apart(numbered(2)))
             # Each holds one, so between them there is one copy of each message.
             first, second = await unnamed.receive(), await named.receive()
             assert {first["n"], second["n"]} == {0, 1}
@@ -88,7 +88,14 @@ async def test_no_group_means_the_shared_group_default(contract: Contract) -> No
             await second.ack()
             await until_empty(oracle, "default")
         await backend.publish("order.created", {"n": 2})
-        assert (await backend.stats()).waiting == (await backend.stats("default")).waiting == 1
+
+        async def waits() -> bool:
+            return (await backend.stats()).waiting == (await backend.stats("default")).waiting == 1
+
+        if contract.harness.approximate:
+            await until(waits)
+        else:
+            assert await waits()
         await backend.delete_group()
         assert not await backend.groups()
 
@@ -205,10 +212,10 @@ async def test_a_stalled_member_holds_its_limit_and_the_others_drain_the_rest(co
     oracle = await contract.oracle()
     async with contract.within(15):
         await backend.declare("g")
-        await backend.publish_many(numbered(20))
+        await backend.publish_many(contract.apart(numbered(20)))
         stalled = backend.consume(group="g", prefetch=5)
         held = [await stalled.receive()]
-        await backend.publish_many(numbered(80, start=20))
+        await backend.publish_many(contract.apart(numbered(80, start=20)))
         async with other.consume(group="g") as others:
             drained = await collect(others, 95)
             assert (await oracle.counts("g")).total <= 5
@@ -234,11 +241,11 @@ async def test_a_stalled_consumer_of_the_application_holds_its_limit(contract: C
 
     async with contract.within(15):
         await backend.declare("g")
-        await backend.publish_many(numbered(10))
+        await backend.publish_many(contract.apart(numbered(10)))
         consumer = AsyncLoopConsumer(backend, "g", concurrency=2, prefetch=4)
         running = asyncio.create_task(consumer.run(handler))
         await stalled.wait()
-        await backend.publish_many(numbered(190, start=10))
+        await backend.publish_many(contract.apart(numbered(190, start=10)))
         async with other.consume(group="g") as others:
             await collect(others, 196)
         counts = await oracle.counts("g")
@@ -258,7 +265,7 @@ async def test_processes_have_identities_of_their_own_even_after_a_restart(contr
     seen: list[int] = []
     async with contract.within(20), AsyncExitStack() as stack:
         await backend.declare("g")
-        await backend.publish_many(numbered(3))
+        await backend.publish_many(contract.apart(numbered(3)))
         for n in range(3):
             worker = await stack.enter_async_context(contract.worker_with(lease, workers.hold, group="g", prefetch=1))
             assert await worker.next_report() == "subscribed"
@@ -266,7 +273,7 @@ async def test_processes_have_identities_of_their_own_even_after_a_restart(contr
             # Had one the name of another, it would be handed the other's message, or the two would count as one.
             assert report["attempt"] == 1
             seen.append(report["n"])
-            assert await oracle.consumers("g") == n + 1
+            assert await oracle.consumers("g") in (n + 1, None)
             assert (await oracle.counts("g")).in_flight == n + 1
             if n == 1 and contract.declares("lease"):
                 await worker.kill()
@@ -290,12 +297,12 @@ async def test_the_identities_of_dead_processes_are_cleaned_up(contract: Contrac
             await until_empty(oracle, "g")
 
             async def only_us() -> bool:
-                return await oracle.consumers("g") <= 1
+                return await oracle.consumers("g") in (0, 1, None)
 
             # Ten leases after their death at the latest: an operator must be able to tell who is there.
             async with contract.within(10 * contract.lease):
                 await until(only_us)
-        assert await oracle.consumers("g") == 0
+        assert await oracle.consumers("g") in (0, None)
 
 
 @clause("C-GRP-06")
@@ -304,14 +311,14 @@ async def test_consumers_of_one_process_have_identities_of_their_own(contract: C
     oracle = await contract.oracle()
     async with contract.within():
         await first.declare("g")
-        await first.publish_many(numbered(3))
+        await first.publish_many(contract.apart(numbered(3)))
         subscriptions = [each.consume(group="g", prefetch=1) for each in (first, first, second)]
         # Brokers may learn of a consumer with its first message only.
         held = [await subscription.receive() for subscription in subscriptions]
-        assert await oracle.consumers("g") == 3
+        assert await oracle.consumers("g") in (3, None)
         for subscription in subscriptions:
             await subscription.aclose()
-        assert await oracle.consumers("g") == 0
+        assert await oracle.consumers("g") in (0, None)
     assert sorted(numbers(held)) == [0, 1, 2]
 
 

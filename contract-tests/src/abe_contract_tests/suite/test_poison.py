@@ -161,7 +161,8 @@ async def test_others_keep_flowing_while_a_message_fails_and_waits(contract: Con
                     seen.add(message["n"])
                     await message.ack()
         counts = await (await contract.oracle()).counts("g")
-        assert (counts.delayed, counts.total) == (1, 1)
+        postponed = counts.in_flight if contract.harness.hides_retries else counts.delayed
+        assert (postponed, counts.total) == (1, 1)
 
 
 @clause("C-PSN-02", capability="dead_letter")
@@ -198,7 +199,7 @@ async def test_a_process_killed_in_the_middle_of_the_move_loses_no_message(contr
     oracle = await contract.oracle()
     async with contract.within(25):
         await backend.declare("g")
-        await backend.publish_many(numbered(60))
+        await backend.publish_many(contract.apart(numbered(60)))
         async with contract.worker(workers.reject_all, group="g", count=60) as worker:
             reported = [await worker.next_report() for _ in range(3)]
             await worker.kill()

@@ -22,6 +22,7 @@ from abe_contract_tests.suite import workers
 from abe_contract_tests.suite.steps import (
     collect,
     collect_distinct,
+    expect_counts,
     numbered,
     numbers,
     unreachable_backend,
@@ -49,8 +50,9 @@ async def test_publish_many_returns_when_the_broker_holds_all_of_them(contract: 
     oracle = await contract.oracle()
     async with contract.within():
         await backend.declare("g")
-        await backend.publish_many(numbered(1_000))
-        assert (await oracle.counts("g")).waiting == 1_000
+        count = contract.many(1_000)
+        await backend.publish_many(numbered(count))
+        assert (await oracle.counts("g")).waiting == count
 
 
 @clause("C-PUB-01")
@@ -175,8 +177,10 @@ async def test_100_tasks_publish_through_one_instance(contract: Contract) -> Non
     backend = contract.backend()
     oracle = await contract.oracle()
 
+    each = contract.many(2_000) // 100
+
     async def publish(task: int) -> None:
-        for n in range(20):
+        for n in range(each):
             await backend.publish(
                 f"task.{task}", {"task": task, "n": n, "text": f"{task}/{n}"}, headers={"task": str(task)}
             )
@@ -186,11 +190,17 @@ async def test_100_tasks_publish_through_one_instance(contract: Contract) -> Non
         async with asyncio.TaskGroup() as tasks:
             for task in range(100):
                 tasks.create_task(publish(task))
-        assert (await oracle.counts("g")).waiting == 2_000
+        assert (await oracle.counts("g")).waiting == 100 * each
         async with backend.consume(group="g", prefetch=200) as subscription:
-            messages = await collect(subscription, 2_000)
+            messages = await collect(subscription, 100 * each)
+            # One that came twice may have come in place of another.
+            while (
+                contract.capabilities.spurious_duplicates
+                and len({message["text"] for message in messages}) < 100 * each
+            ):
+                messages += await collect(subscription, 1)
     assert {(message["task"], message["n"]) for message in messages} == {
-        (task, n) for task in range(100) for n in range(20)
+        (task, n) for task in range(100) for n in range(each)
     }
     for message in messages:
         task = message["task"]
@@ -332,11 +342,12 @@ async def test_no_retention_trims_what_waits_or_is_held(contract: Contract) -> N
         await backend.publish("order.created", {"n": -1})
         async with backend.consume(group="g", prefetch=1) as holder:
             held = await holder.receive()
-            await backend.publish_many(numbered(12_000))
+            count = contract.many(12_000)
+            await backend.publish_many(numbered(count))
             counts = await oracle.counts("g")
-            assert counts.total == 12_001
+            assert counts.total == count + 1
             await held.nack(delay=0)
-        assert (await oracle.counts("g")).total == 12_001
+        await expect_counts(contract, oracle, "g", total=count + 1)
         await backend.delete_group("g")
 
 

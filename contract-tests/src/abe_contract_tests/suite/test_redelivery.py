@@ -190,7 +190,9 @@ async def test_the_late_ack_of_a_revived_consumer_leaves_the_new_owner_s_copy(co
                 # Our copy is a copy still: failing it brings it back once more.
                 await mine.nack(delay=0)
                 (again,) = await collect(subscription, 1)
-                assert (again["n"], again.attempt) == (1, 3)
+                assert again["n"] == 1
+                # The broker may have given it to the one that was killed, whose last request it had not seen the end of.
+                assert again.attempt == 3 or (contract.harness.approximate and again.attempt == 4)
                 await until_empty(oracle, "g")
 
 
@@ -264,7 +266,7 @@ async def test_what_was_fetched_and_not_yielded_is_released_at_close(contract: C
     oracle = await contract.oracle()
     async with contract.within():
         await backend.declare("g")
-        await backend.publish_many(numbered(10))
+        await backend.publish_many(contract.apart(numbered(10)))
         async with other.consume(group="g", prefetch=1) as others:
             first = await others.receive()
             async with backend.consume(group="g", prefetch=20) as subscription:
@@ -286,7 +288,7 @@ async def test_a_stopped_subscription_gives_back_what_nobody_was_handed_and_keep
     oracle = await contract.oracle()
     async with contract.within():
         await backend.declare("g")
-        await backend.publish_many(numbered(10))
+        await backend.publish_many(contract.apart(numbered(10)))
         async with backend.consume(group="g", prefetch=20) as subscription:
             held = await hold(subscription, 3)
             await until_in_flight(oracle, "g", 10)

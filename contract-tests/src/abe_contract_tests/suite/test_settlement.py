@@ -15,6 +15,7 @@ from abe_contract_tests.suite import workers
 from abe_contract_tests.suite.steps import (
     LONG_LEASE,
     collect,
+    expect_counts,
     numbered,
     numbers,
     until,
@@ -66,7 +67,7 @@ async def test_the_broker_holds_a_message_for_as_long_as_the_loop_body_runs(cont
 
                 await until(settled)
                 assert (await oracle.counts("g")).in_flight >= 1, message
-        assert (await oracle.counts("g")).total == 1
+        await expect_counts(contract, oracle, "g", total=1)
 
 
 @clause("C-ACK-02")

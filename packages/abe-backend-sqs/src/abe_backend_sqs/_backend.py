@@ -1,0 +1,75 @@
+"""The backend's public face."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, Self
+
+from abe.backends.message_queue.base import (
+    Capabilities,
+    Durability,
+    MessageQueueBackend,
+    Middleware,
+    Transport,
+)
+from abe.backends.message_queue.engine import TransportBackend
+from abe.codec import Codec
+from abe_backend_sqs._settings import SqsSettings
+from abe_backend_sqs._transport import SqsTransport
+
+_DAY: Final = 86_400.0
+
+
+class SqsBackend(TransportBackend):
+    """A message queue on Amazon SQS, or on something that speaks its protocol.
+
+    Args:
+        settings: The account, the region, and what every backend can be told.
+        codec: Payload to bytes and back.
+        middleware: Wraps each publish, the first outermost.
+    """
+
+    settings: SqsSettings
+    capabilities: Capabilities = Capabilities(
+        groups=True,
+        key_patterns=True,
+        ordered=False,
+        ordered_per_key=False,
+        spurious_duplicates=True,
+        dead_letter=True,
+        max_delay=10 * _DAY,
+        lease=30.0,
+        redelivery_bound=4.0,
+        publish_dedup=None,
+        max_payload_bytes=1_024_000,
+        durability=Durability.POWER_LOSS,
+    )
+
+    def __init__(
+        self,
+        settings: SqsSettings | None = None,
+        *,
+        codec: Codec | None = None,
+        middleware: Sequence[Middleware] = (),
+    ) -> None:
+        super().__init__(settings or SqsSettings(), codec=codec, middleware=middleware)
+        if self.settings.fifo:
+            self.capabilities = replace(
+                self.capabilities,
+                ordered=self.settings.message_group is not None,
+                ordered_per_key=True,
+                spurious_duplicates=False,
+                publish_dedup=300.0,
+            )
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """Make an instance from the ``AWS_*``, ``SQS_*`` and ``QUEUE_*`` variables. No I/O happens here."""
+        return cls(SqsSettings.from_env())
+
+    def make_transport(self) -> Transport:
+        """Return a transport to the account of the settings."""
+        return SqsTransport(self.settings)
+
+
+if TYPE_CHECKING:
+    _: type[MessageQueueBackend] = SqsBackend

@@ -1,0 +1,129 @@
+"""The AWS clients: one that polls, one for everything else that SQS is asked, and one for SNS."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from aiobotocore.config import AioConfig
+from aiobotocore.session import AioSession
+from botocore.loaders import Loader
+
+from abe_backend_sqs._errors import translated
+from abe_backend_sqs._settings import SqsSettings
+
+if TYPE_CHECKING:
+    from types_aiobotocore_sns.client import SNSClient
+    from types_aiobotocore_sqs.client import SQSClient
+
+_CALLS: Final = 64
+"""Connections of the client that does not poll: more requests than that wait for one."""
+
+_POLLS: Final = 1_000
+"""Connections of the client that polls: all consumers of a process together."""
+
+_ANSWER: Final = 10.0
+"""Seconds beyond a poll's own time after which a connection that says nothing is dead."""
+
+_IDLE: Final = 3.0
+"""Seconds for which a connection without a request is kept."""
+
+_models: Final = Loader()
+"""The descriptions of the services. Reading them is most of the cost of a client, so that every session shares them."""
+
+
+class Clients:
+    """The clients of one event loop, each made when it is first needed.
+
+    Args:
+        settings: The account, and the address.
+    """
+
+    def __init__(self, settings: SqsSettings) -> None:
+        self._settings = settings
+        self._made: dict[str, asyncio.Task[Any]] = {}
+
+    async def calls(self) -> "SQSClient":
+        """Return the client for everything but polls.
+
+        Raises:
+            ConfigurationError: There is no region, no such profile, or they are malformed.
+        """
+        client: SQSClient = await self._client("calls", _CALLS, self._settings.publish_timeout + 1)
+        return client
+
+    async def polls(self) -> "SQSClient":
+        """Return the client for polls: they would keep the connections of the other from its requests.
+
+        Raises:
+            ConfigurationError: As above.
+        """
+        client: SQSClient = await self._client("polls", _POLLS, self._settings.wait + _ANSWER)
+        return client
+
+    async def topics(self) -> "SNSClient":
+        """Return the client for SNS.
+
+        Raises:
+            ConfigurationError: As above.
+        """
+        client: SNSClient = await self._client("topics", _CALLS, self._settings.publish_timeout + 1)
+        return client
+
+    async def close(self) -> None:
+        """Close them, each even if this is cancelled meanwhile: an event loop that ends cancels it."""
+        made, self._made = self._made, {}
+        cancelled: asyncio.CancelledError | None = None
+        for task in made.values():
+            try:
+                if not task.done():
+                    await asyncio.wait([task])
+                if not task.cancelled() and task.exception() is None:
+                    await task.result().close()
+            except asyncio.CancelledError as exc:
+                cancelled = exc
+        if cancelled is not None:
+            raise cancelled
+
+    async def _client(self, name: str, connections: int, read_timeout: float) -> Any:
+        task = self._made.get(name)
+        if task is not None and task.done() and not task.cancelled() and task.exception() is None:
+            return task.result()
+        if task is None or task.done():
+            # A task of its own: who asked first may be cancelled, and the thread it needs goes on.
+            task = self._made[name] = asyncio.get_running_loop().create_task(
+                self._make(name, connections, read_timeout)
+            )
+        await asyncio.wait([task])
+        return task.result()
+
+    async def _make(self, name: str, connections: int, read_timeout: float) -> Any:
+        settings = self._settings
+        service, endpoint = ("sns", settings.topic_endpoint_url) if name == "topics" else ("sqs", settings.endpoint_url)
+        config = AioConfig(
+            connector_args={"keepalive_timeout": _IDLE},
+            connect_timeout=settings.connect_timeout,
+            read_timeout=read_timeout,
+            max_pool_connections=connections,
+            parameter_validation=False,
+            # The engine tries again, with the same ids and within its own time; a poll that is repeated here could strand what it brought.
+            retries={"mode": "standard", "total_max_attempts": 1},
+        )
+        local = endpoint is not None and endpoint.startswith("http:")
+        arguments: Mapping[str, Any] = {
+            "region_name": settings.region,
+            "endpoint_url": endpoint,
+            "aws_access_key_id": settings.access_key_id,
+            "aws_secret_access_key": settings.secret_access_key,
+            "aws_session_token": settings.session_token,
+            "verify": False if local else None,
+            "config": config,
+        }
+        # Reads files, so it runs in a thread; nothing in it belongs to an event loop before the first request.
+        with translated(settings.address):
+            return await asyncio.to_thread(asyncio.run, self._create(service, arguments))
+
+    def _create(self, service: str, arguments: Mapping[str, Any]) -> Any:
+        # A session of its own: sessions are not made for several threads, and a cancelled caller leaves its thread behind.
+        session: Any = AioSession(profile=self._settings.profile)
+        session.register_component("data_loader", _models)
+        return session.create_client(service, **arguments).__aenter__()

@@ -1,0 +1,94 @@
+"""What takes the place of a message that leaves the queue it was in. Pure but for the clock."""
+
+import time
+from typing import Final, NamedTuple
+
+from abe.backends.message_queue.base import Settlement, Verb
+from abe_backend_sqs import _wire
+from abe_backend_sqs._settings import SqsSettings
+from abe_backend_sqs._topology import Topology
+from abe_backend_sqs._wire import Entry, Message
+
+LONGEST_DELAY: Final = 900
+"""Seconds that SQS delays a message at most."""
+
+
+class Copy(NamedTuple):
+    """An entry, and the name of the queue for it."""
+
+    name: str
+    entry: Entry
+
+
+def delayed(entry: Entry, delay: float) -> Entry:
+    """Return the entry with a delay in seconds, which SQS counts whole and up to a limit."""
+    return entry._replace(delay=min(LONGEST_DELAY, -int(-delay // 1)))
+
+
+class Copies:
+    """Makes copies.
+
+    Args:
+        settings: Whether queues are FIFO queues, and of which message group.
+        names: Where the copies go.
+    """
+
+    def __init__(self, settings: SqsSettings, names: Topology) -> None:
+        self._fifo = settings.fifo
+        self._message_group = settings.message_group
+        self._names = names
+
+    def settled(self, group: str, message: Message, attempt: int, verdict: Settlement) -> Copy:
+        """Return what a verdict makes of a message of a group that was delivered for the `attempt`-th time."""
+        names = self._names
+        if verdict.verb is Verb.DEAD:
+            at = int(time.time() * 1000)
+            entry = _wire.bury(message, attempts=attempt, reason=verdict.reason, error=verdict.error, at=at)
+            if self._fifo:
+                # Each dead letter is a message group of its own, so that none is kept from those who look through them by another; and
+                # what is buried again after a replay is no repetition.
+                id = str(message["MessageId"])
+                entry = _wire.in_order(_wire.leaving(message, entry), id, f"{id}-{_wire.received(message)}")
+            return Copy(names.dead(group), entry)
+        if verdict.verb is Verb.RELEASE:
+            return Copy(names.queue(group), _wire.repack(message, attempts=attempt - 1))
+        due = int((time.time() + verdict.delay) * 1000) if verdict.delay > LONGEST_DELAY else 0
+        entry = delayed(_wire.repack(message, attempts=attempt, due=due), verdict.delay)
+        if self._fifo:
+            return Copy(names.later(group), _wire.leaving(message, entry))
+        return Copy(names.queue(group), entry)
+
+    def due(self, group: str, message: Message) -> Copy:
+        """Return what enters a group's FIFO queue when its time has come.
+
+        A message that was never delivered is deduplicated by its id, like any published one. One that is tried again would be dropped by
+        that: it has a deduplication id of its own, the same however often it is moved.
+        """
+        parsed = _wire.parse(message)
+        entry = _wire.repack(message, attempts=parsed.attempts)
+        dedup = message["MessageId"] if parsed.attempts or parsed.fault else parsed.metadata.id
+        return Copy(self._names.queue(group), self._in_order(message, entry, dedup))
+
+    def replayed(self, group: str, message: Message) -> Copy:
+        """Return what a dead letter is replayed as."""
+        entry = _wire.repack(message, attempts=0)
+        if self._fifo:
+            # Not the message's own id, with which it was published perhaps a moment ago; and the same if the replay is repeated.
+            entry = self._in_order(message, entry, message["MessageId"])
+        return Copy(self._names.queue(group), entry)
+
+    def unheld(self, group: str, message: Message) -> Copy:
+        """Return what a held message enters a group as, with what is left of its delay."""
+        parsed = _wire.parse(message)
+        left = max(0.0, parsed.due / 1000 - time.time())
+        entry = _wire.repack(message, attempts=0, due=parsed.due if left > LONGEST_DELAY else 0)
+        if left:
+            name = self._names.later(group) if self._fifo else self._names.queue(group)
+            return Copy(name, delayed(entry, left))
+        if self._fifo:
+            # The message's own id: one that was moved, and not deleted here before a crash, is not moved twice.
+            entry = self._in_order(message, entry, parsed.metadata.id)
+        return Copy(self._names.queue(group), entry)
+
+    def _in_order(self, message: Message, entry: Entry, dedup: str) -> Entry:
+        return _wire.in_order(entry, self._message_group or _wire.order(message), dedup)

@@ -1,0 +1,246 @@
+"""Everything that stores messages: published ones fanned out to the groups' queues, and ones that are moved."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final
+
+from abe.backends.message_queue.base import Envelope
+from abe.errors import (
+    AbeError,
+    BackendConnectionError,
+    BackpressureError,
+    PayloadTooLargeError,
+    PublishUnknownError,
+    UnroutableError,
+)
+from abe_backend_sqs import _wire
+from abe_backend_sqs._connection import Clients
+from abe_backend_sqs._copies import LONGEST_DELAY, delayed
+from abe_backend_sqs._errors import CLIENT_ERRORS, QueueMissingError, translate_entry, translate_send
+from abe_backend_sqs._settings import SqsSettings
+from abe_backend_sqs._topics import SNS_LIMIT
+from abe_backend_sqs._topology import Queues, Registry
+from abe_backend_sqs._wire import Entry
+
+_FLIGHTS: Final = 48
+"""Requests that store messages under way at once."""
+
+_MOST_PARTIAL: Final = 10_000
+
+
+class Sender:
+    """Puts messages into queues.
+
+    Args:
+        settings: The provider's.
+        clients: Asks SQS.
+        queues: Knows where.
+    """
+
+    def __init__(self, settings: SqsSettings, clients: Clients, queues: Queues) -> None:
+        self._settings = settings
+        self._clients = clients
+        self._queues = queues
+        self._flights = asyncio.Semaphore(_FLIGHTS)
+        self._counting = asyncio.Lock()
+        self._partial: dict[str, set[str]] = {}
+
+    async def send(self, envelopes: Sequence[Envelope], registry: Registry) -> Sequence[AbeError | None]:
+        """Publish: to the queue of each group that wants the key, or to the held messages where there is no group."""
+        if self._settings.max_backlog is None:
+            return await self._fan_out(envelopes, registry, None)
+        async with self._counting:
+            return await self._fan_out(envelopes, registry, await self._rooms(registry, self._settings.max_backlog))
+
+    async def post(self, name: str, entries: Sequence[Entry]) -> Sequence[AbeError | None]:
+        """Put messages into a queue, and return each one's outcome. Messages keep their order where the queue has one."""
+        outcomes: list[AbeError | None] = [None] * len(entries)
+
+        async def flight(positions: Sequence[int]) -> None:
+            async with self._flights:
+                results = await self._post(name, [entries[position] for position in positions])
+            for position, result in zip(positions, results, strict=True):
+                outcomes[position] = result
+
+        batches = list(_wire.batches(entries, SNS_LIMIT if _is_topic(name) else _wire.LIMIT))
+        if len(batches) == 1:
+            await flight(batches[0])
+        elif self._settings.fifo:
+            for index, positions in enumerate(batches):
+                await flight(positions)
+                failed = next((each for each in map(outcomes.__getitem__, positions) if each and each.retryable), None)
+                if failed is not None:  # what is behind it must not overtake it
+                    error = BackendConnectionError(f"not sent, as one before it failed: {failed}")
+                    for position in itertools.chain(*batches[index + 1 :]):
+                        outcomes[position] = error
+                    break
+        else:
+            await asyncio.gather(*map(flight, batches))
+        return outcomes
+
+    async def _fan_out(
+        self, envelopes: Sequence[Envelope], registry: Registry, room: dict[str, int] | None
+    ) -> Sequence[AbeError | None]:
+        outcomes: list[AbeError | None] = [None] * len(envelopes)
+        queues: dict[str, list[tuple[int, Entry]]] = {}
+        for position, envelope in enumerate(envelopes):
+            groups = registry.route(envelope.key)
+            entry = self._entry(envelope, held=not registry.groups)
+            outcomes[position] = error = _too_large(entry) or self._refusal(envelope, registry, groups, room)
+            if error is None:
+                for name in self._ways(envelope, entry, registry, groups):
+                    queues.setdefault(name, []).append((position, entry))
+        await self._post_all(envelopes, queues, outcomes)
+        return outcomes if any(outcomes) else ()
+
+    def _ways(self, envelope: Envelope, entry: Entry, registry: Registry, groups: Sequence[str]) -> Sequence[str]:
+        """Return the names of the queues that it goes to, or the ARN of the topic: one that delays nothing, and reaches all groups."""
+        names = self._queues.names
+        if not registry.groups:
+            return [names.held]
+        if self._settings.fanout == "sns" and len(groups) == len(registry.groups):
+            topic = registry.topic
+            if topic and not envelope.delay and entry.size <= SNS_LIMIT:
+                return [topic]
+        return [*map(names.later if self._settings.fifo and envelope.delay else names.queue, groups)]
+
+    def _entry(self, envelope: Envelope, *, held: bool) -> Entry:
+        """Return what is sent for an envelope. Held messages wait out their delay in the queue of the group that they end in."""
+        due = int((time.time() + envelope.delay) * 1000) if envelope.delay else 0
+        if due and not held:
+            return delayed(_wire.pack(envelope, due=due if envelope.delay > LONGEST_DELAY else 0), envelope.delay)
+        entry = _wire.pack(envelope, due=due)
+        if not self._settings.fifo:
+            return entry
+        return _wire.in_order(entry, self._settings.message_group or envelope.key, envelope.id)
+
+    def _refusal(
+        self, envelope: Envelope, registry: Registry, groups: Sequence[str], room: dict[str, int] | None
+    ) -> AbeError | None:
+        if not registry.groups:
+            return None
+        if not groups:
+            return UnroutableError(f"no group wants the key {envelope.key!r}")
+        if room is None:
+            return None
+        if any(room[group] <= 0 for group in groups):
+            return BackpressureError("a group that wants the message has max_backlog messages waiting")
+        for group in groups:
+            room[group] -= 1
+        return None
+
+    async def _rooms(self, registry: Registry, most: int) -> dict[str, int]:
+        groups = list(registry.groups)
+        counts = await asyncio.gather(*map(self._queues.group_counts, groups))
+        return {group: most - waiting - delayed for group, (waiting, _, delayed) in zip(groups, counts, strict=True)}
+
+    async def _post_all(
+        self,
+        envelopes: Sequence[Envelope],
+        queues: Mapping[str, Sequence[tuple[int, Entry]]],
+        outcomes: list[AbeError | None],
+    ) -> None:
+        """Post to every queue; a message that only some of them took is remembered, so that its next try leaves those out."""
+
+        async def post(name: str, some: Sequence[tuple[int, Entry]]) -> None:
+            left = [
+                (position, entry)
+                for position, entry in some
+                if name not in self._partial.get(envelopes[position].id, ())
+            ]
+            results = await self.post(name, [entry for _, entry in left]) if left else ()
+            for (position, _), result in zip(left, results, strict=True):
+                if result is None:
+                    done.setdefault(position, set()).add(name)
+                else:
+                    failed.setdefault(position, []).append((name, result))
+
+        done: dict[int, set[str]] = {}
+        failed: dict[int, list[tuple[str, AbeError]]] = {}
+        if len(queues) == 1:
+            await post(*next(iter(queues.items())))
+        else:
+            await asyncio.gather(*(post(name, some) for name, some in queues.items()))
+        if not failed and not self._partial:
+            return
+        for position, envelope in enumerate(envelopes):
+            if position in failed:
+                outcomes[position] = self._partly(envelope.id, done.get(position, set()), failed[position])
+            else:
+                self._partial.pop(envelope.id, None)
+
+    def _partly(self, id: str, done: set[str], failed: Sequence[tuple[str, AbeError]]) -> AbeError:
+        done = self._partial.pop(id, set()) | done
+        errors = [error for _, error in failed]
+        worst = next((error for error in errors if error.maybe_accepted), errors[0])
+        if not done:
+            return worst
+        while len(self._partial) >= _MOST_PARTIAL:
+            del self._partial[next(iter(self._partial))]
+        self._partial[id] = done
+        missing = ", ".join(name for name, _ in failed)
+        error = PublishUnknownError(f"{len(done)} queues have the message, and these have not: {missing}: {worst}")
+        error.__cause__ = worst
+        return error
+
+    async def _post(self, name: str, entries: Sequence[Entry]) -> Sequence[AbeError | None]:
+        try:
+            call = await self._call(name, entries)
+        except AbeError as exc:
+            return [exc] * len(entries)
+        try:
+            reply = await call()
+        except CLIENT_ERRORS as exc:
+            error = translate_send(exc, self._settings.address)
+            error.__cause__ = exc
+            if isinstance(error, QueueMissingError):
+                self._queues.forget(name)
+            return [error] * len(entries)
+        outcomes: list[AbeError | None] = [None] * len(entries)
+        for failure in reply.get("Failed", ()):
+            outcomes[int(failure["Id"])] = translate_entry(failure, self._settings.address)
+        return outcomes
+
+    async def _call(self, name: str, entries: Sequence[Entry]) -> Callable[[], Awaitable[Mapping[str, Any]]]:
+        """Return the request that stores the messages, when all that it needs to know is known."""
+        requests: list[Any] = [_request(str(position), entry) for position, entry in enumerate(entries)]
+        if not _is_topic(name):
+            url, client = await self._url(name), await self._clients.calls()
+            return lambda: client.send_message_batch(QueueUrl=url, Entries=requests)
+        topics = await self._clients.topics()
+        for request in requests:
+            request["Message"] = request.pop("MessageBody")
+        return lambda: topics.publish_batch(TopicArn=name, PublishBatchRequestEntries=requests)
+
+    async def _url(self, name: str) -> str:
+        if name == self._queues.names.held:
+            return await self._queues.ensure(name)
+        return await self._queues.url(name)
+
+
+def _is_topic(name: str) -> bool:
+    return name.startswith("arn:")
+
+
+def _too_large(entry: Entry) -> AbeError | None:
+    most = _wire.LIMIT - _wire.RESERVE
+    if entry.size <= most:
+        return None
+    return PayloadTooLargeError(
+        f"the message is {entry.size} bytes of {most} with its headers, as SQS carries it; "
+        f"the rest of its {_wire.LIMIT} is for what a retry or a dead letter adds"
+    )
+
+
+def _request(id: str, entry: Entry) -> dict[str, Any]:
+    request: dict[str, Any] = {"Id": id, "MessageBody": entry.body}
+    if entry.attributes:
+        request["MessageAttributes"] = entry.attributes
+    if entry.delay:
+        request["DelaySeconds"] = entry.delay
+    if entry.group:
+        request["MessageGroupId"] = entry.group
+        request["MessageDeduplicationId"] = entry.dedup
+    return request

@@ -1,0 +1,73 @@
+"""Fan-out by SNS: one topic for the namespace, to which the queue of each group is subscribed."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final, cast
+
+from abe_backend_sqs._connection import Clients
+from abe_backend_sqs._errors import QueueMissingError, translated
+from abe_backend_sqs._settings import SqsSettings
+
+SNS_LIMIT: Final = 262_144
+"""Bytes of a message, and of a batch of them, that any topic takes. What is larger goes to the queues directly."""
+
+_STATEMENT: Final = "abe-topic"
+
+
+class Topics:
+    """Subscribes queues to the topic, and ends that.
+
+    Args:
+        settings: Whose account.
+        clients: Asks SNS, and SQS.
+    """
+
+    def __init__(self, settings: SqsSettings, clients: Clients) -> None:
+        self._settings = settings
+        self._clients = clients
+
+    async def subscribe(self, topic: str, url: str) -> str:
+        """Have the topic of that name send what it gets to a queue, as it is, and return the subscription's ARN."""
+        sns, sqs = await self._clients.topics(), await self._clients.calls()
+        with translated(self._settings.address):
+            arn = (await sns.create_topic(Name=topic))["TopicArn"]
+            found: Mapping[str, Any] = await sqs.get_queue_attributes(
+                QueueUrl=url, AttributeNames=["QueueArn", "Policy"]
+            )
+            queue = found["Attributes"]["QueueArn"]
+            policy = allowing(found["Attributes"].get("Policy", ""), topic=arn, queue=queue)
+            await sqs.set_queue_attributes(QueueUrl=url, Attributes={"Policy": policy})
+            reply = await sns.subscribe(
+                TopicArn=arn,
+                Protocol="sqs",
+                Endpoint=queue,
+                Attributes={"RawMessageDelivery": "true"},
+                ReturnSubscriptionArn=True,
+            )
+        return reply["SubscriptionArn"]
+
+    async def unsubscribe(self, subscription: str) -> None:
+        """End a subscription; a no-op when there is none."""
+        sns = await self._clients.topics()
+        try:
+            with translated(self._settings.address):
+                await sns.unsubscribe(SubscriptionArn=subscription)
+        except QueueMissingError:
+            return
+
+
+def allowing(policy: str, *, topic: str, queue: str) -> str:
+    """Return a queue's policy, whatever else it says, with the statement that lets the topic send to the queue."""
+    document: dict[str, Any] = json.loads(policy) if policy else {"Version": "2012-10-17"}
+    statements: Any = document.get("Statement", [])
+    others = cast("list[dict[str, Any]]", [statements] if isinstance(statements, dict) else statements)
+    ours = {
+        "Sid": _STATEMENT,
+        "Effect": "Allow",
+        "Principal": {"Service": "sns.amazonaws.com"},
+        "Action": "sqs:SendMessage",
+        "Resource": queue,
+        "Condition": {"ArnEquals": {"aws:SourceArn": topic}},
+    }
+    document["Statement"] = [*(each for each in others if each.get("Sid") != _STATEMENT), ours]
+    return json.dumps(document)

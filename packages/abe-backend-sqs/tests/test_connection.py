@@ -1,0 +1,74 @@
+"""The clients: made once, of a size that fits, and closed whatever happens."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from abe.errors import ConfigurationError
+from abe_backend_sqs import SqsSettings
+from abe_backend_sqs._connection import Clients
+
+SETTINGS = SqsSettings(region="us-east-1", access_key_id="key", secret_access_key="secret", wait=20)
+
+
+async def test_polls_have_connections_of_their_own_and_time_for_a_long_poll() -> None:
+    clients = Clients(SETTINGS)
+    polls, calls = await clients.polls(), await clients.calls()
+    assert polls is not calls
+    assert polls.meta.config.read_timeout > SETTINGS.wait
+    assert calls.meta.config.read_timeout > SETTINGS.publish_timeout
+    assert polls.meta.config.max_pool_connections > SETTINGS.pollers
+    assert {client.meta.config.connect_timeout for client in (polls, calls)} == {SETTINGS.connect_timeout}
+    await clients.close()
+
+
+async def test_a_client_is_made_once_whoever_asks_and_is_cancelled() -> None:
+    clients = Clients(SETTINGS)
+    asking = [asyncio.create_task(clients.calls()) for _ in range(3)]
+    await asyncio.sleep(0)
+    asking[0].cancel()
+    _, second, third = await asyncio.gather(*asking, return_exceptions=True)
+    assert second is third
+    await clients.close()
+
+
+async def test_all_are_closed_even_if_closing_is_cancelled_at_the_first() -> None:
+    clients = Clients(SETTINGS)
+    await clients.polls()
+    await clients.calls()
+    closed: list[int] = []
+
+    class Slow:
+        async def close(self) -> None:
+            closed.append(len(closed))
+            await asyncio.sleep(0)
+
+    for name, task in list(clients._made.items()):
+        await task.result().close()
+        made: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        made.set_result(Slow())
+        clients._made[name] = made  # type: ignore[assignment]
+    closing = asyncio.create_task(clients.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert closed == [0, 1]
+
+
+async def test_without_a_region_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    clients = Clients(SqsSettings(access_key_id="key", secret_access_key="secret"))
+    with pytest.raises(ConfigurationError, match="region"):
+        await clients.calls()
+    await clients.close()
+
+
+async def test_a_profile_that_is_not_there_is_a_matter_of_configuration() -> None:
+    clients = Clients(SqsSettings(region="us-east-1", profile="no-such-profile"))
+    with pytest.raises(ConfigurationError, match="no-such-profile"):
+        await clients.calls()
+    await clients.close()

@@ -1,0 +1,120 @@
+"""Fan-out by SNS: what goes through the topic, what does not, and what the queues allow."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from abe_backend_sqs._topics import allowing
+from abe_backend_sqs._topology import Group, Registry, from_tags, tags
+
+TOPIC, QUEUE = "arn:aws:sns:us-east-1:000000000000:t", "arn:aws:sqs:us-east-1:000000000000:q"
+
+
+def operations(lab: Any) -> list[str]:
+    return [name for name, _ in lab.gate.seen if name in ("PublishBatch", "SendMessageBatch")]
+
+
+async def test_what_every_group_wants_is_one_request_for_all_of_them(lab: Any) -> None:
+    async with asyncio.timeout(20):
+        backend = await lab.backend(fanout="sns")
+        for group in ("a", "b", "c"):
+            await backend.declare(group)
+        await backend.publish_many([("k", {"n": n}) for n in range(10)])
+        assert operations(lab) == ["PublishBatch"]
+        assert [(await backend.stats(group)).waiting for group in ("a", "b", "c")] == [10, 10, 10]
+        async with backend.consume(group="b") as messages:
+            message = await messages.receive()
+            assert (message.key, message.attempt) == ("k", 1)
+
+
+@pytest.mark.parametrize("reason", ["not all want it", "it is delayed", "it is over 256 KiB"])
+async def test_what_a_topic_cannot_carry_goes_to_the_queues(lab: Any, reason: str) -> None:
+    async with asyncio.timeout(20):
+        backend = await lab.backend(fanout="sns")
+        await backend.declare("a", ["order.#"])
+        await backend.declare("b")
+        key = "other" if reason == "not all want it" else "order.created"
+        size, delay = (270_000 if "KiB" in reason else 1), (60 if "delayed" in reason else None)
+        await backend.publish(key, {"text": "x" * size}, delay=delay)
+        assert set(operations(lab)) == {"SendMessageBatch"}
+        found = [await backend.stats(group) for group in ("a", "b")]
+        assert [each.waiting + each.delayed for each in found] == ([0, 1] if key == "other" else [1, 1])
+
+
+async def test_a_group_that_is_not_subscribed_keeps_publishers_from_the_topic(lab: Any) -> None:
+    async with asyncio.timeout(20):
+        backend, direct = await lab.backend(fanout="sns"), await lab.backend()
+        await backend.declare("a")
+        await direct.declare("b")
+        await backend.publish("k", {"n": 1})
+        assert set(operations(lab)) == {"SendMessageBatch"}
+        assert [(await backend.stats(group)).waiting for group in ("a", "b")] == [1, 1]
+
+
+async def test_where_others_make_the_queues_nothing_is_subscribed(lab: Any) -> None:
+    async with asyncio.timeout(20):
+        maker, backend = await lab.backend(), await lab.backend(fanout="sns", ensure=False)
+        await maker.declare("g")
+        await backend.declare("g")
+        await backend.publish("k", {"n": 1})
+        assert set(operations(lab)) == {"SendMessageBatch"}
+        assert not lab.gate.requests("CreateTopic")
+        assert (await backend.stats("g")).waiting == 1
+
+
+async def test_what_reached_a_group_that_does_not_want_it_is_dropped_and_a_stranger_s_message_is_not(lab: Any) -> None:
+    async with asyncio.timeout(20):
+        backend = await lab.backend(fanout="sns")
+        await backend.declare("g")
+        await backend.publish_many([("order.created", {"n": 1}), ("other", {"n": 2})])
+        await lab.ask("send_message", QueueUrl=await lab.url("group", "g"), MessageBody='{"n": 3}')
+        seen: set[int] = set()
+        async with backend.consume(group="g", keys=["order.#"]) as messages:
+            while len(seen) < 2:
+                message = await messages.receive()
+                seen.add(message["n"])
+                await message.ack()
+            while (stats := await backend.stats("g")).waiting or stats.in_flight:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert seen == {1, 3}
+
+
+async def test_a_deleted_group_is_subscribed_no_more(lab: Any) -> None:
+    async with asyncio.timeout(20):
+        backend = await lab.backend(fanout="sns")
+        await backend.declare("g")
+        (subscribing,) = lab.gate.requests("Subscribe")
+        assert subscribing["Attributes.entry.1.key"] == "RawMessageDelivery"
+        await backend.delete_group("g")
+        (ending,) = lab.gate.requests("Unsubscribe")
+        assert ending["SubscriptionArn"].startswith(subscribing["TopicArn"])
+
+
+def test_a_queue_allows_the_topic_and_keeps_what_it_allowed_before() -> None:
+    theirs = {"Sid": "theirs", "Effect": "Deny", "Principal": "*", "Action": "sqs:*", "Resource": QUEUE}
+    before = json.dumps({"Version": "2012-10-17", "Statement": theirs})
+    once = allowing(before, topic=TOPIC, queue=QUEUE)
+    first, ours = json.loads(once)["Statement"]
+    assert first == theirs
+    assert (ours["Principal"], ours["Condition"]) == (
+        {"Service": "sns.amazonaws.com"},
+        {"ArnEquals": {"aws:SourceArn": TOPIC}},
+    )
+    assert allowing(once, topic=TOPIC, queue=QUEUE) == once
+
+
+def test_the_topic_is_one_that_reaches_every_group() -> None:
+    def registry(**subscriptions: str) -> Registry:
+        return Registry(dict.fromkeys(("a", "b"), ("#",)), {}, 0.0, {}, subscriptions)
+
+    assert registry(a=f"{TOPIC}:1", b=f"{TOPIC}:2").topic == TOPIC
+    assert not registry(a=f"{TOPIC}:1").topic
+    assert not registry(a=f"{TOPIC}:1", b=f"{TOPIC}-other:2").topic
+    assert not Registry({}, {}, 0.0, {}).topic
+
+
+def test_a_subscription_travels_in_the_tags() -> None:
+    group = Group("g", ("#",), 1.0, f"{TOPIC}:1")
+    assert from_tags(tags(group)) == group

@@ -1,0 +1,211 @@
+"""The provider on a server: with strangers, pinned groups, queues made by others, and fan-outs that fail in part."""
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from abe.backends.message_queue.base import Envelope
+from abe.errors import ConfigurationError, PublishUnknownError
+from abe_backend_sqs import SqsBackend
+from abe_backend_sqs._topology import Group, tags
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def rights() -> list[set[str]]:
+    """Return the actions that the README allows to each role: who publishes, who consumes, who makes groups as well."""
+    policies = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", README.read_text(), re.DOTALL)]
+    publisher, consumer, maker = (
+        {str(action) for each in policy["Statement"] for action in _listed(each)} for policy in policies
+    )
+    return [publisher, consumer, consumer | maker]
+
+
+def _listed(statement: dict[str, Any]) -> list[str]:
+    action = statement["Action"]
+    return [action] if isinstance(action, str) else action
+
+
+def used(lab: Any) -> set[str]:
+    """Return the actions that the requests since the last call need; a batch is allowed by its single form."""
+    topics = {"PublishBatch", "CreateTopic", "Subscribe", "Unsubscribe"}
+    seen, lab.gate.seen = {name for name, _ in lab.gate.seen}, []
+    return {f"{'sns' if name in topics else 'sqs'}:{name.removesuffix('Batch')}" for name in seen}
+
+
+@pytest.mark.parametrize("changes", [{}, {"fanout": "sns"}, {"fifo": True}], ids=["direct", "sns", "fifo"])
+async def test_the_rights_of_the_readme_are_enough_and_those_of_who_makes_groups_not_too_many(
+    lab: Any, changes: dict[str, Any]
+) -> None:
+    publishing, consuming, making = rights()
+    async with asyncio.timeout(20):
+        maker, publisher, consumer = [await lab.backend(**changes) for _ in range(3)]
+        lab.gate.seen.clear()
+        await maker.publish("k", {"n": 0})
+        await maker.declare("g")
+        await maker.declare("gone")
+        await maker.delete_group("gone")
+        makes = used(lab)
+        await publisher.publish_many([("k", {"n": n}) for n in range(1, 4)])
+        publishes = used(lab)
+        async with consumer.consume(group="g") as messages:
+            held = [await messages.receive() for _ in range(4)]
+            await held[0].ack()
+            await held[1].nack(delay=0)
+            await held[2].reject("no")
+        await consumer.dead_letters("g").list()
+        await consumer.dead_letters("g").replay()
+        await consumer.stats("g")
+        consumes = used(lab)
+    assert publishes <= publishing
+    assert consumes <= consuming
+    assert makes <= making
+    topics = {action for action in making if action.startswith("sns:")} if changes.get("fanout") != "sns" else set()
+    assert making - topics <= makes | consumes | publishes
+
+
+async def test_plain_json_of_a_stranger_is_consumed(lab: Any) -> None:
+    async with asyncio.timeout(15):
+        backend = await lab.backend()
+        async with backend.consume(group="g") as messages:
+            await lab.ask("send_message", QueueUrl=await lab.url("group", "g"), MessageBody='{"n": 1}')
+            message = await messages.receive()
+            assert message == {"n": 1}
+            assert message.id
+            assert (message.key, message.attempt, message.headers) == ("", 1, {})
+            await message.ack()
+
+
+async def test_a_stranger_may_name_a_key_and_an_id_and_send_base64(lab: Any) -> None:
+    attributes = {"key": "order.created", "id": "order-1", "encoding": "base64"}
+    async with asyncio.timeout(15):
+        backend = await lab.backend()
+        async with backend.consume(group="g") as messages:
+            await lab.ask(
+                "send_message",
+                QueueUrl=await lab.url("group", "g"),
+                MessageBody="eyJuIjogMX0=",
+                MessageAttributes={
+                    name: {"DataType": "String", "StringValue": value} for name, value in attributes.items()
+                },
+            )
+            message = await messages.receive()
+            assert (message, message.key, message.id) == ({"n": 1}, "order.created", "order-1")
+            await message.ack()
+
+
+async def test_ours_is_read_as_json_by_a_stranger(lab: Any) -> None:
+    async with asyncio.timeout(15):
+        backend = await lab.backend()
+        await backend.declare("g")
+        await backend.publish("order.created", {"n": 1, "text": "é"}, id="order-1")
+        reply = await lab.ask(
+            "receive_message", QueueUrl=await lab.url("group", "g"), MessageAttributeNames=["All"], VisibilityTimeout=0
+        )
+        (found,) = reply["Messages"]
+        assert json.loads(found["Body"]) == {"n": 1, "text": "é"}
+        assert json.loads(found["MessageAttributes"]["abe"]["StringValue"])[:3] == [1, "order-1", "order.created"]
+
+
+async def test_a_body_that_sqs_refuses_arrives_as_it_was(lab: Any) -> None:
+    bodies = [b"\x00\x01", "\uffff".encode(), b"", b"\xff\xfe", b'{"n":1}']
+    async with asyncio.timeout(15):
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        assert not await transport.send([Envelope(f"id-{n}", "k", body, 1) for n, body in enumerate(bodies)])
+        receiver = await transport.subscribe("g", 10)
+        found: dict[str, bytes] = {}
+        while len(found) < len(bodies):
+            deliveries = await receiver.receive(10)
+            found.update({receiver.metadata(delivery).id: delivery.body for delivery in deliveries})
+        assert [found[f"id-{n}"] for n in range(len(bodies))] == bodies
+        await receiver.close()
+
+
+async def test_pinned_groups_are_never_read_and_no_other_is_declared(lab: Any) -> None:
+    async with asyncio.timeout(15):
+        backend = await lab.backend(pinned=(("a", ("order.#",)), ("b", ("#",))))
+        await backend.declare("a")
+        await backend.declare("b")
+        await backend.publish("order.created", {"n": 1})
+        await backend.publish("other", {"n": 2})
+        assert [(await backend.stats(group)).waiting for group in ("a", "b")] == [1, 2]
+        assert not lab.gate.requests("ListQueues")
+        with pytest.raises(ConfigurationError, match="SQS_GROUPS"):
+            await backend.declare("c")
+        with pytest.raises(ConfigurationError, match="SQS_GROUPS"):
+            await backend.declare("a", ["x"])
+
+
+async def test_nothing_is_made_where_others_make_the_queues(lab: Any) -> None:
+    async with asyncio.timeout(15):
+        backend = await lab.backend(ensure=False)
+        with pytest.raises(ConfigurationError, match=r"group-g.*SQS_ENSURE"):
+            await backend.declare("g")
+        with pytest.raises(ConfigurationError, match=r"held.*SQS_ENSURE"):
+            await backend.publish("order.created", {"n": 1})
+        with pytest.raises(ConfigurationError, match="SQS_ENSURE"):
+            await backend.delete_group("g")
+        listed = await lab.ask("list_queues", QueueNamePrefix=lab.namespace)
+        assert not listed.get("QueueUrls")
+        made = {"CreateQueue", "SetQueueAttributes", "TagQueue", "DeleteQueue"}
+        assert not made.intersection(name for name, _ in lab.gate.seen)
+
+
+@pytest.mark.parametrize("known_by", ["tags", "SQS_GROUPS"])
+async def test_queues_that_others_made_serve_from_publish_to_dead_letter(lab: Any, known_by: str) -> None:
+    prefix = lab.namespace.replace("-", "--")
+    async with asyncio.timeout(15):
+        for kind in ("group", "dead"):
+            await lab.ask("create_queue", QueueName=f"{prefix}-{kind}-g")
+        pinned = (("g", ("#",)),) if known_by == "SQS_GROUPS" else None
+        if pinned is None:
+            await lab.ask("tag_queue", QueueUrl=await lab.url("group", "g"), Tags=tags(Group("g", ("#",), 0.0)))
+        backend: SqsBackend = await lab.backend(ensure=False, pinned=pinned)
+        async with backend.consume(group="g") as messages:
+            await backend.publish("order.created", {"n": 1})
+            await (await messages.receive()).reject("why not")
+        assert [letter.reason for letter in await backend.dead_letters("g").list()] == ["why not"]
+        assert await backend.dead_letters("g").replay() == 1
+        async with backend.consume(group="g") as messages:
+            await (await messages.receive()).ack()
+
+
+async def test_a_fan_out_that_failed_in_part_is_repeated_for_the_missing_queues_only(lab: Any) -> None:
+    async with asyncio.timeout(15):
+        maker = await lab.backend()
+        backend = await lab.backend(pinned=(("a", ("#",)), ("b", ("#",))), publish_timeout=0.5)
+        await maker.declare("a")
+        with pytest.raises(PublishUnknownError, match="group-b"):
+            await backend.publish("order.created", {"n": 1}, id="order-1")
+        await maker.declare("b")
+        await backend.publish("order.created", {"n": 1}, id="order-1")
+        assert [(await maker.stats(group)).waiting for group in ("a", "b")] == [1, 1]
+
+
+async def test_a_busy_group_is_polled_several_times_at_once_and_an_idle_one_once(lab: Any) -> None:
+    async with asyncio.timeout(20):
+        backend = await lab.backend(pollers=3)
+        await backend.declare("g")
+        await backend.publish_many([("k", {"n": n}) for n in range(300)])
+        transport = await lab.transport(pollers=3)
+        receiver = await transport.subscribe("g", 1_000)
+        most, got = 0, 0
+        while got < 300:
+            deliveries = await receiver.receive(100)
+            most = max(most, len(receiver._polls._under_way))
+            got += len(deliveries)
+            await receiver.ack([delivery.receipt for delivery in deliveries], verify=False)
+        assert most == 3
+        before = len(lab.gate.requests("ReceiveMessage"))
+        idle = asyncio.ensure_future(receiver.receive(100))
+        while len(lab.gate.requests("ReceiveMessage")) < before + 3:  # noqa: ASYNC110 - the server sets no event of ours
+            await asyncio.sleep(0.02)
+        assert len(receiver._polls._under_way) == 1
+        await receiver.stop()
+        assert not await idle
+        await receiver.close()
