@@ -1,7 +1,12 @@
 """The client's errors made ours."""
 
+import traceback
+from typing import Any, cast
+
 import botocore.exceptions as native
 import pytest
+from botocore.parsers import ResponseParserError
+from botocore.retries.standard import ThrottledRetryableChecker, TransientRetryableChecker
 
 from abe.errors import (
     AbeError,
@@ -12,7 +17,9 @@ from abe.errors import (
     PublishUnknownError,
 )
 from abe_backend_sqs._errors import (
+    ClockError,
     EntryRefusedError,
+    QueueExistsError,
     QueueMissingError,
     SqsError,
     translate,
@@ -22,9 +29,9 @@ from abe_backend_sqs._errors import (
 )
 
 
-def answered(code: str, status: int = 400) -> native.ClientError:
+def answered(code: str, status: int = 400, text: str = "m") -> native.ClientError:
     return native.ClientError(
-        {"Error": {"Code": code, "Message": "m"}, "ResponseMetadata": {"HTTPStatusCode": status}},  # type: ignore[typeddict-item]
+        {"Error": {"Code": code, "Message": text}, "ResponseMetadata": {"HTTPStatusCode": status}},  # type: ignore[typeddict-item]
         "SendMessageBatch",
     )
 
@@ -37,10 +44,29 @@ def answered(code: str, status: int = 400) -> native.ClientError:
         (answered("ThrottlingException"), BackendConnectionError),
         (answered("AWS.SimpleQueueService.NonExistentQueue"), QueueMissingError),
         (answered("com.amazonaws.sqs#QueueDoesNotExist"), QueueMissingError),
-        (answered("QueueNameExists"), ConfigurationError),
+        (answered("QueueNameExists"), QueueExistsError),
         (answered("ReceiptHandleIsInvalid"), LeaseLostError),
         (answered("InternalError", 500), BackendConnectionError),
         (answered("Whatever"), SqsError),
+        (answered("Whatever", 429), BackendConnectionError),
+        (answered("429", 429), BackendConnectionError),
+        (answered("Whatever", 408), BackendConnectionError),
+        (answered("RequestTimeout"), BackendConnectionError),
+        (answered("RequestTimeoutException"), BackendConnectionError),
+        (answered("PriorRequestNotComplete"), BackendConnectionError),
+        (answered("KMSThrottlingException"), BackendConnectionError),
+        (answered("KMS.ThrottlingException"), BackendConnectionError),
+        (answered("KMSAccessDenied"), PermissionDeniedError),
+        (answered("RequestExpired"), ClockError),
+        (answered("RequestTimeTooSkewed", 403), ClockError),
+        (
+            answered("InvalidSignatureException", 403, "Signature expired: 20240101T000000Z is now earlier than"),
+            ClockError,
+        ),
+        (answered("SignatureDoesNotMatch", 403, "Signature not yet current: 20240101T000000Z"), ClockError),
+        (answered("SignatureDoesNotMatch", 403), PermissionDeniedError),
+        (ResponseParserError("no XML"), BackendConnectionError),
+        (KeyError("QueueUrl"), BackendConnectionError),
         (native.NoCredentialsError(), PermissionDeniedError),
         (native.NoRegionError(), ConfigurationError),
         (native.ProfileNotFound(profile="p"), ConfigurationError),
@@ -60,9 +86,19 @@ def test_each_error_has_its_kind(error: BaseException, kind: type[AbeError]) -> 
     [
         (native.EndpointConnectionError(endpoint_url="http://x"), BackendConnectionError),
         (native.ConnectTimeoutError(endpoint_url="http://x"), BackendConnectionError),
+        (native.CredentialRetrievalError(provider="p", error_msg="m"), BackendConnectionError),
         (native.ReadTimeoutError(endpoint_url="http://x"), PublishUnknownError),
         (native.ConnectionClosedError(endpoint_url="http://x"), PublishUnknownError),
         (answered("InternalError", 500), PublishUnknownError),
+        (answered("ServiceUnavailable", 503), PublishUnknownError),
+        (answered("408", 408), PublishUnknownError),
+        (answered("RequestTimeout"), PublishUnknownError),
+        (answered("RequestTimeoutException"), PublishUnknownError),
+        (ResponseParserError("no XML"), PublishUnknownError),
+        (KeyError("PublishBatchResult"), PublishUnknownError),
+        (answered("429", 429), BackendConnectionError),
+        (answered("PriorRequestNotComplete"), BackendConnectionError),
+        (answered("RequestExpired"), ClockError),
         (answered("ThrottlingException", 503), BackendConnectionError),
         (answered("BatchRequestTooLong"), EntryRefusedError),
         (answered("AccessDenied", 403), PermissionDeniedError),
@@ -86,3 +122,28 @@ def test_the_client_s_error_is_the_cause() -> None:
     with pytest.raises(PermissionDeniedError) as caught, translated("here"):
         raise error
     assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("code", cast("Any", ThrottledRetryableChecker)._THROTTLED_ERROR_CODES)
+def test_what_the_client_knows_as_throttling_is_tried_again_and_was_not_stored(code: str) -> None:
+    assert type(translate_send(answered(code), "here")) is BackendConnectionError
+    assert type(translate_entry({"Code": code, "SenderFault": True}, "here")) is BackendConnectionError
+
+
+@pytest.mark.parametrize("code", cast("Any", TransientRetryableChecker)._TRANSIENT_ERROR_CODES)
+def test_what_the_client_knows_as_passing_is_tried_again(code: str) -> None:
+    assert translate(answered(code), "here").retryable
+    assert translate_send(answered(code), "here").retryable
+
+
+@pytest.mark.parametrize("code", ["SignatureDoesNotMatch", "InvalidSignatureException", "IncompleteSignature"])
+def test_the_headers_that_aws_repeats_are_not_shown(code: str) -> None:
+    text = "The canonical string should have been 'POST / host:x x-amz-security-token:swordfish-8061'"
+    with pytest.raises(PermissionDeniedError, match="secret access key") as caught, translated("here"):
+        raise answered(code, 403, text)
+    assert "swordfish" not in "".join(traceback.format_exception(caught.value))
+    assert code in str(caught.value)
+
+
+def test_a_clock_that_is_wrong_is_named() -> None:
+    assert "clock" in str(translate(answered("RequestTimeTooSkewed", 403), "here"))

@@ -2,9 +2,11 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any, Final, cast
 
 import botocore.exceptions as native
+from botocore.parsers import ResponseParserError
 
 from abe.errors import (
     AbeError,
@@ -25,6 +27,18 @@ class QueueMissingError(BackendConnectionError):
     """There is no such queue or topic, or not any more."""
 
 
+class QueueExistsError(ConfigurationError):
+    """There is a queue of this name, with other attributes."""
+
+
+class ClockError(BackendConnectionError):
+    """The time that a request was signed with is not AWS's time, so that it did nothing.
+
+    It passes where the process or its machine slept between the signature and the request, or once the clock is set right after a long
+    sleep, so it is tried again like a lost connection. Where the clock stays wrong, the text of what is given up in the end says so.
+    """
+
+
 class EntryRefusedError(PublishRejectedError):
     """SQS refuses this message as it is. It was not stored, and would not be next time."""
 
@@ -42,11 +56,16 @@ _BY_CODE: Final[dict[str, type[AbeError]]] = {
             "ExpiredToken",
             "ExpiredTokenException",
             "IncompleteSignature",
+            "IncompleteSignatureException",
             "InvalidAccessKeyId",
             "InvalidClientTokenId",
+            "InvalidSignatureException",
             "KMS.AccessDeniedException",
+            "KMSAccessDenied",
+            "KMSAccessDeniedException",
             "KmsAccessDenied",
             "MissingAuthenticationToken",
+            "MissingAuthenticationTokenException",
             "NotAuthorized",
             "OptInRequired",
             "SignatureDoesNotMatch",
@@ -56,26 +75,54 @@ _BY_CODE: Final[dict[str, type[AbeError]]] = {
     ),
     **dict.fromkeys(
         (
+            "BandwidthLimitExceeded",
+            "ConcurrentAccess",
+            "EC2ThrottledException",
+            "KMS.ThrottlingException",
+            "KMSThrottling",
+            "KMSThrottlingException",
             "KmsThrottled",
+            "LimitExceededException",
             "OverLimit",
+            "PriorRequestNotComplete",
+            "ProvisionedThroughputExceededException",
             "QueueDeletedRecently",
             "RequestLimitExceeded",
             "RequestThrottled",
             "RequestThrottledException",
-            "ServiceUnavailable",
             "SlowDown",
             "Throttled",
             "ThrottledException",
             "Throttling",
             "ThrottlingException",
             "TooManyRequestsException",
+            "TransactionInProgressException",
         ),
         BackendConnectionError,
     ),
+    **dict.fromkeys(("RequestExpired", "RequestInTheFuture", "RequestTimeTooSkewed"), ClockError),
     **dict.fromkeys(("QueueDoesNotExist", "NonExistentQueue", "NotFound", "NotFoundException"), QueueMissingError),
     **dict.fromkeys(("ReceiptHandleIsInvalid", "MessageNotInflight"), LeaseLostError),
-    "QueueNameExists": ConfigurationError,
+    **dict.fromkeys(("QueueAlreadyExists", "QueueNameExists"), QueueExistsError),
 }
+
+_TIMED_OUT: Final = ("RequestTimeout", "RequestTimeoutException")
+"""A server waited for a request for too long, or for what it asked for it: it may have had all of it."""
+
+_SIGNATURES: Final = (
+    "IncompleteSignature",
+    "IncompleteSignatureException",
+    "InvalidSignatureException",
+    "SignatureDoesNotMatch",
+)
+"""The texts of these repeat headers of the request, its session token or what it was signed with included."""
+
+_SKEWED: Final = ("Signature expired", "Signature not yet current")
+"""How the text of a refused signature begins where the time is the reason."""
+
+Failure = tuple[type[Exception], ...]
+GARBLED: Final[Failure] = (ResponseParserError, KeyError)
+"""What an answer that is not one of the service's (a proxy's page, a body that is empty) ends in."""
 
 _BY_TYPE: Final[tuple[tuple[type[BaseException], type[AbeError]], ...]] = (
     (native.NoCredentialsError, PermissionDeniedError),
@@ -89,11 +136,13 @@ _BY_TYPE: Final[tuple[tuple[type[BaseException], type[AbeError]], ...]] = (
     (native.NoRegionError, ConfigurationError),
     (native.ProfileNotFound, ConfigurationError),
     (native.BotoCoreError, ConfigurationError),
+    *((each, BackendConnectionError) for each in GARBLED),
     (OSError, BackendConnectionError),
 )
 
 _UNSENT: Final = (
     native.ConnectTimeoutError,
+    native.CredentialRetrievalError,
     native.EndpointConnectionError,
     native.ProxyConnectionError,
     native.SSLError,
@@ -102,12 +151,12 @@ _UNSENT: Final = (
 """What certainly happened before the request left."""
 
 _HINTS: Final[dict[type[AbeError], str]] = {
+    ClockError: "set this machine's clock right",
     PermissionDeniedError: "check the credentials, and what they allow",
     QueueMissingError: "it was deleted, or never made",
 }
 
-Failure = tuple[type[Exception], ...]
-CLIENT_ERRORS: Final[Failure] = (native.ClientError, native.BotoCoreError, OSError)
+CLIENT_ERRORS: Final[Failure] = (native.ClientError, native.BotoCoreError, *GARBLED, OSError)
 """All that the client may raise."""
 
 
@@ -120,13 +169,16 @@ def code(error: BaseException) -> str:
 
 
 def translate(exc: BaseException, address: str) -> AbeError:
-    """Return our error for one of the client's."""
-    kind = _BY_CODE.get(code(exc)) if isinstance(exc, native.ClientError) else None
-    if kind is None and isinstance(exc, native.ClientError):
-        kind = BackendConnectionError if _status(exc) >= 500 else SqsError
-    kind = kind or next((ours for theirs, ours in _BY_TYPE if isinstance(exc, theirs)), SqsError)
+    """Return our error for one of the client's, whose text loses what must not be shown: it is the cause of ours."""
+    if isinstance(exc, native.ClientError):
+        kind = _answered(exc)
+        if code(exc) in _SIGNATURES:
+            _conceal(exc)
+    else:
+        kind = next((ours for theirs, ours in _BY_TYPE if isinstance(exc, theirs)), SqsError)
     hint = _HINTS.get(kind, "")
-    return kind(f"SQS at {address}: {exc}{hint and f' ({hint})'}")
+    what = f"the answer is not one of its own: {exc!r}" if isinstance(exc, GARBLED) else exc
+    return kind(f"SQS at {address}: {what}{hint and f' ({hint})'}")
 
 
 def translate_send(exc: BaseException, address: str) -> AbeError:
@@ -134,11 +186,11 @@ def translate_send(exc: BaseException, address: str) -> AbeError:
     error = translate(exc, address)
     if isinstance(error, SqsError):
         return EntryRefusedError(str(error))
-    unknown = isinstance(exc, native.ClientError) and _status(exc) >= 500 and code(exc) not in _BY_CODE
-    unsent = isinstance(exc, (native.ClientError, *_UNSENT))
-    if unknown or (isinstance(error, BackendConnectionError) and not unsent):
-        return PublishUnknownError(f"{error}, before the confirm came")
-    return error
+    if isinstance(exc, native.ClientError):
+        unknown = _unfinished(exc)
+    else:
+        unknown = isinstance(error, BackendConnectionError) and not isinstance(exc, _UNSENT)
+    return PublishUnknownError(f"{error}, before the confirm came") if unknown else error
 
 
 def translate_entry(failed: Mapping[str, Any], address: str) -> AbeError:
@@ -164,6 +216,32 @@ def translated(address: str) -> Generator[None]:
         raise translate(exc, address) from exc
 
 
+def _answered(exc: native.ClientError) -> type[AbeError]:
+    """Return the kind of our error for an answer that is an error."""
+    name = code(exc)
+    if name in _SIGNATURES and _text(exc).startswith(_SKEWED):
+        return ClockError
+    if (known := _BY_CODE.get(name)) is not None:
+        return known
+    return BackendConnectionError if _unfinished(exc) or _status(exc) == HTTPStatus.TOO_MANY_REQUESTS else SqsError
+
+
+def _unfinished(exc: native.ClientError) -> bool:
+    """Whether the server, or one before it, gave up in the middle: what was asked for may have been done."""
+    if code(exc) in _BY_CODE:
+        return False
+    status = _status(exc)
+    return code(exc) in _TIMED_OUT or status == HTTPStatus.REQUEST_TIMEOUT or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def _conceal(exc: native.ClientError) -> None:
+    """Replace the text that AWS sent, which whoever logs the error would show with its cause."""
+    response = cast("dict[str, Any]", exc.response)
+    text = "the signature is refused; the secret access key must be the access key's, and nothing may change requests on their way"
+    exc.args = (f"An error occurred ({code(exc)}) when calling the {exc.operation_name} operation: {text}",)
+    exc.response = cast("Any", {**response, "Error": {**response["Error"], "Message": text}})
+
+
 def _plain(name: str) -> str:
     return name.removeprefix("AWS.SimpleQueueService.").rpartition("#")[2]
 
@@ -171,3 +249,7 @@ def _plain(name: str) -> str:
 def _status(exc: native.ClientError) -> int:
     metadata = cast("Mapping[str, Any]", exc.response).get("ResponseMetadata", {})
     return int(metadata.get("HTTPStatusCode", 0))
+
+
+def _text(exc: native.ClientError) -> str:
+    return str(cast("Mapping[str, Mapping[str, str]]", exc.response).get("Error", {}).get("Message", ""))
