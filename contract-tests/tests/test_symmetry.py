@@ -55,6 +55,8 @@ EXTRA: dict[str, dict[str, str]] = {
         "_handles": "verdicts are batches of receipt handles, of which each may fail on its own",
         "_later": "a FIFO queue can delay no single message",
         "_polls": "requests for messages that cannot be taken back",
+        "_queues": "the queues are the registry",
+        "_registry": "what their tags say",
         "_sender": "the publisher copies a message to the groups' queues",
         "_topics": "or SNS does",
         "conftest": "a server to share, behind a gate that can be made to fail",

@@ -101,6 +101,7 @@ class Lab:
                 "access_key_id": "test",
                 "secret_access_key": "test",
                 "registry_ttl": 0.1,
+                "topic_after": 0.001,
                 "wait": 1,
             }
             | changes

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from abe_backend_sqs._registry import Group, common_topic, from_tags, tags
 from abe_backend_sqs._topics import allowing
-from abe_backend_sqs._topology import Group, Registry, from_tags, tags
 
 TOPIC, QUEUE = "arn:aws:sns:us-east-1:000000000000:t", "arn:aws:sqs:us-east-1:000000000000:q"
 
@@ -106,13 +106,14 @@ def test_a_queue_allows_the_topic_and_keeps_what_it_allowed_before() -> None:
 
 
 def test_the_topic_is_one_that_reaches_every_group() -> None:
-    def registry(**subscriptions: str) -> Registry:
-        return Registry(dict.fromkeys(("a", "b"), ("#",)), {}, 0.0, {}, subscriptions)
+    def reaching(*subscriptions: str) -> str:
+        return common_topic([Group(str(n), ("#",), 1.0, each) for n, each in enumerate(subscriptions)], 1.0)
 
-    assert registry(a=f"{TOPIC}:1", b=f"{TOPIC}:2").topic == TOPIC
-    assert not registry(a=f"{TOPIC}:1").topic
-    assert not registry(a=f"{TOPIC}:1", b=f"{TOPIC}-other:2").topic
-    assert not Registry({}, {}, 0.0, {}).topic
+    assert reaching(f"{TOPIC}:1", f"{TOPIC}:2") == TOPIC
+    assert not reaching(f"{TOPIC}:1", "")
+    assert not reaching(f"{TOPIC}:1", f"{TOPIC}-other:2")
+    assert not reaching()
+    assert not common_topic([Group("g", ("#",), 1.1, f"{TOPIC}:1")], 1.0)
 
 
 def test_a_subscription_travels_in_the_tags() -> None:

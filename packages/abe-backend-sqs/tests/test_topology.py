@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abe.errors import ConfigurationError
-from abe_backend_sqs._topology import Group, Registry, Topology, from_tags, tags
+from abe_backend_sqs._registry import Group, Registry, from_tags, tags
+from abe_backend_sqs._topology import Topology
 
 NAMES = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?", fullmatch=True)
 

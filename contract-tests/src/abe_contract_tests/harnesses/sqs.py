@@ -107,7 +107,7 @@ class SnsHarness(MiniStackHarness):
 
     name: ClassVar[str] = "sqs-sns"
     capacity: ClassVar[int] = 500
-    variables: ClassVar[Mapping[str, str]] = {"SQS_FANOUT": "sns"}
+    variables: ClassVar[Mapping[str, str]] = {"SQS_FANOUT": "sns", "SQS_TOPIC_AFTER_SECONDS": "0.001"}
 
 
 class _SqsOracle:

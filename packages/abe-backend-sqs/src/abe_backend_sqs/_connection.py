@@ -1,6 +1,7 @@
 """The AWS clients: one that polls, one for everything else that SQS is asked, and one for SNS."""
 
 import asyncio
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +28,7 @@ _ANSWER: Final = 10.0
 _IDLE: Final = 3.0
 """Seconds for which a connection without a request is kept."""
 
+_PROFILES: Final = ("AWS_DEFAULT_PROFILE", "AWS_PROFILE")
 _models: Final = Loader()
 """The descriptions of the services. Reading them is most of the cost of a client, so that every session shares them."""
 
@@ -124,6 +126,11 @@ class Clients:
 
     def _create(self, service: str, arguments: Mapping[str, Any]) -> Any:
         # A session of its own: sessions are not made for several threads, and a cancelled caller leaves its thread behind.
-        session: Any = AioSession(profile=self._settings.profile)
+        session: Any = AioSession(profile=self._settings.profile, session_vars=_empty_profile())
         session.register_component("data_loader", _models)
         return session.create_client(service, **arguments).__aenter__()
+
+
+def _empty_profile() -> Mapping[str, Any]:
+    """Return what keeps the SDK from looking for a profile without a name: a variable that is set and empty counts as unset here."""
+    return {} if any(map(os.environ.get, _PROFILES)) else {"profile": (None, None, None, None)}

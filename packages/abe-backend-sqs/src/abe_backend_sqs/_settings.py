@@ -25,6 +25,8 @@ _ALIASES: Final = {
 
 _GROUPS: Final = 'a JSON object from group to key patterns, such as {"billing": ["order.#"]}'
 _LONGEST_POLL: Final = 20
+_LONGEST_LEASE: Final = 43_199
+"""Seconds: a message is hidden for one second more than its lease, and for 12 hours at most."""
 _MESSAGE_GROUP: Final = re.compile("[!-~]{1,128}")
 
 Pinned: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
@@ -32,12 +34,14 @@ Pinned: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
 
 def _endpoint(value: Any) -> str:
     """Check the address of an SQS. It is not repeated in the complaint: it may hold a password."""
-    form = "an address such as http://localhost:4566"
+    form = "an address such as http://localhost:4566, without credentials"
     if not isinstance(value, str):
         raise ValueError(form)  # noqa: TRY004 - settings checks raise ValueError
     try:
         parts = urlsplit(value)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        valid = (
+            parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
+        )
     except ValueError:
         valid = False
     if not valid:
@@ -170,6 +174,14 @@ class SqsSettings(QueueSettings):
         check=_fanout,
         help="Who copies a message to the groups: direct, the publisher does; sns, an SNS topic does where every group wants the message.",
     )
+    topic_after: float = setting(
+        "SQS_TOPIC_AFTER_SECONDS",
+        seconds,
+        default=60.0,
+        check=positive,
+        help="With SQS_FANOUT=sns: for how long after the last change of a group publishers send directly, in seconds. "
+        "SQS may take a minute until it lets the topic in.",
+    )
     fifo: bool = setting(
         "SQS_FIFO",
         boolean,
@@ -197,6 +209,11 @@ class SqsSettings(QueueSettings):
         super().__post_init__()
         if (self.access_key_id is None) != (self.secret_access_key is None):
             raise ConfigurationError("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are set together, or not at all")
+        if self.lease > _LONGEST_LEASE:
+            raise ConfigurationError(
+                f"QUEUE_LEASE_SECONDS is {self.lease:g}: SQS hides no message for longer than 12 hours, so set it to "
+                f"{_LONGEST_LEASE} at most"
+            )
         if self.message_group is not None and not self.fifo:
             raise ConfigurationError("SQS_MESSAGE_GROUP is for FIFO queues: set SQS_FIFO=true, or leave it out")
         if self.fanout == "sns" and self.fifo:
@@ -217,6 +234,8 @@ class SqsSettings(QueueSettings):
             ConfigurationError: A variable is malformed; the text names it.
         """
         values = dict(os.environ if environ is None else environ)
+        if values.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
+            values = {name: value for name, value in values.items() if not name.startswith("AWS_ENDPOINT_URL")}
         for name, alias in _ALIASES.items():
             values[name] = values.get(name) or values.get(alias, "")
         return super().from_env(values)
@@ -226,7 +245,7 @@ class SqsSettings(QueueSettings):
         """Which SQS this is, without credentials, for texts."""
         if self.endpoint_url is None:
             return self.region or "the region of the profile"
-        return urlsplit(self.endpoint_url).netloc.rpartition("@")[2]
+        return urlsplit(self.endpoint_url).netloc
 
     @property
     def visibility(self) -> int:

@@ -26,24 +26,36 @@ class Topics:
         self._settings = settings
         self._clients = clients
 
+    async def create(self, name: str) -> str:
+        """Have the topic of that name, and return its ARN."""
+        sns = await self._clients.topics()
+        with translated(self._settings.address):
+            return (await sns.create_topic(Name=name))["TopicArn"]
+
     async def subscribe(self, topic: str, url: str) -> str:
-        """Have the topic of that name send what it gets to a queue, as it is, and return the subscription's ARN."""
+        """Have the topic send what it gets to a queue, as it is, and return the subscription's ARN; nothing where it was deleted.
+
+        A topic that was deleted is not made again: groups that were subscribed to it would take themselves for subscribed to the new one.
+        """
         sns, sqs = await self._clients.topics(), await self._clients.calls()
         with translated(self._settings.address):
-            arn = (await sns.create_topic(Name=topic))["TopicArn"]
             found: Mapping[str, Any] = await sqs.get_queue_attributes(
                 QueueUrl=url, AttributeNames=["QueueArn", "Policy"]
             )
             queue = found["Attributes"]["QueueArn"]
-            policy = allowing(found["Attributes"].get("Policy", ""), topic=arn, queue=queue)
+            policy = allowing(found["Attributes"].get("Policy", ""), topic=topic, queue=queue)
             await sqs.set_queue_attributes(QueueUrl=url, Attributes={"Policy": policy})
-            reply = await sns.subscribe(
-                TopicArn=arn,
-                Protocol="sqs",
-                Endpoint=queue,
-                Attributes={"RawMessageDelivery": "true"},
-                ReturnSubscriptionArn=True,
-            )
+        try:
+            with translated(self._settings.address):
+                reply = await sns.subscribe(
+                    TopicArn=topic,
+                    Protocol="sqs",
+                    Endpoint=queue,
+                    Attributes={"RawMessageDelivery": "true"},
+                    ReturnSubscriptionArn=True,
+                )
+        except QueueMissingError:
+            return ""
         return reply["SubscriptionArn"]
 
     async def unsubscribe(self, subscription: str) -> None:

@@ -5,10 +5,12 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
+from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, ExponentialBackoff, GroupStats
 from abe.backends.message_queue.base import Transport as TransportProtocol
+from abe.backends.message_queue.base.clock import pause
 from abe.backends.message_queue.base.names import EVERYTHING
 from abe.errors import AbeError, BackendConnectionError, ConfigurationError
 from abe_backend_sqs import _wire
@@ -18,13 +20,14 @@ from abe_backend_sqs._drawer import Drawer
 from abe_backend_sqs._errors import QueueMissingError, translated
 from abe_backend_sqs._later import Later
 from abe_backend_sqs._polls import Poll
+from abe_backend_sqs._queues import Queues
 from abe_backend_sqs._receiver import SqsReceiver
 from abe_backend_sqs._sender import Sender
 from abe_backend_sqs._settings import SqsSettings
-from abe_backend_sqs._topology import Queues
 from abe_backend_sqs._wire import Entry, Message
 
 _log: Final = logging.getLogger("abe.sqs")
+_BACKOFF: Final = ExponentialBackoff(initial=0.1, maximum=5.0)
 
 _lingering: Final[set[asyncio.Task[None]]] = set()
 """What outlives its transport for as long as its last poll, held so that it is not collected."""
@@ -46,20 +49,28 @@ class SqsTransport:
         self._later: dict[str, Later] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._opened = False
-        self._closed = False
+        self._closed = asyncio.Event()
+        self._handing_over: asyncio.Task[None] | None = None
+        self._looks: set[bool] = set()
         self._waited: set[str] = set(settings.groups)
+        # A publisher that may be behind by less than SQS's own second of polling is one of an emulator, which counts exactly.
+        self._thorough = settings.registry_ttl >= 1
 
     async def open(self) -> None:
         """Make the client, and look whether SQS answers and knows us."""
         self._check_open()
-        if not self._opened:
+        if self._opened:
+            return
+        if self.settings.pinned is None:
             await self.queues.registry()
-            await self.clients.calls()
-            self._opened = True
+        else:  # it is known without asking; the address of one of its queues is not
+            with suppress(QueueMissingError):  # whoever needs it makes it, or says that it is missing
+                await self.queues.url(self.queues.names.queue(self.settings.pinned[0][0]))
+        self._opened = True
 
     async def close(self) -> None:
         """Disconnect; polls that are under way are waited for in the background, so that what they bring is given back."""
-        self._closed = True
+        self._closed.set()
         if not self._background:
             await self.clients.close()
             return
@@ -78,7 +89,8 @@ class SqsTransport:
         registry = await self.queues.registry()
         outcomes = await self.sender.send(envelopes, registry)
         if not registry.groups:
-            await self._look_for_groups()
+            # A group that was made meanwhile may have looked for them before they came.
+            self._look_at_held(thorough=self._thorough)
         return outcomes
 
     async def declare(self, group: str, patterns: tuple[str, ...] | None) -> None:
@@ -90,8 +102,15 @@ class SqsTransport:
         elif ignorance:
             self._check_patience()
             await asyncio.sleep(ignorance)
+        if not ignorance:  # somebody else made it, and may have been ended before the rest
+            self._look_at_held(thorough=False)
+            return
         wanted = (await self.queues.registry()).groups.get(group, patterns or EVERYTHING)
-        await self._move_held({group: wanted}, thorough=bool(ignorance))
+        await self._move_held({group: wanted}, thorough=self._thorough)
+
+    async def restore(self, group: str) -> None:
+        """Make a group again that was deleted underneath, with the patterns that it had when we last knew."""
+        await self.declare(group, self.queues.patterns.get(group))
 
     async def delete_group(self, group: str) -> None:
         """Delete the group's queues."""
@@ -163,14 +182,15 @@ class SqsTransport:
         """Return what moves the group's delayed messages to its FIFO queue."""
         return self._later.setdefault(group, Later(self, group))
 
-    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run what must not be cancelled with the one who asked for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._closed.is_set():
             raise BackendConnectionError("the connection to SQS was closed")
 
     def _check_patience(self) -> None:
@@ -182,25 +202,37 @@ class SqsTransport:
             )
 
     def _dead(self, group: str) -> Drawer:
-        return Drawer(self, self.queues.names.dead(group))
+        return Drawer(self, self.queues.names.dead(group), thorough=self._thorough)
 
-    async def _look_for_groups(self) -> None:
-        """After holding messages: a group that was made meanwhile may have looked for them before they came."""
-        try:
-            registry = await self.queues.registry(since=time.monotonic())
-            if registry.groups:
+    def _look_at_held(self, *, thorough: bool) -> None:
+        """Hand held messages to the groups that there are, in the background, until it succeeds."""
+        self._looks.add(thorough)
+        if self._handing_over is None or self._handing_over.done():
+            self._handing_over = self.in_background(self._hand_over())
+
+    async def _hand_over(self) -> None:
+        failures = 0
+        while self._looks and not self._closed.is_set():
+            thorough = max(self._looks)
+            self._looks.clear()  # who asks from now on may have messages that this look misses
+            try:
+                registry = await self.queues.registry(since=time.monotonic())
                 oldest_first = sorted(registry.groups, key=lambda group: registry.since.get(group, 0.0))
-                await self._move_held({group: registry.groups[group] for group in oldest_first}, thorough=False)
-        except AbeError as exc:
-            _log.debug(
-                "whether a group wants the held messages could not be found out; the next one to be declared will: %s",
-                exc,
-            )
+                if oldest_first:
+                    await self._move_held({each: registry.groups[each] for each in oldest_first}, thorough=thorough)
+            except AbeError as exc:
+                if not exc.retryable:
+                    _log.debug("held messages are left to those who may look at them: %s", exc)
+                    return
+                level = logging.DEBUG if failures else logging.WARNING
+                _log.log(level, "held messages could not be handed out, trying again: %s", exc)
+                failures += 1
+                self._looks.add(thorough)
+                await pause(self._closed, _BACKOFF(failures))
 
     async def _move_held(self, groups: Mapping[str, tuple[str, ...]], *, thorough: bool) -> None:
         """Move each held message to the first of the groups that wants it."""
-        held = Drawer(self, self.queues.names.held, thorough=thorough and self.settings.registry_ttl >= 1)
-        async with held:
+        async with Drawer(self, self.queues.names.held, thorough=thorough) as held:
             async for batch in held.take():
                 for group, patterns in groups.items():
                     wanted = [message for message in batch if _wire.wants(patterns, message)]
