@@ -6,6 +6,10 @@ milliseconds before which it must not be delivered, and 1 for a body in base64 (
 carry). A stranger writes a body alone, or with the attributes ``key``, ``id`` (without it SQS's own is the message's) and
 ``encoding``, which may be ``base64``. A dead letter has the attribute ``abe-dead`` besides: ``[attempts, reason, error,
 milliseconds]``. A message that leaves a FIFO queue has the message group that it had there as ``abe-order``.
+
+SQS takes ten attributes, and 1 MiB with them. What is published leaves room for ours; a stranger's message may leave none. Then its
+copies lose, in this order: the texts of the reason and the error; attributes that mean nothing here; the message group; the note of the
+death; the note of the deliveries, which begin anew. They never lose the body, nor what says how it is read.
 """
 
 import base64
@@ -27,9 +31,15 @@ RESERVE: Final = 512
 """Bytes of it that a published message leaves free: a retry notes the attempts, a dead letter at least when it died."""
 BATCH: Final = 10
 """Messages of a request."""
+ATTRIBUTES: Final = 10
+"""Attributes of a message. SQS's."""
 
 _META, _DEAD, _ORDER = "abe", "abe-dead", "abe-order"
+_PLAIN: Final = ("encoding", "key", "id")
+"""What a stranger may say about a message. Ours say it in ``abe``."""
 _MARK: Final = f"[{VERSION},"
+_NOTE: Final = 64
+"""Bytes that are enough for the note of a death without its texts."""
 _TOKEN: Final = re.compile("[!-~]{1,128}")
 """What a message group or a deduplication id may be (the API reference of SendMessage)."""
 _FORBIDDEN: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -90,47 +100,42 @@ class Parsed(NamedTuple):
 def pack(envelope: Envelope, *, attempts: int = 0, due: int = 0) -> Entry:
     """Return the entry of an envelope, without a delay."""
     text, encoded = _as_text(envelope.body)
-    return _entry(
-        text,
-        _Meta(
-            VERSION, envelope.id, envelope.key, envelope.published_at, _dict(envelope.headers), attempts, due, encoded
-        ),
-    )
+    size = len(text) if encoded else len(envelope.body)
+    headers = None if envelope.headers is None else dict(envelope.headers)
+    fields: list[object] = [VERSION, envelope.id, envelope.key, envelope.published_at, headers, attempts, due, encoded]
+    value, length = _noted(fields)
+    return Entry(text, {_META: value}, size + length)
 
 
 def repack(message: Message, *, attempts: int, due: int = 0) -> Entry:
     """Return an entry that says what a received message says, but for the deliveries so far and the time it is due.
 
-    A message that cannot be read, or a stranger's, stays what it is as far as it can: it has no place for either.
+    A message that cannot be read stays what it is, and so does a stranger's that leaves no room: they have no place for either.
     """
-    parsed = parse(message)
-    others = {name: value for name, value in _attributes(message).items() if name not in (_META, _DEAD, _ORDER)}
-    if parsed.fault is not None and _META in _attributes(message):
-        kept = {_META: _attributes(message)[_META]}
-        return _sized(message.get("Body", ""), {**kept, **others})
-    meta = parsed.metadata
-    text, encoded = _as_text(parsed.body)
-    entry = _entry(
-        text, _Meta(VERSION, meta.id, meta.key, meta.published_at, _dict(meta.headers), attempts, due, encoded)
-    )
-    return _sized(entry.body, {**entry.attributes, **others}) if others else entry
+    parsed, attributes = parse(message), _attributes(message)
+    others = {name: value for name, value in attributes.items() if name not in (_META, _DEAD, _ORDER)}
+    if parsed.fault is None:
+        id, key, published_at, headers = parsed.metadata
+        entry = pack(Envelope(id, key, parsed.body, published_at, headers), attempts=attempts, due=due)
+        if entry.size <= LIMIT:
+            return _sized(entry.body, {**entry.attributes, **others}) if others else entry
+    if (known := attributes.get(_META)) is not None:
+        others[_META] = known
+    return _sized(message.get("Body", ""), others)
 
 
 def bury(message: Message, *, attempts: int, reason: str, error: str, at: int) -> Entry:
     """Return the dead letter of a received message. The texts are cut where they would not fit."""
-    body, attributes = (
-        message.get("Body", ""),
-        {name: value for name, value in _attributes(message).items() if name != _DEAD},
-    )
-    room = LIMIT - _sized(body, attributes).size - len(_DEAD) - len("String") - 64
-    for share in (room // 2, room // 12):  # a character may take six bytes in JSON
-        death = _Death(attempts, _cut(reason, share // 4), _cut(error, share), at)
-        text = _legal(_encode(death).decode())
+    attributes = {name: value for name, value in _attributes(message).items() if name != _DEAD}
+    if group := message.get("Attributes", {}).get("MessageGroupId"):
+        attributes.setdefault(_ORDER, _string(group))  # as `leaving` will, so that there is room for it
+    body = message.get("Body", "")
+    room, text = LIMIT - _measure(body, attributes) - len(_DEAD) - len("String"), ""
+    for share in (room // 2, room // 12, 0):  # a character may take six bytes in JSON
+        text = _legal(_encode(_Death(attempts, _cut(reason, share // 4), _cut(error, share), at)).decode())
         if len(text.encode()) <= room:
             break
-    else:
-        text = _encode(_Death(attempts, "", "", at)).decode()
-    return _sized(body, {**attributes, _DEAD: {"DataType": "String", "StringValue": text}})
+    return _sized(body, {**attributes, _DEAD: _string(text)})
 
 
 def in_order(entry: Entry, group: str, dedup: str) -> Entry:
@@ -140,8 +145,7 @@ def in_order(entry: Entry, group: str, dedup: str) -> Entry:
 
 def leaving(message: Message, entry: Entry) -> Entry:
     """Return the entry of a message that leaves a FIFO queue for a while: it remembers its message group."""
-    value = {"DataType": "String", "StringValue": order(message)}
-    return _sized(entry.body, {**entry.attributes, _ORDER: value})._replace(delay=entry.delay)
+    return _sized(entry.body, {**entry.attributes, _ORDER: _string(order(message))})._replace(delay=entry.delay)
 
 
 def order(message: Message) -> str:
@@ -202,7 +206,9 @@ def dead_letter(message: Message) -> DeadLetter:
         death = _decode_death(text)
     except msgspec.MsgspecError:
         sent = int(message.get("Attributes", {}).get("SentTimestamp", 0))
-        death = _Death(max(1, parsed.attempts + received(message) - 1), "moved by SQS", "", sent)
+        full = _measure(str(message.get("Body", "")), _attributes(message)) > LIMIT - _NOTE
+        reason = "unknown, as the message leaves no room for it" if full else "moved by SQS"
+        death = _Death(max(1, parsed.attempts + received(message) - 1), reason, "", sent)
     return DeadLetter(
         id=parsed.metadata.id,
         key=parsed.metadata.key,
@@ -230,35 +236,54 @@ def batches(entries: Sequence[Entry], limit: int = LIMIT) -> Iterator[Sequence[i
         yield batch
 
 
-def _entry(text: str, meta: _Meta) -> Entry:
-    fields: list[object] = [
-        meta.version,
-        meta.id,
-        meta.key,
-        meta.published_at,
-        meta.headers,
-        meta.attempts,
-        meta.due,
-        meta.encoded,
-    ]
-    while not fields[-1]:
+def _noted(fields: list[object]) -> tuple[Mapping[str, Any], int]:
+    """Return the metadata as the value of an attribute, and what the attribute takes."""
+    while not fields[-1] and len(fields) > 4:
         fields.pop()
-        if len(fields) == 4:
-            break
-    return _sized(text, {_META: {"DataType": "String", "StringValue": _legal(_encode(fields).decode())}})
+    raw = _encode(fields)
+    text = raw.decode()
+    if raw.isascii():
+        size = len(raw)
+    else:
+        text = _legal(text)
+        size = len(text.encode())
+    return _string(text), len(_META) + len("String") + size
+
+
+def _string(text: str) -> Mapping[str, Any]:
+    return {"DataType": "String", "StringValue": text}
 
 
 def _sized(body: str, attributes: Mapping[str, Mapping[str, Any]]) -> Entry:
+    """Return the entry with those of the attributes that fit, by what would be missed most."""
     # botocore's replies hold fields that its requests refuse, so only those of a request are taken.
-    kept = {
+    clean = {
         name: {field: value[field] for field in ("DataType", "StringValue", "BinaryValue") if field in value}
         for name, value in attributes.items()
     }
-    size = len(body.encode()) + sum(
-        len(name.encode()) + sum(len(part.encode() if isinstance(part, str) else part) for part in value.values())
-        for name, value in kept.items()
-    )
+    size = _measure(body, clean)
+    if size <= LIMIT and len(clean) <= ATTRIBUTES:
+        return Entry(body, clean, size)
+    kept: dict[str, Mapping[str, Any]] = {}
+    size = len(body.encode())
+    others = [name for name in clean if name not in _PLAIN]
+    for name in (_META, *(() if _META in clean else _PLAIN), _DEAD, _ORDER, *others, *_PLAIN):
+        if name in clean and name not in kept and len(kept) < ATTRIBUTES:
+            more = _measure("", {name: clean[name]})
+            if size + more <= LIMIT:
+                kept[name] = clean[name]
+                size += more
     return Entry(body, kept, size)
+
+
+def _measure(body: str, attributes: Mapping[str, Mapping[str, Any]]) -> int:
+    """Return the size as SQS counts it."""
+    return len(body.encode()) + sum(
+        len(name.encode())
+        + sum(len(value[field].encode()) for field in ("DataType", "StringValue") if field in value)
+        + len(value.get("BinaryValue", b""))
+        for name, value in attributes.items()
+    )
 
 
 def _as_text(body: bytes) -> tuple[str, int]:
@@ -267,7 +292,7 @@ def _as_text(body: bytes) -> tuple[str, int]:
         text = body.decode()
     except UnicodeDecodeError:
         text = ""
-    if text and not _FORBIDDEN.search(text):
+    if text and (text.isprintable() or not _FORBIDDEN.search(text)):  # the first is quicker, and true of most
         return text, 0
     return (base64.b64encode(body).decode(), 1) if body else ("AA==", 2)
 
@@ -300,7 +325,3 @@ def _stranger(message: Message) -> Metadata:
 
 def _token(text: str) -> str:
     return text if _TOKEN.fullmatch(text) else f"sha256-{hashlib.sha256(text.encode()).hexdigest()}"
-
-
-def _dict(headers: Mapping[str, str] | None) -> dict[str, str] | None:
-    return None if headers is None else dict(headers)
