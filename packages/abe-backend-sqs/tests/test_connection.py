@@ -72,3 +72,11 @@ async def test_a_profile_that_is_not_there_is_a_matter_of_configuration() -> Non
     with pytest.raises(ConfigurationError, match="no-such-profile"):
         await clients.calls()
     await clients.close()
+
+
+@pytest.mark.parametrize("name", ["AWS_PROFILE", "AWS_DEFAULT_PROFILE"])
+async def test_a_profile_that_is_set_and_empty_counts_as_unset(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "")
+    clients = Clients(SETTINGS)
+    assert (await clients.calls()).meta.region_name == SETTINGS.region
+    await clients.close()

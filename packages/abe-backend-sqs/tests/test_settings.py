@@ -51,6 +51,8 @@ def test_groups_are_pinned_as_json() -> None:
         ("SQS_MESSAGE_GROUP", "a b"),
         ("SQS_MESSAGE_GROUP", "x" * 129),
         ("SQS_MESSAGE_GROUP", "all"),
+        ("SQS_TOPIC_AFTER_SECONDS", "0"),
+        ("QUEUE_LEASE_SECONDS", "43200"),
         ("AWS_ACCESS_KEY_ID", "key"),
         ("AWS_SECRET_ACCESS_KEY", "secret"),
     ],
@@ -62,13 +64,21 @@ def test_a_bad_variable_is_named(variable: str, text: str) -> None:
 
 def test_no_secret_is_shown() -> None:
     settings = SqsSettings(
-        endpoint_url="http://user:swordfish@localhost:1",
+        endpoint_url="http://localhost:1",
         access_key_id="swordfish",
         secret_access_key="swordfish",
         session_token="swordfish",
     )
     assert "swordfish" not in repr(settings) + str(settings) + settings.address
     assert settings.address == "localhost:1"
+    with pytest.raises(ConfigurationError, match="without credentials") as caught:
+        SqsSettings(endpoint_url="http://user:swordfish@localhost:1")
+    assert "swordfish" not in str(caught.value)
+
+
+def test_the_sdk_s_addresses_are_ignored_where_the_sdk_ignores_them() -> None:
+    variables = {"AWS_ENDPOINT_URL": "http://localhost:1", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true"}
+    assert SqsSettings.from_env(variables).endpoint_url is None
 
 
 @pytest.mark.parametrize(("lease", "visibility"), [(0.5, 2), (1.0, 2), (1.2, 3), (30.0, 31)])
