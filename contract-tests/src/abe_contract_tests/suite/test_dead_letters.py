@@ -1,6 +1,7 @@
 """C-PSN-03: what can be done with dead letters, while consumers run."""
 
 import asyncio
+from collections import Counter
 
 from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
@@ -146,13 +147,13 @@ async def test_a_message_that_nobody_can_read_can_be_replayed_and_purged(contrac
 async def test_dead_letters_can_be_replayed_while_consumers_work(contract: Contract) -> None:
     backend = contract.backend()
     oracle = await contract.oracle()
-    handled: dict[str, int] = {}
+    handled: Counter[int] = Counter()
 
     async def work() -> None:
         async with backend.consume(group="g") as subscription:
             async for message in subscription:
-                handled[message.id] = handled.get(message.id, 0) + 1
-                if handled[message.id] == 1 and message["n"] % 2:
+                handled[message["n"]] += 1
+                if handled[message["n"]] == 1 and message["n"] % 2:
                     await message.reject("odd")
 
     async with contract.within():
@@ -168,4 +169,7 @@ async def test_dead_letters_can_be_replayed_while_consumers_work(contract: Contr
             task.cancel()
         await asyncio.wait(working)
     assert (await oracle.counts("g")).dead == 0
-    assert sorted(handled.values()) == [1] * 50 + [2] * 50
+    expected = {n: 2 if n % 2 else 1 for n in range(100)}
+    assert handled.keys() == expected.keys()
+    assert all(handled[n] >= times for n, times in expected.items())
+    assert handled == expected or contract.capabilities.spurious_duplicates

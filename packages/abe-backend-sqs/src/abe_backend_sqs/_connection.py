@@ -43,6 +43,7 @@ class Clients:
     def __init__(self, settings: SqsSettings) -> None:
         self._settings = settings
         self._made: dict[str, asyncio.Task[Any]] = {}
+        self._making = asyncio.Lock()
 
     async def calls(self) -> "SQSClient":
         """Return the client for everything but polls.
@@ -120,9 +121,10 @@ class Clients:
             "verify": False if local else None,
             "config": config,
         }
-        # Reads files, so it runs in a thread; nothing in it belongs to an event loop before the first request.
-        with translated(settings.address):
-            return await asyncio.to_thread(asyncio.run, self._create(service, arguments))
+        # Reads files, so it runs in a thread, one after the other; nothing in it belongs to an event loop before the first request.
+        async with self._making:
+            with translated(settings.address):
+                return await asyncio.to_thread(asyncio.run, self._create(service, arguments))
 
     def _create(self, service: str, arguments: Mapping[str, Any]) -> Any:
         # A session of its own: sessions are not made for several threads, and a cancelled caller leaves its thread behind.
