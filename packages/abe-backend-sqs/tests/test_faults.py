@@ -20,7 +20,10 @@ def failed(*entries: tuple[int, str, bool]) -> Callable[[dict[str, Any]], web.Re
 
     def answer(body: dict[str, Any]) -> web.Response:
         failures = [{"Id": str(id), "Code": code, "SenderFault": fault} for id, code, fault in entries]
-        return web.json_response({"Successful": [], "Failed": failures})
+        stored = [
+            {"Id": each["Id"]} for each in body["Entries"] if each["Id"] not in {failure["Id"] for failure in failures}
+        ]
+        return web.json_response({"Successful": stored, "Failed": failures})
 
     return answer
 

@@ -3,8 +3,8 @@
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 from abe.backends.message_queue.base import Envelope
 from abe.errors import (
@@ -19,15 +19,25 @@ from abe_backend_sqs import _wire
 from abe_backend_sqs._connection import Clients
 from abe_backend_sqs._copies import LONGEST_DELAY, delayed
 from abe_backend_sqs._errors import CLIENT_ERRORS, QueueMissingError, translate_entry, translate_send
+from abe_backend_sqs._queues import Queues
+from abe_backend_sqs._registry import Registry
 from abe_backend_sqs._settings import SqsSettings
 from abe_backend_sqs._topics import SNS_LIMIT
-from abe_backend_sqs._topology import Queues, Registry
 from abe_backend_sqs._wire import Entry
 
 _FLIGHTS: Final = 48
 """Requests that store messages under way at once."""
 
-_MOST_PARTIAL: Final = 10_000
+
+class _Partial(NamedTuple):
+    """A message that only some of its queues have."""
+
+    envelope: Envelope
+    """Held, so that no other object has its identity meanwhile."""
+    names: set[str]
+    """The queues that have it."""
+    since: float
+    """When it was first found so, by the monotonic clock."""
 
 
 class Sender:
@@ -45,10 +55,13 @@ class Sender:
         self._queues = queues
         self._flights = asyncio.Semaphore(_FLIGHTS)
         self._counting = asyncio.Lock()
-        self._partial: dict[str, set[str]] = {}
+        self._partial: dict[int, _Partial] = {}
+        """By the envelope's identity. The engine tries again with the very object, for as long as a publish may take; another publish has
+        another, though it be of the same id, and what it says must reach all queues."""
 
     async def send(self, envelopes: Sequence[Envelope], registry: Registry) -> Sequence[AbeError | None]:
         """Publish: to the queue of each group that wants the key, or to the held messages where there is no group."""
+        self._forget_partial()
         if self._settings.max_backlog is None:
             return await self._fan_out(envelopes, registry, None)
         async with self._counting:
@@ -114,7 +127,9 @@ class Sender:
         entry = _wire.pack(envelope, due=due)
         if not self._settings.fifo:
             return entry
-        return _wire.in_order(entry, self._settings.message_group or envelope.key, envelope.id)
+        # Held messages are kept apart by key: those that no group wants must not be in the way of the others.
+        order = envelope.key if held else self._settings.message_group or envelope.key
+        return _wire.in_order(entry, order, envelope.id)
 
     def _refusal(
         self, envelope: Envelope, registry: Registry, groups: Sequence[str], room: dict[str, int] | None
@@ -145,11 +160,7 @@ class Sender:
         """Post to every queue; a message that only some of them took is remembered, so that its next try leaves those out."""
 
         async def post(name: str, some: Sequence[tuple[int, Entry]]) -> None:
-            left = [
-                (position, entry)
-                for position, entry in some
-                if name not in self._partial.get(envelopes[position].id, ())
-            ]
+            left = [each for each in some if name not in self._having(envelopes[each[0]])] if self._partial else some
             results = await self.post(name, [entry for _, entry in left]) if left else ()
             for (position, _), result in zip(left, results, strict=True):
                 if result is None:
@@ -167,21 +178,31 @@ class Sender:
             return
         for position, envelope in enumerate(envelopes):
             if position in failed:
-                outcomes[position] = self._partly(envelope.id, done.get(position, set()), failed[position])
+                outcomes[position] = self._partly(envelope, done.get(position, set()), failed[position])
             else:
-                self._partial.pop(envelope.id, None)
+                self._partial.pop(id(envelope), None)
 
-    def _partly(self, id: str, done: set[str], failed: Sequence[tuple[str, AbeError]]) -> AbeError:
-        done = self._partial.pop(id, set()) | done
+    def _having(self, envelope: Envelope) -> Collection[str]:
+        found = self._partial.get(id(envelope))
+        return found.names if found else ()
+
+    def _forget_partial(self) -> None:
+        """Forget messages that nobody sends again, as the time of their publish is over. The first ones are the oldest."""
+        oldest = time.monotonic() - self._settings.publish_timeout
+        while self._partial and (first := next(iter(self._partial.values()))).since < oldest:
+            del self._partial[id(first.envelope)]
+
+    def _partly(self, envelope: Envelope, done: set[str], failed: Sequence[tuple[str, AbeError]]) -> AbeError:
         errors = [error for _, error in failed]
         worst = next((error for error in errors if error.maybe_accepted), errors[0])
-        if not done:
-            return worst
-        while len(self._partial) >= _MOST_PARTIAL:
-            del self._partial[next(iter(self._partial))]
-        self._partial[id] = done
+        known = self._partial.get(id(envelope))
+        if known is None:
+            if not done:
+                return worst
+            known = self._partial[id(envelope)] = _Partial(envelope, set(), time.monotonic())
+        known.names.update(done)
         missing = ", ".join(name for name, _ in failed)
-        error = PublishUnknownError(f"{len(done)} queues have the message, and these have not: {missing}: {worst}")
+        error = PublishUnknownError(f"some queues have the message, and these may have not: {missing}: {worst}")
         error.__cause__ = worst
         return error
 
@@ -198,26 +219,33 @@ class Sender:
             if isinstance(error, QueueMissingError):
                 self._queues.forget(name)
             return [error] * len(entries)
-        outcomes: list[AbeError | None] = [None] * len(entries)
-        for failure in reply.get("Failed", ()):
-            outcomes[int(failure["Id"])] = translate_entry(failure, self._settings.address)
+        return self._outcomes(reply, len(entries))
+
+    def _outcomes(self, reply: Mapping[str, Any], count: int) -> Sequence[AbeError | None]:
+        """Read what became of each message: only of one that the answer names is anything known."""
+        stored = {each.get("Id") for each in reply.get("Successful", ())}
+        failed = {each.get("Id"): each for each in reply.get("Failed", ())}
+        outcomes: list[AbeError | None] = []
+        for name in map(str, range(count)):
+            if name in failed:
+                outcomes.append(translate_entry(failed[name], self._settings.address))
+            elif name in stored:
+                outcomes.append(None)
+            else:
+                text = f"SQS at {self._settings.address}: the answer does not say whether the message was stored"
+                outcomes.append(PublishUnknownError(text))
         return outcomes
 
     async def _call(self, name: str, entries: Sequence[Entry]) -> Callable[[], Awaitable[Mapping[str, Any]]]:
         """Return the request that stores the messages, when all that it needs to know is known."""
         requests: list[Any] = [_request(str(position), entry) for position, entry in enumerate(entries)]
         if not _is_topic(name):
-            url, client = await self._url(name), await self._clients.calls()
+            url, client = await self._queues.store(name), await self._clients.calls()
             return lambda: client.send_message_batch(QueueUrl=url, Entries=requests)
         topics = await self._clients.topics()
         for request in requests:
             request["Message"] = request.pop("MessageBody")
         return lambda: topics.publish_batch(TopicArn=name, PublishBatchRequestEntries=requests)
-
-    async def _url(self, name: str) -> str:
-        if name == self._queues.names.held:
-            return await self._queues.ensure(name)
-        return await self._queues.url(name)
 
 
 def _is_topic(name: str) -> bool:
