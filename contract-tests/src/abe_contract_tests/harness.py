@@ -73,7 +73,7 @@ class Harness(ABC):
     """Whether the broker lives in another process: worker processes share it, and it can be unreachable."""
 
     capacity: ClassVar[int] = 200_000
-    """The most messages that a test may put into the broker at once. Where putting them there takes too long, or going through them, it is fewer."""
+    """The most messages that a test may put into the broker at once: fewer where that, or going through them, takes too long."""
 
     approximate: ClassVar[bool] = False
     """Whether what the broker counts is true only after a moment: it counts approximately, or a request for messages that cannot be taken
