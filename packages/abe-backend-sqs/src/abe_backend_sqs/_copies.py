@@ -12,6 +12,9 @@ from abe_backend_sqs._wire import Entry, Message
 LONGEST_DELAY: Final = 900
 """Seconds that SQS delays a message at most."""
 
+_LEFT: Final = "abe-order"
+"""The attribute of what has left a FIFO queue (see `_wire`)."""
+
 
 class Copy(NamedTuple):
     """An entry, and the name of the queue for it."""
@@ -61,12 +64,13 @@ class Copies:
     def due(self, group: str, message: Message) -> Copy:
         """Return what enters a group's FIFO queue when its time has come.
 
-        A message that was never delivered is deduplicated by its id, like any published one. One that is tried again would be dropped by
-        that: it has a deduplication id of its own, the same however often it is moved.
+        A message that was never in it is deduplicated by its id, like any published one. One that comes back would be dropped by that: it
+        has a deduplication id of its own, the same however often it is moved.
         """
         parsed = _wire.parse(message)
         entry = _wire.repack(message, attempts=parsed.attempts)
-        dedup = message["MessageId"] if parsed.attempts or parsed.fault else parsed.metadata.id
+        back = parsed.fault is not None or _LEFT in message.get("MessageAttributes", {})
+        dedup = message["MessageId"] if back else parsed.metadata.id
         return Copy(self._names.queue(group), self._in_order(message, entry, dedup))
 
     def replayed(self, group: str, message: Message) -> Copy:

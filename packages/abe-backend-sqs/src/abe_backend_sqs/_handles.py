@@ -2,15 +2,21 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from abe.backends.message_queue.base import Receipt
+from abe.backends.message_queue.base import Failures, Receipt
 from abe.errors import AbeError, BackendConnectionError, LeaseLostError
-from abe_backend_sqs._errors import CLIENT_ERRORS, QueueMissingError, translate, translate_entry
+from abe_backend_sqs._errors import CLIENT_ERRORS, EntryRefusedError, QueueMissingError, translate, translate_entry
 from abe_backend_sqs._wire import BATCH
 
 if TYPE_CHECKING:
     from abe_backend_sqs._transport import SqsTransport
+
+LONGEST_HIDING: Final = 43_200 - 60
+"""Seconds, from its receipt, that a message is hidden for at most: SQS's 12 hours, without what requests may take on their way."""
+
+_LINGER: Final = 0.02
+"""Seconds for which a deletion may wait for others to share its request."""
 
 _T = TypeVar("_T")
 
@@ -68,15 +74,119 @@ class Handles:
                 failures.update(dict.fromkeys(some, error))
                 return
             for failed in reply.get("Failed", ()):
-                failures[some[int(failed["Id"])]] = translate_entry(failed, address)
+                error = translate_entry(failed, address)
+                # All that an entry says is the handle: one that SQS does not take, under whatever name, is none any more.
+                failures[some[int(failed["Id"])]] = not_ours() if isinstance(error, EntryRefusedError) else error
 
         await beside(*(batch(receipts[start : start + BATCH]) for start in range(0, len(receipts), BATCH)))
         return failures
 
 
+class _Batch:
+    """Deletions that share a request."""
+
+    def __init__(self) -> None:
+        self.receipts: list[Receipt] = []
+        self.outcome: asyncio.Future[dict[Receipt, AbeError]] = asyncio.get_running_loop().create_future()
+
+
+class Deletions:
+    """Gathers what is to be deleted, as SQS bills requests: a full batch leaves at once, any other before long.
+
+    The requests do not belong to those who ask: one who is cancelled takes nothing back.
+
+    Args:
+        transport: Runs them.
+        carry_out: Makes a request, and returns what went wrong with which.
+        more: Whether more is to be expected soon, so that waiting for it is worth it.
+    """
+
+    def __init__(
+        self,
+        transport: "SqsTransport",
+        carry_out: Callable[[Sequence[Receipt]], Awaitable[dict[Receipt, AbeError]]],
+        more: Callable[[], bool],
+    ) -> None:
+        self._transport = transport
+        self._carry_out = carry_out
+        self._more = more
+        self._batch: _Batch | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._under_way: set[_Batch] = set()
+        self._awaited = False
+
+    async def delete(self, receipts: Sequence[Receipt], *, awaited: bool) -> dict[Receipt, AbeError]:
+        """Delete, and return what went wrong with which.
+
+        Args:
+            receipts: Which.
+            awaited: Somebody waits for the answer: wait for others at most while a request is under way.
+        """
+        batches: list[_Batch] = []
+        for receipt in receipts:
+            if self._batch is None:
+                self._batch = _Batch()
+            if self._batch not in batches:
+                batches.append(self._batch)
+            self._batch.receipts.append(receipt)
+            if len(self._batch.receipts) == BATCH:
+                self.leave()
+        if self._batch is not None:
+            self._awaited = self._awaited or awaited or not self._more()
+            # A call that filled a request is not kept waiting for what is left over, which would hold up all of it.
+            if len(batches) > 1 or (self._awaited and not self._under_way):
+                self.leave()
+            elif self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(_LINGER, self.leave)
+        failures: dict[Receipt, AbeError] = {}
+        for batch in batches:
+            failures.update(await asyncio.shield(batch.outcome))
+        return {receipt: failures[receipt] for receipt in receipts if receipt in failures}
+
+    async def drain(self) -> None:
+        """Return when all has been carried out that was asked for so far."""
+        self.leave()
+        if self._under_way:
+            await asyncio.wait([batch.outcome for batch in self._under_way])
+
+    def leave(self) -> None:
+        """Wait for nothing more to share the next request."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._awaited = False
+        batch, self._batch = self._batch, None
+        if batch is not None:
+            self._under_way.add(batch)
+            self._transport.in_background(self._request(batch))
+
+    async def _request(self, batch: _Batch) -> None:
+        try:
+            try:
+                failures = await self._carry_out(batch.receipts)
+            except AbeError as exc:
+                failures = dict.fromkeys(batch.receipts, exc)
+            batch.outcome.set_result(failures)
+        finally:
+            batch.outcome.cancel()  # nothing happens if it is known; else the event loop ends, and nobody is to wait for it
+            self._under_way.discard(batch)
+            if self._awaited:
+                self.leave()
+
+
 async def beside(*calls: Awaitable[_T]) -> Sequence[_T]:
-    """Run them beside each other, or just run the only one."""
-    return [await calls[0]] if len(calls) == 1 else await asyncio.gather(*calls)
+    """Run them beside each other, or just run the only one, and return when all of them have ended.
+
+    Raises:
+        BaseException: One of them failed. None goes on unattended; if this is cancelled, so are they, and waited for.
+    """
+    if len(calls) == 1:
+        return [await calls[0]]
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
 
 
 def not_ours() -> LeaseLostError:
@@ -84,7 +194,7 @@ def not_ours() -> LeaseLostError:
     return LeaseLostError("the message is not ours any more: its lease had run out, or it was settled before")
 
 
-def insist(failures: dict[Receipt, AbeError]) -> dict[Receipt, AbeError]:
+def insist(failures: Failures) -> Failures:
     """Return the failures if they are for good.
 
     Raises:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from abe.backends.message_queue.base import ExponentialBackoff
-from abe.errors import AbeError, BackendConnectionError
+from abe.backends.message_queue.base.clock import pause
+from abe.errors import AbeError, BackendConnectionError, LeaseLostError
 from abe_backend_sqs import _wire
-from abe_backend_sqs._errors import QueueMissingError
-from abe_backend_sqs._handles import Handles
+from abe_backend_sqs._errors import EntryRefusedError, QueueMissingError
+from abe_backend_sqs._handles import LONGEST_HIDING, Handles
 from abe_backend_sqs._polls import poll
 from abe_backend_sqs._wire import BATCH, Message
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger("abe.sqs")
 _BACKOFF: Final = ExponentialBackoff(initial=0.1, maximum=30.0)
-_LONGEST_HIDING: Final = 43_000
-"""Seconds: a little less than SQS hides a message for at most."""
 
 
 class Later:
@@ -44,9 +43,9 @@ class Later:
     def join(self) -> None:
         """Know of one consumer more."""
         self._consumers += 1
+        self._left.clear()
         if not self._running:
             self._running = True
-            self._left.clear()
             self._transport.in_background(self._run())
 
     def leave(self) -> None:
@@ -57,17 +56,22 @@ class Later:
 
     async def _run(self) -> None:
         failures = 0
+        told = -1
         try:
             while self._consumers:
                 try:
                     await self._move_due()
                 except AbeError as exc:
                     failures += 1
-                    level = logging.WARNING if failures == 1 else logging.DEBUG
+                    # One that trying again cannot mend is worth an error, once, and no more than the rarest tries.
+                    level = logging.WARNING if exc.retryable else logging.ERROR
+                    if level <= told:
+                        level = logging.DEBUG
+                    told = max(told, level)
                     _log.log(level, "delayed messages of group %r do not move, trying again: %s", self._group, exc)
-                    await self._pause(_BACKOFF(failures))
+                    await pause(self._left, _BACKOFF(failures) if exc.retryable else _BACKOFF.maximum)
                 else:
-                    failures = 0
+                    failures, told = 0, -1
         finally:
             self._running = False
 
@@ -75,14 +79,14 @@ class Later:
         queues = self._transport.queues
         name = queues.names.later(self._group)
         try:
-            url, deletions = await queues.url(name), queues.deletions
+            url, deletions = await queues.url(name), queues.deletions[self._group]
             found = await poll(self._transport, url, BATCH)
         except QueueMissingError:
             queues.forget(name)
             # The consumers find their own queue missing, and make both again; a queue that others make is only missing here.
             await queues.ensure(name)
             return
-        if queues.deletions != deletions:
+        if queues.deletions[self._group] != deletions:
             return  # a group of this name was deleted meanwhile, and with it what this poll may bring
         handles = Handles(self._transport, url)
         messages = {message["MessageId"]: message for message in found}.values()
@@ -96,17 +100,13 @@ class Later:
         stored = [message["ReceiptHandle"] for message, result in zip(due, results, strict=True) if result is None]
         failures.update(await handles.delete(stored))
         problems: Sequence[AbeError] = [*failures.values(), *filter(None, results)]
+        for error in problems:
+            if not error.retryable and not isinstance(error, (EntryRefusedError, LeaseLostError)):
+                raise error  # not about one message
         if problems:
             raise BackendConnectionError(f"some of {len(found)} could not be moved: {problems[0]}") from problems[0]
-
-    async def _pause(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._left.wait()
-        except TimeoutError:
-            return
 
 
 def _left(message: Message) -> int:
     left = _wire.parse(message).due / 1000 - time.time()
-    return min(_LONGEST_HIDING, -int(-left // 1)) if left > 0 else 0
+    return min(LONGEST_HIDING, -int(-left // 1)) if left > 0 else 0

@@ -80,9 +80,14 @@ class Polls:
         return await poll(self._transport, self.url, count)
 
     async def brought(self, poll: Poll, messages: Sequence[Message]) -> None:
-        """Have what a poll brought. As long as each brings all it may, there is one more of them."""
-        most = self._transport.settings.pollers
-        self._most = min(most, len(self._under_way) + 1) if len(messages) == poll.count else 1
+        """Have what a poll brought. One that brings all it may is joined by one more; each that brings less, as SQS likes to, even if
+        there is more, leaves one fewer; and one that brings nothing leaves but one."""
+        if not messages:
+            self._most = 1
+        elif len(messages) < poll.count:
+            self._most = max(1, self._most - 1)
+        else:
+            self._most = min(self._transport.settings.pollers, self._most + 1)
         await self._take(messages)
 
     def failed(self, error: AbeError) -> None:

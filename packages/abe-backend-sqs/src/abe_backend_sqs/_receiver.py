@@ -4,8 +4,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from abe.backends.message_queue.base import Delivery, Failures, Metadata, Receipt, Settlement, Verb
@@ -14,17 +13,16 @@ from abe.errors import AbeError, LeaseLostError
 from abe_backend_sqs import _wire
 from abe_backend_sqs._copies import LONGEST_DELAY, Copy, delayed
 from abe_backend_sqs._errors import QueueMissingError
-from abe_backend_sqs._handles import Handles, beside, insist, not_ours
+from abe_backend_sqs._handles import LONGEST_HIDING, Deletions, Handles, beside, insist
+from abe_backend_sqs._held import Held, Holding, uncounted
 from abe_backend_sqs._polls import Polls
-from abe_backend_sqs._wire import Message
+from abe_backend_sqs._registry import Registry
+from abe_backend_sqs._wire import BATCH, Message
 
 if TYPE_CHECKING:
     from abe_backend_sqs._transport import SqsTransport
 
 _log: Final = logging.getLogger("abe.sqs")
-
-LONGEST_HIDING: Final = 43_200
-"""Seconds, from its receipt, that SQS lets a message be hidden for."""
 
 _EARLY: Final = LONGEST_DELAY - 300
 """Seconds before it is due that a long delayed message is looked at again: its last stretch is a delay of SQS's own."""
@@ -32,35 +30,10 @@ _EARLY: Final = LONGEST_DELAY - 300
 _ON_ITS_WAY: Final = 0.5
 """Seconds for which a message may have been on its way to us while its lease ran."""
 
-_MOST_LOST: Final = 10_000
-"""Receipts whose loss is remembered, for verdicts that were under way when it was found out."""
-
-
-_uncounted: Final[dict[str, int]] = {}
-"""Deliveries that were no attempts, by message, as far as this process knows: a FIFO queue counts what is given back."""
-_MOST_UNCOUNTED: Final = 100_000
-
-
-class _Held:
-    """A message that SQS counts as ours."""
-
-    __slots__ = ("attempt", "deadline", "expires", "message", "replaced", "uncertain")
-
-    def __init__(self, message: Message, attempt: int, deadline: float) -> None:
-        self.message = message
-        self.attempt = attempt
-        self.deadline = deadline
-        """When its lease runs out unless it is renewed, by the monotonic clock."""
-        self.expires = time.monotonic() + LONGEST_HIDING
-        self.uncertain = False
-        """Whether it may have been deleted by a request that was not answered."""
-        self.replaced = False
-        """Whether its copy is stored, so that only deleting it is left."""
-
 
 class _Arrival(NamedTuple):
     delivery: Delivery
-    held: _Held
+    held: Held
 
 
 class SqsReceiver:
@@ -82,9 +55,9 @@ class SqsReceiver:
         self._visibility = self._settings.visibility
         self._handles = Handles(transport, url)
         self._polls = Polls(transport, name, url, self._take)
-        self._held: dict[Receipt, _Held] = {}
-        self._lost: dict[Receipt, None] = {}
-        self._leaving: set[Receipt] = set()
+        self._held = Holding()
+        # A full batch has a chance to come together only where as many are held.
+        self._deletions = Deletions(transport, self._delete, lambda: len(self._held) >= BATCH and not self._stopping)
         self._renewing = asyncio.Lock()
         self._arrived: deque[_Arrival] = deque()
         self._stopping = False
@@ -111,7 +84,7 @@ class SqsReceiver:
             if held.deadline > now:
                 deliveries.append(delivery)
             else:  # nobody had the time to take it before its lease ran out
-                self._forget(delivery.receipt)
+                self._held.lose(delivery.receipt)
         return deliveries
 
     def metadata(self, delivery: Delivery) -> Metadata:
@@ -121,15 +94,15 @@ class SqsReceiver:
 
     async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
         """Delete. A handle whose lease has run out is left alone: what it deletes, if anything, may be somebody else's by now."""
-        ours, failures = self._ours(receipts)
-        with self._being_settled(ours):
-            failures.update(await self._delete(ours))
-        return failures
+        ours, failures = self._held.ours(receipts)
+        self._held.leaving.update(ours)
+        failures.update(await self._deletions.delete(ours, awaited=verify))
+        return insist(failures)
 
     async def settle(self, settlements: Sequence[Settlement]) -> Failures:
         """Carry out verdicts: hide, move, or put a copy in its place."""
         verdicts = {settlement.receipt: settlement for settlement in settlements}
-        ours, failures = self._ours(verdicts)
+        ours, failures = self._held.ours(verdicts)
         hidden: dict[Receipt, int] = {}
         released: list[Receipt] = []
         moved: dict[Receipt, Copy] = {}
@@ -141,51 +114,55 @@ class SqsReceiver:
                 released.append(receipt)
             else:
                 hidden[receipt] = -int(-verdict.delay // 1)
-        with self._being_settled(ours):
-            for done in await beside(self._hide(hidden), self._release(released), self._move(moved)):
+        parts: list[Awaitable[Failures]] = []
+        if hidden:
+            parts.append(self._hide(hidden))
+        if released:
+            parts.append(self._release(released))
+        if moved:
+            parts.append(self._move(moved))
+        with self._held.being_settled(ours):
+            for done in await beside(*parts):
                 failures.update(done)
-        return failures
+        return insist(failures)
 
     async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
         """Hide anew what is still ours, and what arrived and waits to be asked for."""
         waiting = [arrival.delivery.receipt for arrival in self._arrived]
-        ours, failures = self._ours([*receipts, *waiting])
-        ours = [receipt for receipt in ours if receipt not in self._leaving]
+        ours, failures = self._held.ours([*receipts, *waiting])
+        self._held.expire()
         started = time.monotonic()
-        hiding = {receipt: min(self._visibility, self._hideable(self._held[receipt])) for receipt in ours}
-        ended = [receipt for receipt, left in hiding.items() if left <= 0]
-        if ended:
-            _log.warning(
-                "%d messages of group %r were held for 12 hours, which is as long as SQS allows",
-                len(ended),
-                self._group,
-            )
+        left = {each: self._held[each].hideable for each in ours if each not in self._held.leaving}
+        self._warn(left)
+        ended = [receipt for receipt, seconds in left.items() if seconds <= 0]
+        hiding = {receipt: min(self._visibility, seconds) for receipt, seconds in left.items() if seconds > 0}
         async with self._renewing:
-            left_over = {each: left for each, left in hiding.items() if left > 0}
-            lost = {*failures, *ended, *await self._prolong(left_over, started)}
+            lost = {*failures, *ended, *await self._prolong(hiding, started)}
         for receipt in lost:
-            self._forget(receipt)
+            self._held.lose(receipt)
         return lost.intersection(receipts)
 
     async def recover(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
         """Say whose lease has run out meanwhile. What a lost answer brought comes back when its lease runs out."""
-        _, lost = self._ours(receipts)
+        _, lost = self._held.ours(receipts)
         return list(lost)
 
     async def stop(self) -> None:
-        """Take nothing new. The polls under way end by themselves, in the background."""
+        """Take nothing new, and give back what nobody was handed. The polls under way end by themselves, in the background."""
         self._leave_polls()
+        await self._give_back_arrived()
 
     async def close(self) -> None:
-        """Give back what is still ours."""
+        """Give back what is still ours, when what was acknowledged is deleted."""
         self._leave_polls()
         self._arrived.clear()
-        await self._give_back(list(self._held))
+        await beside(self._deletions.drain(), self._give_back(list(self._held)))
 
     def _leave_polls(self) -> None:
         if self._fifo and not self._stopping:
             self._transport.later(self._group).leave()
         self._stopping = True
+        self._deletions.leave()
         self._polls.leave()
 
     async def _take(self, messages: Sequence[Message]) -> None:
@@ -199,38 +176,41 @@ class SqsReceiver:
             parsed = _wire.parse(message)
             delivery = _wire.delivery(message, parsed)
             if self._fifo:
-                delivery.attempt -= _uncounted.get(message["MessageId"], 0)
-            held = self._held[delivery.receipt] = _Held(message, delivery.attempt, deadline)
+                delivery.attempt = max(1, delivery.attempt - uncounted(message))
+            held = self._held[delivery.receipt] = Held(message, delivery.attempt, deadline)
             # One that was put off, and that nobody was there for since it is due, has counted what was no attempt.
             if parsed.due and (parsed.due > now + 500 or _wire.received(message) > 1):
                 early.append(delivery.receipt)
             else:
                 self._arrived.append(_Arrival(delivery, held))
-        try:
-            if early:
+        if early:
+            try:
                 await self._put_off(early)
-            if self._stopping:
-                self._arrived.clear()
-                await self._give_back([message["ReceiptHandle"] for message in distinct.values()])
-        except AbeError as exc:
-            _log.debug("messages of group %r could not be given back, their leases will run out: %s", self._group, exc)
+            except AbeError as exc:
+                _log.debug("early messages of group %r come back when their leases run out: %s", self._group, exc)
+        if self._stopping:
+            await self._give_back_arrived()
 
     async def _wanted(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return what the group wants. A topic sends everything to everybody, and publishers learn late that a group's patterns are new."""
         if self._settings.fanout != "sns" or not messages:
             return messages
+        queues, came = self._transport.queues, time.monotonic()
         try:
-            patterns = (await self._transport.queues.registry()).groups.get(self._group)
-            unwanted = [
-                message
-                for message in messages
-                if patterns and _wire.ours(message) and not _wire.wants(patterns, message)
-            ]
-            await self._handles.delete([message["ReceiptHandle"] for message in unwanted])
+            unwanted = self._unwanted(await queues.registry(), messages)
+            if unwanted:  # perhaps they were not, until a moment ago
+                unwanted = self._unwanted(await queues.registry(since=came), messages)
+                await self._handles.delete([message["ReceiptHandle"] for message in unwanted])
         except AbeError as exc:
             _log.debug("what group %r wants cannot be found out now, so it gets everything: %s", self._group, exc)
             return messages
         return [message for message in messages if message not in unwanted]
+
+    def _unwanted(self, registry: Registry, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return what was published to all groups and that this one does not want, by that registry."""
+        if not (patterns := registry.groups.get(self._group)):
+            return []
+        return [each for each in messages if _wire.ours(each) and not _wire.wants(patterns, each)]
 
     async def _put_off(self, receipts: Sequence[Receipt]) -> None:
         """Hide again what is not due, so that it is seen before it is; the last stretch is a delay of SQS's own, which no attempt is."""
@@ -241,31 +221,33 @@ class SqsReceiver:
             parsed = _wire.parse(message)
             left = max(0.0, parsed.due / 1000 - time.time())
             if left > LONGEST_DELAY:
-                hidden[receipt] = int(min(LONGEST_HIDING - 60, left - _EARLY))
+                hidden[receipt] = int(min(LONGEST_HIDING, left - _EARLY))
             else:
                 moved[receipt] = Copy(self._name, delayed(_wire.repack(message, attempts=parsed.attempts), left))
-        await beside(self._hide(hidden), self._move(moved))
+        with self._held.being_settled(receipts):
+            for failures in await beside(self._hide(hidden), self._move(moved)):
+                insist(failures)
+
+    async def _give_back_arrived(self) -> None:
+        receipts = [arrival.delivery.receipt for arrival in self._arrived]
+        self._arrived.clear()
+        try:
+            await self._give_back(receipts)
+        except AbeError as exc:
+            _log.debug("messages of group %r could not be given back, their leases will run out: %s", self._group, exc)
 
     async def _give_back(self, receipts: Collection[Receipt]) -> None:
-        ours, _ = self._ours(
-            [receipt for receipt in receipts if receipt in self._held and receipt not in self._leaving]
-        )
-        with self._being_settled(ours):
+        ours, _ = self._held.ours([each for each in receipts if each in self._held and each not in self._held.leaving])
+        if not ours:
+            return
+        with self._held.being_settled(ours):
             if self._fifo:
-                await self._release(ours)
+                insist(await self._release(ours))
             else:
-                await self._move({each: self._copy(self._held[each], Settlement(each, Verb.RELEASE)) for each in ours})
+                copies = {each: self._copy(self._held[each], Settlement(each, Verb.RELEASE)) for each in ours}
+                insist(await self._move(copies))
 
-    @contextmanager
-    def _being_settled(self, receipts: Collection[Receipt]) -> Generator[None]:
-        """Keep them from being renewed meanwhile, which would hide again what a verdict shows."""
-        self._leaving.update(receipts)
-        try:
-            yield
-        finally:
-            self._leaving.difference_update(receipts)
-
-    def _stays(self, held: _Held, verdict: Settlement) -> bool:
+    def _stays(self, held: Held, verdict: Settlement) -> bool:
         """Whether hiding the message does what the verdict says.
 
         In a FIFO queue a hidden message holds up those behind it, so that only what comes back at once stays; it keeps its place, and a
@@ -275,9 +257,9 @@ class SqsReceiver:
             return False
         if self._fifo:
             return verdict.verb is Verb.RELEASE or not verdict.delay
-        return verdict.verb is Verb.RETRY and self._hideable(held) >= -int(-verdict.delay // 1)
+        return verdict.verb is Verb.RETRY and held.hideable >= -int(-verdict.delay // 1)
 
-    def _copy(self, held: _Held, verdict: Settlement) -> Copy:
+    def _copy(self, held: Held, verdict: Settlement) -> Copy:
         return self._transport.copies.settled(self._group, held.message, held.attempt, verdict)
 
     async def _move(self, moves: Mapping[Receipt, Copy]) -> Failures:
@@ -295,23 +277,28 @@ class SqsReceiver:
                         held.replaced = True
                 else:
                     failures[receipt] = result
-        failures.update(await self._delete(stored))
-        return insist(failures)
+        if stored:
+            failures.update(await self._delete(stored))
+        return failures
 
     async def _delete(self, receipts: Sequence[Receipt]) -> dict[Receipt, AbeError]:
-        failures = await self._handles.delete(receipts)
-        for receipt in receipts:
-            error, held = failures.get(receipt), self._held.get(receipt)
-            if isinstance(error, LeaseLostError) and held is not None and held.uncertain:
-                del failures[receipt]
-                error = None
-            if error is None or isinstance(error, LeaseLostError):
-                self._held.pop(receipt, None)
-                if held is not None:
-                    _uncounted.pop(held.message["MessageId"], None)
-            elif held is not None:
-                held.uncertain = True
-        return insist(failures)
+        with self._held.being_settled(receipts):
+            failures = await self._handles.delete(receipts)
+            for receipt in receipts:
+                error, held = failures.get(receipt), self._held.get(receipt)
+                if held is None:
+                    continue
+                if isinstance(error, LeaseLostError) and held.uncertain:
+                    del failures[receipt]
+                    error = None
+                if error is None:
+                    del self._held[receipt]
+                    held.done()
+                elif isinstance(error, LeaseLostError):
+                    self._held.lose(receipt)
+                else:
+                    held.uncertain = True
+        return failures
 
     async def _hide(self, hiding: Mapping[Receipt, int]) -> Failures:
         """Hide for that many seconds what is not ours any more after that."""
@@ -320,26 +307,25 @@ class SqsReceiver:
         failures = await self._handles.hide(hiding)
         for receipt in hiding:
             error = failures.get(receipt)
-            if error is None or isinstance(error, LeaseLostError):
+            if error is None:
                 self._held.pop(receipt, None)
-        return insist(failures)
+            elif isinstance(error, LeaseLostError):
+                self._held.lose(receipt)
+        return failures
 
     async def _release(self, receipts: Sequence[Receipt]) -> Failures:
         """Show at once what is in a FIFO queue, so that it keeps its place, and remember that this delivery was no attempt."""
-        ids = {receipt: str(self._held[receipt].message["MessageId"]) for receipt in receipts}
-        for id in ids.values():  # before it can be delivered again
-            while len(_uncounted) >= _MOST_UNCOUNTED:
-                del _uncounted[next(iter(_uncounted))]
-            _uncounted[id] = _uncounted.pop(id, 0) + 1
-        failures: Failures = {}
+        released = {receipt: self._held[receipt] for receipt in receipts}
+        for held in released.values():
+            held.uncount()  # before it can be delivered again
         try:
             failures = await self._hide(dict.fromkeys(receipts, 0))
-        except AbeError:
-            failures = {receipt: not_ours() for receipt in receipts if receipt in self._held}
+        except BaseException:  # what was cancelled, too, may not have happened
+            for held in released.values():
+                held.recount()
             raise
-        finally:
-            for receipt in failures:
-                _uncounted[ids[receipt]] = _uncounted.get(ids[receipt], 1) - 1
+        for receipt in failures:
+            released[receipt].recount()
         return failures
 
     async def _prolong(self, hiding: Mapping[Receipt, int], started: float) -> Collection[Receipt]:
@@ -349,35 +335,25 @@ class SqsReceiver:
             if receipt not in failures and receipt in self._held:
                 self._held[receipt].deadline = started + left
         # What was settled while this was on its way is not lost.
-        settled = {receipt for receipt in failures if receipt not in self._held or receipt in self._leaving}
+        settled = {receipt for receipt in failures if receipt not in self._held or receipt in self._held.leaving}
         lost = [receipt for receipt, error in failures.items() if not error.retryable and receipt not in settled]
         insist({receipt: error for receipt, error in failures.items() if error.retryable})
         return lost
 
-    def _ours(self, receipts: Iterable[Receipt]) -> tuple[list[Receipt], dict[Receipt, AbeError]]:
-        """Return which are still ours, and an error for each of those that are not; neither has what was carried out before."""
-        now = time.monotonic()
-        ours: list[Receipt] = []
-        lost: dict[Receipt, AbeError] = {}
-        for receipt in receipts:
-            held = self._held.get(receipt)
-            if held is not None and held.deadline > now:
-                ours.append(receipt)
-            elif held is not None or receipt in self._lost:
-                self._forget(receipt)
-                lost[receipt] = not_ours()
-        return ours, lost
-
-    def _forget(self, receipt: Receipt) -> None:
-        if self._held.pop(receipt, None) is None:
-            return
-        while len(self._lost) >= _MOST_LOST:
-            del self._lost[next(iter(self._lost))]
-        self._lost[receipt] = None
-
-    def _hideable(self, held: _Held) -> int:
-        """Return the seconds for which a message may still be hidden."""
-        return int(held.expires - time.monotonic())
+    def _warn(self, left: Mapping[Receipt, int]) -> None:
+        """Say once of each message that it can be kept hidden for no longer than a lease."""
+        late = [receipt for receipt, seconds in left.items() if seconds < self._visibility]
+        late = [receipt for receipt in late if not self._held[receipt].warned]
+        for receipt in late:
+            self._held[receipt].warned = True
+        if late:
+            _log.warning(
+                "%d messages of group %r have been held for 12 hours, which is as long as SQS allows: "
+                "unless they are settled within %d seconds, they are delivered again",
+                len(late),
+                self._group,
+                max(0, min(left[receipt] for receipt in late)),
+            )
 
     async def _reported(self, error: AbeError) -> None:
         """Raise what a poll failed with, unless it can be put right here."""
@@ -385,7 +361,7 @@ class SqsReceiver:
             raise error
         _log.warning("group %r was deleted underneath its consumers: it is made again", self._group)
         self._transport.queues.forget(self._name)
-        await self._transport.declare(self._group, None)
+        await self._transport.restore(self._group)
         self._handles.url = self._polls.url = await self._transport.queues.url(self._name)
 
 
