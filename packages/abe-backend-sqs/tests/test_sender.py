@@ -101,6 +101,7 @@ async def test_what_nobody_sends_again_is_forgotten(lab: Any, refusal: Refusal) 
         assert len(sender._partial) == 1
         async with asyncio.timeout(2):
             while sender._partial:
+                await asyncio.sleep(0.02)
                 await sender.send([], registry)
 
 
