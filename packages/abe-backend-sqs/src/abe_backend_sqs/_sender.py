@@ -69,18 +69,17 @@ class Sender:
 
     async def post(self, name: str, entries: Sequence[Entry]) -> Sequence[AbeError | None]:
         """Put messages into a queue, and return each one's outcome. Messages keep their order where the queue has one."""
+        batches = list(_wire.batches(entries, SNS_LIMIT if _is_topic(name) else _wire.LIMIT))
+        if len(batches) == 1:
+            return await self._fly(name, entries)
         outcomes: list[AbeError | None] = [None] * len(entries)
 
         async def flight(positions: Sequence[int]) -> None:
-            async with self._flights:
-                results = await self._post(name, [entries[position] for position in positions])
+            results = await self._fly(name, [entries[position] for position in positions])
             for position, result in zip(positions, results, strict=True):
                 outcomes[position] = result
 
-        batches = list(_wire.batches(entries, SNS_LIMIT if _is_topic(name) else _wire.LIMIT))
-        if len(batches) == 1:
-            await flight(batches[0])
-        elif self._settings.fifo:
+        if self._settings.fifo:
             for index, positions in enumerate(batches):
                 await flight(positions)
                 failed = next((each for each in map(outcomes.__getitem__, positions) if each and each.retryable), None)
@@ -205,6 +204,10 @@ class Sender:
         error = PublishUnknownError(f"some queues have the message, and these may have not: {missing}: {worst}")
         error.__cause__ = worst
         return error
+
+    async def _fly(self, name: str, entries: Sequence[Entry]) -> Sequence[AbeError | None]:
+        async with self._flights:
+            return await self._post(name, entries)
 
     async def _post(self, name: str, entries: Sequence[Entry]) -> Sequence[AbeError | None]:
         try:
