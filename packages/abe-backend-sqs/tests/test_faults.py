@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from abe.backends.message_queue.base import Publication
-from abe.errors import PartialPublishError, PayloadTooLargeError
+from abe.errors import ConfigurationError, PartialPublishError, PayloadTooLargeError
 from abe_backend_sqs import SqsBackend, _wire
 
 Refusal = Callable[..., web.Response]
@@ -171,13 +171,14 @@ async def test_no_text_shows_a_credential(lab: Any, refusal: Refusal, caplog: py
     caplog.set_level("DEBUG", logger="abe")
     secret = "swordfish-8061"
     texts: list[str] = []
-    address = lab.gate.url.replace("http://", f"http://user:{secret}@")
+    with pytest.raises(ConfigurationError) as refused:
+        lab.settings(endpoint_url=lab.gate.url.replace("http://", f"http://user:{secret}@"))
+    texts.append(f"{refused.value} {refused.value!r}")
     async with asyncio.timeout(20):
         for code, status in (("InvalidClientTokenId", 403), ("ThrottlingException", 400), ("InternalError", 500)):
             lab.gate.rules = [lambda *_, code=code, status=status: refusal(code, status)]
             backend = SqsBackend(
                 lab.settings(
-                    endpoint_url=address,
                     access_key_id=f"{secret}-id",
                     secret_access_key=secret,
                     session_token=f"{secret}-token",

@@ -1,13 +1,20 @@
 """FIFO queues: order, deduplication, and what may not get in their way."""
 
 import asyncio
+import logging
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from aiohttp import web
 
-from abe.backends.message_queue.base import Envelope
-from abe_backend_sqs import SqsBackend, SqsSettings, _wire
+from abe.backends.message_queue.base import Envelope, Settlement, Verb
+from abe_backend_sqs import SqsBackend, SqsSettings, _held, _later, _wire
+from abe_backend_sqs._copies import Copies
+from abe_backend_sqs._topology import Topology
+
+Refusal = Callable[..., web.Response]
 
 
 async def collect(backend: SqsBackend, count: int) -> list[Any]:
@@ -180,3 +187,176 @@ async def test_standard_and_fifo_queues_of_one_namespace_are_apart(lab: Any) -> 
         await standard.declare("s")
         await fifo.declare("f")
         assert (list(await standard.groups()), list(await fifo.groups())) == (["s"], ["f"])
+
+
+async def test_a_release_that_was_cancelled_and_is_repeated_is_counted_once(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with asyncio.timeout(20):
+        transport = await lab.transport(fifo=True)
+        await transport.declare("g", None)
+        await transport.send([Envelope("the-id", "k", b'{"n":1}', 1)])
+        receiver = await transport.subscribe("g", 5)
+        (delivery,) = await receiver.receive(5)
+        client, waiting = await transport.clients.calls(), asyncio.Event()
+
+        async def hang(**_: Any) -> None:
+            waiting.set()
+            await asyncio.Event().wait()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(client, "change_message_visibility_batch", hang)
+            releasing = asyncio.create_task(receiver.settle([Settlement(delivery.receipt, Verb.RELEASE)]))
+            await waiting.wait()
+            releasing.cancel()  # as where closing takes too long
+            await asyncio.wait([releasing])
+        await receiver.close()
+        backend = await lab.backend(fifo=True)
+        async with backend.consume(group="g") as messages:
+            message = await messages.receive()
+            assert message.attempt == 1
+            await message.nack(delay=1)
+            message = await messages.receive()
+            assert (message.id, message.attempt) == ("the-id", 2)
+            await message.ack()
+
+
+def test_a_delivery_is_said_to_be_no_attempt_once_and_that_can_be_taken_back() -> None:
+    message = {"MessageId": "a-message"}
+    first, second = _held.Held(message, 1, 0.0), _held.Held(message, 2, 0.0)
+    for _ in range(2):
+        first.uncount()
+    assert _held.uncounted(message) == 1
+    second.uncount()
+    assert _held.uncounted(message) == 2
+    for _ in range(2):
+        second.recount()
+    assert _held.uncounted(message) == 1
+    first.recount()
+    assert "a-message" not in _held._uncounted
+
+
+async def test_no_attempt_comes_before_the_first(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with asyncio.timeout(15):
+        backend = await lab.backend(fifo=True)
+        await backend.declare("g")
+        url = await lab.url("group", "g", ".fifo")
+        sent = await lab.ask(
+            "send_message", QueueUrl=url, MessageBody="{}", MessageGroupId="k", MessageDeduplicationId="1"
+        )
+        monkeypatch.setitem(_held._uncounted, sent["MessageId"], 3)  # more than SQS counted, whose count is approximate
+        async with backend.consume(group="g") as messages:
+            message = await messages.receive()
+            assert message.attempt == 1
+            await message.ack()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "dedup"),
+    [
+        ({}, "published"),
+        ({"abe-order": {"DataType": "String", "StringValue": "k"}}, "of-sqs"),
+    ],
+)
+def test_what_has_left_a_fifo_queue_comes_back_with_a_deduplication_id_of_its_own(
+    attributes: dict[str, Any], dedup: str
+) -> None:
+    copies = Copies(SqsSettings(fifo=True), Topology("n", fifo=True))
+    header = {"DataType": "String", "StringValue": '[1,"published","k",1]'}
+    message = {"MessageId": "of-sqs", "Body": "{}", "MessageAttributes": {"abe": header, **attributes}}
+    assert copies.due("g", message).entry.dedup == dedup
+
+
+async def test_a_stranger_s_message_with_an_id_is_retried_as_often_as_any_other(lab: Any) -> None:
+    async with asyncio.timeout(20):
+        backend = await lab.backend(fifo=True)
+        async with backend.consume(group="g") as messages:
+            await lab.ask(
+                "send_message",
+                QueueUrl=await lab.url("group", "g", ".fifo"),
+                MessageBody='{"n": 1}',
+                MessageAttributes={"id": {"DataType": "String", "StringValue": "theirs"}},
+                MessageGroupId="k",
+                MessageDeduplicationId="theirs",
+            )
+            for _ in range(2):
+                await (await messages.receive()).nack(delay=1)
+            message = await messages.receive()
+            assert message.id == "theirs"
+            await message.ack()
+
+
+async def test_delayed_messages_of_a_group_do_not_wait_because_another_group_was_deleted(lab: Any) -> None:
+    async with asyncio.timeout(20):
+        backend = await lab.backend(fifo=True, wait=5)
+        await backend.declare("other")
+        async with backend.consume(group="g") as messages:
+            later = await lab.url("later", "g")
+            while not any(each["QueueUrl"] == later for each in lab.gate.requests("ReceiveMessage")):  # noqa: ASYNC110 - the server sets no event of ours
+                await asyncio.sleep(0.01)
+            await backend.delete_group("other")
+            await backend.publish("k", {"n": 1}, delay=1)
+            async with asyncio.timeout(10):  # less than the lease for which it would be hidden
+                await (await messages.receive()).ack()
+
+
+class Pauses:
+    """Stands in for waiting, and says for how long it would have been."""
+
+    def __init__(self, count: int) -> None:
+        self.seconds: list[float] = []
+        self.enough = asyncio.Event()
+        self._count = count
+
+    async def __call__(self, ended: asyncio.Event, seconds: float) -> bool:
+        self.seconds.append(seconds)
+        if len(self.seconds) >= self._count:
+            self.enough.set()
+            return await ended.wait()
+        return False
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "level"), [("AccessDenied", 403, logging.ERROR), ("ThrottlingException", 400, logging.WARNING)]
+)
+async def test_delayed_messages_that_cannot_be_moved_are_complained_about_once(
+    lab: Any,
+    refusal: Refusal,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    code: str,
+    status: int,
+    level: int,
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="abe.sqs")
+    pauses = Pauses(4)
+    monkeypatch.setattr(_later, "pause", pauses)
+    async with asyncio.timeout(15):
+        transport = await lab.transport(fifo=True)
+        await transport.declare("g", None)
+        later = await lab.url("later", "g")
+        lab.gate.rules.append(
+            lambda name, body: refusal(code, status) if name == "ReceiveMessage" and body["QueueUrl"] == later else None
+        )
+        receiver = await transport.subscribe("g", 1)
+        await pauses.enough.wait()
+        await receiver.close()
+    complaints = [each.levelno for each in caplog.records if "do not move" in each.getMessage()]
+    assert complaints == [level, *[logging.DEBUG] * 3]
+    permanent = level == logging.ERROR
+    assert (min(pauses.seconds) == 30) is permanent
+    assert (max(pauses.seconds) < 1) is not permanent
+
+
+async def test_tries_to_move_delayed_messages_are_rare_although_consumers_come_and_go(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with asyncio.timeout(15):
+        transport = await lab.transport(fifo=True)
+        await transport.declare("g", None)
+        first = await transport.subscribe("g", 1)
+        await first.close()
+        second = await transport.subscribe("g", 1)
+        assert not transport.later("g")._left.is_set(), "what a pause waits for is that the last one has left"
+        await second.close()
+        assert transport.later("g")._left.is_set()
