@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -120,7 +121,7 @@ class Sender:
 
     def _entry(self, envelope: Envelope, *, held: bool) -> Entry:
         """Return what is sent for an envelope. Held messages wait out their delay in the queue of the group that they end in."""
-        due = int((time.time() + envelope.delay) * 1000) if envelope.delay else 0
+        due = math.ceil((time.time() + envelope.delay) * 1000) if envelope.delay else 0
         if due and not held:
             return delayed(_wire.pack(envelope, due=due if envelope.delay > LONGEST_DELAY else 0), envelope.delay)
         entry = _wire.pack(envelope, due=due)
