@@ -267,25 +267,6 @@ def test_what_has_left_a_fifo_queue_comes_back_with_a_deduplication_id_of_its_ow
     assert copies.due("g", message).entry.dedup == dedup
 
 
-async def test_a_stranger_s_message_with_an_id_is_retried_as_often_as_any_other(lab: Any) -> None:
-    async with asyncio.timeout(20):
-        backend = await lab.backend(fifo=True)
-        async with backend.consume(group="g") as messages:
-            await lab.ask(
-                "send_message",
-                QueueUrl=await lab.url("group", "g", ".fifo"),
-                MessageBody='{"n": 1}',
-                MessageAttributes={"id": {"DataType": "String", "StringValue": "theirs"}},
-                MessageGroupId="k",
-                MessageDeduplicationId="theirs",
-            )
-            for _ in range(2):
-                await (await messages.receive()).nack(delay=1)
-            message = await messages.receive()
-            assert message.id == "theirs"
-            await message.ack()
-
-
 async def test_delayed_messages_of_a_group_do_not_wait_because_another_group_was_deleted(lab: Any) -> None:
     async with asyncio.timeout(20):
         backend = await lab.backend(fifo=True, wait=5)
