@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from abe.backends.message_queue.base import Delivery, Settlement, Verb
+from abe.backends.message_queue.base import Delivery, Envelope, Settlement, Verb
 from abe.errors import BackendConnectionError, LeaseLostError
 from abe_backend_sqs import _handles
 from abe_backend_sqs._handles import beside
@@ -94,6 +94,20 @@ async def test_nobody_waits_for_others_in_vain(lab: Any, monkeypatch: pytest.Mon
         assert not await receiver.ack(receipts[1:13], verify=False), "the rest of what filled a request"
         assert not await receiver.ack(receipts[13:14], verify=False), "too few are held to fill one"
         assert deleted(lab) == [1, 10, 2, 1]
+        await receiver.close()
+
+
+async def test_a_fifo_queue_is_not_kept_waiting_for_a_deletion(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_handles, "_LINGER", 60)
+    async with asyncio.timeout(15):
+        transport = await lab.transport(fifo=True)
+        await transport.declare("g", None)
+        await transport.send([Envelope(f"id-{n}", f"k.{n}", b"{}", 1) for n in range(12)])
+        receiver = await transport.subscribe("g", 12)
+        held: list[Delivery] = []
+        while len(held) < 12:
+            held += await receiver.receive(12 - len(held))
+        assert not await receiver.ack([held[0].receipt], verify=False)
         await receiver.close()
 
 

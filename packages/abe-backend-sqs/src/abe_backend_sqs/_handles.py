@@ -170,8 +170,8 @@ class Deletions:
         finally:
             batch.outcome.cancel()  # nothing happens if it is known; else the event loop ends, and nobody is to wait for it
             self._under_way.discard(batch)
-            if self._awaited:
-                self.leave()
+        if self._awaited:
+            self.leave()
 
 
 async def beside(*calls: Awaitable[_T]) -> Sequence[_T]:

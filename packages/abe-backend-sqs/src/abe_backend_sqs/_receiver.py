@@ -56,8 +56,7 @@ class SqsReceiver:
         self._handles = Handles(transport, url)
         self._polls = Polls(transport, name, url, self._take)
         self._held = Holding()
-        # A full batch has a chance to come together only where as many are held.
-        self._deletions = Deletions(transport, self._delete, lambda: len(self._held) >= BATCH and not self._stopping)
+        self._deletions = Deletions(transport, self._delete, self._more_to_delete)
         self._renewing = asyncio.Lock()
         self._arrived: deque[_Arrival] = deque()
         self._stopping = False
@@ -280,6 +279,10 @@ class SqsReceiver:
         if stored:
             failures.update(await self._delete(stored))
         return failures
+
+    def _more_to_delete(self) -> bool:
+        """Whether a full batch may come together soon: where as many are held. In a FIFO queue, others wait for each deletion."""
+        return not self._fifo and not self._stopping and len(self._held) >= BATCH
 
     async def _delete(self, receipts: Sequence[Receipt]) -> dict[Receipt, AbeError]:
         with self._held.being_settled(receipts):
