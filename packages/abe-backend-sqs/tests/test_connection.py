@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from abe.errors import ConfigurationError
+from abe.errors import BackendConnectionError, ConfigurationError
 from abe_backend_sqs import SqsSettings
 from abe_backend_sqs._connection import Clients
 
@@ -80,3 +80,10 @@ async def test_a_profile_that_is_set_and_empty_counts_as_unset(monkeypatch: pyte
     clients = Clients(SETTINGS)
     assert (await clients.calls()).meta.region_name == SETTINGS.region
     await clients.close()
+
+
+async def test_no_client_is_made_that_nobody_would_close() -> None:
+    clients = Clients(SETTINGS)
+    await clients.close()
+    with pytest.raises(BackendConnectionError, match="closed"):
+        await clients.calls()
