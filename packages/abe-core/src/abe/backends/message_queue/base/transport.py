@@ -206,6 +206,8 @@ class Transport(Protocol):
         The outcome `UnroutableError` means that groups exist and none of them wants the key. While no group exists, messages are held
         for the first one that wants them.
 
+        What is sent again, as its outcome was not final, is the same object; another publish with the same id is another.
+
         Raises:
             BackendConnectionError: None of them was accepted.
             PublishUnknownError: Any of them may have been.
