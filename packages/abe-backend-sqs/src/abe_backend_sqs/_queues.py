@@ -46,6 +46,8 @@ class Queues:
         self._registry: Registry | None = None
         self._topics: Topics | None = Topics(settings, clients) if settings.fanout == "sns" else None
         self._lost_topics: set[str] = set()
+        self._known_by: dict[str, tuple[float, float]] = {}
+        """Of each group: since when it is what it is, and by when, by the monotonic clock, every publisher knows."""
         self._changes = 0
         self._reading: asyncio.Lock = asyncio.Lock()
         self.patterns: dict[str, tuple[str, ...]] = {}
@@ -154,21 +156,23 @@ class Queues:
         subscription = known or await self._subscription(registry, url)
         unchanged = registry.groups.get(group) == wanted and subscription == known
         if unchanged and (registry.listing is None or registry.listing.settled or not self._settings.ensure):
-            return self._ignorance(registry.since.get(group, 0.0))
+            return self._ignorance(group, registry.since.get(group, 0.0))
         if not self._settings.ensure:
             raise ConfigurationError(
                 f"the queue {queue!r} is not tagged as group {group!r} with the key patterns "
                 f"{list(wanted)}, and SQS_ENSURE is false: have it tagged, or set SQS_GROUPS"
             )
-        client = await self._clients.calls()
+        client, since = await self._clients.calls(), 0.0
 
         async def tag() -> None:
+            nonlocal since
+            since = int(time.time() * 1000) / 1000
             with translated(self._settings.address):
                 # In one call, and by count: what is left of longer lists means nothing.
-                await client.tag_queue(QueueUrl=url, Tags=tags(Group(group, wanted, time.time(), subscription)))
+                await client.tag_queue(QueueUrl=url, Tags=tags(Group(group, wanted, since, subscription)))
 
         await self._change(tag)
-        return self._settings.registry_ttl
+        return self._ignorance(group, since)
 
     async def delete(self, group: str) -> None:
         """Delete the group's queues, first the one by which it exists."""
@@ -213,13 +217,18 @@ class Queues:
         waiting, held, delayed = (int(found.get("Attributes", {}).get(kind, 0)) for kind in kinds)
         return waiting, held, delayed
 
-    def _ignorance(self, since: float) -> float:
-        """Return for how long a publisher may still go by what it read before tags were set by a request that began at that time.
+    def _ignorance(self, group: str, since: float) -> float:
+        """Return for how long a publisher may still go by what it read before a group's tags were set by a request that began at that time.
 
         They are set by now, and perhaps only since now: the request may have taken as long as it is given.
         """
-        ttl = self._settings.registry_ttl
-        return ttl if time.time() < since + self._settings.publish_timeout + ttl else 0.0
+        now, ttl = time.monotonic(), self._settings.registry_ttl
+        if time.time() >= since + self._settings.publish_timeout + ttl:
+            return 0.0
+        known = self._known_by.get(group)
+        if known is None or known[0] != since:
+            known = self._known_by[group] = since, now + ttl
+        return max(0.0, known[1] - now)
 
     def _fresh(self, since: float | None) -> Registry | None:
         found = self._registry

@@ -48,7 +48,7 @@ def tags(group: Group) -> dict[str, str]:
     named = {f"{_PATTERNS_TAG}{index}": part for index, part in enumerate(parts)}
     if group.subscription:
         named[_SUBSCRIPTION_TAG] = group.subscription
-    return {_GROUP_TAG: group.name, _SINCE_TAG: str(int(group.since * 1000)), _PARTS_TAG: str(len(parts)), **named}
+    return {_GROUP_TAG: group.name, _SINCE_TAG: str(round(group.since * 1000)), _PARTS_TAG: str(len(parts)), **named}
 
 
 def from_tags(found: Mapping[str, str]) -> Group | None:
