@@ -53,6 +53,7 @@ EXTRA: dict[str, dict[str, str]] = {
         "_copies": "where a broker can neither uncount a delivery nor move a message, a copy takes its place",
         "_drawer": "dead letters and held messages are in queues, which have to be emptied to be looked through",
         "_handles": "verdicts are batches of receipt handles, of which each may fail on its own",
+        "_held": "every receipt has a lease of its own, and some deliveries were no attempts",
         "_later": "a FIFO queue can delay no single message",
         "_polls": "requests for messages that cannot be taken back",
         "_queues": "the queues are the registry",
@@ -64,6 +65,10 @@ EXTRA: dict[str, dict[str, str]] = {
         "test_delays": "delays and leases longer than this broker knows",
         "test_faults": "what this broker does and no emulator of it can be made to do",
         "test_fifo": "the other kind of queue that this broker has",
+        "test_queues": "groups are queues, which other processes, other people and SQS itself change underneath",
+        "test_receiver": "each receipt is settled by requests of its own, which may fail one by one",
+        "test_rights": "rights are the account's policies, which the documentation lists",
+        "test_sender": "a message goes to several queues, some of which may have it",
         "test_topics": "the other way to the groups' queues",
     },
 }

@@ -12,9 +12,6 @@ from abe_backend_sqs._wire import Entry, Message
 LONGEST_DELAY: Final = 900
 """Seconds that SQS delays a message at most."""
 
-_LEFT: Final = "abe-order"
-"""The attribute of what has left a FIFO queue (see `_wire`)."""
-
 
 class Copy(NamedTuple):
     """An entry, and the name of the queue for it."""
@@ -69,7 +66,7 @@ class Copies:
         """
         parsed = _wire.parse(message)
         entry = _wire.repack(message, attempts=parsed.attempts)
-        back = parsed.fault is not None or _LEFT in message.get("MessageAttributes", {})
+        back = parsed.fault is not None or parsed.attempts > 0 or _wire.left(message)
         dedup = message["MessageId"] if back else parsed.metadata.id
         return Copy(self._names.queue(group), self._in_order(message, entry, dedup))
 

@@ -148,6 +148,11 @@ def leaving(message: Message, entry: Entry) -> Entry:
     return _sized(entry.body, {**entry.attributes, _ORDER: _string(order(message))})._replace(delay=entry.delay)
 
 
+def left(message: Message) -> bool:
+    """Return whether a message was in a FIFO queue before; a stranger's that leaves no room does not tell."""
+    return _ORDER in _attributes(message) or _META not in _attributes(message)
+
+
 def order(message: Message) -> str:
     """Return the message group that a message was in, or that its key makes."""
     known = message.get("Attributes", {}).get("MessageGroupId") or ""
