@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from platform import python_version
 from typing import TYPE_CHECKING, Any, Final
@@ -51,7 +52,7 @@ class Clients:
     def __init__(self, settings: SqsSettings) -> None:
         self._settings = settings
         self._made: dict[str, asyncio.Task[Any]] = {}
-        self._making = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, "abe-sqs")
         self._closed = False
 
     async def calls(self) -> "SQSClient":
@@ -95,6 +96,7 @@ class Clients:
                     await task.result().close()
             except asyncio.CancelledError as exc:
                 cancelled = exc
+        self._thread.shutdown(wait=False)
         if cancelled is not None:
             raise cancelled
 
@@ -136,9 +138,9 @@ class Clients:
             "config": config,
         }
         # Reads files, so it runs in a thread, one after the other; nothing in it belongs to an event loop before the first request.
-        async with self._making:
-            with translated(settings.address):
-                return await asyncio.to_thread(asyncio.run, self._create(service, arguments))
+        loop = asyncio.get_running_loop()
+        with translated(settings.address):
+            return await loop.run_in_executor(self._thread, asyncio.run, self._create(service, arguments))
 
     def _create(self, service: str, arguments: Mapping[str, Any]) -> Any:
         # A session of its own: sessions are not made for several threads, and a cancelled caller leaves its thread behind.
