@@ -2,8 +2,12 @@
 
 import asyncio
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from abe.backends.message_queue.base import Envelope, Settlement, Verb
 from abe_backend_sqs import SqsBackend, SqsSettings, _held, _later, _wire
 from abe_backend_sqs._copies import Copies
 from abe_backend_sqs._topology import Topology
+from abe_contract_tests import suite
 
 Refusal = Callable[..., web.Response]
 
@@ -341,3 +346,28 @@ async def test_tries_to_move_delayed_messages_are_rare_although_consumers_come_a
         assert not transport.later("g")._left.is_set(), "what a pause waits for is that the last one has left"
         await second.close()
         assert transport.later("g")._left.is_set()
+
+
+def test_the_clauses_of_order_hold_with_one_message_group() -> None:
+    """Of the suite these alone: others hold more at a time than SQS gives out of one message group."""
+    module = Path(suite.__path__[0]) / "test_ordering.py"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(module),
+            "--contract",
+            "sqs-fifo-ordered",
+            "-n0",
+            "-p",
+            "no:cacheprovider",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "ABE_TEST_SERVICES": "processes"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"C-ORD-01 +CAP +2 tests +passed", done.stdout), done.stdout

@@ -107,6 +107,13 @@ class FifoHarness(MiniStackHarness):
     variables: ClassVar[Mapping[str, str]] = {"SQS_FIFO": "true"}
 
 
+class OrderedHarness(FifoHarness):
+    """FIFO queues, where all messages are one message group: everything in order, and one batch at a time."""
+
+    name: ClassVar[str] = "sqs-fifo-ordered"
+    variables: ClassVar[Mapping[str, str]] = {"SQS_FIFO": "true", "SQS_MESSAGE_GROUP": "all"}
+
+
 class SnsHarness(MiniStackHarness):
     """Standard queues, and a topic that copies to them what all groups want."""
 
