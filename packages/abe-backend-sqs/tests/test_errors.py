@@ -1,10 +1,12 @@
 """The client's errors made ours."""
 
+import socket
 import traceback
 from typing import Any, cast
 
 import botocore.exceptions as native
 import pytest
+from aiohttp import ClientConnectorError, ClientOSError
 from botocore.parsers import ResponseParserError
 from botocore.retries.standard import ThrottledRetryableChecker, TransientRetryableChecker
 
@@ -34,6 +36,11 @@ def answered(code: str, status: int = 400, text: str = "m") -> native.ClientErro
         {"Error": {"Code": code, "Message": text}, "ResponseMetadata": {"HTTPStatusCode": status}},  # type: ignore[typeddict-item]
         "SendMessageBatch",
     )
+
+
+def unreached(error: Exception) -> native.EndpointConnectionError:
+    """Return what the client makes of aiohttp's error, be it of a connection that could not be made or of one that was lost."""
+    return native.EndpointConnectionError(endpoint_url="http://x", error=error)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +91,11 @@ def test_each_error_has_its_kind(error: BaseException, kind: type[AbeError]) -> 
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (native.EndpointConnectionError(endpoint_url="http://x"), BackendConnectionError),
+        (unreached(ClientConnectorError(cast("Any", None), OSError(111, "refused"))), BackendConnectionError),
+        (unreached(socket.gaierror(-2, "no such name")), BackendConnectionError),
+        (unreached(ClientOSError(104, "reset")), PublishUnknownError),
+        (answered("404", 404), PublishUnknownError),
+        (answered("403", 403), PublishUnknownError),
         (native.ConnectTimeoutError(endpoint_url="http://x"), BackendConnectionError),
         (native.CredentialRetrievalError(provider="p", error_msg="m"), BackendConnectionError),
         (native.ReadTimeoutError(endpoint_url="http://x"), PublishUnknownError),

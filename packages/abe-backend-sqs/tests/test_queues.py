@@ -83,6 +83,14 @@ class TestMaking:
             await transport.restore("g")
             assert await transport.groups() == {"g": ("order.#",)}
 
+    async def test_a_group_that_others_made_again_keeps_their_patterns(self, lab: Any) -> None:
+        async with asyncio.timeout(20):
+            one, other = await lab.transport(), await lab.transport()
+            await one.declare("g", ("a.#",))
+            await other.declare("g", ("c.#",))
+            await one.restore("g")
+            assert await one.groups() == {"g": ("c.#",)}
+
     async def test_pinned_groups_do_not_keep_open_from_finding_out_that_nobody_answers(self, lab: Any) -> None:
         transport = SqsTransport(lab.settings(endpoint_url="http://127.0.0.1:1", pinned=(("g", ("#",)),)))
         async with asyncio.timeout(15):
@@ -187,23 +195,53 @@ class TestKnowing:
             assert tidy.listing is not None
             assert tidy.listing.settled
 
-    async def test_a_revision_that_another_process_removed_too_early_is_replaced(self, lab: Any) -> None:
+    async def test_nobody_misses_the_first_group(self, lab: Any) -> None:
+        """Who looks while its tags are on their way relies on nothing."""
         async with asyncio.timeout(20):
             maker, publisher = await lab.transport(), await lab.transport()
-            await maker.declare("a", None)
-            await publisher.queues.registry(since=time.monotonic())
-            queues, changes = maker.queues, 0
+            queues, changed = maker.queues, 0
 
             async def change() -> None:
-                nonlocal changes
-                changes += 1
-                if changes == 1:
-                    for url in (await queues._list()).revisions:  # by a rival that listed ours
-                        await queues._delete(url)
+                nonlocal changed
+                changed += 1
+                registry = await publisher.queues.registry(since=time.monotonic())
+                assert registry.listing is not None
+                assert not registry.listing.settled
 
             await queues._change(change)
-            assert changes == 2
-            assert len((await queues._list()).revisions) == 1
+            assert changed == 1
+            before = await publisher.queues.registry(since=time.monotonic())
+            await queues._change(change)
+            after = await publisher.queues.registry(since=time.monotonic())
+            assert before.listing is not None
+            assert after.listing is not None
+            assert after.listing.settled
+            assert before.listing.revisions.isdisjoint(after.listing.revisions)
+
+    async def test_many_who_change_at_once_leave_one_revision(self, lab: Any) -> None:
+        async with asyncio.timeout(30):
+            makers = [await lab.transport() for _ in range(4)]
+            await asyncio.gather(*(maker.declare(f"g{n}", None) for n, maker in enumerate(makers)))
+            registry = await makers[0].queues.registry(since=time.monotonic())
+            assert set(registry.groups) == {"g0", "g1", "g2", "g3"}
+            assert registry.listing is not None
+            assert registry.listing.settled
+
+    async def test_a_stranger_s_queue_is_no_revision(self, lab: Any) -> None:
+        async with asyncio.timeout(20):
+            name = f"{lab.namespace.replace('-', '--')}-groupware"
+            url = (await lab.ask("create_queue", QueueName=name))["QueueUrl"]
+            await (await lab.transport()).declare("g", None)
+            await lab.ask("get_queue_attributes", QueueUrl=url)
+
+    async def test_who_may_not_tidy_up_uses_the_group_all_the_same(self, lab: Any, refusal: Any) -> None:
+        async with asyncio.timeout(20):
+            maker, consumer = await lab.transport(), await lab.transport()
+            await maker.declare("g", None)
+            await maker.queues._revise()  # as one who is ended in between leaves it
+            lab.gate.times(1, "CreateQueue", lambda _: refusal("AccessDenied"))
+            await consumer.declare("g", None)
+            assert set(await consumer.groups()) == {"g"}
 
     async def test_tags_that_sqs_answers_too_many_requests_for_are_asked_for_again(
         self, lab: Any, refusal: Any
@@ -254,6 +292,20 @@ class TestHeld:
                 return (await maker.stats("g")).waiting == 1
 
             await until(there)
+
+    async def test_a_held_message_that_cannot_be_moved_now_is_moved_by_the_next_try(
+        self, lab: Any, refusal: Any
+    ) -> None:
+        async with asyncio.timeout(20):
+            backend = await lab.backend()
+            await backend.publish("k", {"n": 1})
+            lab.gate.times(
+                1,
+                "SendMessageBatch",
+                lambda body: refusal("RequestThrottled") if "-group-" in body["QueueUrl"] else None,
+            )
+            await backend.declare("g")
+            assert (await backend.stats("g")).waiting == 1
 
     async def test_what_no_group_wants_is_not_in_the_way_of_what_one_does(self, lab: Any) -> None:
         """In a FIFO queue a message that is looked at keeps back those behind it in its message group."""

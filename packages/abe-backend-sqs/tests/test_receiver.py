@@ -368,3 +368,23 @@ async def test_there_are_as_many_polls_as_messages_flow(lab: Any) -> None:
         await polls.brought(Poll(10, polls), [{}] * brought)
         sizes.append(polls._most)
     assert sizes == [2, 3, 3, 2, 1, 1, 2, 3, 1, 2]
+
+
+async def test_stopping_does_not_wait_for_a_group_that_is_being_made_again(lab: Any) -> None:
+    async with asyncio.timeout(15):
+        transport = await lab.transport()
+        await transport.declare("g", None)
+        receiver = await transport.subscribe("g", 10)
+        begun = asyncio.Event()
+
+        async def restore(group: str) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        transport.restore = restore
+        await lab.ask("delete_queue", QueueUrl=await lab.url("group", "g"))
+        receiving = asyncio.create_task(receiver.receive(10))
+        await begun.wait()
+        await receiver.stop()
+        assert await receiving == ()
+        await receiver.close()

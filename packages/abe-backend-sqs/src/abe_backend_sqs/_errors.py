@@ -1,11 +1,13 @@
 """SQS's errors made ours: the only module that knows the client's exceptions."""
 
+import socket
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any, Final, cast
 
 import botocore.exceptions as native
+from aiohttp import ClientConnectorCertificateError, ClientConnectorError
 from botocore.parsers import ResponseParserError
 
 from abe.errors import (
@@ -130,7 +132,7 @@ _BY_TYPE: Final[tuple[tuple[type[BaseException], type[AbeError]], ...]] = (
     (native.CredentialRetrievalError, BackendConnectionError),
     (native.TokenRetrievalError, PermissionDeniedError),
     (native.UnauthorizedSSOTokenError, PermissionDeniedError),
-    (native.SSLError, ConfigurationError),
+    (native.SSLError, BackendConnectionError),
     (native.HTTPClientError, BackendConnectionError),
     (native.ConnectionError, BackendConnectionError),
     (native.NoRegionError, ConfigurationError),
@@ -143,7 +145,6 @@ _BY_TYPE: Final[tuple[tuple[type[BaseException], type[AbeError]], ...]] = (
 _UNSENT: Final = (
     native.ConnectTimeoutError,
     native.CredentialRetrievalError,
-    native.EndpointConnectionError,
     native.ProxyConnectionError,
     native.SSLError,
     ConnectionRefusedError,
@@ -176,6 +177,8 @@ def translate(exc: BaseException, address: str) -> AbeError:
             _conceal(exc)
     else:
         kind = next((ours for theirs, ours in _BY_TYPE if isinstance(exc, theirs)), SqsError)
+        if isinstance(exc, native.SSLError) and isinstance(exc.kwargs.get("error"), ClientConnectorCertificateError):
+            kind = ConfigurationError
     hint = _HINTS.get(kind, "")
     what = f"the answer is not one of its own: {exc!r}" if isinstance(exc, GARBLED) else exc
     return kind(f"SQS at {address}: {what}{hint and f' ({hint})'}")
@@ -186,10 +189,8 @@ def translate_send(exc: BaseException, address: str) -> AbeError:
     error = translate(exc, address)
     if isinstance(error, SqsError):
         return EntryRefusedError(str(error))
-    if isinstance(exc, native.ClientError):
-        unknown = _unfinished(exc)
-    else:
-        unknown = isinstance(error, BackendConnectionError) and not isinstance(exc, _UNSENT)
+    finished = not _unfinished(exc) if isinstance(exc, native.ClientError) else _unsent(exc)
+    unknown = isinstance(error, BackendConnectionError) and not finished
     return PublishUnknownError(f"{error}, before the confirm came") if unknown else error
 
 
@@ -228,10 +229,16 @@ def _answered(exc: native.ClientError) -> type[AbeError]:
 
 def _unfinished(exc: native.ClientError) -> bool:
     """Whether the server, or one before it, gave up in the middle: what was asked for may have been done."""
-    if code(exc) in _BY_CODE:
-        return False
     status = _status(exc)
-    return code(exc) in _TIMED_OUT or status == HTTPStatus.REQUEST_TIMEOUT or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    if code(exc) in _BY_CODE or status == HTTPStatus.TOO_MANY_REQUESTS:
+        return False
+    # A code that is a number is the status of an answer that is not SQS's own, but that of something on the way to it.
+    return (
+        code(exc).isdigit()
+        or code(exc) in _TIMED_OUT
+        or status == HTTPStatus.REQUEST_TIMEOUT
+        or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    )
 
 
 def _conceal(exc: native.ClientError) -> None:
@@ -240,6 +247,14 @@ def _conceal(exc: native.ClientError) -> None:
     text = "the signature is refused; the secret access key must be the access key's, and nothing may change requests on their way"
     exc.args = (f"An error occurred ({code(exc)}) when calling the {exc.operation_name} operation: {text}",)
     exc.response = cast("Any", {**response, "Error": {**response["Error"], "Message": text}})
+
+
+def _unsent(exc: BaseException) -> bool:
+    """Whether it certainly happened before the request left. The client calls a connection that was reset meanwhile by the name of one that
+    could not be made."""
+    if isinstance(exc, native.EndpointConnectionError):
+        return isinstance(exc.kwargs.get("error"), ClientConnectorError | socket.gaierror)
+    return isinstance(exc, _UNSENT)
 
 
 def _plain(name: str) -> str:

@@ -7,12 +7,11 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from secrets import token_hex
 from typing import Any, Final
 
 from abe.backends.message_queue.base import ExponentialBackoff
 from abe.backends.message_queue.base.names import EVERYTHING
-from abe.errors import BackendConnectionError, ConfigurationError
+from abe.errors import BackendConnectionError, ConfigurationError, PermissionDeniedError
 from abe_backend_sqs._connection import Clients
 from abe_backend_sqs._errors import CLIENT_ERRORS, QueueExistsError, QueueMissingError, translate, translated
 from abe_backend_sqs._registry import Group, Listing, Registry, common_topic, from_tags, tags, topic
@@ -24,6 +23,8 @@ _RETENTION: Final = 14 * 86_400
 """Seconds that SQS keeps a message at most."""
 _BACKSTOP: Final = 1_000
 """Deliveries after which SQS itself buries a message. We count, and bury sooner."""
+_SKEW: Final = 10.0
+"""Seconds that the clocks of processes may be apart."""
 _AT_ONCE: Final = 5
 _TRIES: Final = 4
 _BACKOFF: Final = ExponentialBackoff(initial=0.2, maximum=1.0)
@@ -120,9 +121,9 @@ class Queues:
             with translated(self._settings.address):
                 # With its attributes, in one request: one that is made and not described yet would keep messages for four days.
                 reply = await client.create_queue(QueueName=name, Attributes=attributes)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+                self._urls[name] = reply["QueueUrl"]
         except QueueExistsError:  # made meanwhile by a process with another lease
             return await self.url(name)
-        self._urls[name] = reply["QueueUrl"]
         return self._urls[name]
 
     async def declare(self, group: str, patterns: tuple[str, ...] | None) -> float:
@@ -154,15 +155,18 @@ class Queues:
             await self.ensure(name)
         known = registry.subscriptions.get(group, "")
         subscription = known or await self._subscription(registry, url)
-        unchanged = registry.groups.get(group) == wanted and subscription == known
-        if unchanged and (registry.listing is None or registry.listing.settled or not self._settings.ensure):
-            return self._ignorance(group, registry.since.get(group, 0.0))
+        since = registry.since.get(group, 0.0)
+        if registry.groups.get(group) == wanted and subscription == known:
+            if registry.listing is not None and not registry.listing.settled and self._settings.ensure:
+                with suppress(PermissionDeniedError):  # tidying up is for whoever may
+                    await self._change(_nothing)
+            return self._ignorance(group, since)
         if not self._settings.ensure:
             raise ConfigurationError(
                 f"the queue {queue!r} is not tagged as group {group!r} with the key patterns "
                 f"{list(wanted)}, and SQS_ENSURE is false: have it tagged, or set SQS_GROUPS"
             )
-        client, since = await self._clients.calls(), 0.0
+        client = await self._clients.calls()
 
         async def tag() -> None:
             nonlocal since
@@ -181,7 +185,6 @@ class Queues:
                 f"group {group!r} is not ours to delete: its queues are made by others (SQS_ENSURE, SQS_GROUPS)"
             )
         self.deletions[group] += 1
-        self.patterns.pop(group, None)
         registry = await self.registry(since=time.monotonic())
         for name in self._of(group):
             with suppress(QueueMissingError):
@@ -223,7 +226,7 @@ class Queues:
         They are set by now, and perhaps only since now: the request may have taken as long as it is given.
         """
         now, ttl = time.monotonic(), self._settings.registry_ttl
-        if time.time() >= since + self._settings.publish_timeout + ttl:
+        if time.time() >= since + max(_SKEW, self._settings.publish_timeout) + ttl:
             return 0.0
         known = self._known_by.get(group)
         if known is None or known[0] != since:
@@ -259,6 +262,7 @@ class Queues:
         registry = Registry.of(members, started, arn if arn not in self._lost_topics else "", listing)
         if changes == self._changes:  # else it may be from before a change of ours
             self._registry = registry
+        self.patterns.update((group, found) for group, found in registry.groups.items() if group in self.patterns)
         return registry
 
     async def _list(self) -> Listing:
@@ -270,8 +274,11 @@ class Queues:
                 more = {"NextToken": page["NextToken"]} if page["NextToken"] else {}
                 page = await client.list_queues(QueueNamePrefix=self.names.listed, MaxResults=_PAGE, **more)
                 found += [url for url in page.get("QueueUrls", ()) if url.endswith(FIFO) is self._settings.fifo]
-        queues = frozenset(url for url in found if url.rpartition("/")[2].startswith(self.names.prefix))
-        return Listing(queues, frozenset(found) - queues)
+        names = {url: url.rpartition("/")[2] for url in found}
+        return Listing(
+            frozenset(url for url, name in names.items() if name.startswith(self.names.prefix)),
+            frozenset(url for url, name in names.items() if self.names.is_revision(name)),
+        )
 
     async def _members(self, urls: Collection[str]) -> Sequence[Group]:
         client = await self._clients.calls()
@@ -296,24 +303,32 @@ class Queues:
     async def _change(self, change: Callable[[], Awaitable[object]]) -> None:
         """Change the groups so that every publisher that looks from now on sees it. (Tags are too expensive to be read each time.)
 
-        A publisher relies on the tags that it read for as long as it lists the one revision that it listed before. So there is a second one
-        before the change, and what was there before goes after it. Whoever is ended in between leaves two, with which nobody relies on
-        anything, until the next change. A revision that another process removed, because it had listed it, says nothing: then once more.
+        A publisher relies on the tags that it read for as long as it lists the one revision that it listed before. So there are two
+        during the change, with which nobody relies on anything, and one that nobody listed before after it. Whoever is ended in between
+        leaves two, until the next change.
         """
-        client = await self._clients.calls()
-        while True:
-            before = (await self._list()).revisions
-            name = self.names.revision(token_hex(8))
-            with translated(self._settings.address):
-                kind = {"Attributes": {"FifoQueue": "true"}} if self._settings.fifo else {}
-                await client.create_queue(QueueName=name, **kind)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        removed: set[str] = set()
+        for tries in range(1, _TRIES + 1):
+            if not (await self._list()).revisions:
+                await self._revise()  # one alone would be relied on
+            await self._revise()
             await change()
-            with suppress(QueueMissingError):
-                await self._look_up(name)
+            before = (await self._list()).revisions
+            await self._revise()
+            for url in before:
+                await self._delete(url)
+            removed |= before
+            if len((await self._list()).revisions - removed) == 1:
                 break
-        for url in before:
-            await self._delete(url)
+            change = _nothing  # others made changes beside ours: somebody has to be the last, and to leave but one
+            await asyncio.sleep(_BACKOFF(tries))
         self.forget()
+
+    async def _revise(self) -> None:
+        client = await self._clients.calls()
+        kind = {"Attributes": {"FifoQueue": "true"}} if self._settings.fifo else {}
+        with translated(self._settings.address):
+            await client.create_queue(QueueName=self.names.revision(), **kind)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
     async def _delete(self, url: str) -> None:
         client = await self._clients.calls()
@@ -329,4 +344,8 @@ class Queues:
         client = await self._clients.calls()
         with translated(self._settings.address):
             found = await client.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])
-        return found["Attributes"]["QueueArn"]
+            return found["Attributes"]["QueueArn"]
+
+
+async def _nothing() -> None:
+    """Change nothing."""

@@ -60,6 +60,7 @@ class SqsReceiver:
         self._renewing = asyncio.Lock()
         self._arrived: deque[_Arrival] = deque()
         self._stopping = False
+        self._restoring: asyncio.Future[None] | None = None
         if self._fifo:
             transport.later(group).join()
 
@@ -161,6 +162,8 @@ class SqsReceiver:
         if self._fifo and not self._stopping:
             self._transport.later(self._group).leave()
         self._stopping = True
+        if self._restoring is not None:
+            self._restoring.cancel()
         self._deletions.leave()
         self._polls.leave()
 
@@ -183,6 +186,7 @@ class SqsReceiver:
             else:
                 self._arrived.append(_Arrival(delivery, held))
         if early:
+            self._polls.news.set()  # for those that are ready
             try:
                 await self._put_off(early)
             except AbeError as exc:
@@ -364,7 +368,14 @@ class SqsReceiver:
             raise error
         _log.warning("group %r was deleted underneath its consumers: it is made again", self._group)
         self._transport.queues.forget(self._name)
-        await self._transport.restore(self._group)
+        self._restoring = asyncio.ensure_future(self._transport.restore(self._group))
+        try:
+            await asyncio.wait([self._restoring])
+        finally:
+            self._restoring.cancel()
+        if self._restoring.cancelled():  # stopped meanwhile
+            return
+        self._restoring.result()
         self._handles.url = self._polls.url = await self._transport.queues.url(self._name)
 
 

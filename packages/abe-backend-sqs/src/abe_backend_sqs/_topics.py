@@ -54,9 +54,9 @@ class Topics:
                     Attributes={"RawMessageDelivery": "true"},
                     ReturnSubscriptionArn=True,
                 )
+                return reply["SubscriptionArn"]
         except QueueMissingError:
             return ""
-        return reply["SubscriptionArn"]
 
     async def unsubscribe(self, subscription: str) -> None:
         """End a subscription; a no-op when there is none."""

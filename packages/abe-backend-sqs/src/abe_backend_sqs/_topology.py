@@ -6,7 +6,9 @@ hash instead.
 """
 
 import hashlib
+import re
 from functools import lru_cache
+from secrets import token_hex
 from typing import Final
 
 FIFO: Final = ".fifo"
@@ -22,7 +24,7 @@ class Topology:
         self._namespace = _part(namespace)
         self._suffix = suffix = FIFO if fifo else ""
         self.listed = f"{self._namespace}-group"
-        """What the names of all groups' queues and revisions begin with, and no other's."""
+        """What the names of all groups' queues and revisions begin with."""
         self.prefix = f"{self.listed}-"
         """What the names of all groups' queues begin with."""
         self.held = f"{self._namespace}-held{suffix}"
@@ -32,9 +34,13 @@ class Topology:
         """Queue: the group's messages."""
         return f"{self.prefix}{_part(group)}{self._suffix}"
 
-    def revision(self, token: str) -> str:
-        """Queue, always empty: its name alone says that the groups are what they were, or not."""
-        return f"{self.listed}s-{token}{self._suffix}"
+    def revision(self) -> str:
+        """Queue, always empty: its name alone, which is another one each time, says whether the groups are what they were."""
+        return f"{self.listed}s-{token_hex(8)}{self._suffix}"
+
+    def is_revision(self, name: str) -> bool:
+        """Whether it is the name of a revision; a stranger's queue may have one that begins like it."""
+        return re.fullmatch(rf"{re.escape(self.listed)}s-[0-9a-f]{{16}}{re.escape(self._suffix)}", name) is not None
 
     @property
     def topic(self) -> str:

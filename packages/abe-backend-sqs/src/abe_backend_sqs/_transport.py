@@ -53,6 +53,8 @@ class SqsTransport:
         self._handing_over: asyncio.Task[None] | None = None
         self._looks: set[bool] = set()
         self._waited: set[str] = set(settings.groups)
+        self._fresh: set[str] = set()
+        """Groups that are new, until the held messages that they want are theirs."""
         # A publisher that may be behind by less than SQS's own second of polling is one of an emulator, which counts exactly.
         self._thorough = settings.registry_ttl >= 1
 
@@ -96,21 +98,25 @@ class SqsTransport:
     async def declare(self, group: str, patterns: tuple[str, ...] | None) -> None:
         """Make the group known, wait until every publisher knows it, and move the held messages that it wants."""
         ignorance = await self.queues.declare(group, patterns)
+        if ignorance:
+            self._fresh.add(group)
         if group in self._waited and patterns is None:
             # Groups of the settings are declared on the way to the first publish, which needs none to wait; who subscribes does.
             self._waited.discard(group)
         elif ignorance:
             self._check_patience()
             await asyncio.sleep(ignorance)
-        if not ignorance:  # somebody else made it, and may have been ended before the rest
+        if group not in self._fresh:  # whoever made it may have been ended before the rest
             self._look_at_held(thorough=False)
             return
         wanted = (await self.queues.registry()).groups.get(group, patterns or EVERYTHING)
         await self._move_held({group: wanted}, thorough=self._thorough)
+        self._fresh.discard(group)
 
     async def restore(self, group: str) -> None:
         """Make a group again that was deleted underneath, with the patterns that it had when we last knew."""
-        await self.declare(group, self.queues.patterns.get(group))
+        known = await self.groups()
+        await self.declare(group, None if group in known else self.queues.patterns.get(group))
 
     async def delete_group(self, group: str) -> None:
         """Delete the group's queues."""
@@ -231,16 +237,23 @@ class SqsTransport:
                 await pause(self._closed, _BACKOFF(failures))
 
     async def _move_held(self, groups: Mapping[str, tuple[str, ...]], *, thorough: bool) -> None:
-        """Move each held message to the first of the groups that wants it."""
+        """Move each held message to the first of the groups that wants it.
+
+        Raises:
+            BackendConnectionError: Some could not be moved, and may be next time.
+        """
+        failed: list[AbeError] = []
         async with Drawer(self, self.queues.names.held, thorough=thorough) as held:
             async for batch in held.take():
                 for group, patterns in groups.items():
                     wanted = [message for message in batch if _wire.wants(patterns, message)]
-                    moved = await self._unhold(group, wanted)
+                    moved = await self._unhold(group, wanted, failed)
                     await held.delete(moved)
                     batch = [message for message in batch if message not in moved]
+        if failed:
+            raise BackendConnectionError(f"held messages could not be moved: {failed[0]}") from failed[0]
 
-    async def _unhold(self, group: str, messages: Sequence[Message]) -> Sequence[Message]:
+    async def _unhold(self, group: str, messages: Sequence[Message], failed: list[AbeError]) -> Sequence[Message]:
         """Put held messages into the group's queue, with what is left of their delays, and return those that are there."""
         entries: dict[str, list[tuple[Message, Entry]]] = {}
         for message in messages:
@@ -250,6 +263,7 @@ class SqsTransport:
         for name, some in entries.items():
             results = await self.sender.post(name, [entry for _, entry in some])
             moved += [message for (message, _), result in zip(some, results, strict=True) if result is None]
+            failed += [result for result in results if result is not None and result.retryable]
         return moved
 
     async def _close_later(self) -> None:
