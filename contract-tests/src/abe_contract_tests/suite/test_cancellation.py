@@ -254,7 +254,7 @@ async def test_a_cancelled_call_raises_cancelled_error(contract: Contract, call:
             waits_for_ever = call in ("anext", "receive")
             try:
                 # Nothing is published where the call would wait for it: its last await point is the one that lasts.
-                async with asyncio.timeout(0.3 if waits_for_ever else None):
+                async with asyncio.timeout(0.3 * contract.harness.pace if waits_for_ever else None):
                     await cancel.run(coroutine)
             except asyncio.CancelledError:
                 assert cancel.reached
