@@ -55,7 +55,8 @@ async def test_a_client_holds_no_more_than_its_limit_of_a_backlog(contract: Cont
             async with backend.consume(group="g", prefetch=500) as others:
                 await collect(others, count - PREFETCH)
             counts = await oracle.counts("g")
-            while contract.harness.approximate and counts.total > PREFETCH:  # what others gave back is a copy for a moment
+            # For a moment, what others gave back may be there and its copy too.
+            while contract.harness.approximate and counts.total > PREFETCH:
                 counts = await oracle.counts("g")
             assert counts.total <= PREFETCH
             await until_in_flight(oracle, "g", counts.total)
