@@ -209,10 +209,10 @@ class TestWholeRun:
         done = self.run(tree, 'echo noise; echo "==== 3 passed in 0.10s ===="; echo "$target went well"')
         assert done.returncode == 0
         heading, line = done.stdout.splitlines()[-2:]
-        assert heading.startswith("== test: passed in ")
+        assert heading.startswith("== containers: passed in ")
         assert line == "==== 3 passed in 0.10s ===="
 
-    @pytest.mark.parametrize("target", ["check", "containers", "test"])
+    @pytest.mark.parametrize("target", ["check", "test", "containers"])
     def test_one_failure_fails_it_and_the_rest_is_run(self, tree: Path, target: str) -> None:
         done = self.run(tree, f'echo "ran $target"; test "$target" != {target}')
         assert done.returncode == 1
