@@ -366,7 +366,8 @@ def test_the_clauses_of_order_hold_with_one_message_group() -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "ABE_TEST_SERVICES": "processes"},
+        # In continuous integration a run of a part of the suite counts as failed.
+        env={name: value for name, value in os.environ.items() if name != "CI"} | {"ABE_TEST_SERVICES": "processes"},
         check=False,
     )
     assert done.returncode == 0, done.stdout
