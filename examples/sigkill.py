@@ -27,7 +27,7 @@ from demo import broker, say
 GROUPS = ("billing", "shipping")
 WORKERS = 3
 BATCH = 500
-MESSAGES = {"sqs": 300}
+MESSAGES = {"sqs": 2_000}
 """How many are published where it is not DEFAULT_MESSAGES: an emulator serves some 100 requests a second."""
 DEFAULT_MESSAGES = 20_000
 DEADLINE = 55.0
@@ -193,7 +193,7 @@ def main() -> int:
         "--backend", default="redis", help="redis (the default), rabbitmq, sqs, or another installed provider"
     )
     parser.add_argument(
-        "--messages", type=int, help="how many are published: 20,000, or 300 on SQS, for emulators are slow"
+        "--messages", type=int, help="how many are published: 20,000, or 2,000 on SQS, for emulators are slow"
     )
     roles = parser.add_subparsers(dest="role")
     worker = roles.add_parser("worker", help="be one of the consumers")
