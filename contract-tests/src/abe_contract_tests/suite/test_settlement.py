@@ -341,7 +341,7 @@ async def test_a_settlement_after_the_subscription_was_closed_says_so(contract: 
             message = await subscription.receive()
         with pytest.raises(LeaseLostError, match="not ours"):
             await message.ack()
-        assert (await oracle.counts("g")).waiting == 1
+        await expect_counts(contract, oracle, "g", waiting=1)
 
 
 @clause("C-ACK-05")
