@@ -56,6 +56,17 @@ class Gate:
 
         self.rules.append(rule)
 
+    def fails(self, count: int, operation: str, *entries: tuple[int, str, bool]) -> None:
+        """Answer a batch that many times: these entries failed, with a code and whose fault it was, and the others are done."""
+        failures = [{"Id": str(id), "Code": code, "SenderFault": fault} for id, code, fault in entries]
+        failed = {each["Id"] for each in failures}
+
+        def answer(body: dict[str, Any]) -> web.Response:
+            done = [{"Id": each["Id"]} for each in body["Entries"] if each["Id"] not in failed]
+            return web.json_response({"Successful": done, "Failed": failures})
+
+        self.times(count, operation, answer)
+
     def requests(self, operation: str) -> list[dict[str, Any]]:
         """Return the bodies of the requests for an operation, in their order."""
         return [body for name, body in self.seen if name == operation]

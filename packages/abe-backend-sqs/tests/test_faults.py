@@ -15,19 +15,6 @@ from abe_backend_sqs import SqsBackend, _wire
 Refusal = Callable[..., web.Response]
 
 
-def failed(*entries: tuple[int, str, bool]) -> Callable[[dict[str, Any]], web.Response]:
-    """Return an answer to a batch in which those entries failed, and the others are said to have been stored."""
-
-    def answer(body: dict[str, Any]) -> web.Response:
-        failures = [{"Id": str(id), "Code": code, "SenderFault": fault} for id, code, fault in entries]
-        stored = [
-            {"Id": each["Id"]} for each in body["Entries"] if each["Id"] not in {failure["Id"] for failure in failures}
-        ]
-        return web.json_response({"Successful": stored, "Failed": failures})
-
-    return answer
-
-
 @pytest.mark.parametrize("code", ["ThrottlingException", "RequestThrottled", "OverLimit"])
 async def test_what_is_throttled_is_sent_again(lab: Any, refusal: Refusal, code: str) -> None:
     async with asyncio.timeout(15):
@@ -45,7 +32,7 @@ async def test_the_entries_of_a_batch_fail_each_on_its_own(lab: Any) -> None:
     async with asyncio.timeout(15):
         backend = await lab.backend()
         await backend.declare("g")
-        lab.gate.times(1, "SendMessageBatch", failed((0, "InternalError", False), (1, "InvalidMessageContents", True)))
+        lab.gate.fails(1, "SendMessageBatch", (0, "InternalError", False), (1, "InvalidMessageContents", True))
         with pytest.raises(PartialPublishError) as caught:
             await backend.publish_many([Publication("k", {"n": n}, id=f"id-{n}") for n in range(3)])
         ((index, error),) = caught.value.failures
@@ -62,7 +49,7 @@ async def test_a_deletion_that_failed_is_repeated(lab: Any) -> None:
         async with backend.consume(group="g") as messages:
             await backend.publish_many([("k", {"n": n}) for n in range(3)])
             held = [await messages.receive() for _ in range(3)]
-            lab.gate.times(2, "DeleteMessageBatch", failed(*((n, "InternalError", False) for n in range(3))))
+            lab.gate.fails(2, "DeleteMessageBatch", *((n, "InternalError", False) for n in range(3)))
             await asyncio.gather(*(message.ack() for message in held))
             stats = await backend.stats("g")
         assert (stats.waiting, stats.in_flight) == (0, 0)
@@ -74,7 +61,7 @@ async def test_a_message_that_is_moved_is_not_copied_twice_because_its_deletion_
         async with backend.consume(group="g") as messages:
             await backend.publish("k", {"n": 1})
             message = await messages.receive()
-            lab.gate.times(2, "DeleteMessageBatch", failed((0, "InternalError", False)))
+            lab.gate.fails(2, "DeleteMessageBatch", (0, "InternalError", False))
             await message.reject("it is wrong")
         assert [letter.reason for letter in await backend.dead_letters("g").list()] == ["it is wrong"]
 
@@ -116,7 +103,7 @@ async def test_what_was_sent_behind_a_failure_does_not_overtake_it_in_a_fifo_que
     async with asyncio.timeout(15):
         backend = await lab.backend(fifo=True)
         await backend.declare("g")
-        lab.gate.times(1, "SendMessageBatch", failed(*((n, "InternalError", False) for n in range(10))))
+        lab.gate.fails(1, "SendMessageBatch", *((n, "InternalError", False) for n in range(10)))
         await backend.publish_many([("k", {"n": n}) for n in range(25)])
         seen: list[int] = []
         async with backend.consume(group="g") as messages:

@@ -307,6 +307,15 @@ class TestHeld:
             await backend.declare("g")
             assert (await backend.stats("g")).waiting == 1
 
+    async def test_a_publish_returns_when_a_group_that_was_made_meanwhile_has_its_message(self, lab: Any) -> None:
+        """The process may end after it, and nobody else would look."""
+        async with asyncio.timeout(20):
+            maker, publisher = await lab.transport(), await lab.transport(registry_ttl=5.0)
+            assert not (await publisher.queues.registry()).groups
+            await maker.declare("g", None)
+            await publisher.send([envelope()])
+            assert (await maker.stats("g")).waiting == 1
+
     async def test_what_no_group_wants_is_not_in_the_way_of_what_one_does(self, lab: Any) -> None:
         """In a FIFO queue a message that is looked at keeps back those behind it in its message group."""
         async with asyncio.timeout(20):

@@ -53,12 +53,6 @@ def deleted(lab: Any) -> list[int]:
     return [len(each["Entries"]) for each in lab.gate.requests("DeleteMessageBatch")]
 
 
-def failed(*entries: tuple[int, str, bool]) -> Callable[[dict[str, Any]], web.Response]:
-    """Return an answer to a batch in which those entries failed."""
-    failures = [{"Id": str(id), "Code": code, "SenderFault": fault} for id, code, fault in entries]
-    return lambda _: web.json_response({"Successful": [], "Failed": failures})
-
-
 async def counts(lab: Any, kind: str = "group") -> tuple[int, int]:
     """Return how many messages wait, and how many are held."""
     names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
@@ -130,9 +124,7 @@ async def test_each_who_shares_a_request_hears_of_its_own(lab: Any, monkeypatch:
     monkeypatch.setattr(_handles, "_LINGER", 60)
     async with asyncio.timeout(15):
         receiver, held = await holding(lab, 10)
-        lab.gate.times(
-            1, "DeleteMessageBatch", failed((1, "ReceiptHandleIsInvalid", True), (2, "InternalError", False))
-        )
+        lab.gate.fails(1, "DeleteMessageBatch", (1, "ReceiptHandleIsInvalid", True), (2, "InternalError", False))
         outcomes = await asyncio.gather(
             *(receiver.ack([each.receipt], verify=False) for each in held), return_exceptions=True
         )
@@ -223,14 +215,24 @@ async def test_a_lost_lease_is_still_told_when_another_verdict_has_to_be_repeate
     async with asyncio.timeout(15):
         receiver, held = await holding(lab, 2)
         receipts = [each.receipt for each in held]
-        lab.gate.times(
-            1, "DeleteMessageBatch", failed((0, "ReceiptHandleIsInvalid", True), (1, "InternalError", False))
-        )
+        lab.gate.fails(1, "DeleteMessageBatch", (0, "ReceiptHandleIsInvalid", True), (1, "InternalError", False))
         with pytest.raises(BackendConnectionError):
             await receiver.ack(receipts, verify=True)
         failures = await receiver.ack(receipts, verify=True)
         assert list(failures) == receipts[:1]
         assert isinstance(failures[receipts[0]], LeaseLostError)
+        await receiver.close()
+
+
+async def test_what_an_answer_leaves_out_is_not_taken_for_done(lab: Any) -> None:
+    async with asyncio.timeout(15):
+        receiver, held = await holding(lab, 2)
+        receipts = [each.receipt for each in held]
+        lab.gate.times(1, "DeleteMessageBatch", lambda _: web.json_response({"Successful": [{"Id": "1"}]}))
+        with pytest.raises(BackendConnectionError, match="leaves out whether"):
+            await receiver.ack(receipts, verify=False)
+        assert not await receiver.ack(receipts[:1], verify=False)
+        assert await counts(lab) == (0, 1), "the second was said to be deleted, and the server was never asked"
         await receiver.close()
 
 
@@ -270,7 +272,7 @@ async def test_a_handle_that_sqs_does_not_take_is_a_lost_lease(lab: Any, delay: 
         async with backend.consume(group="g") as messages:
             await backend.publish("k", {"n": 1})
             message = await messages.receive()
-            lab.gate.times(1, "ChangeMessageVisibilityBatch", failed((0, "InvalidParameterValue", True)))
+            lab.gate.fails(1, "ChangeMessageVisibilityBatch", (0, "InvalidParameterValue", True))
             with pytest.raises(LeaseLostError):
                 await message.nack(delay=delay)
             assert not messages._inbox._receiver._held

@@ -25,7 +25,9 @@ async def test_a_fan_out_that_failed_in_part_is_repeated_for_the_missing_queues_
         await maker.declare("b")
         backend = await lab.backend(pinned=PINNED)
         lab.gate.times(
-            3, "SendMessageBatch", lambda body: refusal("RequestThrottled") if "-b" in body["QueueUrl"] else None
+            3,
+            "SendMessageBatch",
+            lambda body: refusal("RequestThrottled") if body["QueueUrl"].endswith("-group-b") else None,
         )
         await backend.publish("order.created", {"n": 1}, id="order-1")
         assert [(await maker.stats(group)).waiting for group in ("a", "b")] == [1, 1]
@@ -46,7 +48,7 @@ async def test_what_an_earlier_publish_of_the_id_reached_is_no_reason_to_leave_a
         def rule(name: str, body: dict[str, Any]) -> web.Response | None:
             return (
                 refusal("RequestThrottled")
-                if broken and name == "SendMessageBatch" and "-b" in body["QueueUrl"]
+                if broken and name == "SendMessageBatch" and body["QueueUrl"].endswith("-group-b")
                 else None
             )
 
@@ -73,7 +75,11 @@ async def test_two_messages_of_one_id_fail_in_part_each_on_its_own(lab: Any, ref
         failures = iter([(0, 1), (1,)])
 
         def rule(name: str, body: dict[str, Any]) -> web.Response | None:
-            if name == "SendMessageBatch" and "-b" in body["QueueUrl"] and (failing := next(failures, None)):
+            if (
+                name == "SendMessageBatch"
+                and body["QueueUrl"].endswith("-group-b")
+                and (failing := next(failures, None))
+            ):
                 entries = [{"Id": str(n), "Code": "InternalError", "SenderFault": False} for n in failing]
                 stored = [{"Id": each["Id"]} for each in body["Entries"] if int(each["Id"]) not in failing]
                 return web.json_response({"Successful": stored, "Failed": entries})
@@ -84,7 +90,7 @@ async def test_two_messages_of_one_id_fail_in_part_each_on_its_own(lab: Any, ref
         sent = [
             [json.loads(each["MessageBody"])["n"] for each in body["Entries"]]
             for body in lab.gate.requests("SendMessageBatch")
-            if "-b" in body["QueueUrl"]
+            if body["QueueUrl"].endswith("-group-b")
         ]
         assert sent == [[0, 1], [0, 1], [1]]
         assert (await maker.stats("a")).waiting == 2

@@ -73,7 +73,13 @@ class Handles:
                     error = not_ours()
                 failures.update(dict.fromkeys(some, error))
                 return
-            for failed in reply.get("Failed", ()):
+            refused = reply.get("Failed", ())
+            answered = {int(each["Id"]) for each in (*reply.get("Successful", ()), *refused)}
+            for index in set(range(len(some))) - answered:
+                failures[some[index]] = BackendConnectionError(
+                    f"SQS at {address}: the answer leaves out whether it was done"
+                )
+            for failed in refused:
                 error = translate_entry(failed, address)
                 # All that an entry says is the handle: one that SQS does not take, under whatever name, is none any more.
                 failures[some[int(failed["Id"])]] = not_ours() if isinstance(error, EntryRefusedError) else error
@@ -126,7 +132,7 @@ class Deletions:
         for receipt in receipts:
             if self._batch is None:
                 self._batch = _Batch()
-            if self._batch not in batches:
+            if not batches or batches[-1] is not self._batch:
                 batches.append(self._batch)
             self._batch.receipts.append(receipt)
             if len(self._batch.receipts) == BATCH:

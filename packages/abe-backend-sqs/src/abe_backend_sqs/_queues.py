@@ -1,7 +1,6 @@
 """The queues of one namespace, looked up, made, described, deleted; and the groups that they are."""
 
 import asyncio
-import itertools
 import json
 import time
 from collections import Counter
@@ -286,7 +285,7 @@ class Queues:
 
         async def ask(url: str) -> Group | None:
             async with asking:
-                for tries in itertools.count(1):
+                for tries in range(1, _TRIES + 1):
                     try:
                         with translated(self._settings.address):
                             return from_tags((await client.list_queue_tags(QueueUrl=url)).get("Tags", {}))

@@ -28,6 +28,8 @@ from abe_backend_sqs._wire import Entry, Message
 
 _log: Final = logging.getLogger("abe.sqs")
 _BACKOFF: Final = ExponentialBackoff(initial=0.1, maximum=5.0)
+_LOOK: Final = 2.0
+"""Seconds for which a publish waits until a group that was made meanwhile has its message; then that goes on in the background."""
 
 _lingering: Final[set[asyncio.Task[None]]] = set()
 """What outlives its transport for as long as its last poll, held so that it is not collected."""
@@ -91,8 +93,8 @@ class SqsTransport:
         registry = await self.queues.registry()
         outcomes = await self.sender.send(envelopes, registry)
         if not registry.groups:
-            # A group that was made meanwhile may have looked for them before they came.
-            self._look_at_held(thorough=self._thorough)
+            # A group that was made meanwhile may have looked for them before they came. Nobody looks if the process ends before that.
+            await asyncio.wait([self._look_at_held(thorough=self._thorough)], timeout=_LOOK)
         return outcomes
 
     async def declare(self, group: str, patterns: tuple[str, ...] | None) -> None:
@@ -210,15 +212,16 @@ class SqsTransport:
     def _dead(self, group: str) -> Drawer:
         return Drawer(self, self.queues.names.dead(group), thorough=self._thorough)
 
-    def _look_at_held(self, *, thorough: bool) -> None:
+    def _look_at_held(self, *, thorough: bool) -> asyncio.Task[None]:
         """Hand held messages to the groups that there are, in the background, until it succeeds."""
         self._looks.add(thorough)
         if self._handing_over is None or self._handing_over.done():
             self._handing_over = self.in_background(self._hand_over())
+        return self._handing_over
 
     async def _hand_over(self) -> None:
         failures = 0
-        while self._looks and not self._closed.is_set():
+        while self._looks:
             thorough = max(self._looks)
             self._looks.clear()  # who asks from now on may have messages that this look misses
             try:
@@ -234,7 +237,8 @@ class SqsTransport:
                 _log.log(level, "held messages could not be handed out, trying again: %s", exc)
                 failures += 1
                 self._looks.add(thorough)
-                await pause(self._closed, _BACKOFF(failures))
+                if await pause(self._closed, _BACKOFF(failures)):
+                    return
 
     async def _move_held(self, groups: Mapping[str, tuple[str, ...]], *, thorough: bool) -> None:
         """Move each held message to the first of the groups that wants it.
