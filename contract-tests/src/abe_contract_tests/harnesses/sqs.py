@@ -22,6 +22,9 @@ _REGION: Final = "us-east-1"
 _CREDENTIALS: Final = {"AWS_REGION": _REGION, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 _ESTABLISHED: Final = "01"
 
+_session: Final = cast("Any", get_session())
+"""Reading the descriptions of the services is most of the cost of a client: one session reads them once."""
+
 
 class _SqsHarness(Harness):
     """What the two have in common."""
@@ -96,6 +99,7 @@ class MiniStackHarness(_SqsHarness):
     name: ClassVar[str] = "sqs-ministack"
     server: ClassVar[Literal["moto", "ministack"]] = "ministack"
     pace: ClassVar[float] = 2.0
+    capacity: ClassVar[int] = 50_000
 
 
 class FifoHarness(MiniStackHarness):
@@ -195,7 +199,7 @@ async def _delete_topic(url: str, name: str) -> None:
 async def _client(url: str, service: str = "sqs") -> Any:
     # One connection: the oracle's questions come one after the other, and `connections` leaves out exactly this one.
     config = AioConfig(max_pool_connections=1, retries={"total_max_attempts": 3})
-    context = cast("Any", get_session()).create_client(
+    context = _session.create_client(
         service,
         region_name=_REGION,
         endpoint_url=url,
