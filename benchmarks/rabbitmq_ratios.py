@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 from uuid import uuid4
 
@@ -11,12 +12,12 @@ import aio_pika
 
 from abe_backend_rabbitmq import RabbitMQBackend, RabbitMQSettings
 from abe_contract_tests.services import rabbitmq_service
-from benchmarks.ratios import GROUP, IN_FLIGHT, PAYLOAD, Comparison, Cost, Meter, Tally, at_once, drain, in_turn, run
+from benchmarks.ratios import IN_FLIGHT, PAYLOAD, Comparison, Cost, Meter, Ours, Side, Tally, run
 
 PREFETCH: Final = 100
 
 
-class Plain:
+class Plain(Side):
     """aio-pika as its documentation shows it: an awaited publish with its confirm; the queue's iterator, the handler, an ack each."""
 
     def __init__(self, url: str) -> None:
@@ -39,12 +40,9 @@ class Plain:
         )
         await self._exchange.publish(message, "order.created")
 
-    async def publish_at_once(self, messages: int) -> Cost:
-        return await at_once(lambda: self.publish(PAYLOAD), messages)
-
-    async def publish_in_turn(self, messages: int) -> Cost:
-        await self.publish(PAYLOAD)
-        return await in_turn(lambda: self.publish(PAYLOAD), messages)
+    async def waiting(self) -> int:
+        found = await self._channel.declare_queue(self._name, passive=True)
+        return found.declaration_result.message_count or 0
 
     async def drain(self, messages: int) -> Cost:
         for start in range(0, messages, IN_FLIGHT):
@@ -69,51 +67,10 @@ class Plain:
         await self._connection.close()
 
 
-class Ours:
-    """The same through the provider."""
-
-    def __init__(self, url: str) -> None:
-        self.backend = RabbitMQBackend(RabbitMQSettings(url=url, namespace=f"ours-{uuid4().hex}"))
-
-    async def open(self) -> None:
-        await self.backend.declare(GROUP)
-
-    async def publish_at_once(self, messages: int) -> Cost:
-        cost = await at_once(lambda: self.backend.publish("order.created", dict(PAYLOAD)), messages)
-        assert (await self.backend.stats(GROUP)).waiting == messages
-        return cost
-
-    async def publish_in_turn(self, messages: int) -> Cost:
-        await self.backend.publish("order.created", dict(PAYLOAD))
-        cost = await in_turn(lambda: self.backend.publish("order.created", dict(PAYLOAD)), messages)
-        assert (await self.backend.stats(GROUP)).waiting == messages + 1
-        return cost
-
-    async def drain(self, messages: int) -> Cost:
-        await self._fill(messages)
-        return await self._drained(messages, prefetch=PREFETCH)
-
-    async def drain_by_default(self, messages: int) -> Cost:
-        await self._fill(messages)
-        return await self._drained(messages, prefetch=None)
-
-    async def _fill(self, messages: int) -> None:
-        await self.backend.publish_many(("order.created", {**PAYLOAD, "n": number}) for number in range(messages))
-
-    async def _drained(self, messages: int, *, prefetch: int | None) -> Cost:
-        cost = await drain(self.backend, messages, prefetch=prefetch)
-        assert (await self.backend.stats(GROUP)).waiting == 0
-        return cost
-
-    async def close(self) -> None:
-        await self.backend.delete_group(GROUP)
-        await self.backend.disconnect()
-
-
 COMPARISONS: Final = (
     Comparison(f"publish, {IN_FLIGHT} in flight", 5.0, 0.5, Plain.publish_at_once, Ours.publish_at_once),
-    Comparison(f"drain, prefetch {PREFETCH}", 6.0, 1.0, Plain.drain, Ours.drain),
-    Comparison("drain, our default prefetch", 6.0, 1.0, Plain.drain, Ours.drain_by_default),
+    Comparison(f"drain, prefetch {PREFETCH}", 6.0, 1.0, Plain.drain, partial(Ours.drain, prefetch=PREFETCH)),
+    Comparison("drain, our default prefetch", 6.0, 1.0, Plain.drain, Ours.drain),
     Comparison("publish, one after the other", 1.0, 0.03, Plain.publish_in_turn, Ours.publish_in_turn),
 )
 
@@ -126,7 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         client="aio-pika",
         comparisons=COMPARISONS,
         service=lambda _: rabbitmq_service(environ={"ABE_TEST_SERVICES": "processes"}),
-        sides=lambda url: (Plain(url), Ours(url)),
+        sides=lambda url: (
+            Plain(url),
+            Ours(RabbitMQBackend(RabbitMQSettings(url=url, namespace=f"ours-{uuid4().hex}"))),
+        ),
     )
 
 

@@ -10,11 +10,12 @@ import resource
 import statistics
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from abe.backends.message_queue.base import FullBackend
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
@@ -45,14 +46,6 @@ class Cost:
     @property
     def rate(self) -> float:
         return self.messages / self.seconds
-
-
-class Side(Protocol):
-    """One of the two that are compared, on a broker of the run's own, with whatever it needs made and cleaned up."""
-
-    async def open(self) -> None: ...
-
-    async def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -95,45 +88,92 @@ class Tally:
         assert set(self._seen) == {1}, "a message was lost or doubled"
 
 
-async def drain(backend: FullBackend, messages: int, *, prefetch: int | None = None) -> Cost:
-    """Handle what waits in our backend, numbered from 0, until the broker holds nothing of it."""
-    tally = Tally(messages)
+class Side(ABC):
+    """One of the two that are compared, on a broker of the run's own."""
 
-    async def handle(message: dict[str, Any]) -> None:
-        tally.add(message["n"])
+    @abstractmethod
+    async def open(self) -> None:
+        """Make what is needed."""
 
-    meter = Meter()
-    async with AsyncLoopConsumer(backend, GROUP, concurrency=CONCURRENCY, prefetch=prefetch) as consumer:
-        running = asyncio.create_task(consumer.run(handle))
-        await tally.done.wait()
-        while (await backend.stats(GROUP)).in_flight:
-            pass  # the acknowledgements are part of the price
+    @abstractmethod
+    async def close(self) -> None:
+        """Remove it again."""
+
+    @abstractmethod
+    async def publish(self, payload: Mapping[str, Any]) -> None:
+        """Publish one message, and return when the broker has it."""
+
+    @abstractmethod
+    async def waiting(self) -> int:
+        """Return how many messages nobody has taken yet."""
+
+    @abstractmethod
+    async def drain(self, messages: int) -> Cost:
+        """Publish so many, numbered from 0, and measure how they are handled, until the broker holds nothing of them."""
+
+    async def publish_at_once(self, messages: int) -> Cost:
+        """Measure publishing with a fixed number of tasks, each awaiting its own confirmations."""
+
+        async def worker(share: int) -> None:
+            for _ in range(share):
+                await self.publish(PAYLOAD)
+
+        await asyncio.gather(*(worker(0) for _ in range(IN_FLIGHT)))
+        meter = Meter()
+        await asyncio.gather(*(worker(messages // IN_FLIGHT) for _ in range(IN_FLIGHT)))
         cost = meter.stop(messages)
-        await consumer.shutdown()
-        await running
-    tally.check()
-    return cost
+        assert await self.waiting() == messages
+        return cost
+
+    async def publish_in_turn(self, messages: int) -> Cost:
+        """Measure publishing one message after the other, once everything is warm."""
+        await self.publish(PAYLOAD)
+        meter = Meter()
+        for _ in range(messages):
+            await self.publish(PAYLOAD)
+        cost = meter.stop(messages)
+        assert await self.waiting() == messages + 1
+        return cost
 
 
-async def at_once(publish: Callable[[], Awaitable[None]], messages: int) -> Cost:
-    """Publish with a fixed number of tasks, each awaiting its own confirmations."""
+class Ours(Side):
+    """A backend of ours, in a namespace of its own."""
 
-    async def worker(share: int) -> None:
-        for _ in range(share):
-            await publish()
+    def __init__(self, backend: FullBackend) -> None:
+        self.backend = backend
 
-    await asyncio.gather(*(worker(0) for _ in range(IN_FLIGHT)))
-    meter = Meter()
-    await asyncio.gather(*(worker(messages // IN_FLIGHT) for _ in range(IN_FLIGHT)))
-    return meter.stop(messages)
+    async def open(self) -> None:
+        await self.backend.declare(GROUP)
 
+    async def publish(self, payload: Mapping[str, Any]) -> None:
+        await self.backend.publish("order.created", dict(payload))
 
-async def in_turn(publish: Callable[[], Awaitable[None]], messages: int) -> Cost:
-    """Publish one message after the other."""
-    meter = Meter()
-    for _ in range(messages):
-        await publish()
-    return meter.stop(messages)
+    async def waiting(self) -> int:
+        return (await self.backend.stats(GROUP)).waiting
+
+    async def drain(self, messages: int, *, prefetch: int | None = None) -> Cost:
+        await self.backend.publish_many(("order.created", {**PAYLOAD, "n": number}) for number in range(messages))
+        tally = Tally(messages)
+
+        async def handle(message: dict[str, Any]) -> None:
+            tally.add(message["n"])
+
+        meter = Meter()
+        async with AsyncLoopConsumer(self.backend, GROUP, concurrency=CONCURRENCY, prefetch=prefetch) as consumer:
+            running = asyncio.create_task(consumer.run(handle))
+            await tally.done.wait()
+            while (await self.backend.stats(GROUP)).in_flight:
+                pass  # the acknowledgements are part of the price
+            cost = meter.stop(messages)
+            await consumer.shutdown()
+            await running
+        tally.check()
+        assert await self.waiting() == 0
+        return cost
+
+    async def close(self) -> None:
+        await self.backend.delete_group(GROUP)
+        await self.backend.disconnect()
 
 
 def run(

@@ -11,23 +11,10 @@ import redis.asyncio as redis
 
 from abe_backend_redis import RedisBackend, RedisSettings
 from abe_contract_tests.services import redis_service
-from benchmarks.ratios import (
-    CONCURRENCY,
-    GROUP,
-    IN_FLIGHT,
-    PAYLOAD,
-    Comparison,
-    Cost,
-    Meter,
-    Tally,
-    at_once,
-    drain,
-    in_turn,
-    run,
-)
+from benchmarks.ratios import CONCURRENCY, GROUP, IN_FLIGHT, PAYLOAD, Comparison, Cost, Meter, Ours, Side, Tally, run
 
 
-class Plain:
+class Plain(Side):
     """redis-py as its documentation shows it: one XADD a message; XREADGROUP, the handler, one XACK a message."""
 
     def __init__(self, url: str) -> None:
@@ -41,16 +28,8 @@ class Plain:
     async def publish(self, payload: Mapping[str, Any]) -> None:
         await self.redis.xadd(self.stream, {"d": json.dumps(payload)})
 
-    async def publish_at_once(self, messages: int) -> Cost:
-        cost = await at_once(lambda: self.publish(PAYLOAD), messages)
-        assert await self.redis.xlen(self.stream) == messages
-        return cost
-
-    async def publish_in_turn(self, messages: int) -> Cost:
-        await self.publish(PAYLOAD)
-        cost = await in_turn(lambda: self.publish(PAYLOAD), messages)
-        assert await self.redis.xlen(self.stream) == messages + 1
-        return cost
+    async def waiting(self) -> int:
+        return int(await self.redis.xlen(self.stream))
 
     async def drain(self, messages: int) -> Cost:
         async with self.redis.pipeline(transaction=False) as pipe:
@@ -76,45 +55,6 @@ class Plain:
         await self.redis.aclose()
 
 
-class Ours:
-    """The same through the provider, at its defaults."""
-
-    def __init__(self, url: str) -> None:
-        self.namespace = f"ours-{uuid4().hex}"
-        self.backend = RedisBackend(RedisSettings(url=url, namespace=self.namespace))
-        self.redis = cast("Any", redis.Redis.from_url(url))
-
-    @property
-    def stream(self) -> str:
-        return f"{{{self.namespace}}}:queue:{GROUP}"
-
-    async def open(self) -> None:
-        await self.backend.declare(GROUP)
-
-    async def publish_at_once(self, messages: int) -> Cost:
-        cost = await at_once(lambda: self.backend.publish("order.created", dict(PAYLOAD)), messages)
-        assert await self.redis.xlen(self.stream) == messages
-        return cost
-
-    async def publish_in_turn(self, messages: int) -> Cost:
-        await self.backend.publish("order.created", dict(PAYLOAD))
-        cost = await in_turn(lambda: self.backend.publish("order.created", dict(PAYLOAD)), messages)
-        assert await self.redis.xlen(self.stream) == messages + 1
-        return cost
-
-    async def drain(self, messages: int) -> Cost:
-        await self.backend.publish_many(("order.created", {**PAYLOAD, "n": number}) for number in range(messages))
-        cost = await drain(self.backend, messages)
-        assert await self.redis.xlen(self.stream) == 0
-        assert (await self.redis.xpending(self.stream, "group"))["pending"] == 0
-        return cost
-
-    async def close(self) -> None:
-        await self.backend.delete_group(GROUP)
-        await self.backend.disconnect()
-        await self.redis.aclose()
-
-
 COMPARISONS: Final = (
     Comparison(f"publish, {IN_FLIGHT} in flight", 10.0, 0.5, Plain.publish_at_once, Ours.publish_at_once),
     Comparison(f"drain, concurrency {CONCURRENCY}", 20.0, 1.0, Plain.drain, Ours.drain),
@@ -134,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         service=lambda options: redis_service(
             server=options.server, arguments=("--appendonly", "no"), environ={"ABE_TEST_SERVICES": "processes"}
         ),
-        sides=lambda url: (Plain(url), Ours(url)),
+        sides=lambda url: (Plain(url), Ours(RedisBackend(RedisSettings(url=url, namespace=f"ours-{uuid4().hex}")))),
         options=lambda parser: parser.add_argument(
             "--server", default="", help="system, redis8, valkey or a path; the first that is installed"
         ),

@@ -9,20 +9,7 @@ from uuid import uuid4
 from aiobotocore.session import get_session
 
 from abe_backend_sqs import SqsBackend, SqsSettings
-from benchmarks.ratios import (
-    CONCURRENCY,
-    GROUP,
-    IN_FLIGHT,
-    PAYLOAD,
-    Comparison,
-    Cost,
-    Meter,
-    Tally,
-    at_once,
-    drain,
-    in_turn,
-    run,
-)
+from benchmarks.ratios import CONCURRENCY, IN_FLIGHT, PAYLOAD, Comparison, Cost, Meter, Ours, Side, Tally, run
 from benchmarks.sqs_server import Server
 
 ACCOUNT: Final = {"region": "us-east-1", "access_key_id": "bench", "secret_access_key": "bench"}
@@ -30,7 +17,7 @@ POLL: Final = 10
 """Messages that SQS hands out at once, at most."""
 
 
-class Plain:
+class Plain(Side):
     """aiobotocore as its documentation shows it: an awaited send each; ten received, the handler, a deletion each."""
 
     def __init__(self, url: str) -> None:
@@ -49,16 +36,10 @@ class Plain:
     async def publish(self, payload: Mapping[str, Any]) -> None:
         await self._client.send_message(QueueUrl=self._queue, MessageBody=json.dumps(payload))
 
-    async def publish_at_once(self, messages: int) -> Cost:
-        cost = await at_once(lambda: self.publish(PAYLOAD), messages)
-        assert await self._waiting() == messages
-        return cost
-
-    async def publish_in_turn(self, messages: int) -> Cost:
-        await self.publish(PAYLOAD)
-        cost = await in_turn(lambda: self.publish(PAYLOAD), messages)
-        assert await self._waiting() == messages + 1
-        return cost
+    async def waiting(self) -> int:
+        name = "ApproximateNumberOfMessages"
+        reply = await self._client.get_queue_attributes(QueueUrl=self._queue, AttributeNames=[name])
+        return int(reply["Attributes"][name])
 
     async def drain(self, messages: int) -> Cost:
         for start in range(0, messages, POLL):
@@ -81,43 +62,10 @@ class Plain:
         await self._client.delete_queue(QueueUrl=self._queue)
         await self._context.__aexit__(None, None, None)
 
-    async def _waiting(self) -> int:
-        name = "ApproximateNumberOfMessages"
-        reply = await self._client.get_queue_attributes(QueueUrl=self._queue, AttributeNames=[name])
-        return int(reply["Attributes"][name])
 
-
-class Ours:
-    """The same through the provider, at its defaults but for the time that making a group takes."""
-
-    def __init__(self, url: str) -> None:
-        self.backend = SqsBackend(
-            SqsSettings(endpoint_url=url, namespace=f"ours-{uuid4().hex[:8]}", registry_ttl=1.0, **ACCOUNT)
-        )
-
-    async def open(self) -> None:
-        await self.backend.declare(GROUP)
-
-    async def publish_at_once(self, messages: int) -> Cost:
-        cost = await at_once(lambda: self.backend.publish("order.created", dict(PAYLOAD)), messages)
-        assert (await self.backend.stats(GROUP)).waiting == messages
-        return cost
-
-    async def publish_in_turn(self, messages: int) -> Cost:
-        await self.backend.publish("order.created", dict(PAYLOAD))
-        cost = await in_turn(lambda: self.backend.publish("order.created", dict(PAYLOAD)), messages)
-        assert (await self.backend.stats(GROUP)).waiting == messages + 1
-        return cost
-
-    async def drain(self, messages: int) -> Cost:
-        await self.backend.publish_many(("order.created", {**PAYLOAD, "n": number}) for number in range(messages))
-        cost = await drain(self.backend, messages)
-        assert (await self.backend.stats(GROUP)).waiting == 0
-        return cost
-
-    async def close(self) -> None:
-        await self.backend.delete_group(GROUP)
-        await self.backend.disconnect()
+def _backend(url: str) -> SqsBackend:
+    """At the defaults, but for the time that making a group takes."""
+    return SqsBackend(SqsSettings(endpoint_url=url, namespace=f"ours-{uuid4().hex[:8]}", registry_ttl=1.0, **ACCOUNT))
 
 
 COMPARISONS: Final = (
@@ -135,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         client="aiobotocore",
         comparisons=COMPARISONS,
         service=lambda options: Server(latency=options.latency),
-        sides=lambda url: (Plain(url), Ours(url)),
+        sides=lambda url: (Plain(url), Ours(_backend(url))),
         options=lambda parser: parser.add_argument(
             "--latency", type=float, default=0.0, help="milliseconds that the server takes for an answer besides"
         ),

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
@@ -89,6 +90,15 @@ def extra(provider: str, *, tests: bool) -> set[str]:
     return {name for name in EXTRA.get(provider, {}) if name.startswith("_") is not tests}
 
 
+def shown(default: object) -> str:
+    """Return how a README shows a default."""
+    if default is None or default == ():
+        return "unset"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
 @pytest.fixture(params=PROVIDERS)
 def provider(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -131,6 +141,21 @@ def test_the_backend_s_public_members_come_in_the_same_order(provider: str) -> N
 def test_the_readme_has_the_same_headings(provider: str) -> None:
     text = (PACKAGES / f"abe-backend-{provider}/README.md").read_text()
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == HEADINGS
+
+
+def test_the_readme_lists_the_settings_of_the_class(provider: str) -> None:
+    package = import_module(f"abe_backend_{provider}")
+    text = (PACKAGES / f"abe-backend-{provider}/README.md").read_text()
+    section = text.partition("## Settings")[2].partition("\n## ")[0]
+    documented = [
+        tuple(cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line)[1:-1])
+        for line in section.splitlines()
+        if line.startswith("| `")
+    ]
+    assert documented == [
+        (item.metadata["variable"], item.name, shown(item.default), item.metadata["help"].replace("|", "\\|"))
+        for item in fields(getattr(package, package.__all__[1]))
+    ]
 
 
 def test_the_pyproject_is_the_template_but_for_what_is_its_own(provider: str) -> None:

@@ -1,8 +1,6 @@
 """What the settings accept, and how they refuse."""
 
 import re
-from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +9,6 @@ from abe.errors import ConfigurationError
 from abe_backend_rabbitmq import RabbitMQBackend, RabbitMQSettings
 
 SECRET = "swordfish-8061"
-README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_generic_variables_make_an_address() -> None:
@@ -184,30 +181,3 @@ def test_the_backend_is_made_from_the_environment_without_input_or_output(monkey
     monkeypatch.setenv("RABBITMQ_URL", "amqps://127.0.0.1:1")
     monkeypatch.setenv("RABBITMQ_CA_FILE", "/nowhere/ca.pem")
     assert RabbitMQBackend.from_env().settings.urls == ("amqps://127.0.0.1:1",)
-
-
-def test_the_readme_lists_the_settings_of_the_class() -> None:
-    section = README.read_text().partition("## Settings")[2].partition("\n## ")[0]
-    documented = [
-        tuple(cell.strip().strip("`") for cell in line.strip("|").split("|"))
-        for line in section.splitlines()
-        if line.startswith("| `")
-    ]
-    expected = [
-        (item.metadata["variable"], item.name, _shown(item.default), item.metadata["help"])
-        for item in fields(RabbitMQSettings)
-    ]
-    assert documented == expected
-
-
-def test_the_readme_has_the_headings_of_every_provider() -> None:
-    headings = re.findall(r"^## (.+)$", README.read_text(), re.MULTILINE)
-    assert headings == ["Install", "Thirty seconds", "Settings", "Guarantees", "Topology", "Wire format", "Differences"]
-
-
-def _shown(default: object) -> str:
-    if default is None or default == ():
-        return "unset"
-    if isinstance(default, bool):
-        return str(default).lower()
-    return f"{default:g}" if isinstance(default, float) else str(default)

@@ -1,8 +1,6 @@
 """What the provider can be told, and how it complains."""
 
 import re
-from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +8,6 @@ from abe.errors import ConfigurationError
 from abe_backend_redis import RedisBackend, RedisSettings
 
 SECRET = "swordfish-8061"
-README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_defaults_are_a_local_server() -> None:
@@ -124,28 +121,3 @@ def test_the_backend_is_made_from_the_environment_without_input_or_output(monkey
     backend = RedisBackend.from_env()
     assert backend.settings.url == "redis://127.0.0.1:1/0"
     assert backend.capabilities.lease == 7.0
-
-
-def test_the_readme_lists_the_settings_of_the_class() -> None:
-    section = README.read_text().partition("## Settings")[2].partition("\n## ")[0]
-    documented = [
-        tuple(cell.strip().strip("`") for cell in line.strip("|").split("|"))
-        for line in section.splitlines()
-        if line.startswith("| `")
-    ]
-    expected = [
-        (item.metadata["variable"], item.name, _shown(item.default), item.metadata["help"].replace("|", "\\|"))
-        for item in fields(RedisSettings)
-    ]
-    assert documented == expected
-
-
-def test_the_readme_has_the_headings_of_every_provider() -> None:
-    headings = re.findall(r"^## (.+)$", README.read_text(), re.MULTILINE)
-    assert headings == ["Install", "Thirty seconds", "Settings", "Guarantees", "Topology", "Wire format", "Differences"]
-
-
-def _shown(default: object) -> str:
-    return (
-        "unset" if default is None or default == () else f"{default:g}" if isinstance(default, float) else str(default)
-    )

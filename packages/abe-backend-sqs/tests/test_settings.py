@@ -1,15 +1,9 @@
 """What the provider can be told."""
 
-import re
-from dataclasses import fields
-from pathlib import Path
-
 import pytest
 
 from abe.errors import ConfigurationError
 from abe_backend_sqs import SqsBackend, SqsSettings
-
-README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_sdk_s_variables_are_read_the_particular_before_the_general() -> None:
@@ -94,28 +88,3 @@ def test_the_capabilities_say_the_lease_of_the_settings() -> None:
 def test_what_does_not_go_with_a_topic_is_refused(other: str, text: str) -> None:
     with pytest.raises(ConfigurationError, match=f"SQS_FANOUT.*{other}"):
         SqsSettings.from_env({"SQS_FANOUT": "sns", other: text})
-
-
-def test_the_readme_lists_the_settings_of_the_class() -> None:
-    section = README.read_text().partition("## Settings")[2].partition("\n## ")[0]
-    documented = [
-        tuple(cell.strip().strip("`") for cell in line.strip("|").split("|"))
-        for line in section.splitlines()
-        if line.startswith("| `")
-    ]
-    expected = [
-        (item.metadata["variable"], item.name, _shown(item.default), item.metadata["help"].replace("|", "\\|"))
-        for item in fields(SqsSettings)
-    ]
-    assert documented == expected
-
-
-def test_the_readme_has_the_headings_of_every_provider() -> None:
-    headings = re.findall(r"^## (.+)$", README.read_text(), re.MULTILINE)
-    assert headings == ["Install", "Thirty seconds", "Settings", "Guarantees", "Topology", "Wire format", "Differences"]
-
-
-def _shown(default: object) -> str:
-    return (
-        "unset" if default is None or default == () else f"{default:g}" if isinstance(default, float) else str(default)
-    )
