@@ -215,7 +215,7 @@ class RabbitMQReceiver:
             if not isinstance(exc.__cause__, ChannelNotFound):
                 raise
             _log.warning("group %r was deleted underneath its consumers: it is made again", self.group)
-            await self._transport.declare_again(self.group)
+            await self._transport.restore(self.group)
             await self.start()
         return [receipt for receipt in receipts if self._tag(receipt) is None]
 
@@ -306,7 +306,7 @@ class RabbitMQReceiver:
             if last or not missing:
                 break
             self._transport.ladder.forget()
-            await self._transport.declare_again(self.group)
+            await self._transport.restore(self.group)
             places = missing
         return outcomes if any(outcomes) else ()
 

@@ -81,7 +81,7 @@ class RabbitMQTransport:
         """Register the group, make its queues and bindings, and move the held messages that it wants."""
         self._patterns[group] = await self._keeper.exclusively(partial(self._groups.declare, group, patterns))
 
-    async def declare_again(self, group: str) -> None:
+    async def restore(self, group: str) -> None:
         """Make a group again that was deleted underneath, with the patterns that it had when we last knew."""
         patterns = self._patterns.get(group, EVERYTHING)
         await self._keeper.exclusively(partial(self._groups.declare, group, None, patterns))

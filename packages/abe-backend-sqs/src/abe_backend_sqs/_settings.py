@@ -177,10 +177,10 @@ class SqsSettings(QueueSettings):
     topic_after: float = setting(
         "SQS_TOPIC_AFTER_SECONDS",
         seconds,
-        default=60.0,
+        default=70.0,
         check=positive,
         help="With SQS_FANOUT=sns: for how long after the last change of a group publishers send directly, in seconds. "
-        "SQS may take a minute until it lets the topic in.",
+        "SQS may take a minute until it lets the topic in, and clocks may differ.",
     )
     fifo: bool = setting(
         "SQS_FIFO",
