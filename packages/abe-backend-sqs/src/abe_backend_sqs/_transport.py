@@ -28,8 +28,6 @@ from abe_backend_sqs._wire import Entry, Message
 
 _log: Final = logging.getLogger("abe.sqs")
 _BACKOFF: Final = ExponentialBackoff(initial=0.1, maximum=5.0)
-_LOOK: Final = 2.0
-"""Seconds for which a publish waits until a group that was made meanwhile has its message; then that goes on in the background."""
 
 _lingering: Final[set[asyncio.Task[None]]] = set()
 """What outlives its transport for as long as its last poll, held so that it is not collected."""
@@ -93,8 +91,10 @@ class SqsTransport:
         registry = await self.queues.registry()
         outcomes = await self.sender.send(envelopes, registry)
         if not registry.groups:
-            # A group that was made meanwhile may have looked for them before they came. Nobody looks if the process ends before that.
-            await asyncio.wait([self._look_at_held(thorough=self._thorough)], timeout=_LOOK)
+            # A group that was made meanwhile may have looked for them before they came. If this process ends before it looks, nobody does;
+            # but they are stored, and who publishes is not to wait so long that it takes that for unknown.
+            looking = self._look_at_held(thorough=self._thorough)
+            await asyncio.wait([looking], timeout=self.settings.publish_timeout / 4)
         return outcomes
 
     async def declare(self, group: str, patterns: tuple[str, ...] | None) -> None:
