@@ -402,20 +402,6 @@ class TestLeaving:
             await receiver.close()
             assert await lab.waiting(lab.names.queue("g")) == 200
 
-    async def test_a_cancelled_subscribe_leaves_no_consumer(self, lab: Any, collect: Collect) -> None:
-        transport = await lab.transport()
-        await transport.declare("g", None)
-        await transport.send(lab.envelopes(5))
-        for turns in range(0, 40, 4):
-            subscribing = asyncio.create_task(transport.subscribe("g", 100))
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            subscribing.cancel()
-            await asyncio.wait([subscribing])
-            if not subscribing.cancelled():
-                await subscribing.result().close()
-        assert len(await collect(await lab.receiver(transport), 5)) == 5
-
     async def test_a_consumer_that_begins_anew_leaves_nothing_on_its_old_channel(
         self, lab: Any, collect: Collect
     ) -> None:

@@ -22,6 +22,7 @@ from abe.backends.message_queue.base.transport import Transport
 from abe.backends.message_queue.engine.inbox import Inbox
 from abe.backends.message_queue.engine.leases import LeaseKeeper
 from abe.backends.message_queue.engine.publisher import Publisher
+from abe.backends.message_queue.engine.session import Session
 from abe.backends.message_queue.engine.settler import Settler
 from abe.backends.message_queue.engine.subscription import GroupSubscription
 from abe.backends.message_queue.service.memory import MemoryBackend
@@ -38,6 +39,7 @@ from abe.errors import (
     PublishUnknownError,
     UnsupportedCapabilityError,
 )
+from abe.settings import QueueSettings
 from abe.testing import ManualClock
 
 
@@ -476,7 +478,12 @@ class TestLeaseKeeper:
 
 
 def inbox_on(
-    receiver: ScriptedReceiver, clock: ManualClock, *, prefetch: int = 8, max_delay: float | None = 60
+    receiver: ScriptedReceiver,
+    clock: ManualClock,
+    *,
+    prefetch: int = 8,
+    max_delay: float | None = 60,
+    left: Callable[[Inbox], object] = lambda _: None,
 ) -> Inbox:
     return Inbox(
         receiver,
@@ -488,7 +495,7 @@ def inbox_on(
         codec=JSONCodec(),
         clock=clock,
         close_timeout=1,
-        left=lambda _: None,
+        left=left,
     )
 
 
@@ -721,6 +728,110 @@ class TestInbox:
         first.cancel()
         assert (await within(second)).id == "1"
         await inbox.close()
+
+
+class JoiningTransport:
+    """Lets somebody join once `gate` is set, and notes in which order things are closed."""
+
+    def __init__(self, *deliveries: Delivery) -> None:
+        self.gate = asyncio.Event()
+        self.closed: list[str] = []
+        self.batching = Batching(messages=1, bytes=1, flights=1)
+        self._deliveries = deliveries
+
+    async def subscribe(self, group: str, prefetch: int) -> ScriptedReceiver:
+        await self.gate.wait()
+        receiver = ScriptedReceiver(*self._deliveries)
+
+        async def close() -> None:
+            await turns(3)
+            self.closed.append(group)
+
+        receiver.close = close  # type: ignore[method-assign]
+        return receiver
+
+    async def close(self) -> None:
+        self.closed.append("transport")
+
+
+class TestSession:
+    @pytest.fixture
+    def transport(self) -> JoiningTransport:
+        return JoiningTransport()
+
+    @pytest.fixture
+    async def session(self, transport: JoiningTransport) -> Session:
+        fake: Any = transport
+        return Session(fake, QueueSettings(close_timeout=0.5))
+
+    @pytest.fixture
+    def join(self, session: Session, manual_clock: ManualClock) -> Callable[[str], asyncio.Task[Inbox]]:
+        def join(group: str) -> asyncio.Task[Inbox]:
+            def inbox(receiver: Any) -> Inbox:
+                return inbox_on(receiver, manual_clock, left=session.inboxes.discard)
+
+            return asyncio.create_task(session.join(group, 1, inbox))
+
+        return join
+
+    async def test_who_is_joining_when_it_is_closed_leaves_before_the_connection_ends(
+        self, session: Session, transport: JoiningTransport, join: Callable[[str], asyncio.Task[Inbox]]
+    ) -> None:
+        joining = join("g")
+        await turns()
+        closing = asyncio.create_task(session.close())
+        await turns()
+        transport.gate.set()
+        await within(closing)
+        assert transport.closed == ["g", "transport"]
+        with pytest.raises(BackendClosedError):
+            await joining
+
+    async def test_nobody_joins_once_it_is_being_closed(
+        self, session: Session, transport: JoiningTransport, join: Callable[[str], asyncio.Task[Inbox]]
+    ) -> None:
+        transport.gate.set()
+        await within(session.close())
+        with pytest.raises(BackendClosedError):
+            await within(join("g"))
+        assert transport.closed == ["transport"]
+
+    async def test_who_is_cancelled_while_joining_leaves_again(
+        self, session: Session, transport: JoiningTransport, join: Callable[[str], asyncio.Task[Inbox]]
+    ) -> None:
+        joining = join("g")
+        await turns()
+        joining.cancel()
+        await asyncio.wait([joining])
+        transport.gate.set()
+        await turns()
+        assert transport.closed == ["g"]
+        assert not session.inboxes
+
+    async def test_a_broker_that_does_not_answer_keeps_nobody_from_closing(
+        self, session: Session, transport: JoiningTransport, join: Callable[[str], asyncio.Task[Inbox]]
+    ) -> None:
+        joining = join("g")
+        await turns()
+        await within(session.close())
+        assert transport.closed == ["transport"]
+        joining.cancel()
+
+    async def test_one_that_fails_while_it_is_closed_does_not_cut_the_others_off(
+        self, session: Session, transport: JoiningTransport, join: Callable[[str], asyncio.Task[Inbox]]
+    ) -> None:
+        transport.gate.set()
+        for group in ("a", "b", "c"):
+            await join(group)
+
+        async def fails() -> None:
+            raise ZeroDivisionError
+
+        next(iter(session.inboxes)).close = fails  # type: ignore[method-assign]
+        with pytest.raises(ZeroDivisionError):
+            await within(session.close())
+        assert transport.closed[-1] == "transport"
+        assert len(transport.closed) == 3
 
 
 def test_the_memory_transport_is_a_transport() -> None:

@@ -53,7 +53,6 @@ class RabbitMQTransport:
         self._keeper = RegistryKeeper(self.outlet.control, self.topology, settings.publish_timeout)
         self._groups = Groups(self.outlet, self._keeper, self.ladder, self.topology)
         self._patterns: dict[str, tuple[str, ...]] = {}
-        self._leaving: set[asyncio.Future[None]] = set()
         self._consuming = Link(settings, "abe-consume", _nothing)
 
     async def open(self) -> None:
@@ -64,8 +63,6 @@ class RabbitMQTransport:
         """Disconnect."""
         await self._keeper.close()
         await asyncio.gather(self.outlet.close(), self._consuming.close())
-        if self._leaving:
-            await asyncio.wait(self._leaving)
 
     async def ping(self) -> None:
         """Ask for a queue that is always there."""
@@ -97,14 +94,7 @@ class RabbitMQTransport:
     async def subscribe(self, group: str, prefetch: int) -> RabbitMQReceiver:
         """Make a consumer."""
         receiver = RabbitMQReceiver(self, group, prefetch)
-        starting = asyncio.ensure_future(receiver.start())
-        try:
-            await asyncio.shield(starting)
-        except BaseException:
-            leaving = asyncio.ensure_future(_leave(starting, receiver))  # nobody will close it
-            self._leaving.add(leaving)
-            leaving.add_done_callback(self._leaving.discard)
-            raise
+        await receiver.start()
         self.receivers.add(receiver)
         return receiver
 
@@ -272,15 +262,6 @@ class RabbitMQTransport:
         return [
             (group, Outgoing(later, f"{registry.version}.{words[group]}", properties, body, id)) for group in groups
         ]
-
-
-async def _leave(starting: "asyncio.Future[None]", receiver: RabbitMQReceiver) -> None:
-    try:
-        await asyncio.wait([starting])
-        await starting
-        await receiver.close()
-    except AbeError as exc:
-        _log.debug("a consumer that was not wanted any more could not be closed: %s", exc)
 
 
 async def _nothing(_: Connection) -> None:

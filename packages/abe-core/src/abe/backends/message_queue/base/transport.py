@@ -228,7 +228,10 @@ class Transport(Protocol):
         ...
 
     async def subscribe(self, group: str, prefetch: int) -> Receiver:
-        """Join an existing group, as a consumer with an identity of its own that holds at most `prefetch` messages."""
+        """Join an existing group, as a consumer with an identity of its own that holds at most `prefetch` messages.
+
+        It is not cancelled but by an event loop that ends: a receiver that nobody waits for any more is closed when it is there.
+        """
         ...
 
     async def stats(self, group: str) -> GroupStats:

@@ -23,7 +23,7 @@ from abe.backends.message_queue.base.names import (
     check_patterns,
     check_seconds,
 )
-from abe.backends.message_queue.base.transport import Envelope, GroupStats, Transport
+from abe.backends.message_queue.base.transport import Envelope, GroupStats, Receiver, Transport
 from abe.backends.message_queue.engine.dead_letters import DeadLetters
 from abe.backends.message_queue.engine.ids import next_id
 from abe.backends.message_queue.engine.inbox import Inbox
@@ -329,25 +329,22 @@ class TransportBackend(ABC):
 
     async def _subscribe(self, group: str, patterns: tuple[str, ...] | None, prefetch: int, max_attempts: int) -> Inbox:
         async def join(session: Session) -> Inbox:
+            def inbox(receiver: Receiver) -> Inbox:
+                return Inbox(
+                    receiver,
+                    group=group,
+                    prefetch=prefetch,
+                    max_attempts=max_attempts,
+                    max_delay=self.capabilities.max_delay,
+                    lease=self.capabilities.lease,
+                    codec=self._codec,
+                    clock=self._clock,
+                    close_timeout=self.settings.close_timeout,
+                    left=session.inboxes.discard,
+                )
+
             await session.transport.declare(group, patterns)
-            receiver = await session.transport.subscribe(group, prefetch)
-            if session.ended:
-                await receiver.close()
-                raise BackendClosedError("the backend was closed")
-            inbox = Inbox(
-                receiver,
-                group=group,
-                prefetch=prefetch,
-                max_attempts=max_attempts,
-                max_delay=self.capabilities.max_delay,
-                lease=self.capabilities.lease,
-                codec=self._codec,
-                clock=self._clock,
-                close_timeout=self.settings.close_timeout,
-                left=session.inboxes.discard,
-            )
-            session.inboxes.add(inbox)
-            return inbox
+            return await session.join(group, prefetch, inbox)
 
         return await self._call(join)
 

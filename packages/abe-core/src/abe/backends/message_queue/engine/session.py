@@ -1,9 +1,10 @@
 """What a backend has while it is open in one event loop."""
 
 import asyncio
+from collections.abc import Callable, Collection
 
 from abe.backends.message_queue.base.clock import pause
-from abe.backends.message_queue.base.transport import Transport
+from abe.backends.message_queue.base.transport import Receiver, Transport
 from abe.backends.message_queue.engine.inbox import Inbox
 from abe.backends.message_queue.engine.publisher import Publisher
 from abe.errors import BackendClosedError
@@ -24,6 +25,7 @@ class Session:
             max_bytes=settings.max_unconfirmed_bytes,
         )
         self.inboxes: set[Inbox] = set()
+        self._joining: set[asyncio.Task[Inbox]] = set()
         self._undeclared = settings.groups
         self._close_timeout = settings.close_timeout
         self._closing: asyncio.Task[None] | None = None
@@ -51,18 +53,60 @@ class Session:
         if await pause(self._ended, seconds):
             raise BackendClosedError("the backend was closed")
 
+    async def join(self, group: str, prefetch: int, inbox: Callable[[Receiver], Inbox]) -> Inbox:
+        """Take part in a group, and return the inbox that is made of the receiver.
+
+        Half a consumer holds messages that nobody sees. So one whose caller is cancelled, or that comes when the session is being closed,
+        is made all the same, and leaves again before the transport is closed.
+
+        Raises:
+            BackendClosedError: The session is being closed.
+        """
+        if self.ended:
+            raise BackendClosedError("the backend was closed")
+        joining = self.loop.create_task(self._join(group, prefetch, inbox))
+        self._joining.add(joining)
+        joining.add_done_callback(self._joining.discard)
+        try:
+            return await asyncio.shield(joining)
+        except asyncio.CancelledError:
+            joining.add_done_callback(_leave)
+            raise
+
     async def close(self) -> None:
         """Finish what is on its way, end the subscriptions, and disconnect, whatever the broker does."""
         if self._closing is None:
             self._closing = self.loop.create_task(self._close())
         await asyncio.shield(self._closing)
 
+    async def _join(self, group: str, prefetch: int, inbox: Callable[[Receiver], Inbox]) -> Inbox:
+        receiver = await self.transport.subscribe(group, prefetch)
+        if self.ended:
+            await receiver.close()
+            raise BackendClosedError("the backend was closed")
+        joined = inbox(receiver)
+        self.inboxes.add(joined)
+        return joined
+
     async def _close(self) -> None:
         self._ended.set()
+        ways = [self.publisher.close(self._close_timeout), *(inbox.close() for inbox in self.inboxes)]
+        if self._joining:
+            ways.append(_done(self._joining, self._close_timeout))
         try:
-            await asyncio.gather(
-                self.publisher.close(self._close_timeout),
-                *(inbox.close() for inbox in self.inboxes),
-            )
+            # Each to its end: one that fails must not have the others lose their connection.
+            outcomes = await asyncio.gather(*ways, return_exceptions=True)
         finally:
             await self.transport.close()
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
+
+
+async def _done(tasks: Collection[asyncio.Task[Inbox]], timeout: float) -> None:
+    await asyncio.wait(tasks, timeout=timeout)
+
+
+def _leave(joining: asyncio.Task[Inbox]) -> None:
+    if not joining.cancelled() and joining.exception() is None:
+        joining.result().close_soon()
