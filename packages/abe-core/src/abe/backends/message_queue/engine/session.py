@@ -92,7 +92,7 @@ class Session:
         self._ended.set()
         ways = [self.publisher.close(self._close_timeout), *(inbox.close() for inbox in self.inboxes)]
         if self._joining:
-            ways.append(_done(self._joining, self._close_timeout))
+            ways.append(_done(set(self._joining), self._close_timeout))
         try:
             # Each to its end: one that fails must not have the others lose their connection.
             outcomes = await asyncio.gather(*ways, return_exceptions=True)
