@@ -20,6 +20,7 @@ from abe_contract_tests.suite.steps import (
     LONG_LEASE,
     assert_silent,
     collect,
+    expect_counts,
     numbered,
     numbers,
     unreachable_backend,
@@ -43,7 +44,7 @@ async def test_close_may_be_called_twice_and_before_anything_else(contract: Cont
         await asyncio.gather(*(used.disconnect() for _ in range(5)))
         await used.connect()
         await used.publish("order.created", {"n": 2})
-    assert (await (await contract.oracle()).counts("g")).waiting == 2
+    await expect_counts(contract, await contract.oracle(), "g", waiting=2)
 
 
 @clause("C-CLS-01")
@@ -214,12 +215,12 @@ async def test_shutdown_takes_nothing_new_and_lets_handlers_finish_under_their_l
             # Two leases: the handler that is finishing keeps its message.
             await assert_silent(others, 2 * contract.lease)
             assert not running.done()
-            assert (await oracle.counts("g")).in_flight == 1
+            await expect_counts(contract, oracle, "g", in_flight=1)
             finish.set()
             async with contract.within(1):
                 await asyncio.gather(*stopping)
                 await running
-            assert (await oracle.counts("g")).total == 0
+            await expect_counts(contract, oracle, "g", total=0)
             assert others.take() is None
     assert len(handled) == 1
     assert sorted(handled + numbers(released)) == list(range(5))
@@ -279,7 +280,7 @@ async def test_a_consumer_that_was_stopped_can_be_started_again(contract: Contra
             got.clear()
             await consumer.shutdown()
             await running
-            assert (await oracle.counts("g")).total == 0
+            await expect_counts(contract, oracle, "g", total=0)
             await consumer.shutdown()
     assert seen == [0, 1, 2]
 
@@ -303,7 +304,7 @@ async def test_100_cycles_leave_nothing_behind(contract: Contract) -> None:
 
         await until(back)
         assert await oracle.consumers("g") in (0, None)
-        assert (await oracle.counts("g")).total == 0
+        await expect_counts(contract, oracle, "g", total=0)
 
 
 async def _cycle(contract: Contract) -> None:
@@ -347,7 +348,7 @@ async def test_subscriptions_that_come_and_go_leave_nothing_behind(contract: Con
             return await oracle.connections() <= connections and await oracle.consumers("g") in (0, None)
 
         await until(back)
-        assert (await oracle.counts("g")).total == 0
+        await expect_counts(contract, oracle, "g", total=0)
 
 
 @clause("C-CLS-05")

@@ -8,7 +8,7 @@ from abe.backends.message_queue.base import Publication
 from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.suite import workers
-from abe_contract_tests.suite.steps import collect, until_empty
+from abe_contract_tests.suite.steps import collect, expect_counts, until_empty
 
 CLOCKS = 0.02
 """Seconds by which the broker's clock and ours may disagree on how long something took: each cuts off milliseconds."""
@@ -130,4 +130,4 @@ async def test_a_delay_that_is_no_delay_is_refused(contract: Contract) -> None:
         for delay in (-1.0, float("nan")):
             with pytest.raises(ValueError, match="delay"):
                 await backend.publish("order.created", {"n": 1}, delay=delay)
-        assert (await (await contract.oracle()).counts("g")).total == 0
+        await expect_counts(contract, await contract.oracle(), "g", total=0)

@@ -12,7 +12,15 @@ from abe.backends.message_queue.retry import Reject, RetryPolicy
 from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.suite import workers
-from abe_contract_tests.suite.steps import collect, collect_distinct, numbered, numbers, until_dead, until_empty
+from abe_contract_tests.suite.steps import (
+    collect,
+    collect_distinct,
+    expect_counts,
+    numbered,
+    numbers,
+    until_dead,
+    until_empty,
+)
 
 GARBAGE = (
     b"\xff\xfe not text",
@@ -100,7 +108,7 @@ async def test_after_its_last_attempt_a_message_is_a_dead_letter_that_tells_ever
                 assert message.attempt == attempt
                 await message.nack(delay=0, reason="the shop is closed", error=f"Traceback of attempt {attempt}")
             await until_dead(oracle, "g", 1)
-            assert (await oracle.counts("g")).total == 0
+            await expect_counts(contract, oracle, "g", total=0)
             assert subscription.take() is None
         (letter,) = await backend.dead_letters("g").list()
         assert await backend.dead_letters("g").get("order-1") == letter
