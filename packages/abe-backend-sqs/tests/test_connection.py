@@ -1,12 +1,13 @@
 """The clients: made once, of a size that fits, and closed whatever happens."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from abe.errors import BackendConnectionError, ConfigurationError
-from abe_backend_sqs import SqsSettings
+from abe.errors import BackendClosedError, BackendConnectionError, ConfigurationError
+from abe_backend_sqs import SqsBackend, SqsSettings
 from abe_backend_sqs._connection import Clients
 
 SETTINGS = SqsSettings(region="us-east-1", access_key_id="key", secret_access_key="secret", wait=20)
@@ -55,6 +56,28 @@ async def test_all_are_closed_even_if_closing_is_cancelled_at_the_first() -> Non
     with pytest.raises(asyncio.CancelledError):
         await closing
     assert closed == [0, 1]
+
+
+async def test_closing_ends_a_call_whose_answer_stops_in_the_middle() -> None:
+    """The HTTP client leaves who reads an answer's body alone when its connection is closed."""
+    begun = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-amz-json-1.0\r\nContent-Length: 100\r\n\r\n{")
+        await writer.drain()
+        begun.set()
+        await reader.read()
+        writer.close()
+
+    async with asyncio.timeout(10), await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        backend = SqsBackend(replace(SETTINGS, endpoint_url=f"http://127.0.0.1:{port}"))
+        waiting = asyncio.create_task(backend.ping())
+        await begun.wait()
+        await backend.disconnect()
+        with pytest.raises(BackendClosedError):
+            await waiting
 
 
 async def test_without_a_region_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -817,6 +817,27 @@ class TestSession:
         assert transport.closed == ["transport"]
         joining.cancel()
 
+    async def test_closing_ends_the_calls_that_a_broken_client_leaves_waiting(
+        self, memory_backend: MemoryBackend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await memory_backend.declare("g")
+
+        async def never(*_: Any) -> None:
+            await asyncio.Event().wait()
+
+        for name in ("declare", "subscribe"):
+            with monkeypatch.context() as patch:
+                await memory_backend.connect()
+                session = memory_backend._session
+                assert session is not None
+                patch.setattr(session.transport, name, never)
+                waiting = asyncio.create_task(memory_backend.consume(group="g").receive())
+                await turns()
+                session._close_timeout = 0.1
+                await within(memory_backend.disconnect())
+                with pytest.raises(BackendClosedError):
+                    await within(waiting)
+
     async def test_one_that_fails_while_it_is_closed_does_not_cut_the_others_off(
         self, session: Session, transport: JoiningTransport, join: Callable[[str], asyncio.Task[Inbox]]
     ) -> None:

@@ -352,8 +352,10 @@ class TransportBackend(ABC):
         """Run an operation on the connected transport, within `publish_timeout`; when patient, again after a lost connection."""
         session, tries = self._here(), 0
         error: BackendConnectionError | None = None
+        bound = asyncio.timeout(self.settings.publish_timeout)
+        session.calls.add(bound)
         try:
-            async with asyncio.timeout(self.settings.publish_timeout):
+            async with bound:
                 while True:
                     try:
                         await session.opened()
@@ -364,9 +366,13 @@ class TransportBackend(ABC):
                         error, tries = exc, tries + 1
                     await session.pause(_BACKOFF(tries))
         except TimeoutError as exc:
+            if session.ended:
+                raise BackendClosedError("the backend was closed") from exc
             why = f": {error}" if error else ""
             text = f"the broker did not answer within {self.settings.publish_timeout:g} s{why}"
             raise BackendConnectionError(text) from error or exc
+        finally:
+            session.calls.discard(bound)
 
     def _here(self) -> Session:
         """Return what is open in the event loop that runs now, or begin it."""

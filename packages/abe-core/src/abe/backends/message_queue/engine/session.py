@@ -25,6 +25,8 @@ class Session:
             max_bytes=settings.max_unconfirmed_bytes,
         )
         self.inboxes: set[Inbox] = set()
+        self.calls: set[asyncio.Timeout] = set()
+        """The bounds of the calls that are under way: closing ends them."""
         self._joining: set[asyncio.Task[Inbox]] = set()
         self._undeclared = settings.groups
         self._close_timeout = settings.close_timeout
@@ -98,6 +100,12 @@ class Session:
             outcomes = await asyncio.gather(*ways, return_exceptions=True)
         finally:
             await self.transport.close()
+            # A client library may leave those who wait for its answer alone when its connection is closed.
+            for bound in self.calls:
+                if not bound.expired():
+                    bound.reschedule(self.loop.time())
+            for task in self._joining:
+                task.cancel()
         for outcome in outcomes:
             if outcome is not None:
                 raise outcome
