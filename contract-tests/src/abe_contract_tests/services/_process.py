@@ -21,6 +21,8 @@ _ORDERLY: Final = 10.0
 _TAIL_LINES: Final = 20
 _TAKEN: Final = ("already in use", "eaddrinuse")
 """What servers write when somebody else has their port."""
+_STANDING: Final = "TtZX"
+"""States of a thread in which it does nothing any more (proc_pid_stat(5)): stopped, traced, or dead."""
 
 
 class _PortTakenError(Exception):
@@ -108,9 +110,14 @@ class ProcessService(Service):
         self._reap()
 
     def pause(self) -> None:
-        """Send SIGSTOP."""
-        self._running()
+        """Send SIGSTOP, and return when every thread has stopped: until then, those on other processors go on answering."""
+        group = self._running().pid
         self._signal(signal.SIGSTOP)
+        deadline = time.monotonic() + _ORDERLY
+        while not _stopped(group):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{self._broker.name} did not stop within {_ORDERLY:g} s")
+            time.sleep(_POLL)
 
     def resume(self) -> None:
         """Send SIGCONT."""
@@ -218,3 +225,15 @@ class ProcessService(Service):
             process.wait()
         if watchdog is not None:
             watchdog.dismiss()
+
+
+def _stopped(group: int) -> bool:
+    """Return whether every thread of a process group has stopped; true where there is no Linux to tell."""
+    for path in Path("/proc").glob("[0-9]*/task/[0-9]*/stat"):
+        try:
+            state, _, its_group, *_ = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended meanwhile
+        if int(its_group) == group and state not in _STANDING:
+            return False
+    return True
