@@ -838,6 +838,20 @@ class TestSession:
                 with pytest.raises(BackendClosedError):
                     await within(waiting)
 
+    async def test_nobody_goes_on_joining_if_the_transport_fails_to_close(
+        self, session: Session, transport: JoiningTransport, join: Callable[[str], asyncio.Task[Inbox]]
+    ) -> None:
+        async def fails() -> None:
+            raise ZeroDivisionError
+
+        transport.close = fails  # type: ignore[method-assign]
+        joining = join("g")
+        await turns()
+        with pytest.raises(ZeroDivisionError):
+            await within(session.close())
+        await within(asyncio.wait([joining]))
+        assert joining.cancelled()
+
     async def test_one_that_fails_while_it_is_closed_does_not_cut_the_others_off(
         self, session: Session, transport: JoiningTransport, join: Callable[[str], asyncio.Task[Inbox]]
     ) -> None:

@@ -99,16 +99,21 @@ class Session:
             # Each to its end: one that fails must not have the others lose their connection.
             outcomes = await asyncio.gather(*ways, return_exceptions=True)
         finally:
-            await self.transport.close()
-            # A client library may leave those who wait for its answer alone when its connection is closed.
-            for bound in self.calls:
-                if not bound.expired():
-                    bound.reschedule(self.loop.time())
-            for task in self._joining:
-                task.cancel()
+            try:
+                await self.transport.close()
+            finally:
+                self._end_calls()
         for outcome in outcomes:
             if outcome is not None:
                 raise outcome
+
+    def _end_calls(self) -> None:
+        # A client library may leave those who wait for its answer alone when its connection is closed.
+        for bound in self.calls:
+            if not bound.expired():
+                bound.reschedule(self.loop.time())
+        for task in self._joining:
+            task.cancel()
 
 
 async def _done(tasks: Collection[asyncio.Task[Inbox]], timeout: float) -> None:
