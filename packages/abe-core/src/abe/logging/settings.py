@@ -13,22 +13,35 @@ from abe.settings import at_least
 Level: TypeAlias = int | str
 """A level's number, or its name in either case."""
 
+DEFAULT_FILE: Final = "app.log"
 DEFAULT_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-def level_number(level: Any) -> int:
+def level_number(level: Any, where: str) -> int:
     """Return the number of a level that is given by name or number.
 
+    Args:
+        level: What was given.
+        where: What the level is for, for the text.
+
     Raises:
-        ValueError: It is neither the name of a level nor an integer of at least 0; the text says what would be right.
+        ConfigurationError: It is neither the name of a level nor an integer of at least 0; the text says what would be right.
     """
     if isinstance(level, str):
-        known = logging.getLevelNamesMapping().get(level.upper())
+        known = logging.getLevelNamesMapping().get(level.strip().upper())
         if known is not None:
             return known
     elif isinstance(level, int) and not isinstance(level, bool) and level >= 0:
         return level
-    raise ValueError("DEBUG, INFO, WARNING, ERROR, CRITICAL or an integer of at least 0")
+    raise ConfigurationError(
+        f"Invalid log level {level!r} for {where}: it must be DEBUG, INFO, WARNING, ERROR, CRITICAL or an integer of at least 0"
+    )
+
+
+def level_name(number: int) -> Level:
+    """Return the name of a level; its number, if it has none."""
+    name = logging.getLevelName(number)
+    return name if name in logging.getLevelNamesMapping() else number
 
 
 def _format(value: Any) -> None:
@@ -53,6 +66,17 @@ def _encoding(value: Any) -> None:
         raise ValueError("the name of a text encoding, such as 'utf-8'") from None
 
 
+def _level(value: Any) -> None:
+    level_number(value, "the logging setting 'level'")
+
+
+def _size(value: Any) -> None:
+    try:
+        at_least(1)(value)
+    except ValueError:
+        raise ValueError("positive, an integer of at least 1 (backup_count=0 is how a file is never rotated)") from None
+
+
 def _flag(value: Any) -> None:
     if not isinstance(value, bool):
         raise ValueError("True or False")  # noqa: TRY004
@@ -64,19 +88,16 @@ def _levels(value: Any) -> None:
     for name, level in value.items():  # pyright: ignore[reportUnknownVariableType]
         if not isinstance(name, str) or name in {"", "root"}:
             raise ValueError("a mapping whose keys name loggers (the root's level is the setting 'level')")
-        try:
-            level_number(level)
-        except ValueError as exc:
-            raise ValueError(f"a mapping in which the level of {name!r} is {exc}") from None
+        level_number(level, f"logger {name!r}")
 
 
 _CHECKS: Final[Mapping[str, Callable[[Any], Any]]] = {
-    "level": level_number,
+    "level": _level,
     "format": _format,
     "date_format": _optional_text,
     "log_file": _optional_text,
     "log_dir": _optional_text,
-    "max_bytes": at_least(0),
+    "max_bytes": _size,
     "backup_count": at_least(0),
     "encoding": _encoding,
     "enable_console": _flag,
@@ -111,13 +132,13 @@ class LoggingConfig:
     """The file's path, below `log_dir` where that is given. Used when `enable_file` is true."""
 
     log_dir: str | None = None
-    """The folder that the file must stay in; made when it is missing."""
+    """The folder that the file must stay in; made when it is missing. Without a `log_file`, the file is ``app.log`` in it."""
 
     max_bytes: int = 10 * 1024 * 1024
-    """The size at which the file is rotated. 0: never."""
+    """The size at which the file is rotated."""
 
     backup_count: int = 5
-    """How many rotated files are kept."""
+    """How many rotated files are kept. 0: the file is never rotated, and grows."""
 
     encoding: str = "utf-8"
     """Of the file."""
@@ -126,7 +147,7 @@ class LoggingConfig:
     """Whether the log goes to standard error."""
 
     enable_file: bool = False
-    """Whether the log goes to `log_file`."""
+    """Whether the log goes to a file: `log_file`, or ``app.log`` in `log_dir`."""
 
     use_json_formatter: bool = False
     """Whether each line is a JSON object. Needs the extra ``abe-core[json-logs]``."""
@@ -156,14 +177,13 @@ class LoggingConfig:
             value = getattr(self, name)
             try:
                 check(value)
+            except ConfigurationError:
+                raise
             except ValueError as exc:
-                raise ConfigurationError(f"logging setting {name!r} must be {exc}, not {value!r}") from None
-        if self.enable_file and self.log_file is None:
-            raise ConfigurationError("logging setting 'log_file' must be a path when 'enable_file' is true, not None")
-        if self.max_bytes and not self.backup_count:
+                raise ConfigurationError(f"logging setting {name} must be {exc}, not {value!r}") from None
+        if self.enable_file and self.log_file is None and self.log_dir is None:
             raise ConfigurationError(
-                "logging setting 'backup_count' must be at least 1 when 'max_bytes' is above 0, not 0:"
-                " a file is rotated to a backup (max_bytes=0 lets it grow)"
+                "logging setting log_file or log_dir must be a path when enable_file is true, not None"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,12 +7,13 @@ Logger names are fixed: the core logs below ``abe`` (``abe.consumer``, ``abe.eng
 import importlib
 import logging
 import logging.config
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from abe.errors import ConfigurationError
-from abe.logging.settings import Level, LoggingConfig, level_number
+from abe.logging.settings import DEFAULT_FILE, Level, LoggingConfig, level_name, level_number
 from abe.settings import env_flag
 
 __all__ = [
@@ -47,8 +48,8 @@ def setup_logging_from_config(config: LoggingConfig | None = None) -> None:
     """
     config = config or LoggingConfig()
     settings = get_logging_dict_config(config)
-    if config.enable_file and config.log_file is not None:
-        path = create_log_file_path(config.log_file, config.log_dir)
+    if config.enable_file:
+        path = _make_folder(_path(config.log_dir, config.log_file or DEFAULT_FILE))
         try:
             path.open("a").close()
         except OSError as exc:
@@ -61,19 +62,19 @@ def setup_logging_from_config(config: LoggingConfig | None = None) -> None:
 def get_logging_dict_config(config: LoggingConfig) -> dict[str, Any]:
     """Return a config in the form of ``logging.config.dictConfig``, to build on. It changes nothing.
 
-    The log file's folder must exist when the result is used: `create_log_file_path` makes it.
+    The log file's folder must exist when the result is used: `create_log_file_path` makes it. Levels are given by name.
 
     Raises:
         ConfigurationError: The file would be outside of `log_dir`, or JSON is asked for and not installed.
     """
     handlers: dict[str, Any] = {}
     if config.enable_console:
-        handlers["console"] = {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}
-    if config.enable_file and config.log_file is not None:
+        handlers["console"] = {"class": "logging.StreamHandler", "formatter": "default", "stream": "ext://sys.stderr"}
+    if config.enable_file:
         handlers["file"] = {
             "class": "logging.handlers.RotatingFileHandler",
-            "formatter": "line",
-            "filename": str(_inside(config.log_file, config.log_dir)),
+            "formatter": "default",
+            "filename": str(_path(config.log_dir, config.log_file or DEFAULT_FILE)),
             "maxBytes": config.max_bytes,
             "backupCount": config.backup_count,
             "encoding": config.encoding,
@@ -84,12 +85,12 @@ def get_logging_dict_config(config: LoggingConfig) -> dict[str, Any]:
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {"line": _formatter(config)},
+        "formatters": {"default": _formatter(config)},
         "handlers": handlers,
-        "root": {"level": level_number(config.level), "handlers": names},
+        "root": {"level": _named(config.level), "handlers": names},
         "loggers": {
             name: {
-                "level": level_number(level),
+                "level": _named(level),
                 "propagate": config.propagate,
                 "handlers": [] if config.propagate else names,
             }
@@ -109,29 +110,31 @@ def set_logger_level(name: str, level: Level) -> None:
     Raises:
         ConfigurationError: It is no level; the text says what would be one.
     """
-    try:
-        logging.getLogger(name).setLevel(level_number(level))
-    except ValueError as exc:
-        raise ConfigurationError(f"the level of logger {name!r} must be {exc}, not {level!r}") from None
+    logging.getLogger(name).setLevel(level_number(level, f"logger {name!r}"))
 
 
-def get_logger_level(name: str = CORE_LOGGER) -> int:
-    """Return the number of the level that holds for a logger: its own, or that of the nearest logger above."""
-    return logging.getLogger(name).getEffectiveLevel()
+def get_logger_level(name: str = CORE_LOGGER) -> str:
+    """Return the name of the level that holds for a logger: its own, or that of the nearest logger above.
+
+    A number that is no level's is named as logging names it: ``Level 15``.
+    """
+    return logging.getLevelName(logging.getLogger(name).getEffectiveLevel())
 
 
-def create_log_file_path(log_file: str, log_dir: str | None = None) -> Path:
-    """Return the absolute path of a log file, and make the folder it is in.
+def create_log_file_path(log_dir: str, log_file: str = DEFAULT_FILE) -> str:
+    """Return the path of a log file in a folder, and make the folder.
 
     Args:
-        log_file: The file. With `log_dir` it is relative to that, and may not lead out of it: not by ``..``, not as an
-            absolute path, not through a symbolic link.
-        log_dir: The folder; None: `log_file` is taken as it is.
+        log_dir: The folder.
+        log_file: The file in it. It may not lead out: not by ``..``, not as an absolute path, not through a symbolic link.
 
     Raises:
         ConfigurationError: The path leads out of `log_dir`, names no file, or its folder cannot be made.
     """
-    path = _inside(log_file, log_dir)
+    return str(_make_folder(_path(log_dir, log_file)))
+
+
+def _make_folder(path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
@@ -191,16 +194,20 @@ def _formatter(config: LoggingConfig) -> dict[str, Any]:
     return {"()": f"{_JSON_MODULE}.JsonFormatter", "fmt": config.format, "datefmt": config.date_format}
 
 
-def _inside(log_file: str, log_dir: str | None) -> Path:
-    folder = None if log_dir is None else Path(log_dir)
+def _named(level: Level) -> Level:
+    return level_name(level_number(level, "logging"))
+
+
+def _path(log_dir: str | None, log_file: str) -> Path:
+    path = Path(log_dir or "", os.path.normpath(log_file))
     try:
-        path = Path(log_file).resolve() if folder is None else (folder / log_file).resolve()
-        outside = folder is not None and folder.resolve() not in path.parents
+        outside = log_dir is not None and Path(log_dir).resolve() not in path.resolve().parents
+        folder = not log_file or log_file.endswith("/") or path.is_dir()
     except (ValueError, OSError, RuntimeError) as exc:
         # A null character, a loop of links, a folder that may not be read.
         raise ConfigurationError(f"the log file {log_file!r} is not a usable path: {exc}") from exc
     if outside:
         raise ConfigurationError(f"the log file must stay inside {log_dir!r}, and {log_file!r} leads out of it")
-    if not log_file or log_file.endswith("/") or path.is_dir():
+    if folder:
         raise ConfigurationError(f"the log file must name a file, and {log_file!r} names a folder")
     return path
