@@ -32,7 +32,7 @@ contract: environment brokers ## Run the contract suite alone, on all brokers or
 	$(RUN) pytest $(SUITE) $(CONTRACTS) $(ARGS)
 
 containers: environment ## Run the contract suite on brokers in containers, the images built here where no registry answers.
-	scripts/ci/offline-images $(sort $(filter $(BROKERS) sqs-moto,$(CONTRACT:-plain=)))
+	scripts/ci/offline-images $(sort $(filter $(BROKERS) sqs-moto,$(CONTRACT)))
 	ABE_TEST_SERVICES=containers $(RUN) pytest $(SUITE) $(CONTRACTS) $(ARGS)
 
 check: lock lint format imports mypy pyright workflows ## Lint, type-check, and hold the lock file and the layers to their rules.

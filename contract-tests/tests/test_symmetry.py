@@ -30,7 +30,7 @@ HEADINGS = ["Install", "Thirty seconds", "Settings", "Guarantees", "Topology", "
 EXTRA: dict[str, dict[str, str]] = {
     "rabbitmq": {
         "_browser": "AMQP has no way to look into a queue but to take its messages and give them back",
-        "_channel": "the channel's face, and how it is on the plain client, without the tap",
+        "_channel": "publishing, deliveries and settlements are frames of ours, past the client",
         "_groups": "exchanges, queues and bindings are made and changed one by one",
         "_ladder": "a delay is a walk through queues",
         "_properties": "AMQP's table of headers, with its types kept",
@@ -38,7 +38,7 @@ EXTRA: dict[str, dict[str, str]] = {
         "_registry": "AMQP lists neither queues nor bindings: the groups are kept in a message, under a lock",
         "_tap": "frames that are many go past the client",
         "conftest": "a node to share, and private ones to hurt",
-        "test_channel": "both kinds of channel keep the same promises",
+        "test_channel": "what a channel promises, on a real node",
         "test_connection": "getting in: TLS, users and rights, several addresses, a broker that is short of memory",
         "test_faults": "what is left of a message when this broker's connections and nodes break",
         "test_interop": "messages of plain clients, and ours read by them",

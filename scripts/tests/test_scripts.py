@@ -162,7 +162,7 @@ class TestMake:
         assert "--contract redis --contract rabbitmq --contract sqs-moto" in plan
 
     def test_containers_builds_what_is_asked_for(self) -> None:
-        plan = self.plan("containers", "CONTRACT=rabbitmq-plain")
+        plan = self.plan("containers", "CONTRACT=rabbitmq")
         assert "scripts/ci/offline-images rabbitmq\n" in plan
 
 

@@ -25,20 +25,18 @@ PROCESSES = {"ABE_TEST_SERVICES": "processes"}
 class Lab:
     """A namespace of its own on a node: transports and backends in it, and a look at it with aio-pika."""
 
-    def __init__(self, url: str, stack: AsyncExitStack, *, tap: bool) -> None:
+    def __init__(self, url: str, stack: AsyncExitStack) -> None:
         self.url = url
         self.namespace = f"test-{uuid4().hex[:12]}"
         self.names = Topology(self.namespace)
         self.groups: set[str] = set()
-        self._tap = tap
         self._stack = stack
         self._serial = itertools.count()
         self._pika: Any = None
 
     def settings(self, **changes: Any) -> RabbitMQSettings:
-        return RabbitMQSettings(
-            **{"url": self.url, "namespace": self.namespace, "publish_timeout": 5.0, "tap": self._tap} | changes
-        )
+        defaults: dict[str, Any] = {"url": self.url, "namespace": self.namespace, "publish_timeout": 5.0}
+        return RabbitMQSettings(**defaults | changes)
 
     async def transport(self, **changes: Any) -> RabbitMQTransport:
         transport = RabbitMQTransport(self.settings(**changes))
@@ -127,23 +125,14 @@ def node() -> Iterator[ProcessService]:
 async def lab_at() -> AsyncIterator[Callable[..., Lab]]:
     """Make a namespace on any node. Nobody cleans it up."""
     async with AsyncExitStack() as stack:
-        yield lambda url, *, tap=True: Lab(url, stack, tap=tap)
-
-
-@pytest.fixture(params=["tap", "plain"])
-async def lab(request: pytest.FixtureRequest, node: ProcessService) -> AsyncIterator[Lab]:
-    """A namespace on the shared node; the test runs with the tap and without."""
-    async with AsyncExitStack() as stack:
-        lab = Lab(node.url, stack, tap=request.param == "tap")
-        stack.push_async_callback(lab.clean)
-        yield lab
+        yield lambda url: Lab(url, stack)
 
 
 @pytest.fixture
-async def one_lab(node: ProcessService) -> AsyncIterator[Lab]:
-    """The same, with the tap alone."""
+async def lab(node: ProcessService) -> AsyncIterator[Lab]:
+    """A namespace on the shared node."""
     async with AsyncExitStack() as stack:
-        lab = Lab(node.url, stack, tap=True)
+        lab = Lab(node.url, stack)
         stack.push_async_callback(lab.clean)
         yield lab
 

@@ -1,4 +1,4 @@
-"""What a channel promises, with the tap and on plain aiormq, on a real node."""
+"""What a channel promises, on a real node."""
 
 import asyncio
 import itertools
@@ -16,9 +16,8 @@ from yarl import URL
 from abe.backends.message_queue.base import Delivery, Envelope
 from abe.errors import BackendConnectionError, BackpressureError, PublishUnknownError, UnroutableError
 from abe_backend_rabbitmq import RabbitMQSettings, _wire
-from abe_backend_rabbitmq._channel import Opened, Outgoing, PlainChannel
+from abe_backend_rabbitmq._channel import Channel, Outgoing
 from abe_backend_rabbitmq._connection import Connection
-from abe_backend_rabbitmq._tap import TapChannel
 from abe_backend_rabbitmq._wire import Header
 from abe_contract_tests.services._process import ProcessService
 
@@ -29,20 +28,15 @@ Connect = Callable[..., Awaitable[Connection]]
 Until = Callable[..., Awaitable[None]]
 
 
-@pytest.fixture(params=["tap", "plain"])
-def tapped(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param == "tap")
-
-
 @pytest.fixture
-async def connect(node: ProcessService, tapped: bool) -> AsyncIterator[Connect]:
+async def connect(node: ProcessService) -> AsyncIterator[Connect]:
     """Connect to the shared node, or to a proxy before it."""
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     async with AsyncExitStack() as stack:
 
-        async def make(url: str = "", *, heartbeat: float = 20.0, tap: bool = tapped) -> Connection:
+        async def make(url: str = "", *, heartbeat: float = 20.0) -> Connection:
             url = url or node.url
-            connection = Connection(RabbitMQSettings(url=url, heartbeat=heartbeat, tap=tap), url, "test")
+            connection = Connection(RabbitMQSettings(url=url, heartbeat=heartbeat), url, "test")
             await connection.open()
             stack.push_async_callback(connection.close)
             return connection
@@ -134,7 +128,7 @@ class Proxy:
 class Inbox:
     """Holds what a channel delivers."""
 
-    def __init__(self, channel: Opened) -> None:
+    def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.got: list[tuple[int, Header, bytes, bool]] = []
 
@@ -247,7 +241,7 @@ async def test_traffic_of_every_kind_on_one_connection(connect: Connect, queue: 
 
 @pytest.mark.parametrize("longest", [9, 3000])
 async def test_traffic_of_every_kind_in_small_pieces(
-    connect: Connect, node: ProcessService, queue: str, until: Until, longest: int, tapped: bool
+    connect: Connect, node: ProcessService, queue: str, until: Until, longest: int
 ) -> None:
     rnd = random.Random(3)
     async with Proxy(node.url).serve() as proxy:
@@ -255,10 +249,6 @@ async def test_traffic_of_every_kind_in_small_pieces(
         proxy.piece = lambda: rnd.randrange(1, longest + 1)
         await mixed(connection, queue, until, 600 if longest > 100 else 150)
         await connection.close()
-
-
-async def test_a_channel_is_what_was_asked_for(connect: Connect, tapped: bool) -> None:
-    assert isinstance(await (await connect()).channel(), TapChannel if tapped else PlainChannel)
 
 
 async def test_a_consumer_that_the_broker_cancels_is_told(connect: Connect, until: Until) -> None:
@@ -381,7 +371,7 @@ async def test_a_broker_that_falls_silent_is_given_up(
 
 
 async def test_a_busy_connection_is_not_taken_for_a_silent_one(connect: Connect, queue: str) -> None:
-    """aiormq gives up after 6 s without a frame. With the tap it sees none of these confirms."""
+    """aiormq gives up after 6 s without a frame. It sees none of these confirms."""
     connection = await connect(heartbeat=1)
     channel = await connection.channel()
     loop = asyncio.get_running_loop()
@@ -451,17 +441,6 @@ async def test_messages_of_one_id_have_each_their_own_outcome(connect: Connect, 
     batch = [one, one._replace(key="nowhere"), one, one._replace(key="elsewhere"), one._replace(key="nowhere")]
     outcomes = await channel.publish(batch)
     assert kinds(outcomes, 5) == [None, UnroutableError, None, UnroutableError, UnroutableError]
-
-
-async def test_both_kinds_of_channel_write_the_same_bytes(connect: Connect, queue: str, until: Until) -> None:
-    connection, other = await connect(), await connect(tap=True)
-    reader, writer = await other.channel(), await connection.channel()
-    inbox = Inbox(reader)
-    await reader.consume(queue, 10, inbox)
-    message = outgoing(queue, headers={"a": "b", "x-death": "c"})
-    assert not await writer.publish([message])
-    await until(lambda: inbox.got)
-    assert inbox.got[0][1].properties == message.properties
 
 
 async def test_settlements_do_not_wait_for_ever_for_a_connection_that_is_gone(

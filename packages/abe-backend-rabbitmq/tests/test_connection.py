@@ -72,14 +72,14 @@ def shell(node: Service) -> Iterator[RabbitMQShell]:
 
 
 @pytest.fixture
-async def user(shell: RabbitMQShell, one_lab: Any) -> AsyncIterator[Callable[..., Awaitable[str]]]:
+async def user(shell: RabbitMQShell, lab: Any) -> AsyncIterator[Callable[..., Awaitable[str]]]:
     """Give the test's user rights, and return its address. ``NS`` stands for what the namespace's names begin with."""
-    name = f"app-{one_lab.namespace}"
+    name = f"app-{lab.namespace}"
 
     async def grant(configure: str = ".*", write: str = ".*", read: str = ".*") -> str:
-        rights = [right.replace("NS", f"abe:{one_lab.namespace}") for right in (configure, write, read)]
+        rights = [right.replace("NS", f"abe:{lab.namespace}") for right in (configure, write, read)]
         await shell.add_user(name, SECRET, configure=rights[0], write=rights[1], read=rights[2])
-        return f"amqp://{name}:{SECRET}@{one_lab.url.rpartition('@')[2]}"
+        return f"amqp://{name}:{SECRET}@{lab.url.rpartition('@')[2]}"
 
     yield grant
     await shell.delete_user(name)
@@ -190,8 +190,8 @@ class TestConnections:
             while await shell.connections() > before:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
-    async def test_who_waits_for_a_connection_may_leave(self, one_lab: Any) -> None:
-        backend = RabbitMQBackend(one_lab.settings(url="amqp://127.0.0.1:1"))
+    async def test_who_waits_for_a_connection_may_leave(self, lab: Any) -> None:
+        backend = RabbitMQBackend(lab.settings(url="amqp://127.0.0.1:1"))
         for turns in range(6):
             pinging = asyncio.create_task(backend.ping())
             for _ in range(turns):
@@ -212,9 +212,9 @@ class TestConnections:
                 await asking
         await backend.stats("g")
 
-    async def test_closing_while_it_connects_ends_all_who_wait(self, one_lab: Any) -> None:
+    async def test_closing_while_it_connects_ends_all_who_wait(self, lab: Any) -> None:
         async with mute() as port:
-            backend = RabbitMQBackend(one_lab.settings(url=f"amqp://127.0.0.1:{port}", close_timeout=0.2))
+            backend = RabbitMQBackend(lab.settings(url=f"amqp://127.0.0.1:{port}", close_timeout=0.2))
             waiting = [asyncio.create_task(call) for call in (backend.ping(), backend.publish("k", {}))]
             await asyncio.sleep(0)
             async with asyncio.timeout(3):
@@ -293,11 +293,11 @@ class TestRequests:
             await caller
         failing.set()
 
-    async def test_a_preparation_that_hangs_is_given_up(self, one_lab: Any) -> None:
+    async def test_a_preparation_that_hangs_is_given_up(self, lab: Any) -> None:
         async def prepare(_: Connection) -> None:
             await asyncio.Event().wait()
 
-        link = Link(one_lab.settings(connect_timeout=0.2, publish_timeout=0.2), "test", prepare)
+        link = Link(lab.settings(connect_timeout=0.2, publish_timeout=0.2), "test", prepare)
         async with asyncio.timeout(3):
             with pytest.raises(BackendConnectionError, match=r"could not be made ready within 0\.4 s"):
                 await link.get()
@@ -314,11 +314,10 @@ class TestAddresses:
         await backend.disconnect()
 
     @pytest.mark.parametrize("scheme", ["amqp", "amqps"])
-    @pytest.mark.parametrize("tap", [True, False])
-    async def test_who_accepts_and_says_nothing_is_given_up(self, scheme: str, tap: bool) -> None:
+    async def test_who_accepts_and_says_nothing_is_given_up(self, scheme: str) -> None:
         async with mute() as port:
             settings = RabbitMQSettings(
-                url=f"{scheme}://app:{SECRET}@127.0.0.1:{port}", connect_timeout=0.2, publish_timeout=2.0, tap=tap
+                url=f"{scheme}://app:{SECRET}@127.0.0.1:{port}", connect_timeout=0.2, publish_timeout=2.0
             )
             backend = RabbitMQBackend(settings)
             async with asyncio.timeout(1.5):
@@ -359,10 +358,10 @@ class TestAddresses:
         server.close()
         await server.wait_closed()
 
-    async def test_several_addresses_are_tried_in_turn(self, one_lab: Any, log: io.StringIO) -> None:
+    async def test_several_addresses_are_tried_in_turn(self, lab: Any, log: io.StringIO) -> None:
         async with mute() as port:
-            urls = f"amqp://127.0.0.1:1, amqp://127.0.0.1:{port}, {one_lab.url}"
-            backend = RabbitMQBackend(one_lab.settings(url=urls, connect_timeout=0.3))
+            urls = f"amqp://127.0.0.1:1, amqp://127.0.0.1:{port}, {lab.url}"
+            backend = RabbitMQBackend(lab.settings(url=urls, connect_timeout=0.3))
             async with asyncio.timeout(5):
                 await round_trip(backend)
                 await backend.disconnect()
@@ -454,13 +453,10 @@ def secure(served: TlsFiles) -> Iterator[Service]:
 
 
 class TestTls:
-    @pytest.mark.parametrize("tap", [True, False])
     async def test_certificates_that_hold_on_both_sides(
-        self, secure: Service, served: TlsFiles, ours: dict[str, str], tap: bool
+        self, secure: Service, served: TlsFiles, ours: dict[str, str]
     ) -> None:
-        settings = RabbitMQSettings(
-            url=secure.url, ca_file=str(served.authority), namespace=f"tls-{tap}", tap=tap, **ours
-        )
+        settings = RabbitMQSettings(url=secure.url, ca_file=str(served.authority), **ours)
         async with RabbitMQBackend(settings) as backend:
             await round_trip(backend)
             await backend.declare("g")
@@ -562,47 +558,45 @@ class TestTls:
 
 class TestLogin:
     @pytest.mark.parametrize("login", [f"guest:{SECRET}", f"nobody:{SECRET}"])
-    async def test_a_wrong_password_is_told_at_once_and_not_shown(
-        self, one_lab: Any, log: io.StringIO, login: str
-    ) -> None:
-        url = f"amqp://{login}@{one_lab.url.rpartition('@')[2]}"
-        error = await refusal(PermissionDeniedError, url=url, namespace=one_lab.namespace)
+    async def test_a_wrong_password_is_told_at_once_and_not_shown(self, lab: Any, log: io.StringIO, login: str) -> None:
+        url = f"amqp://{login}@{lab.url.rpartition('@')[2]}"
+        error = await refusal(PermissionDeniedError, url=url, namespace=lab.namespace)
         assert "check the user" in str(error)
         assert SECRET not in log.getvalue()
 
-    async def test_a_password_may_hold_any_character(self, one_lab: Any, shell: RabbitMQShell) -> None:
-        name, password = f"odd-{one_lab.namespace}", "p@ss/w:rd%+ é?#,"
+    async def test_a_password_may_hold_any_character(self, lab: Any, shell: RabbitMQShell) -> None:
+        name, password = f"odd-{lab.namespace}", "p@ss/w:rd%+ é?#,"
         await shell.add_user(name, password)
-        host, port = one_lab.url.rpartition("@")[2].strip("/").split(":")
-        settings = one_lab.settings(url=None, host=host, port=int(port), username=name, password=password)
+        host, port = lab.url.rpartition("@")[2].strip("/").split(":")
+        settings = lab.settings(url=None, host=host, port=int(port), username=name, password=password)
         async with RabbitMQBackend(settings) as backend:
             await backend.ping()
         await shell.delete_user(name)
 
-    async def test_a_vhost_that_is_missing_is_named(self, one_lab: Any) -> None:
-        error = await refusal(ConfigurationError, url=f"{one_lab.url}nowhere")
+    async def test_a_vhost_that_is_missing_is_named(self, lab: Any) -> None:
+        error = await refusal(ConfigurationError, url=f"{lab.url}nowhere")
         assert "vhost nowhere not found" in str(error)
         assert "MESSAGE_QUEUE_VHOST" in str(error)
 
     async def test_a_vhost_that_the_user_may_not_enter(
-        self, one_lab: Any, user: Callable[..., Awaitable[str]], shell: RabbitMQShell
+        self, lab: Any, user: Callable[..., Awaitable[str]], shell: RabbitMQShell
     ) -> None:
         url = await user()
         await shell.evaluate(
-            f'rabbit_auth_backend_internal:clear_permissions(<<"app-{one_lab.namespace}">>, <<"/">>, <<"abe">>).'
+            f'rabbit_auth_backend_internal:clear_permissions(<<"app-{lab.namespace}">>, <<"/">>, <<"abe">>).'
         )
         error = await refusal(PermissionDeniedError, url=url)
         assert "access to vhost '/' refused" in str(error)
 
     async def test_a_limit_of_connections_may_end(
-        self, one_lab: Any, user: Callable[..., Awaitable[str]], shell: RabbitMQShell
+        self, lab: Any, user: Callable[..., Awaitable[str]], shell: RabbitMQShell
     ) -> None:
         url = await user()
-        name = f'<<"app-{one_lab.namespace}">>'
+        name = f'<<"app-{lab.namespace}">>'
         await shell.evaluate(
             f'rabbit_auth_backend_internal:set_user_limits({name}, #{{<<"max-connections">> => 0}}, <<"abe">>).'
         )
-        backend = RabbitMQBackend(one_lab.settings(url=url))
+        backend = RabbitMQBackend(lab.settings(url=url))
         with pytest.raises(BackendConnectionError, match="limit"):
             await backend.connect()
         await backend.disconnect()
@@ -617,25 +611,25 @@ class TestRights:
         return configure, write, read
 
     async def test_the_documented_user_can_do_everything(
-        self, one_lab: Any, user: Callable[..., Awaitable[str]], caplog: pytest.LogCaptureFixture
+        self, lab: Any, user: Callable[..., Awaitable[str]], caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level(logging.WARNING)
-        await round_trip(await one_lab.backend(url=await user(*self.documented(0))))
+        await round_trip(await lab.backend(url=await user(*self.documented(0))))
         assert caplog.messages == []
 
     async def test_the_documented_user_can_do_everything_on_an_exchange_of_its_own(
-        self, one_lab: Any, user: Callable[..., Awaitable[str]], shell: RabbitMQShell
+        self, lab: Any, user: Callable[..., Awaitable[str]], shell: RabbitMQShell
     ) -> None:
-        exchange = f"shop-{one_lab.namespace}"
+        exchange = f"shop-{lab.namespace}"
         rights = [f"({right})|^{exchange}$" for right in self.documented(0)]
-        await round_trip(await one_lab.backend(url=await user(*rights), exchange=exchange))
+        await round_trip(await lab.backend(url=await user(*rights), exchange=exchange))
         await shell.delete(exchange)
 
     async def test_the_documented_publisher_can_publish_and_nothing_else(
-        self, one_lab: Any, user: Callable[..., Awaitable[str]]
+        self, lab: Any, user: Callable[..., Awaitable[str]]
     ) -> None:
-        owner = await one_lab.backend(groups=("g",))
-        publisher = await one_lab.backend(url=await user(*self.documented(1)))
+        owner = await lab.backend(groups=("g",))
+        publisher = await lab.backend(url=await user(*self.documented(1)))
         await publisher.publish("k", {"n": 1})
         for call in (publisher.publish("k", {}, delay=1.0), publisher.declare("h"), publisher.dead_letters("g").list()):
             with pytest.raises(PermissionDeniedError):

@@ -78,13 +78,8 @@ async def nothing_unretrieved() -> AsyncIterator[None]:
     assert complaints == []
 
 
-@pytest.fixture(params=["tap", "plain"])
-async def lab(request: pytest.FixtureRequest, victim: ProcessService, lab_at: Any) -> Any:
-    return lab_at(victim.url, tap=request.param == "tap")
-
-
 @pytest.fixture
-async def one_lab(victim: ProcessService, lab_at: Any) -> Any:
+async def lab(victim: ProcessService, lab_at: Any) -> Any:
     return lab_at(victim.url)
 
 
@@ -199,8 +194,8 @@ class TestClosedConnections:
                     await message.ack()
                     done.add(message["n"])
 
-    async def test_the_address_that_lives_is_found_again(self, one_lab: Any, shell: RabbitMQShell) -> None:
-        backend = await one_lab.backend(url=f"amqp://127.0.0.1:1,{one_lab.url}", groups=("g",))
+    async def test_the_address_that_lives_is_found_again(self, lab: Any, shell: RabbitMQShell) -> None:
+        backend = await lab.backend(url=f"amqp://127.0.0.1:1,{lab.url}", groups=("g",))
         for number in range(3):
             await backend.publish("k", {"n": number})
             assert await shell.close_connections("abe-publish") == 1
@@ -231,10 +226,8 @@ class TestRestartedNode:
         backend = await lab.backend(groups=("g",))
         await Traffic(backend, backend).run(restart, within=90)
 
-    async def test_what_waits_outlives_the_node(
-        self, one_lab: Any, victim: ProcessService, shell: RabbitMQShell
-    ) -> None:
-        backend = await one_lab.backend(groups=("g",), publish_timeout=30.0)
+    async def test_what_waits_outlives_the_node(self, lab: Any, victim: ProcessService, shell: RabbitMQShell) -> None:
+        backend = await lab.backend(groups=("g",), publish_timeout=30.0)
         await asyncio.gather(*(backend.publish("k", {"n": n}) for n in range(100)))
         await killed(victim, shell)
         started = asyncio.create_task(asyncio.to_thread(victim.start))
@@ -503,10 +496,10 @@ class TestDeletedUnderneath:
             assert [(await anext(subscription))["n"] for _ in range(3)] == [1, 2, 3]
 
     @pytest.mark.parametrize("name", ["later", "delay"])
-    async def test_the_exchanges_of_delays_come_back(self, one_lab: Any, name: str) -> None:
-        backend = await one_lab.backend(groups=("g",), publish_timeout=1.0)
+    async def test_the_exchanges_of_delays_come_back(self, lab: Any, name: str) -> None:
+        backend = await lab.backend(groups=("g",), publish_timeout=1.0)
         await backend.publish("k", {"n": 1}, delay=0.1)
-        await (await one_lab.pika()).exchange_delete(getattr(one_lab.names, name))
+        await (await lab.pika()).exchange_delete(getattr(lab.names, name))
         await backend.publish("k", {"n": 2}, delay=0.1)
         async with backend.consume(group="g") as subscription, asyncio.timeout(10):
             while (await anext(subscription))["n"] != 2:
@@ -517,11 +510,11 @@ class TestLockHolder:
     """A process that holds the lock of a namespace, and dies."""
 
     @pytest.fixture
-    async def hold(self, one_lab: Any) -> AsyncIterator[Callable[..., Awaitable[asyncio.subprocess.Process]]]:
+    async def hold(self, lab: Any) -> AsyncIterator[Callable[..., Awaitable[asyncio.subprocess.Process]]]:
         processes: list[asyncio.subprocess.Process] = []
 
         async def hold(dead: str = "") -> asyncio.subprocess.Process:
-            arguments = json.dumps([one_lab.url + "?heartbeat=1", one_lab.names.lock, dead])
+            arguments = json.dumps([lab.url + "?heartbeat=1", lab.names.lock, dead])
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-c", HOLDER, arguments, stdout=asyncio.subprocess.PIPE
             )
@@ -536,8 +529,8 @@ class TestLockHolder:
                 process.kill()
             await process.wait()
 
-    async def test_a_killed_one_frees_it_at_once(self, one_lab: Any, hold: Any) -> None:
-        backend = await one_lab.backend(groups=("g",))
+    async def test_a_killed_one_frees_it_at_once(self, lab: Any, hold: Any) -> None:
+        backend = await lab.backend(groups=("g",))
         process = await hold()
         declaring = asyncio.create_task(backend.declare("h"))
         await asyncio.wait([declaring], timeout=0.3)
@@ -546,8 +539,8 @@ class TestLockHolder:
         async with asyncio.timeout(3):
             await declaring
 
-    async def test_a_frozen_one_keeps_it_until_its_heartbeat_is_missed(self, one_lab: Any, hold: Any) -> None:
-        backend = await one_lab.backend(groups=("g",), publish_timeout=1.0)
+    async def test_a_frozen_one_keeps_it_until_its_heartbeat_is_missed(self, lab: Any, hold: Any) -> None:
+        backend = await lab.backend(groups=("g",), publish_timeout=1.0)
         process = await hold()
         os.kill(process.pid, signal.SIGSTOP)
         with pytest.raises(BackendConnectionError):
@@ -561,14 +554,14 @@ class TestLockHolder:
                     continue
                 break
 
-    async def test_dead_letters_in_its_hands_are_there_again(self, one_lab: Any, hold: Any) -> None:
-        backend = await one_lab.backend(groups=("g",))
+    async def test_dead_letters_in_its_hands_are_there_again(self, lab: Any, hold: Any) -> None:
+        backend = await lab.backend(groups=("g",))
         for number in range(5):
             await backend.publish("k", {"n": number})
         async with backend.consume(group="g") as subscription, asyncio.timeout(10):
             for _ in range(5):
                 await (await subscription.receive()).reject("no")
-        process = await hold(one_lab.names.dead("g"))
+        process = await hold(lab.names.dead("g"))
         listing = asyncio.create_task(backend.dead_letters("g").list())
         await asyncio.wait([listing], timeout=0.3)
         assert not listing.done()

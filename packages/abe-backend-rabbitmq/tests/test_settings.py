@@ -44,12 +44,11 @@ def test_every_setting_has_its_variable() -> None:
             "RABBITMQ_KEY_FILE": "/app.key",
             "RABBITMQ_HEARTBEAT_SECONDS": "7",
             "RABBITMQ_CONNECT_TIMEOUT_SECONDS": "2.5",
-            "RABBITMQ_TAP": "false",
             "QUEUE_NAMESPACE": "shop",
         }
     )
     assert (settings.ca_file, settings.certificate_file, settings.key_file) == ("/ca.pem", "/app.pem", "/app.key")
-    assert (settings.heartbeat, settings.connect_timeout, settings.tap) == (7.0, 2.5, False)
+    assert (settings.heartbeat, settings.connect_timeout) == (7.0, 2.5)
     assert settings.namespace == "shop"
 
 

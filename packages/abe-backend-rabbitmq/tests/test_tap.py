@@ -18,8 +18,8 @@ from pamqp.header import ContentHeader
 from abe.backends.message_queue.base import Delivery, Envelope
 from abe.errors import AbeError, BackendConnectionError, BackpressureError, PublishUnknownError, UnroutableError
 from abe_backend_rabbitmq import _wire
-from abe_backend_rabbitmq._channel import Outgoing
-from abe_backend_rabbitmq._tap import Tap, TapChannel, _Writer
+from abe_backend_rabbitmq._channel import Channel, Outgoing
+from abe_backend_rabbitmq._tap import Tap, _Writer
 
 FRAME_MAX = 4096
 unhurried = settings(deadline=None)
@@ -70,8 +70,8 @@ class Line:
         self.writer = _Writer(self.transport, self.tap, self.reader, self.loop)
         self.writer.tap = self.tap
 
-    def open(self, number: int, frame_max: int = FRAME_MAX) -> TapChannel:
-        channel = TapChannel(self.tap, cast("Any", Native(number)), frame_max)
+    def open(self, number: int, frame_max: int = FRAME_MAX) -> Channel:
+        channel = Channel(self.tap, cast("Any", Native(number)), frame_max)
 
         def deliver(tag: int, header: _wire.Header, body: bytes, redelivered: bool) -> None:
             channel.held[tag] = Delivery(tag, body, header, 1), header

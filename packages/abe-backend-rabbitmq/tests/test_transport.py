@@ -1,4 +1,4 @@
-"""The primitives, with the tap and without."""
+"""The primitives."""
 
 import asyncio
 import itertools
@@ -100,7 +100,7 @@ class TestPublishing:
         received = await collect(receiver, 900)
         assert [receiver.metadata(delivery).id for delivery in received] == [envelope.id for envelope in sent]
 
-    async def test_patterns_mean_the_same_to_rabbitmq_as_to_us(self, one_lab: Any) -> None:
+    async def test_patterns_mean_the_same_to_rabbitmq_as_to_us(self, lab: Any) -> None:
         words = ["a", "b", "", "*", "#"]
         keys = [
             ".".join(key)
@@ -114,11 +114,11 @@ class TestPublishing:
             for pattern in itertools.product(words, repeat=size)
             if pattern != ("",)
         ]
-        transport = await one_lab.transport()
+        transport = await lab.transport()
         await transport.declare("g", ("nothing",))
         for pattern in patterns[:: max(1, len(patterns) // 30)]:
             await transport.declare("g", (pattern,))
-            outcomes = await transport.send([one_lab.envelope(key) for key in keys]) or [None] * len(keys)
+            outcomes = await transport.send([lab.envelope(key) for key in keys]) or [None] * len(keys)
             wanted = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome is None]
             assert wanted == [key for key in keys if matches(pattern, key)], pattern
 
@@ -621,10 +621,10 @@ class TestRegistry:
             assert number == 0 or not patterns or (not outcome) is wanted
             await other.close()
 
-    async def test_reading_it_often_does_not_wear_it_out(self, one_lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_reading_it_often_does_not_wear_it_out(self, lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("abe_backend_rabbitmq._registry._TOO_OFTEN", 3)
-        transport = await one_lab.transport()
+        transport = await lab.transport()
         await transport.declare("g", ("a",))
         for _ in range(12):
             assert await transport.groups() == {"g": ("a",)}
-        assert await one_lab.waiting(one_lab.names.registry) == 1
+        assert await lab.waiting(lab.names.registry) == 1

@@ -70,16 +70,6 @@ class RabbitMQHarness(Harness):
         return self.service.version
 
 
-class PlainRabbitMQHarness(RabbitMQHarness):
-    """The same by aiormq alone, without the tap."""
-
-    name: ClassVar[str] = "rabbitmq-plain"
-    capacity: ClassVar[int] = 50_000
-
-    def environment(self, namespace: str, *, lease: float) -> Mapping[str, str]:
-        return {**super().environment(namespace, lease=lease), "RABBITMQ_TAP": "false"}
-
-
 class _RabbitMQOracle:
     """Counts by the node itself, and injects by aio-pika."""
 

@@ -11,7 +11,7 @@ from typing import Final, TypeAlias
 
 from abe.backends.message_queue.base import Delivery
 from abe.errors import BackendConnectionError
-from abe_backend_rabbitmq._channel import Opened
+from abe_backend_rabbitmq._channel import Channel
 from abe_backend_rabbitmq._connection import finished
 from abe_backend_rabbitmq._wire import Header
 
@@ -38,7 +38,7 @@ class Browser:
     """
 
     def __init__(
-        self, channel: Opened, queue: str, count: int, keep: Callable[[Header, bytes], bool], *, emptying: bool = False
+        self, channel: Channel, queue: str, count: int, keep: Callable[[Header, bytes], bool], *, emptying: bool = False
     ) -> None:
         self.removed = 0
         self._channel = channel

@@ -1,22 +1,37 @@
-"""A channel as the provider uses it, and how it is on plain aiormq."""
+"""An open channel: publishes with confirms, or consumes, past aiormq by the tap of its connection."""
 
 import asyncio
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, NamedTuple, TypeAlias
-from weakref import WeakValueDictionary
+import struct
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, TypeAlias
 
-import aiormq
-from aiormq.abc import AbstractChannel, DeliveredMessage
+from aiormq.abc import AbstractChannel
+from pamqp import commands
+from pamqp import frame as pamqp_frame
 
 from abe.backends.message_queue.base import Delivery
 from abe.errors import AbeError, BackendConnectionError, BackpressureError, UnroutableError
+from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._errors import unconfirmed
-from abe_backend_rabbitmq._properties import Raw, unparse
+from abe_backend_rabbitmq._tap import Tap
 from abe_backend_rabbitmq._wire import Header
 
 _log: Final = logging.getLogger("abe.rabbitmq")
+
+_U32: Final = struct.Struct(">I").unpack_from
+_U64: Final = struct.Struct(">Q").unpack_from
+_TAG: Final = struct.Struct(">QB").unpack_from
+_CONTENT: Final = struct.Struct(">IIQ").pack
+_SETTLE: Final = struct.Struct(">BHIIQBB").pack
+_SIZE: Final = struct.Struct(">I").pack
+
+_DELIVER, _RETURN, _ACKED, _NACKED = 0x3C003C, 0x3C0032, 0x3C0050, 0x3C0078
+_ACK, _REJECT = 0x3C0050, 0x3C005A
+_OPEN_OK, _CLOSE, _CLOSE_OK = 0x14000B, 0x140028, 0x140029
+_FRAME_END: Final = 0xCE
+_MOST_ROUTES: Final = 10_000
+_UNLIMITED: Final = 1 << 31
 
 
 class Outgoing(NamedTuple):
@@ -31,7 +46,7 @@ class Outgoing(NamedTuple):
 
 Pushed: TypeAlias = Callable[[int, Header, bytes, bool], None]
 """Called for each message that the broker pushes: its tag, what came with it, its body, whether it was delivered before. It puts the
-message into `Opened.held`. If it raises, the message goes back to its queue."""
+message into `Channel.held`. If it raises, the message goes back to its queue."""
 
 
 class Flight:
@@ -58,14 +73,19 @@ class Flight:
             self._future.set_result([failed.get(i) for i in range(len(self.messages))] if failed else ())
 
 
-class Opened(ABC):
+class Channel:
     """An open channel that publishes with confirms, or consumes. It ends with its connection and is never opened again.
 
+    What is written waits in the transport's buffer if the broker does not read; the bounds on what is unconfirmed bound that too.
+
     Args:
-        native: aiormq's.
+        tap: Of its connection.
+        native: aiormq's, opened without confirms: it keeps no count then.
+        frame_max: The longest frame; 0: any.
     """
 
-    def __init__(self, native: AbstractChannel) -> None:
+    def __init__(self, tap: Tap, native: AbstractChannel, frame_max: int) -> None:
+        assert tap.transport is not None
         self.native = native
         self.closed: str | None = None
         """Why the channel is gone."""
@@ -75,9 +95,22 @@ class Opened(ABC):
         """Called when the channel is gone. Must not raise."""
         self._deliver: Pushed | None = None
         self._oldest, self._newest = 1, 0
+        self._tap = tap
+        self._transport = tap.transport
+        self._write = tap.transport.write
+        self._loop = tap.loop
+        self._number = native.number
+        self._most = (frame_max or _UNLIMITED) - 8
+        self._two = native.number.to_bytes(2, "big")
+        self._kind, self._method, self._header, self._left = 0, b"", b"", 0
+        self._parts: list[bytes] = []
+        self._sent, self._low = 0, 1
+        self._pending: dict[int, Flight] = {}
+        self._returned: dict[tuple[str, str, str], int] = {}
+        self._routes: dict[tuple[str, str], bytes] = {}
+        tap.channels[self._number] = self
 
-    @abstractmethod
-    def publish(self, messages: Sequence[Outgoing]) -> "asyncio.Future[Sequence[AbeError | None]]":
+    def publish(self, messages: Sequence[Outgoing]) -> asyncio.Future[Sequence[AbeError | None]]:
         """Publish messages, in this order. The future's result is as of `Flight`; who is cancelled leaves alone.
 
         An outcome is `PublishUnknownError` if the channel went before that message's confirm came.
@@ -85,18 +118,53 @@ class Opened(ABC):
         Raises:
             BackendConnectionError: The channel is gone; nothing was sent.
         """
+        if self.closed is not None or self._transport.is_closing():
+            raise BackendConnectionError(self.closed or "the connection was lost")
+        future: asyncio.Future[Sequence[AbeError | None]] = self._loop.create_future()
+        tag = self._sent
+        flight = Flight(tag + 1, messages, future)
+        pending, routes, two, most = self._pending, self._routes, self._two, self._most
+        parts: list[bytes] = []
+        for exchange, key, properties, body, _ in messages:
+            prefix = routes.get((exchange, key)) or self._route(exchange, key)
+            size = len(body)
+            parts += (prefix, _CONTENT(12 + len(properties), 0x3C0000, size), properties, b"\xce")
+            if size <= most:
+                if size:
+                    parts += (b"\3", two, _SIZE(size), body, b"\xce")
+            else:
+                for start in range(0, size, most):
+                    piece = body[start : start + most]
+                    parts += (b"\3", two, _SIZE(len(piece)), piece, b"\xce")
+            tag += 1
+            pending[tag] = flight
+        self._sent = tag
+        self._write(b"".join(parts))
+        return future
 
-    @abstractmethod
     async def consume(self, queue: str, prefetch: int, deliver: Pushed) -> str:
         """Have the queue's messages pushed, so many unsettled ones at most (0: all). Return the consumer's tag."""
+        self._deliver = deliver  # first: messages may come in the same chunk as the reply
+        await self.native.basic_qos(prefetch_count=prefetch)
+        reply = await self.native.basic_consume(queue, _not_ours)
+        assert reply.consumer_tag is not None
+        return reply.consumer_tag
 
-    @abstractmethod
     async def ack(self, tags: Sequence[int]) -> None:
         """Acknowledge; tags that are not held are left out, as a tag that is settled twice costs the channel."""
+        singly, through = self._settled(tags)
+        if self.closed is not None or not (singly or through):
+            return
+        number = self._number
+        parts = [_SETTLE(1, number, 13, _ACK, tag, 0, _FRAME_END) for tag in singly]
+        if through:
+            parts.append(_SETTLE(1, number, 13, _ACK, through, 1, _FRAME_END))
+        self._write(b"".join(parts))
 
-    @abstractmethod
     async def requeue(self, tag: int) -> None:
         """Give a message back, to be delivered again at once; the broker counts it."""
+        if self.held.pop(tag, None) is not None and self.closed is None:
+            self._reject(tag)
 
     async def close(self) -> None:
         """Close the channel. What is held goes back to its queue; what is settled from now on comes too late.
@@ -107,14 +175,111 @@ class Opened(ABC):
         await self.native.close()
 
     def lose(self, reason: str) -> None:
-        """Tell everybody that the channel is gone, and with it every delivery."""
-        if self.closed is None:
-            self.closed = reason
-            for delivery, _ in self.held.values():
-                delivery.lost = True
-            self.held.clear()
-            if self.ended is not None:
-                self.ended()
+        """Tell everybody that the channel is gone, and with it every delivery.
+
+        All that was published is on its way: nobody knows how far it came.
+        """
+        if self.closed is not None:
+            return
+        self.closed = reason
+        pending, self._pending = self._pending, {}
+        unknown = unconfirmed(reason) if pending else None
+        for tag, flight in pending.items():
+            flight.settle(tag, unknown)
+        for delivery, _ in self.held.values():
+            delivery.lost = True
+        self.held.clear()
+        if self.ended is not None:
+            self.ended()
+
+    def take(self, kind: int, data: bytes, position: int, end: int) -> bool:
+        """Handle a frame, and return whether it was one of ours."""
+        if kind == 1:
+            method = _U32(data, position + 7)[0]
+            if method in (_DELIVER, _RETURN):
+                self._kind, self._method = method, data[position + 11 : end - 1]
+            elif method in (_ACKED, _NACKED):
+                tag, bits = _TAG(data, position + 11)
+                self._confirmed(tag, bits & 1, method == _NACKED)
+            else:
+                self._kind = 0
+                if method == _CLOSE:
+                    self.lose(f"the broker closed the channel: {_close_text(data[position:end])}")
+                elif method in (_CLOSE_OK, _OPEN_OK):  # the number is free for another channel, or is another's already
+                    self.lose("the channel was closed")
+                    del self._tap.channels[self._number]
+                return False
+            return True
+        if not self._kind:
+            return False  # the content of a method that is aiormq's
+        if kind == 2:
+            self._parts.clear()
+            self._left = _U64(data, position + 11)[0]
+            self._header = data[position + 19 : end - 1]
+            if not self._left:
+                self._content(b"")
+        elif kind == 3 and not self._parts and end - position - 8 == self._left:
+            self._content(data[position + 7 : end - 1])
+        elif kind == 3:
+            self._parts.append(data[position + 7 : end - 1])
+            self._left -= end - position - 8
+            if self._left <= 0:
+                body = b"".join(self._parts)
+                self._parts.clear()
+                self._content(body)
+        return True
+
+    def _content(self, body: bytes) -> None:
+        kind, self._kind = self._kind, 0
+        if self.closed is not None:
+            return
+        method = self._method
+        if kind == _RETURN:
+            at = 3 + method[2]  # after the code and its text
+            start, stop = at + 1, at + 1 + method[at]
+            exchange, key = str(method[start:stop], "utf-8", "replace"), str(method[stop + 1 :], "utf-8", "replace")
+            which = exchange, key, _wire.message_id(self._header)
+            self._returned[which] = self._returned.get(which, 0) + 1
+            return
+        at = 1 + method[0]  # after the consumer's tag
+        tag = _U64(method, at)[0]
+        start = at + 10
+        stop = start + method[at + 9]
+        exchange, key = str(method[start:stop], "utf-8", "replace"), str(method[stop + 1 :], "utf-8", "replace")
+        if not self._pushed(tag, Header(self._header, exchange, key), body, bool(method[at + 8])):
+            self._reject(tag)
+
+    def _confirmed(self, tag: int, multiple: int, nack: bool) -> None:
+        low = self._low
+        tags = range(low, tag + 1) if multiple else (tag,)  # each is walked over once, however many are outstanding
+        if multiple or tag == low:
+            self._low = max(low, tag + 1)
+        pending, returned = self._pending, self._returned
+        for each in tags:
+            flight = pending.pop(each, None)
+            if flight is None:
+                continue
+            error: AbeError | None = nacked() if nack else None
+            if returned and not nack:  # a return comes before its ack
+                exchange, key, _, _, id = flight.messages[each - flight.first]
+                times = returned.pop((exchange, key, id), 0)
+                if times:
+                    error = unroutable(key)
+                if times > 1:
+                    returned[exchange, key, id] = times - 1
+            flight.settle(each, error)
+        if returned and not pending:
+            returned.clear()
+
+    def _reject(self, tag: int) -> None:
+        self._write(_SETTLE(1, self._number, 13, _REJECT, tag, 1, _FRAME_END))
+
+    def _route(self, exchange: str, key: str) -> bytes:
+        if len(self._routes) >= _MOST_ROUTES:
+            self._routes.clear()
+        method = commands.Basic.Publish(exchange=exchange, routing_key=key, mandatory=True)
+        prefix = self._routes[exchange, key] = pamqp_frame.marshal(method, self._number) + b"\2" + self._two
+        return prefix
 
     def _pushed(self, tag: int, header: Header, body: bytes, redelivered: bool) -> bool:
         """Hand a delivery over; return whether it was taken."""
@@ -146,116 +311,6 @@ class Opened(ABC):
         return singly, through
 
 
-class PlainChannel(Opened):
-    """A channel on aiormq alone: several times slower, and without any assumption about its insides."""
-
-    def __init__(self, native: AbstractChannel) -> None:
-        super().__init__(native)
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._settling = asyncio.Lock()
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        declared: Any = native
-        self._closing: asyncio.Future[Any] = declared.closing
-        self._closing.add_done_callback(self._on_closing)
-
-    def publish(self, messages: Sequence[Outgoing]) -> "asyncio.Future[Sequence[AbeError | None]]":
-        """See `Opened.publish`."""
-        if self.closed is not None:
-            raise BackendConnectionError(self.closed)
-        task = asyncio.get_running_loop().create_task(self._publish(messages))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(_retrieved)
-        return task
-
-    async def consume(self, queue: str, prefetch: int, deliver: Pushed) -> str:
-        """See `Opened.consume`."""
-
-        async def pushed(message: DeliveredMessage) -> None:
-            method: Any = message.delivery
-            header = Header(unparse(message.header.properties), method.exchange, method.routing_key)
-            tag = method.delivery_tag
-            if self.closed is None and not self._pushed(tag, header, message.body, bool(method.redelivered)):
-                async with self._settling:
-                    await self._send(self.native.basic_reject(tag, requeue=True, wait=False))
-
-        self._deliver = deliver
-        await self.native.basic_qos(prefetch_count=prefetch)
-        reply = await self.native.basic_consume(queue, pushed)
-        assert reply.consumer_tag is not None
-        return reply.consumer_tag
-
-    async def ack(self, tags: Sequence[int]) -> None:
-        """See `Opened.ack`."""
-        async with self._settling:
-            singly, through = self._settled(tags)
-            for tag in singly:
-                await self._send(self.native.basic_ack(tag, wait=False))
-            if through:
-                await self._send(self.native.basic_ack(through, multiple=True, wait=False))
-
-    async def requeue(self, tag: int) -> None:
-        """See `Opened.requeue`."""
-        async with self._settling:
-            if self.held.pop(tag, None) is not None:
-                await self._send(self.native.basic_reject(tag, requeue=True, wait=False))
-
-    async def close(self) -> None:
-        """See `Opened.close`."""
-        async with self._settling:  # what waits for a place in aiormq's queue of frames goes first
-            self.lose("the channel was closed")
-        await self.native.close()
-
-    async def _send(self, settlement: Awaitable[None]) -> None:
-        """Settle, unless the channel is gone: then aiormq takes no frame, and who waits for a place in its queue waits for ever."""
-        sending = asyncio.ensure_future(settlement)
-        sending.add_done_callback(_retrieved)
-        try:
-            await asyncio.wait([sending, self._closing], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if not sending.done():
-                sending.cancel()
-        if self.closed is None:
-            sending.result()
-
-    async def _publish(self, messages: Sequence[Outgoing]) -> Sequence[AbeError | None]:
-        outcomes = await asyncio.gather(*(self._publish_one(message) for message in messages))
-        return outcomes if any(outcomes) else ()
-
-    async def _publish_one(self, message: Outgoing) -> AbeError | None:
-        exchange, key, properties, body, id = message
-        turn = self._turns.get(id) or asyncio.Lock()
-        self._turns[id] = turn
-        async with turn:  # aiormq tells returned messages apart by their ids alone
-            try:
-                native: Any = self.native  # its declaration lacks `wait`
-                await native.basic_publish(
-                    body,
-                    exchange=exchange,
-                    routing_key=key,
-                    properties=Raw(properties, id),
-                    mandatory=True,
-                    wait=False,
-                )
-            except aiormq.PublishError:
-                return unroutable(key)
-            except aiormq.DeliveryError:
-                return nacked()
-            except (asyncio.CancelledError, Exception) as exc:
-                task = asyncio.current_task()
-                if not self.native.is_closed or (task is not None and task.cancelling()):
-                    raise
-                # aiormq ends what waits for a confirm with whatever ended the channel: any exception, or a cancellation that is none.
-                unknown = unconfirmed(self.closed or f"the channel was closed: {exc}")
-                unknown.__cause__ = exc
-                return unknown
-        return None
-
-    def _on_closing(self, closing: "asyncio.Future[Any]") -> None:
-        reason = "" if closing.cancelled() else str(closing.exception() or "")
-        self.lose(f"the channel was closed{reason and f': {reason}'}")
-
-
 def unroutable(key: str) -> UnroutableError:
     """Return the outcome of a message that the broker returned."""
     return UnroutableError(f"no group wants the key {key!r}")
@@ -268,6 +323,10 @@ def nacked() -> BackpressureError:
     )
 
 
-def _retrieved(task: "asyncio.Task[Any]") -> None:
-    if not task.cancelled():
-        task.exception()
+async def _not_ours(_: object) -> None:
+    _log.error("a delivery went past the tap: it is not acknowledged, and comes again")
+
+
+def _close_text(frame: bytes) -> str:
+    size = frame[13]
+    return str(frame[14 : 14 + size], "utf-8", "replace")

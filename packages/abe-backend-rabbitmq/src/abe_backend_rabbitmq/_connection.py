@@ -19,28 +19,20 @@ from pamqp.exceptions import PAMQPException
 from yarl import URL
 
 from abe.errors import BackendConnectionError, ConfigurationError
-from abe_backend_rabbitmq._channel import Opened, PlainChannel
+from abe_backend_rabbitmq._channel import Channel
 from abe_backend_rabbitmq._errors import refused, translated
 from abe_backend_rabbitmq._settings import RabbitMQSettings, address, is_tls, vhost
-from abe_backend_rabbitmq._tap import TapChannel, TapFactory
+from abe_backend_rabbitmq._tap import TapFactory
 
 _log: Final = logging.getLogger("abe.rabbitmq")
 
 _GOODBYE: Final = 1.0
 """Seconds for which closing waits for the broker's answer."""
 
-_FRAMES: Final = 1_000
-
 _T = TypeVar("_T")
 
 PINNED: Final[ContextVar["Connection | None"]] = ContextVar("pinned", default=None)
 """The connection that requests must go by, in work that must not survive it."""
-
-
-class _Native(aiormq.Connection):
-    """aiormq's connection with more places for frames: with its ten, plain channels take a turn of the event loop for each message."""
-
-    FRAME_BUFFER_SIZE = _FRAMES
 
 
 class Connection:
@@ -109,16 +101,14 @@ class Connection:
         """Return once the broker takes messages, or the connection is lost."""
         await self._free.wait()
 
-    async def channel(self) -> Opened:
+    async def channel(self) -> Channel:
         """Open a channel that publishes or consumes.
 
         Raises:
             BackendConnectionError: The connection is lost.
         """
         with translated(self.address):
-            if self._settings.tap:
-                return await finished(self._tapped())
-            return PlainChannel(await finished(self._native.channel(frame_buffer_size=_FRAMES)))
+            return await finished(self._tapped())
 
     async def plain(self) -> AbstractChannel:
         """Open a channel of aiormq's, for what is rare."""
@@ -142,7 +132,7 @@ class Connection:
         context = await asyncio.to_thread(_tls_context, self._settings) if is_tls(self._url) else None
         try:
             url = URL(self._url).update_query(heartbeat=str(round(self._settings.heartbeat)))
-            native: Any = _Native(
+            native: Any = aiormq.Connection(
                 url, context=context, client_properties={"connection_name": self._name}, transport_factory=self._factory
             )
             self._native = native
@@ -161,10 +151,10 @@ class Connection:
             return " (if it asks for a client's certificate, RABBITMQ_CERTIFICATE_FILE must hold one that it trusts)"
         return " (is it RabbitMQ that listens there, and without TLS? With TLS, RABBITMQ_URL begins with amqps://)"
 
-    async def _tapped(self) -> Opened:
+    async def _tapped(self) -> Channel:
         assert self._factory.tap is not None
         native = await self._native.channel(publisher_confirms=False)
-        channel = TapChannel(self._factory.tap, native, self._native.connection_tune.frame_max)
+        channel = Channel(self._factory.tap, native, self._native.connection_tune.frame_max)
         await native.confirm_delivery()
         return channel
 

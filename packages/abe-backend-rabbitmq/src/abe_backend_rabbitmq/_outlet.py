@@ -8,7 +8,7 @@ from typing import Final
 from abe.errors import AbeError, BackendConnectionError, BackpressureError, PublishUnknownError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._browser import Browser
-from abe_backend_rabbitmq._channel import Opened, Outgoing
+from abe_backend_rabbitmq._channel import Channel, Outgoing
 from abe_backend_rabbitmq._connection import PINNED, Connection, Control, Link
 from abe_backend_rabbitmq._errors import ChannelNotFound, translated
 from abe_backend_rabbitmq._settings import RabbitMQSettings
@@ -32,11 +32,11 @@ class Outlet:
         self._prepare = prepare
         self._link = Link(settings, "abe-publish", prepare)
         self.control = Control(self._link)
-        self._channel: Opened | None = None
+        self._channel: Channel | None = None
         self._owner: Connection | None = None
         self._opening = asyncio.Lock()
 
-    async def open(self) -> Opened:
+    async def open(self) -> Channel:
         """Return the channel, opened where there is none.
 
         Raises:
@@ -99,7 +99,7 @@ class Outlet:
         return outcomes
 
     async def _publish(
-        self, channel: Opened, messages: Sequence[Outgoing], *, bounded: bool
+        self, channel: Channel, messages: Sequence[Outgoing], *, bounded: bool
     ) -> Sequence[AbeError | None]:
         if not messages:  # no confirm would ever come
             return ()

@@ -28,18 +28,6 @@ class Properties(commands.Basic.Properties):
         return encoded(value)[1:] if name == "headers" else super().encode_property(name, value)
 
 
-class Raw(commands.Basic.Properties):
-    """Properties that are bytes already, for a client that marshals them itself."""
-
-    def __init__(self, raw: bytes, id: str) -> None:
-        super().__init__(message_id=id)
-        self._raw = raw
-
-    def marshal(self) -> bytes:
-        """Return them as they are."""
-        return self._raw
-
-
 def parse(raw: bytes) -> Properties:
     """Read properties, whoever wrote them.
 
@@ -52,14 +40,6 @@ def parse(raw: bytes) -> Properties:
     except (ValueError, IndexError, struct.error, OverflowError, OSError, RecursionError) as exc:
         raise DecodeError(f"the properties cannot be read: {exc}") from exc
     return properties
-
-
-def unparse(properties: commands.Basic.Properties) -> bytes:
-    """Return the bytes of properties that pamqp read."""
-    ours = Properties()
-    for name in ours.__slots__:
-        setattr(ours, name, getattr(properties, name))
-    return ours.marshal()
 
 
 def encoded(value: Any) -> bytes:

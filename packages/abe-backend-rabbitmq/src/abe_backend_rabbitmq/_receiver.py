@@ -11,7 +11,7 @@ from abe.backends.message_queue.base import Delivery, Failures, Metadata, Receip
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
 from abe.errors import AbeError, BackendConnectionError, UnroutableError
 from abe_backend_rabbitmq import _wire
-from abe_backend_rabbitmq._channel import Opened, Outgoing
+from abe_backend_rabbitmq._channel import Channel, Outgoing
 from abe_backend_rabbitmq._connection import finished
 from abe_backend_rabbitmq._errors import ChannelNotFound, lost, translated
 from abe_backend_rabbitmq._wire import Header
@@ -63,7 +63,7 @@ class RabbitMQReceiver:
         self._queue = transport.topology.queue(group)
         self._prefetch = min(prefetch, _MOST_PREFETCHED)
         self._loop = asyncio.get_running_loop()
-        self._channel: Opened | None = None
+        self._channel: Channel | None = None
         self._generation = 0
         self._consumer = ""
         self._ready: deque[Delivery] = deque()
@@ -255,7 +255,7 @@ class RabbitMQReceiver:
                     async with asyncio.timeout(_GOODBYE):  # a broker that is silent is left to its connection
                         await finished(channel.close())
 
-    async def _settle_down(self, channel: Opened) -> None:
+    async def _settle_down(self, channel: Channel) -> None:
         """Have every acknowledgement arrive.
 
         A quorum queue takes in 32 of them; RabbitMQ's channel keeps those that come faster to itself for a while, and forgets them when
@@ -286,7 +286,7 @@ class RabbitMQReceiver:
         tag = receipt & ((1 << _TAG_BITS) - 1)
         return tag if tag in channel.held else None
 
-    async def _move(self, copied: Sequence[tuple[Settlement, int]], channel: Opened) -> Sequence[AbeError | None]:
+    async def _move(self, copied: Sequence[tuple[Settlement, int]], channel: Channel) -> Sequence[AbeError | None]:
         """Publish what takes the messages' places. Queues that it goes to and that were deleted are made again, once."""
         outcomes: list[AbeError | None] = [lost()] * len(copied)
         places: Sequence[int] = range(len(copied))
@@ -331,11 +331,11 @@ class RabbitMQReceiver:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _cancelled(self, channel: Opened) -> None:
+    def _cancelled(self, channel: Channel) -> None:
         """The broker ended the consumer: its queue was deleted or moved. Everything begins anew."""
         self._drop(channel, "the broker cancelled the consumer")
 
-    def _drop(self, channel: Opened, reason: str) -> None:
+    def _drop(self, channel: Channel, reason: str) -> None:
         channel.lose(reason)
         task = self._loop.create_task(_close(channel))
         _closing.add(task)
@@ -363,7 +363,7 @@ class RabbitMQReceiver:
 _closing: Final[set[asyncio.Task[None]]] = set()
 
 
-async def _close(channel: Opened) -> None:
+async def _close(channel: Channel) -> None:
     try:
         with translated("the broker"):
             await channel.close()

@@ -6,7 +6,7 @@ from typing import Any, Final
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from abe.errors import ConfigurationError
-from abe.settings import QueueSettings, boolean, integer, positive, seconds, setting
+from abe.settings import QueueSettings, integer, positive, seconds, setting
 
 _PORTS: Final = {"amqp": 5672, "amqps": 5671}
 _ENCODED: Final = "special characters in the user and the password must be percent-encoded"
@@ -140,12 +140,6 @@ class RabbitMQSettings(QueueSettings):
         default=5.0,
         check=positive,
         help="How long connecting and logging in may take, in seconds.",
-    )
-    tap: bool = setting(
-        "RABBITMQ_TAP",
-        boolean,
-        default=True,
-        help="Whether messages, confirms and acknowledgements go past aiormq, several times faster; false: by aiormq alone.",
     )
 
     def __post_init__(self) -> None:

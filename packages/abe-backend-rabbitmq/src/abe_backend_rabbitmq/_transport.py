@@ -13,7 +13,7 @@ from abe.backends.message_queue.base.names import EVERYTHING
 from abe.errors import AbeError, BackendConnectionError, PublishUnknownError, UnroutableError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._browser import Browser, Found
-from abe_backend_rabbitmq._channel import Opened, Outgoing
+from abe_backend_rabbitmq._channel import Channel, Outgoing
 from abe_backend_rabbitmq._connection import Connection, Link
 from abe_backend_rabbitmq._errors import ChannelNotFound
 from abe_backend_rabbitmq._groups import Groups
@@ -98,7 +98,7 @@ class RabbitMQTransport:
         self.receivers.add(receiver)
         return receiver
 
-    async def consume_channel(self) -> Opened:
+    async def consume_channel(self) -> Channel:
         """Open a channel on the connection to consume."""
         return await (await self._consuming.get()).channel()
 
