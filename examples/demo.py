@@ -134,7 +134,7 @@ async def story(backend: FullBackend) -> bool:
     for letter in await dead_letters.list():
         say("operator", f"dead letter of billing: {letter.reason}; attempts {letter.attempts}; {letter.body.decode()}")
     billing.currencies.add("GBP")
-    replayed = await dead_letters.replay()
+    replayed = await dead_letters.replay_all()
     say("operator", f"GBP is a currency now: {replayed} dead letter replayed")
     await until_idle(backend, "billing", dead=0)
 

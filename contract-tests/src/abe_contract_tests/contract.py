@@ -38,6 +38,7 @@ UNDECLARED: Final = Capabilities(
     max_delay=None,
     lease=None,
     redelivery_bound=None,
+    silence_bound=None,
     publish_dedup=None,
     max_payload_bytes=64 * 1024,
     durability=Durability.NONE,

@@ -113,10 +113,10 @@ async def round_trip(backend: RabbitMQBackend) -> None:
         await found[0].reject("test")
         await found[1].ack()
         await found[2].ack()
-        assert await backend.dead_letters("g").replay() == 1
+        assert await backend.dead_letters("g").replay_all() == 1
         await (await subscription.receive()).reject("again")
     assert len(await backend.dead_letters("g").list()) == 1
-    assert await backend.dead_letters("g").purge() == 1
+    assert await backend.dead_letters("g").purge_all() == 1
     stats = await backend.stats("g")
     assert (stats.waiting, stats.in_flight, stats.delayed, stats.dead) == (0, 0, 0, 0)
     assert await backend.groups() == {"g": ("#",)}

@@ -568,7 +568,7 @@ class TestLockHolder:
         process.kill()
         async with asyncio.timeout(5):
             assert sorted(json.loads(letter.body)["n"] for letter in await listing) == [0, 1, 2, 3, 4]
-            assert await backend.dead_letters("g").replay() == 5
+            assert await backend.dead_letters("g").replay_all() == 5
             async with backend.consume(group="g") as subscription:
                 assert sorted([(await anext(subscription))["n"] for _ in range(5)]) == [0, 1, 2, 3, 4]
 

@@ -114,7 +114,7 @@ async def test_a_dead_letter_of_a_stranger_s_message_is_replayed_with_all_it_had
     async with asyncio.timeout(15):
         async with backend.consume(group="g") as messages:
             await (await messages.receive()).reject("no good")
-        assert await backend.dead_letters("g").replay() == 1
+        assert await backend.dead_letters("g").replay_all() == 1
         queue = await (await lab.pika()).get_queue(lab.names.queue("g"))
         message = await queue.get(timeout=5)
         assert {name: message.headers[name] for name in table} == table

@@ -64,9 +64,9 @@ async def round_trip(lab: Any, **changes: Any) -> None:
         found = sorted([await subscription.receive(), await subscription.receive()], key=lambda message: message["n"])
         await found[0].reject("test")
         await found[1].ack()
-        assert await backend.dead_letters("g").replay() == 1
+        assert await backend.dead_letters("g").replay_all() == 1
         await (await subscription.receive()).reject("again")
-    assert await backend.dead_letters("g").purge() == 1
+    assert await backend.dead_letters("g").purge_all() == 1
     stats = await backend.stats("g")
     assert (stats.waiting, stats.in_flight, stats.delayed, stats.dead) == (0, 0, 0, 0)
     await backend.ping()

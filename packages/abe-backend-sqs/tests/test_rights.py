@@ -76,7 +76,7 @@ async def test_they_are_enough_and_not_too_many(lab: Any, changes: dict[str, Any
             await held[2].nack(delay=100)
             await held[3].reject("no")
         await consumer.dead_letters("g").list()
-        await consumer.dead_letters("g").replay()
+        await consumer.dead_letters("g").replay_all()
         await consumer.stats("g")
         consumes = used(lab)
     for uses, granted in ((publishes, publishing), (consumes, consuming), (makes, making)):

@@ -114,7 +114,7 @@ async def test_queues_that_others_made_serve_from_publish_to_dead_letter(lab: An
             await backend.publish("order.created", {"n": 1})
             await (await messages.receive()).reject("why not")
         assert [letter.reason for letter in await backend.dead_letters("g").list()] == ["why not"]
-        assert await backend.dead_letters("g").replay() == 1
+        assert await backend.dead_letters("g").replay_all() == 1
         async with backend.consume(group="g") as messages:
             await (await messages.receive()).ack()
 

@@ -348,7 +348,7 @@ class TestFailures:
         async with running(AsyncLoopConsumer(memory_backend, retry=ONCE), collector):
             await manual_clock.advance(0)
             assert (await memory_backend.stats()).dead == 1
-            assert await memory_backend.dead_letters().replay() == 1
+            assert await memory_backend.dead_letters().replay_all() == 1
             await collector.done.wait()
         assert collector.attempts == [1, 1]
 

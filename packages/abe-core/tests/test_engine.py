@@ -822,7 +822,7 @@ class TestSession:
     ) -> None:
         await memory_backend.declare("g")
 
-        async def never(*_: Any) -> None:
+        async def never(*_: Any, **__: Any) -> None:
             await asyncio.Event().wait()
 
         for name in ("declare", "subscribe"):

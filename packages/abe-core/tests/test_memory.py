@@ -134,7 +134,9 @@ class TestLoopsAndThreads:
         abandoned = asyncio.new_event_loop()
 
         async def wait_in_vain() -> "asyncio.Task[object]":
-            receiver = await sibling(backend).make_transport().subscribe("default", 1)
+            transport = sibling(backend).make_transport()
+            await transport.declare("default", None, change=False)
+            receiver = await transport.subscribe("default", 1)
             task: asyncio.Task[object] = asyncio.ensure_future(receiver.receive(1))  # type: ignore[arg-type]
             for _ in range(5):
                 await asyncio.sleep(0)
@@ -309,7 +311,7 @@ class TestGroups:
         assert await letters.get("four") is None
         assert await letters.purge("two", "four") == 1
         assert await letters.replay("one") == 1
-        assert await letters.purge() == 1
+        assert await letters.purge_all() == 1
         assert await letters.list() == []
         assert (await memory_backend.stats()).waiting == 1
 

@@ -154,7 +154,7 @@ BROKER_APPLICATION = textwrap.dedent("""
             letters = backend.dead_letters("billing")
             for letter in await letters.list():
                 print(letter.id, letter.reason, letter.attempts)
-            count: int = await letters.replay()
+            count: int = await letters.replay_all()
             print(count)
 
 

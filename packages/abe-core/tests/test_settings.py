@@ -50,7 +50,8 @@ def test_an_empty_variable_counts_as_unset() -> None:
     ("name", "text", "value"),
     [
         ("namespace", "orders.v2", "orders.v2"),
-        ("groups", "billing, audit ,", ("billing", "audit")),
+        ("groups", "billing, audit ,", {"billing": (), "audit": ()}),
+        ("groups", "billing = order.* | user.created,audit", {"billing": ("order.*", "user.created"), "audit": ()}),
         ("prefetch", "1", 1),
         ("lease", "0.5", 0.5),
         ("max_attempts", "12", 12),
@@ -222,7 +223,7 @@ def test_a_plain_name_is_one(name: str) -> None:
 def test_the_readme_s_table_is_the_settings_class() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
     for item in fields(QueueSettings):
-        default = "unset" if item.default in (None, ()) else f"`{item.default}`"
+        default = "unset" if item.default is None or item.default_factory is dict else f"`{item.default}`"
         row = f"| `{item.metadata['variable']}` | `{item.name}` | {default} | {item.metadata['help']} |"
         assert row in readme.splitlines()
 

@@ -73,7 +73,7 @@ class _MemoryOracle:
         space = self._space()
         now = MonotonicClock().time()
         with space.lock:
-            queue = space.queue(group, now)
+            queue = space.queue(group)
             queue.put(envelope, now, now)
             queue.wake()
 

@@ -222,6 +222,7 @@ async def test_cancelling_publish_many_leaves_at_most_one_copy_of_each(contract:
 async def test_a_cancelled_call_raises_cancelled_error(contract: Contract, call: str) -> None:
     struck = 0
     async with contract.within(30):
+        await contract.backend().declare("g")
         for point in range(POINTS):
             backend = contract.backend()
             subscription = backend.consume(group="g")

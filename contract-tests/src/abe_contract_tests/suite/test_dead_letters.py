@@ -77,11 +77,11 @@ async def test_some_or_all_dead_letters_are_replayed(contract: Contract) -> None
             assert await backend.dead_letters("g").replay("id-3", "id-7", "no-such-id") == 2
             assert sorted(numbers(await collect(subscription, 2))) == [3, 7]
             await expect_counts(contract, oracle, "g", dead=8)
-            assert await backend.dead_letters("g").replay() == 8
+            assert await backend.dead_letters("g").replay_all() == 8
             assert sorted(numbers(await collect(subscription, 8))) == [0, 1, 2, 4, 5, 6, 8, 9]
             await until_empty(oracle, "g")
         await expect_counts(contract, oracle, "g", dead=0)
-        assert await backend.dead_letters("g").replay() == 0
+        assert await backend.dead_letters("g").replay_all() == 0
 
 
 @clause("C-PSN-03", capability="dead_letter")
@@ -93,12 +93,12 @@ async def test_some_or_all_dead_letters_are_purged(contract: Contract) -> None:
         assert await backend.dead_letters("g").purge("id-3", "id-7", "no-such-id") == 2
         left = [letter.id for letter in await backend.dead_letters("g").list()]
         assert left == [f"id-{n}" for n in range(10) if n not in (3, 7)]
-        assert await backend.dead_letters("g").purge() == 8
+        assert await backend.dead_letters("g").purge_all() == 8
         await expect_counts(contract, oracle, "g", dead=0)
         assert list(await backend.dead_letters("g").list()) == []
         # What waits in the group is no dead letter.
         await backend.publish("order.created", {"n": 1})
-        assert await backend.dead_letters("g").purge() == 0
+        assert await backend.dead_letters("g").purge_all() == 0
         await expect_counts(contract, oracle, "g", total=1)
 
 
@@ -115,7 +115,7 @@ async def test_one_group_s_dead_letters_are_no_business_of_another(contract: Con
             for _ in range(3):
                 await (await subscription.receive()).reject("by b")
         await until_dead(await contract.oracle(), "b", 3)
-        assert await backend.dead_letters("a").purge() == 3
+        assert await backend.dead_letters("a").purge_all() == 3
         letters = await backend.dead_letters("b").list()
         assert [(letter.id, letter.reason) for letter in letters] == [(f"id-{n}", "by b") for n in range(3)]
 
@@ -162,7 +162,7 @@ async def test_dead_letters_can_be_replayed_while_consumers_work(contract: Contr
         await backend.publish_many(numbered(100))
         replayed = 0
         while replayed < 50:
-            replayed += await backend.dead_letters("g").replay()
+            replayed += await backend.dead_letters("g").replay_all()
             await asyncio.sleep(0)
         await until_empty(oracle, "g")
         for task in working:

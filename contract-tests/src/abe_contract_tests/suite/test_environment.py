@@ -99,10 +99,12 @@ async def test_a_bad_variable_is_named_with_what_it_should_be(contract: Contract
 
 @clause("C-ENV-01")
 async def test_what_the_environment_says_is_what_holds(contract: Contract) -> None:
-    backend = contract.backend(QUEUE_PREFETCH="7", QUEUE_MAX_ATTEMPTS="3", QUEUE_GROUPS=" a, b ,", QUEUE_MAX_BACKLOG="")
+    backend = contract.backend(
+        QUEUE_PREFETCH="7", QUEUE_MAX_ATTEMPTS="3", QUEUE_GROUPS=" a, b=x.#| y ,", QUEUE_MAX_BACKLOG=""
+    )
     assert backend.settings.prefetch == 7
     assert backend.settings.max_attempts == 3
-    assert backend.settings.groups == ("a", "b")
+    assert backend.settings.groups == {"a": (), "b": ("x.#", "y")}
     assert backend.settings.max_backlog is None
     assert backend.settings.namespace == contract.namespace
     assert backend.settings.lease == contract.lease

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from abe.backends.message_queue.base import Capabilities, Durability, MessageQueueBackend, Transport
 from abe.backends.message_queue.engine import TransportBackend
@@ -32,16 +32,13 @@ class SqliteBackend(TransportBackend):
         max_delay=math.inf,
         lease=30.0,
         redelivery_bound=1.0,
+        silence_bound=None,
         publish_dedup=None,
         max_payload_bytes=1024 * 1024,
         durability=Durability.PROCESS_CRASH,
     )
+    settings_type = SqliteSettings
     settings: SqliteSettings
-
-    @classmethod
-    def from_env(cls) -> Self:
-        """Make an instance from ``SQLITE_QUEUE_PATH`` and the ``QUEUE_*`` variables."""
-        return cls(SqliteSettings.from_env())
 
     def make_transport(self) -> Transport:
         """Return a transport to the file, not opened yet."""

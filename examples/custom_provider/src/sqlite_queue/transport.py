@@ -4,7 +4,7 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from typing import Final, cast
 from uuid import uuid4
 
@@ -21,7 +21,7 @@ from abe.backends.message_queue.base import (
     Verb,
 )
 from abe.backends.message_queue.base.names import EVERYTHING, matches
-from abe.errors import AbeError, BackpressureError, LeaseLostError, UnroutableError
+from abe.errors import AbeError, BackpressureError, GroupMissingError, LeaseLostError, UnroutableError
 from abe.settings import QueueSettings
 from sqlite_queue.database import Database
 
@@ -33,6 +33,8 @@ _VERSION: Final = 1
 
 _FIRST_PAUSE: Final = 0.005
 _LONGEST_PAUSE: Final = 0.05
+_PAGE: Final = 100
+_PAGE_BYTES: Final = 4 << 20
 _MOVED: Final = "space, name, id, key, body, published_at, headers"
 
 
@@ -68,12 +70,10 @@ class SqliteTransport:
         room = {group: self._room(db, group) for group in groups} if self._max_backlog is not None else {}
         outcomes: list[AbeError | None] = []
         for envelope in envelopes:
-            wanted = [
-                group
-                for group, patterns in groups.items()
-                if any(matches(pattern, envelope.key) for pattern in patterns)
-            ]
-            if groups and not wanted:
+            wanted = [group for group, patterns in groups.items() if _wants(group, patterns, envelope)]
+            if envelope.group is not None and not wanted:
+                outcomes.append(UnroutableError(f"there is no group {envelope.group!r}"))
+            elif groups and not wanted:
                 outcomes.append(UnroutableError(f"no group wants the key {envelope.key!r}"))
             elif any(room.get(group, 1) < 1 for group in wanted):
                 outcomes.append(
@@ -91,9 +91,9 @@ class SqliteTransport:
         waiting: int = db.execute(query, (self._space, group, time.time())).fetchone()[0]
         return (self._max_backlog or 0) - waiting
 
-    async def declare(self, group: str, patterns: tuple[str, ...] | None) -> None:
-        """Make the group exist, with what was held for the first one that wants it."""
-        await self._database.run(lambda db: _declare(db, self._space, group, patterns))
+    async def declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> tuple[str, ...]:
+        """Make the group exist, with what was parked for the first one that wants it."""
+        return await self._database.run(lambda db: _declare(db, self._space, group, patterns, change=change))
 
     async def delete_group(self, group: str) -> None:
         """Remove the group and all that is its own."""
@@ -101,6 +101,15 @@ class SqliteTransport:
         def delete(db: sqlite3.Connection) -> None:
             for table in ("groups", "messages", "dead"):
                 db.execute(f"DELETE FROM {table} WHERE space = ? AND name = ?", (self._space, group))
+
+        await self._database.run(delete)
+
+    async def delete_namespace(self) -> None:
+        """Remove every row of the namespace."""
+
+        def delete(db: sqlite3.Connection) -> None:
+            for table in ("groups", "messages", "dead", "consumers"):
+                db.execute(f"DELETE FROM {table} WHERE space = ?", (self._space,))
 
         await self._database.run(delete)
 
@@ -114,7 +123,8 @@ class SqliteTransport:
 
     async def subscribe(self, group: str, prefetch: int) -> "SqliteReceiver":
         """Join the group under a name that nobody had before."""
-        receiver = SqliteReceiver(self._database, self._space, group, self._lease)
+        patterns = await self._database.run(lambda db: self._existing(db, group), write=False)
+        receiver = SqliteReceiver(self._database, self._space, group, patterns, self._lease)
         await self._database.run(receiver.sign_in)
         return receiver
 
@@ -128,54 +138,77 @@ class SqliteTransport:
             (SELECT count(*) FROM dead WHERE space = :space AND name = :name) AS dead
             FROM messages WHERE space = :space AND name = :name"""
         values = {"now": time.time(), "space": self._space, "name": group}
-        row = await self._database.run(lambda db: db.execute(query, values).fetchone(), write=False)
-        return GroupStats(**dict(row))
 
-    async def dead_letters(self, group: str, limit: int) -> Sequence[DeadLetter]:
-        """Return the oldest dead letters."""
-        query = "SELECT * FROM dead WHERE space = ? AND name = ? ORDER BY serial LIMIT ?"
-        rows = await self._database.run(
-            lambda db: db.execute(query, (self._space, group, limit)).fetchall(), write=False
-        )
-        return [_dead_letter(row) for row in rows]
+        def count(db: sqlite3.Connection) -> sqlite3.Row:
+            self._existing(db, group)
+            row: sqlite3.Row = db.execute(query, values).fetchone()
+            return row
 
-    async def find_dead_letter(self, group: str, id: str) -> DeadLetter | None:
-        """Return the dead letter with that id."""
-        query = "SELECT * FROM dead WHERE space = ? AND name = ? AND id = ? ORDER BY serial LIMIT 1"
-        row = await self._database.run(lambda db: db.execute(query, (self._space, group, id)).fetchone(), write=False)
-        return None if row is None else _dead_letter(row)
+        return GroupStats(**dict(await self._database.run(count, write=False)))
 
-    async def replay(self, group: str, ids: Collection[str] | None) -> int:
-        """Move dead letters back to the group."""
+    async def dead_letters(self, group: str) -> AsyncGenerator[Sequence[DeadLetter]]:
+        """Read pages of the dead letters that are there now."""
+        async for rows in self._pages(group, None):
+            yield [_dead_letter(row) for row in rows]
 
-        def move(db: sqlite3.Connection) -> int:
-            where, values = self._chosen(group, ids)
+    async def replay(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
+        """Move dead letters back to the group, a page in each step."""
+
+        def move(db: sqlite3.Connection, serials: Sequence[tuple[int]]) -> int:
             now = time.time()
-            db.execute(
-                f"INSERT INTO messages ({_MOVED}, due, since) SELECT {_MOVED}, ?, ? FROM dead {where}",
-                (now, now, *values),
+            copy = f"INSERT INTO messages ({_MOVED}, due, since) SELECT {_MOVED}, ?, ? FROM dead WHERE serial = ?"
+            db.executemany(copy, [(now, now, *serial) for serial in serials])
+            return db.executemany("DELETE FROM dead WHERE serial = ?", serials).rowcount
+
+        async for rows in self._pages(group, ids):
+            serials = [(row["serial"],) for row in rows]
+            yield await self._database.run(lambda db, chosen=serials: move(db, chosen))
+
+    async def purge(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
+        """Remove dead letters for good, a page in each step."""
+        async for rows in self._pages(group, ids):
+            serials = [(row["serial"],) for row in rows]
+            yield await self._database.run(
+                lambda db, chosen=serials: db.executemany("DELETE FROM dead WHERE serial = ?", chosen).rowcount
             )
-            return db.execute(f"DELETE FROM dead {where}", values).rowcount
 
-        return await self._database.run(move)
+    async def _pages(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[Sequence[sqlite3.Row]]:
+        """Go through the dead letters that are there now, those with these ids: as many at a time as memory should hold."""
+        query = """SELECT * FROM (SELECT *, sum(length(body)) OVER (ORDER BY serial) AS size, row_number() OVER (ORDER BY serial) AS number
+            FROM (SELECT * FROM dead WHERE space = ? AND name = ? AND serial > ? AND serial <= ? ORDER BY serial LIMIT ?))
+            WHERE number = 1 OR size <= ? ORDER BY serial"""
 
-    async def purge(self, group: str, ids: Collection[str] | None) -> int:
-        """Remove dead letters for good."""
-        where, values = self._chosen(group, ids)
-        return await self._database.run(lambda db: db.execute(f"DELETE FROM dead {where}", values).rowcount)
+        def newest(db: sqlite3.Connection) -> int:
+            self._existing(db, group)
+            last = "SELECT coalesce(max(serial), 0) FROM dead WHERE space = ? AND name = ?"
+            serial: int = db.execute(last, (self._space, group)).fetchone()[0]
+            return serial
 
-    def _chosen(self, group: str, ids: Collection[str] | None) -> tuple[str, tuple[str, ...]]:
-        one_of = "" if ids is None else f" AND id IN ({', '.join('?' * len(ids))})"
-        return f"WHERE space = ? AND name = ?{one_of}", (self._space, group, *(ids or ()))
+        last, after = await self._database.run(newest, write=False), 0
+        while after < last:
+            values = (self._space, group, after, last, _PAGE, _PAGE_BYTES)
+            rows = await self._database.run(lambda db, v=values: db.execute(query, v).fetchall(), write=False)
+            if not rows:
+                return
+            after = rows[-1]["serial"]
+            if chosen := [row for row in rows if ids is None or row["id"] in ids]:
+                yield chosen
+
+    def _existing(self, db: sqlite3.Connection, group: str) -> tuple[str, ...]:
+        groups = self._groups(db)
+        if group not in groups:
+            raise GroupMissingError(f"there is no group {group!r}")
+        return groups[group]
 
 
 class SqliteReceiver:
     """One consumer. A receipt is a message's serial number and which of its deliveries this is."""
 
-    def __init__(self, database: Database, space: str, group: str, lease: float) -> None:
+    def __init__(self, database: Database, space: str, group: str, patterns: tuple[str, ...], lease: float) -> None:
         self._database = database
         self._space = space
         self._group = group
+        self._patterns = patterns
         self._lease = lease
         self._consumer = uuid4().hex
         self._seen = 0.0
@@ -184,7 +217,8 @@ class SqliteReceiver:
     def sign_in(self, db: sqlite3.Connection) -> None:
         """Say that we live, and forget those that have said nothing for two of their leases."""
         self._seen = now = time.time()
-        _declare(db, self._space, self._group, None)
+        # A group that was deleted underneath us is made again, with the patterns that it had when we last looked.
+        self._patterns = _declare(db, self._space, self._group, self._patterns, change=False)
         db.execute("DELETE FROM consumers WHERE seen + patience < ?", (now,))
         row = (self._space, self._group, self._consumer, now, 2 * self._lease)
         db.execute(
@@ -306,20 +340,29 @@ def _delivery(row: sqlite3.Row) -> Delivery:
     return Delivery((row["serial"], row["delivery"] + 1), row["body"], row, row["attempts"] + 1, fault)
 
 
-def _declare(db: sqlite3.Connection, space: str, group: str, patterns: tuple[str, ...] | None) -> None:
+def _wants(group: str, patterns: Sequence[str], envelope: Envelope) -> bool:
+    if envelope.group is not None:
+        return envelope.group == group
+    return any(matches(pattern, envelope.key) for pattern in patterns)
+
+
+def _declare(
+    db: sqlite3.Connection, space: str, group: str, patterns: tuple[str, ...] | None, *, change: bool
+) -> tuple[str, ...]:
     made = db.execute(
         "INSERT OR IGNORE INTO groups (space, name, patterns) VALUES (?, ?, ?)",
         (space, group, json.dumps(patterns or EVERYTHING)),
     ).rowcount
-    if patterns is not None:
+    if patterns is not None and change:
         db.execute("UPDATE groups SET patterns = ? WHERE space = ? AND name = ?", (json.dumps(patterns), space, group))
-    if not made and patterns is None:
-        return
     stored = db.execute("SELECT patterns FROM groups WHERE space = ? AND name = ?", (space, group)).fetchone()
-    wanted = json.loads(stored["patterns"])
+    wanted = tuple(json.loads(stored["patterns"]))
+    if not made and not change:
+        return wanted
     held = db.execute("SELECT serial, key FROM messages WHERE space = ? AND name = ?", (space, _NOBODY)).fetchall()
     mine = [(group, row["serial"]) for row in held if any(matches(pattern, row["key"]) for pattern in wanted)]
     db.executemany("UPDATE messages SET name = ? WHERE serial = ?", mine)
+    return wanted
 
 
 def _insert(db: sqlite3.Connection, space: str, group: str, envelope: Envelope, now: float) -> None:

@@ -1,7 +1,7 @@
 """The backend's public face."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar
 
 from abe.backends.message_queue.base import (
     Capabilities,
@@ -12,6 +12,7 @@ from abe.backends.message_queue.base import (
 )
 from abe.backends.message_queue.engine import TransportBackend
 from abe.codec import Codec
+from abe.settings import QueueSettings
 from abe_backend_rabbitmq._settings import RabbitMQSettings
 from abe_backend_rabbitmq._topology import MAX_DELAY
 from abe_backend_rabbitmq._transport import RabbitMQTransport
@@ -26,6 +27,7 @@ class RabbitMQBackend(TransportBackend):
         middleware: Wraps each publish, the first outermost.
     """
 
+    settings_type: ClassVar[type[QueueSettings]] = RabbitMQSettings
     settings: RabbitMQSettings
     capabilities: Capabilities = Capabilities(
         groups=True,
@@ -37,6 +39,7 @@ class RabbitMQBackend(TransportBackend):
         max_delay=MAX_DELAY,
         lease=None,
         redelivery_bound=1.0,
+        silence_bound=15.0,
         publish_dedup=None,
         max_payload_bytes=16 * 1024 * 1024,
         durability=Durability.POWER_LOSS,
@@ -49,12 +52,7 @@ class RabbitMQBackend(TransportBackend):
         codec: Codec | None = None,
         middleware: Sequence[Middleware] = (),
     ) -> None:
-        super().__init__(settings or RabbitMQSettings(), codec=codec, middleware=middleware)
-
-    @classmethod
-    def from_env(cls) -> Self:
-        """Make an instance from the ``RABBITMQ_*``, ``MESSAGE_QUEUE_*`` and ``QUEUE_*`` variables. No I/O happens here."""
-        return cls(RabbitMQSettings.from_env())
+        super().__init__(settings, codec=codec, middleware=middleware)
 
     def make_transport(self) -> Transport:
         """Return a transport to the broker of the settings."""

@@ -1,7 +1,7 @@
 """The backend's public face."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from abe.backends.message_queue.base import (
     Capabilities,
@@ -12,6 +12,7 @@ from abe.backends.message_queue.base import (
 )
 from abe.backends.message_queue.engine import TransportBackend
 from abe.codec import Codec
+from abe.settings import QueueSettings
 from abe_backend_redis._settings import RedisSettings
 from abe_backend_redis._transport import RedisTransport
 
@@ -28,6 +29,7 @@ class RedisBackend(TransportBackend):
         middleware: Wraps each publish, the first outermost.
     """
 
+    settings_type: ClassVar[type[QueueSettings]] = RedisSettings
     settings: RedisSettings
     capabilities: Capabilities = Capabilities(
         groups=True,
@@ -39,6 +41,7 @@ class RedisBackend(TransportBackend):
         max_delay=_CENTURY,
         lease=30.0,
         redelivery_bound=1.0,
+        silence_bound=15.0,
         publish_dedup=None,
         max_payload_bytes=16 * 1024 * 1024,
         durability=Durability.PROCESS_CRASH,
@@ -51,12 +54,7 @@ class RedisBackend(TransportBackend):
         codec: Codec | None = None,
         middleware: Sequence[Middleware] = (),
     ) -> None:
-        super().__init__(settings or RedisSettings(), codec=codec, middleware=middleware)
-
-    @classmethod
-    def from_env(cls) -> Self:
-        """Make an instance from the ``REDIS_*`` and ``QUEUE_*`` variables. No I/O happens here."""
-        return cls(RedisSettings.from_env())
+        super().__init__(settings, codec=codec, middleware=middleware)
 
     def make_transport(self) -> Transport:
         """Return a transport to the server of the settings."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from abe.backends.message_queue.base import (
     Capabilities,
@@ -13,6 +13,7 @@ from abe.backends.message_queue.base import (
 )
 from abe.backends.message_queue.engine import TransportBackend
 from abe.codec import Codec
+from abe.settings import QueueSettings
 from abe_backend_sqs._settings import SqsSettings
 from abe_backend_sqs._transport import SqsTransport
 
@@ -28,6 +29,7 @@ class SqsBackend(TransportBackend):
         middleware: Wraps each publish, the first outermost.
     """
 
+    settings_type: ClassVar[type[QueueSettings]] = SqsSettings
     settings: SqsSettings
     capabilities: Capabilities = Capabilities(
         groups=True,
@@ -39,6 +41,7 @@ class SqsBackend(TransportBackend):
         max_delay=10 * _DAY,
         lease=30.0,
         redelivery_bound=4.0,
+        silence_bound=15.0,
         publish_dedup=None,
         max_payload_bytes=1_024_000,
         durability=Durability.POWER_LOSS,
@@ -51,7 +54,7 @@ class SqsBackend(TransportBackend):
         codec: Codec | None = None,
         middleware: Sequence[Middleware] = (),
     ) -> None:
-        super().__init__(settings or SqsSettings(), codec=codec, middleware=middleware)
+        super().__init__(settings, codec=codec, middleware=middleware)
         if self.settings.fifo:
             self.capabilities = replace(
                 self.capabilities,
@@ -60,11 +63,6 @@ class SqsBackend(TransportBackend):
                 spurious_duplicates=False,
                 publish_dedup=300.0,
             )
-
-    @classmethod
-    def from_env(cls) -> Self:
-        """Make an instance from the ``AWS_*``, ``SQS_*`` and ``QUEUE_*`` variables. No I/O happens here."""
-        return cls(SqsSettings.from_env())
 
     def make_transport(self) -> Transport:
         """Return a transport to the account of the settings."""

@@ -16,6 +16,7 @@
     +-- PayloadError (ValueError)            the payload is not JSON
     |   +-- PayloadTooLargeError             it is larger than the backend declares
     |   `-- DecodeError                      a received body or envelope is not what it should be
+    +-- GroupMissingError                    there is no such group: it was never declared, or it was deleted
     +-- LeaseLostError                       the broker has given the message to somebody else, or will
     +-- AlreadySettledError                  the message was settled the other way before
     `-- UnsupportedCapabilityError           this backend declares that it cannot do that
@@ -124,6 +125,10 @@ class PayloadTooLargeError(PayloadError):
 
 class DecodeError(PayloadError):
     """A received body or envelope cannot be decoded."""
+
+
+class GroupMissingError(AbeError):
+    """There is no such group: it was never declared, or it was deleted. `declare`, or a first consumer, makes it."""
 
 
 class LeaseLostError(AbeError):

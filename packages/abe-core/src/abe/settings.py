@@ -24,6 +24,7 @@ def setting(
     *,
     help: str,
     default: Any = MISSING,
+    default_factory: Any = MISSING,
     check: Callable[[Any], Any] | None = None,
     secret: bool = False,
 ) -> Any:
@@ -34,13 +35,15 @@ def setting(
         parse: Text to value; raises ValueError with what the text should be.
         help: One line for the docs' table.
         default: The value when neither the argument nor the variable is given; without one, the setting is required.
+        default_factory: Makes that value, where it is a mapping.
         check: Raises ValueError when a value (parsed or given) is out of range. Where None is the default it means
             unset, and is not checked.
         secret: The value, or part of it, is a credential: it is shown nowhere.
     """
     metadata = {"variable": variable, "parse": parse, "help": help, "check": check, "secret": secret}
     # A subclass that forgets `repr=False` gets the dataclass's own repr: that one must not show a secret either.
-    return field(default=default, repr=not secret, metadata=metadata)
+    hashed = None if default_factory is MISSING else False
+    return field(default=default, default_factory=default_factory, repr=not secret, hash=hashed, metadata=metadata)
 
 
 def env_text(variable: str, *aliases: str, environ: Mapping[str, str] | None = None) -> str | None:
@@ -93,9 +96,15 @@ def seconds(text: str) -> float:
     return float(positive(value))
 
 
-def names(text: str) -> tuple[str, ...]:
-    """Read a comma-separated list of names."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+def group_patterns(text: str) -> Mapping[str, tuple[str, ...]]:
+    """Read groups and their key patterns: ``billing=order.*|user.created,shipping``."""
+    groups: dict[str, tuple[str, ...]] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, equals, patterns = map(str.strip, part.partition("="))
+        groups[name] = tuple(filter(None, map(str.strip, patterns.split("|"))))
+        if equals and not groups[name]:
+            raise ValueError(f"groups with at least one key pattern after the '='; {name!r} has none")
+    return groups
 
 
 def at_least(minimum: int) -> Callable[[Any], Any]:
@@ -123,15 +132,17 @@ def plain_name(value: Any) -> Any:
     return value
 
 
-def plain_names(value: Any) -> Any:
-    """Check that a value is a tuple of plain names."""
-    if not isinstance(value, tuple):
-        raise ValueError("a tuple of names")  # noqa: TRY004
-    for name in value:  # pyright: ignore[reportUnknownVariableType]
+def named_groups(value: Any) -> Any:
+    """Check that a value maps plain names to tuples of key patterns."""
+    if not isinstance(value, Mapping):
+        raise ValueError("a mapping from each group to its key patterns, () for those that it has")  # noqa: TRY004
+    for name, patterns in value.items():  # pyright: ignore[reportUnknownVariableType]
         try:
             plain_name(name)
         except ValueError as exc:
-            raise ValueError(f"names of {exc}; {name!r} is none") from None
+            raise ValueError(f"groups whose names are {exc}; {name!r} is none") from None
+        if not isinstance(patterns, tuple) or not all(isinstance(pattern, str) for pattern in patterns):  # pyright: ignore[reportUnknownVariableType]
+            raise ValueError(f"a mapping from each group to a tuple of key patterns; that of {name!r} is none")
     return value  # pyright: ignore[reportUnknownVariableType]
 
 
@@ -150,12 +161,12 @@ class QueueSettings:
         check=plain_name,
         help="Everything the backend keeps in the broker lives under this name; two namespaces share nothing.",
     )
-    groups: tuple[str, ...] = setting(
+    groups: Mapping[str, tuple[str, ...]] = setting(
         "QUEUE_GROUPS",
-        names,
-        default=(),
-        check=plain_names,
-        help="Groups to declare when the backend connects, separated by commas.",
+        group_patterns,
+        default_factory=dict,
+        check=named_groups,
+        help="Groups to declare when the backend connects, with key patterns or without: `billing=order.*,audit`. A bar separates several patterns.",
     )
     prefetch: int = setting(
         "QUEUE_PREFETCH",
@@ -240,7 +251,7 @@ class QueueSettings:
                 continue
             text = env_text(item.metadata["variable"], environ=environ)
             if text is None:
-                if item.default is MISSING:
+                if item.default is MISSING and item.default_factory is MISSING:
                     raise ConfigurationError(f"{item.metadata['variable']} is not set: {item.metadata['help']}")
                 continue
             try:

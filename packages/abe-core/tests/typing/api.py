@@ -91,7 +91,7 @@ async def the_rest(backend: MemoryBackend) -> None:
     assert_type(await letters.list(limit=10), Sequence[DeadLetter])
     assert_type(await letters.get("seven"), DeadLetter | None)
     assert_type(await letters.replay("seven"), int)
-    assert_type(await letters.purge(), int)
+    assert_type(await letters.purge_all(), int)
     await backend.ping()
     await backend.connect()
     await backend.disconnect()

@@ -1,14 +1,15 @@
 """A backend that records what is published, and delivers what a test feeds it."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from abe.backends.message_queue.base.clock import Clock
-from abe.backends.message_queue.base.middleware import Publication
+from abe.backends.message_queue.base.middleware import Middleware, Publication
 from abe.backends.message_queue.base.names import matches
 from abe.backends.message_queue.base.protocol import MessageQueueBackend
 from abe.backends.message_queue.service.memory import MemoryBackend
+from abe.codec import Codec
 from abe.errors import AbeError, PartialPublishError
 from abe.settings import QueueSettings
 from abe.testing.memory import fresh_namespace
@@ -22,19 +23,29 @@ class RecordingBackend(MemoryBackend):
     backend checks them, and consumers of every kind run on it, retries and dead letters included.
 
     Args:
+        codec: Payload to bytes and back.
+        middleware: Wraps each publish, the first outermost.
         clock: What leases, delays and backoffs are measured by; None: real time.
     """
 
-    def __init__(self, *, clock: Clock | None = None) -> None:
-        super().__init__(QueueSettings(namespace=fresh_namespace()), clock=clock)
+    def __init__(
+        self, *, codec: Codec | None = None, middleware: Sequence[Middleware] = (), clock: Clock | None = None
+    ) -> None:
+        super().__init__(QueueSettings(namespace=fresh_namespace()), codec=codec, middleware=middleware, clock=clock)
         self.published: list[Publication] = []
         """What was published, the earliest first. Payloads are copies, as they would have been sent."""
         self._errors: deque[AbeError] = deque()
 
     @classmethod
-    def from_env(cls) -> Self:
+    def from_env(
+        cls,
+        *,
+        codec: Codec | None = None,
+        middleware: Sequence[Middleware] = (),
+        environ: Mapping[str, str] | None = None,
+    ) -> Self:
         """Make an instance; the environment has no say."""
-        return cls()
+        return cls(codec=codec, middleware=middleware)
 
     async def publish(
         self,
@@ -45,25 +56,36 @@ class RecordingBackend(MemoryBackend):
         id: str | None = None,
         delay: float | None = None,
         mandatory: bool = False,
+        group: str | None = None,
+        timeout: float | None = None,
     ) -> None:
         """Check the message as every backend does, and record it; see `TransportBackend.publish`."""
         self._here()
-        envelope = self._envelope(key, payload, headers, id, delay)
+        envelope = self._envelope(key, payload, headers, id, delay, group)
         if self._errors:
             raise self._errors.popleft()
         copy = self._codec.decode(envelope.body)
-        self.published.append(Publication(key, copy, envelope.headers, envelope.id, envelope.delay, mandatory))
+        self.published.append(
+            Publication(key, copy, envelope.headers, envelope.id, envelope.delay, mandatory, envelope.group, timeout)
+        )
 
     async def publish_many(self, items: Iterable[Publication | tuple[str, MessageQueuePayload]]) -> None:
         """Check and record messages; see `TransportBackend.publish_many`."""
         publications = [item if isinstance(item, Publication) else Publication(*item) for item in items]
         for p in publications:
-            self._envelope(p.key, p.payload, p.headers, p.id, p.delay)
+            self._envelope(p.key, p.payload, p.headers, p.id, p.delay, p.group)
         failures: list[tuple[int, AbeError]] = []
         for index, p in enumerate(publications):
             try:
                 await self.publish(
-                    p.key, p.payload, headers=p.headers, id=p.id, delay=p.delay or None, mandatory=p.mandatory
+                    p.key,
+                    p.payload,
+                    headers=p.headers,
+                    id=p.id,
+                    delay=p.delay or None,
+                    mandatory=p.mandatory,
+                    group=p.group,
+                    timeout=p.timeout,
                 )
             except AbeError as exc:
                 failures.append((index, exc))

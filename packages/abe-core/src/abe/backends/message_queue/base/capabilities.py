@@ -46,6 +46,10 @@ class Capabilities:
     redelivery_bound: float | None
     """Seconds by which a delivery may be late: after a delay or backoff has passed, or a lease has run out. None: no redelivery."""
 
+    silence_bound: float | None
+    """Seconds within which a connection that went silent, without a word of its end, is given up and work goes on over a new one, at the
+    default settings. None: there is no connection."""
+
     publish_dedup: float | None
     """Seconds within which the same id published again is delivered once. None: never."""
 

@@ -18,6 +18,8 @@ class Publication:
     id: str | None = None
     delay: float = 0.0
     mandatory: bool = False
+    group: str | None = None
+    timeout: float | None = None
 
 
 PublishNext: TypeAlias = Callable[[Publication], Awaitable[None]]

@@ -4,7 +4,7 @@
 application that needs it narrows what it loaded: ``assert isinstance(backend, FullBackend)``.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
@@ -19,7 +19,11 @@ QueueBackend = MessageQueueBackendProtocol
 
 
 class DeadLetterBox(Protocol):
-    """The dead letters of a group. All of it works while consumers run."""
+    """The dead letters of a group. All of it works while consumers run, and raises `GroupMissingError` when there is no such group."""
+
+    def __aiter__(self) -> AsyncIterator[DeadLetter]:
+        """Iterate over all of them, the oldest first, in bounded memory."""
+        ...
 
     async def list(self, limit: int = 100) -> Sequence[DeadLetter]:
         """Return up to `limit` dead letters, the oldest first."""
@@ -30,11 +34,19 @@ class DeadLetterBox(Protocol):
         ...
 
     async def replay(self, *ids: str) -> int:
-        """Move dead letters (none named: all) back to the group, starting again at attempt 1, and return how many."""
+        """Move the dead letters with these ids back to the group, starting again at attempt 1, and return how many there were."""
+        ...
+
+    async def replay_all(self, *, progress: Callable[[int], object] | None = None) -> int:
+        """Move all that are there now back to the group; `progress` is told how many were moved so far."""
         ...
 
     async def purge(self, *ids: str) -> int:
-        """Remove dead letters (none named: all) for good, and return how many."""
+        """Remove the dead letters with these ids for good, and return how many there were."""
+        ...
+
+    async def purge_all(self, *, progress: Callable[[int], object] | None = None) -> int:
+        """Remove all that are there now for good; `progress` is told how many were removed so far."""
         ...
 
 
@@ -43,6 +55,7 @@ class FullBackend(Protocol):
     """Everything that a backend on the engine offers; what each method does is written on ``engine.TransportBackend``."""
 
     capabilities: Capabilities
+    unroutable: int
 
     async def publish(
         self,
@@ -53,6 +66,8 @@ class FullBackend(Protocol):
         id: str | None = None,
         delay: float | None = None,
         mandatory: bool = False,
+        group: str | None = None,
+        timeout: float | None = None,
     ) -> None: ...
     async def publish_many(self, items: Iterable[Publication | tuple[str, MessageQueuePayload]]) -> None: ...
     def consume(
@@ -72,6 +87,7 @@ class FullBackend(Protocol):
     async def ping(self) -> None: ...
     async def declare(self, group: str | None = None, keys: Sequence[str] | None = None) -> None: ...
     async def delete_group(self, group: str | None = None) -> None: ...
+    async def delete_namespace(self) -> None: ...
     async def groups(self) -> Mapping[str, tuple[str, ...]]: ...
     async def stats(self, group: str | None = None) -> GroupStats: ...
     def dead_letters(self, group: str | None = None) -> DeadLetterBox: ...

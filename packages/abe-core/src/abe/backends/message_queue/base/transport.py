@@ -8,7 +8,7 @@ tried again, which reconnects; the transport connects whenever it has to. Any of
 done it, or not, and the transport stays usable.
 """
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol, TypeAlias
@@ -30,6 +30,8 @@ class Envelope(NamedTuple):
     headers: Mapping[str, str] | None = None
     delay: float = 0.0
     """Seconds before which it must not be delivered."""
+    group: str | None = None
+    """The one group that gets it, whatever its patterns; None: every group that wants the key."""
 
 
 class Metadata(NamedTuple):
@@ -45,17 +47,29 @@ class Delivery:
     """A message that the broker gave us, until it is settled.
 
     `header` is the metadata as the broker carried it, parsed by `Receiver.metadata` when somebody asks; `fault` says why the
-    envelope cannot be read, if so; `lost` becomes true when it turns out that the delivery is not ours any more.
+    envelope cannot be read, if so; `lost` becomes true when it turns out that the delivery is not ours any more. `attempt` is 1 for the
+    first delivery; `uncertain` of the attempts before this one may have been no more than a connection that was lost, where the broker
+    counts those too.
     """
 
-    __slots__ = ("attempt", "body", "fault", "header", "lost", "receipt")
+    __slots__ = ("attempt", "body", "fault", "header", "lost", "receipt", "uncertain")
 
-    def __init__(self, receipt: Receipt, body: bytes, header: object, attempt: int, fault: str | None = None) -> None:
+    def __init__(
+        self,
+        receipt: Receipt,
+        body: bytes,
+        header: object,
+        attempt: int,
+        fault: str | None = None,
+        *,
+        uncertain: int = 0,
+    ) -> None:
         self.receipt: Receipt = receipt
         self.body: bytes = body
         self.header: object = header
         self.attempt: int = attempt
         self.fault: str | None = fault
+        self.uncertain: int = uncertain
         self.lost: bool = False
 
 
@@ -79,6 +93,8 @@ class Settlement:
     delay: float = 0.0
     reason: str = ""
     error: str = ""
+    attempts: int | None = None
+    """With `Verb.RELEASE`, of a delivery that has uncertain attempts: how many attempts count from now on. None: those that did."""
 
 
 Failures: TypeAlias = Mapping[Receipt, AbeError]
@@ -214,13 +230,26 @@ class Transport(Protocol):
         """
         ...
 
-    async def declare(self, group: str, patterns: tuple[str, ...] | None) -> None:
-        """Make the group exist, with exactly these patterns; None leaves those of an existing group alone, and means everything
-        for a new one. Held messages that it wants become its own. Any publish that starts later reaches it."""
+    async def declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> tuple[str, ...]:
+        """Make the group exist, and return the patterns that it has now. Parked messages that it wants become its own. Any publish that
+        starts later reaches it.
+
+        Of several who declare at once with different patterns, one makes the group, and the others get its patterns.
+
+        Args:
+            group: The group.
+            patterns: Those of a new group. None: everything.
+            change: Whether an existing group gets these patterns too (not for None); otherwise it keeps its own.
+        """
         ...
 
     async def delete_group(self, group: str) -> None:
         """End the group: its messages, dead letters included. A no-op when there is none."""
+        ...
+
+    async def delete_namespace(self) -> None:
+        """Remove everything that the namespace has in the broker: groups, messages, dead letters, parked messages. A no-op when there
+        is nothing."""
         ...
 
     async def groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -231,27 +260,48 @@ class Transport(Protocol):
         """Join an existing group, as a consumer with an identity of its own that holds at most `prefetch` messages.
 
         It is not cancelled but by an event loop that ends: a receiver that nobody waits for any more is closed when it is there.
+
+        Raises:
+            GroupMissingError: There is no such group.
         """
         ...
 
     async def stats(self, group: str) -> GroupStats:
-        """Count the group's messages."""
+        """Count the group's messages.
+
+        Raises:
+            GroupMissingError: There is no such group.
+        """
         ...
 
-    async def dead_letters(self, group: str, limit: int) -> Sequence[DeadLetter]:
-        """Return up to `limit` dead letters, the oldest first, and leave them where they are."""
+    def dead_letters(self, group: str) -> AsyncGenerator[Sequence[DeadLetter]]:
+        """Go through the dead letters that are there now, the oldest first, and leave them where they are.
+
+        A page has at least one letter, and is bounded in count and in bytes. The caller may close the generator early. Nothing is locked
+        meanwhile that others need to work.
+
+        Raises:
+            GroupMissingError: There is no such group.
+        """
         ...
 
-    async def find_dead_letter(self, group: str, id: str) -> DeadLetter | None:
-        """Return the dead letter with that id."""
+    def replay(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
+        """Move dead letters back to the group, their attempts forgotten, and yield after each bounded step how many it moved.
+
+        Those that are there when it starts: one that is buried again meanwhile is not met again. A generator that is closed early, or
+        fails, leaves each letter in one place, or doubles it where the broker cannot move in one step; it never loses one.
+
+        Args:
+            group: The group.
+            ids: The letters' ids. None: all of them.
+
+        Raises:
+            GroupMissingError: There is no such group.
+        """
         ...
 
-    async def replay(self, group: str, ids: Collection[str] | None) -> int:
-        """Move dead letters back to the group, their attempts forgotten; None means all that are there now. Return how many."""
-        ...
-
-    async def purge(self, group: str, ids: Collection[str] | None) -> int:
-        """Remove dead letters for good; None means all that are there now. Return how many."""
+    def purge(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
+        """Remove dead letters for good, in the same way as `replay` moves them."""
         ...
 
     async def ping(self) -> None:

@@ -3,11 +3,12 @@
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import ClassVar, Final, Self, TypeVar
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.capabilities import Capabilities
@@ -34,7 +35,9 @@ from abe.errors import (
     AbeError,
     BackendClosedError,
     BackendConnectionError,
+    ConfigurationError,
     EventLoopError,
+    GroupMissingError,
     PartialPublishError,
     PayloadTooLargeError,
     UnroutableError,
@@ -51,29 +54,43 @@ _MOST_KNOWN_KEYS: Final = 10_000
 
 
 class TransportBackend(ABC):
-    """A message queue on a transport. A provider names its capabilities and makes its transport; the rest is here.
+    """A message queue on a transport. A provider names its capabilities and settings, and makes its transport; the rest is here.
 
     It connects when it is first used, or by `connect`, reconnects by itself, and belongs to the event loop and process of its first
     use. When that loop is closed, the next use begins anew in the loop that runs then.
 
     Args:
-        settings: The provider's settings.
+        settings: The provider's settings; None: its defaults.
         codec: Payload to bytes and back.
         middleware: Wraps each publish, the first outermost.
         clock: What leases, delays and backoffs are measured by.
+
+    Raises:
+        ConfigurationError: An argument is of another kind; the text says what would be right.
     """
+
+    settings_type: ClassVar[type[QueueSettings]] = QueueSettings
+    """The class of the provider's settings."""
 
     capabilities: Capabilities
     """Declared on the class; an instance's own says what its settings make of it."""
 
     def __init__(
         self,
-        settings: QueueSettings,
+        settings: QueueSettings | None = None,
         *,
         codec: Codec | None = None,
         middleware: Sequence[Middleware] = (),
         clock: Clock | None = None,
     ) -> None:
+        wanted = self.settings_type
+        if settings is None:
+            settings = wanted()
+        elif not isinstance(settings, wanted):
+            raise ConfigurationError(
+                f"{type(self).__name__} takes its settings as {wanted.__name__}(...), not as a {type(settings).__name__}; "
+                f"{type(self).__name__}.from_env() reads them from the environment"
+            )
         self.settings = settings
         if self.capabilities.lease is not None:
             self.capabilities = replace(self.capabilities, lease=settings.lease)
@@ -89,9 +106,24 @@ class TransportBackend(ABC):
         self._closed = False
 
     @classmethod
-    @abstractmethod
-    def from_env(cls) -> Self:
-        """Make an instance from environment variables. No I/O happens here."""
+    def from_env(
+        cls,
+        *,
+        codec: Codec | None = None,
+        middleware: Sequence[Middleware] = (),
+        environ: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Make an instance whose settings are read from the environment. No I/O happens here.
+
+        Args:
+            codec: Payload to bytes and back.
+            middleware: Wraps each publish, the first outermost.
+            environ: What to read instead of the process's variables.
+
+        Raises:
+            ConfigurationError: A variable is missing or malformed; the text names it.
+        """
+        return cls(cls.settings_type.from_env(environ), codec=codec, middleware=middleware)
 
     @abstractmethod
     def make_transport(self) -> Transport:
@@ -106,6 +138,8 @@ class TransportBackend(ABC):
         id: str | None = None,
         delay: float | None = None,
         mandatory: bool = False,
+        group: str | None = None,
+        timeout: float | None = None,
     ) -> None:
         """Hand a message to the broker. Returning means that the broker has taken responsibility for it.
 
@@ -118,21 +152,24 @@ class TransportBackend(ABC):
             id: The message's id, for publishing it again after `PublishUnknownError`; made up when left out.
             delay: Seconds before which it must not be delivered.
             mandatory: Raise when groups exist and none of them wants the key.
+            group: Deliver to this group alone, whatever its patterns. None: to every group that wants the key.
+            timeout: Seconds within which it returns or raises; None: `publish_timeout` of the settings.
 
         Raises:
             PayloadError: The payload is not JSON (`PayloadTooLargeError`: or too large); nothing was sent.
             InvalidNameError: The key, the id or a header cannot be carried; nothing was sent.
-            PublishRejectedError: The message is certainly not in the broker (`BackpressureError`: because something is full).
+            PublishRejectedError: The message is certainly not in the broker (`BackpressureError`: because something is full;
+                `UnroutableError`: no group wants the key, and `mandatory`; or `group` does not exist).
             PublishUnknownError: The message may be in the broker, or not.
             UnsupportedCapabilityError: The delay is longer than this backend can hold.
             BackendClosedError: The backend was closed.
         """
         if self._send is not None:
-            return await self._send(Publication(key, payload, headers, id, delay or 0.0, mandatory))
+            return await self._send(Publication(key, payload, headers, id, delay or 0.0, mandatory, group, timeout))
         session = self._here()
-        outcome = await session.publisher.publish(self._envelope(key, payload, headers, id, delay))
+        outcome = await session.publisher.publish(self._envelope(key, payload, headers, id, delay, group))
         if outcome is not None:
-            self._judge(outcome, mandatory)
+            self._judge(outcome, mandatory or group is not None)
         return None
 
     async def publish_many(self, items: Iterable[Publication | tuple[str, MessageQueuePayload]]) -> None:
@@ -151,7 +188,7 @@ class TransportBackend(ABC):
         envelopes: list[Envelope] = []
         for index, item in enumerate(publications):
             try:
-                envelopes.append(self._envelope(item.key, item.payload, item.headers, item.id, item.delay))
+                envelopes.append(self._envelope(item.key, item.payload, item.headers, item.id, item.delay, item.group))
             except AbeError as exc:
                 exc.args = (f"message #{index}: {exc}",)
                 raise
@@ -164,7 +201,7 @@ class TransportBackend(ABC):
         for index, result in enumerate(results):
             try:
                 if isinstance(result, AbeError):
-                    self._judge(result, publications[index].mandatory)
+                    self._judge(result, publications[index].mandatory or publications[index].group is not None)
                 elif result is not None:
                     raise result
             except AbeError as exc:
@@ -184,7 +221,8 @@ class TransportBackend(ABC):
 
         Args:
             group: The group, which its consumers share; None: ``default``.
-            keys: The key patterns that the group wants from now on. None: what it wanted before; everything, for a new group.
+            keys: The key patterns of a new group; an existing one must have the same. None: what the group has; everything, for a new
+                group. `declare` changes them.
             prefetch: Messages held at most; None: the setting.
             max_attempts: Deliveries before a message is dead; None: the setting.
 
@@ -239,21 +277,34 @@ class TransportBackend(ABC):
         await self._call(lambda session: session.transport.ping(), patient=False)
 
     async def declare(self, group: str | None = None, keys: Sequence[str] | None = None) -> None:
-        """Make a group exist ahead of its consumers, with exactly these key patterns (None: see `consume`)."""
+        """Make a group exist ahead of its consumers, with exactly these key patterns from now on.
+
+        Args:
+            group: The group; None: ``default``.
+            keys: Its key patterns. None: those that it has; everything, for a new group.
+        """
         name, patterns = self._group(group), self._patterns(keys)
-        await self._call(lambda session: session.transport.declare(name, patterns))
+        await self._call(lambda session: session.transport.declare(name, patterns, change=True))
 
     async def delete_group(self, group: str | None = None) -> None:
         """End a group: its messages, dead letters included, are gone. A no-op when there is none."""
         name = self._group(group)
         await self._call(lambda session: session.transport.delete_group(name))
 
+    async def delete_namespace(self) -> None:
+        """Remove everything that the namespace has in the broker: every group, message and dead letter. A no-op when there is nothing."""
+        await self._call(lambda session: session.transport.delete_namespace())
+
     async def groups(self) -> Mapping[str, tuple[str, ...]]:
         """Return the groups that exist, each with its key patterns."""
         return await self._call(lambda session: session.transport.groups())
 
     async def stats(self, group: str | None = None) -> GroupStats:
-        """Count a group's messages."""
+        """Count a group's messages.
+
+        Raises:
+            GroupMissingError: There is no such group.
+        """
         name = self._group(group)
         return await self._call(lambda session: session.transport.stats(name))
 
@@ -265,13 +316,14 @@ class TransportBackend(ABC):
         """
         if not self.capabilities.dead_letter:
             raise UnsupportedCapabilityError(f"{type(self).__name__} keeps no dead letters")
-        return DeadLetters(self._call, self._group(group))
+        return DeadLetters(self._steps, self._group(group))
 
     async def _forward(self, publication: Publication) -> None:
         p = publication
-        outcome = await self._here().publisher.publish(self._envelope(p.key, p.payload, p.headers, p.id, p.delay))
+        envelope = self._envelope(p.key, p.payload, p.headers, p.id, p.delay, p.group)
+        outcome = await self._here().publisher.publish(envelope)
         if outcome is not None:
-            self._judge(outcome, p.mandatory)
+            self._judge(outcome, p.mandatory or p.group is not None)
 
     def _envelope(
         self,
@@ -280,6 +332,7 @@ class TransportBackend(ABC):
         headers: Mapping[str, str] | None,
         id: str | None,
         delay: float | None,
+        group: str | None,
     ) -> Envelope:
         if type(key) is not str or key not in self._known_keys:
             check_key(key)
@@ -298,6 +351,7 @@ class TransportBackend(ABC):
             int(time.time() * 1000),
             check_headers(headers) if headers else None,
             self._delay(delay) if delay else 0.0,
+            None if group is None else self._group(group),
         )
 
     def _delay(self, delay: float) -> float:
@@ -343,10 +397,24 @@ class TransportBackend(ABC):
                     left=session.inboxes.discard,
                 )
 
-            await session.transport.declare(group, patterns)
-            return await session.join(group, prefetch, inbox)
+            await session.declare(group, patterns)
+            try:
+                return await session.join(group, prefetch, inbox)
+            except GroupMissingError as exc:  # deleted in between: to be declared again, as after a lost connection
+                raise BackendConnectionError(f"group {group!r} was deleted while it was being subscribed to") from exc
 
         return await self._call(join)
+
+    async def _steps(self, start: Callable[[Transport], AsyncGenerator[_T]]) -> AsyncGenerator[_T]:
+        """Go through what a transport does in steps, each within `publish_timeout`.
+
+        The first step is tried again after a lost connection. A later one is not: the transport knows no more where it was.
+        """
+        steps, step = await self._call(partial(_first, start))
+        async with aclosing(steps):
+            while step:
+                yield step[0]
+                step = await self._call(partial(_next, steps), patient=False)
 
     async def _call(self, operation: Callable[[Session], Awaitable[_T]], *, patient: bool = True) -> _T:
         """Run an operation on the connected transport, within `publish_timeout`; when patient, again after a lost connection."""
@@ -391,3 +459,17 @@ class TransportBackend(ABC):
 
 async def _nothing(_: Session) -> None:
     """Nothing but what `_call` does before."""
+
+
+async def _first(
+    start: Callable[[Transport], AsyncGenerator[_T]], session: Session
+) -> tuple[AsyncGenerator[_T], list[_T]]:
+    steps = start(session.transport)
+    return steps, await _next(steps, session)
+
+
+async def _next(steps: AsyncGenerator[_T], _: Session) -> list[_T]:
+    """Return the next step, none at the end."""
+    async for step in steps:
+        return [step]
+    return []

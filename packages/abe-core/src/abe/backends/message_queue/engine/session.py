@@ -1,13 +1,14 @@
 """What a backend has while it is open in one event loop."""
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from abe.backends.message_queue.base.clock import pause
+from abe.backends.message_queue.base.names import check_patterns
 from abe.backends.message_queue.base.transport import Receiver, Transport
 from abe.backends.message_queue.engine.inbox import Inbox
 from abe.backends.message_queue.engine.publisher import Publisher
-from abe.errors import BackendClosedError
+from abe.errors import BackendClosedError, ConfigurationError
 from abe.settings import QueueSettings
 
 
@@ -28,7 +29,7 @@ class Session:
         self.calls: set[asyncio.Timeout] = set()
         """The bounds of the calls that are under way: closing ends them."""
         self._joining: set[asyncio.Task[Inbox]] = set()
-        self._undeclared = settings.groups
+        self._undeclared: Mapping[str, tuple[str, ...]] = settings.groups
         self._close_timeout = settings.close_timeout
         self._closing: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
@@ -37,9 +38,23 @@ class Session:
         """Return once the transport is connected, and the groups of the settings exist."""
         await self.transport.open()
         if self._undeclared:
-            for group in self._undeclared:
-                await self.transport.declare(group, None)
-            self._undeclared = ()
+            for group, patterns in self._undeclared.items():
+                await self.declare(group, check_patterns(patterns) if patterns else None)
+            self._undeclared = {}
+
+    async def declare(self, group: str, patterns: tuple[str, ...] | None) -> None:
+        """Make a group exist, with these patterns if it is new.
+
+        Raises:
+            ConfigurationError: It exists, and has other patterns.
+        """
+        present = await self.transport.declare(group, patterns, change=False)
+        if patterns is not None and set(present) != set(patterns):
+            raise ConfigurationError(
+                f"group {group!r} has the key patterns {_listed(present)}, and was asked for with {_listed(patterns)}. "
+                f"Patterns belong to the group: leave keys out to take what it has, change them for all of its consumers with "
+                f"declare({group!r}, keys=[...]), or use a group of another name"
+            )
 
     @property
     def ended(self) -> bool:
@@ -114,6 +129,10 @@ class Session:
                 bound.reschedule(self.loop.time())
         for task in self._joining:
             task.cancel()
+
+
+def _listed(patterns: Collection[str]) -> str:
+    return ", ".join(map(repr, sorted(patterns)))
 
 
 async def _done(tasks: Collection[asyncio.Task[Inbox]], timeout: float) -> None:

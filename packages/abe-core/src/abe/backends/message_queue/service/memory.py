@@ -6,8 +6,8 @@ passes the same contract as the networked brokers, with leases, attempts, delays
 
 import asyncio
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, Self
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
 
 from abe.backends.message_queue.base import (
     Batching,
@@ -20,27 +20,26 @@ from abe.backends.message_queue.base import (
     Failures,
     GroupStats,
     Metadata,
-    Middleware,
     Receipt,
     Settlement,
     Transport,
     Verb,
 )
-from abe.backends.message_queue.base.names import EVERYTHING
 from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
 from abe.backends.message_queue.engine import TransportBackend
-from abe.backends.message_queue.service.namespaces import Item, Namespace, Queue, namespace
-from abe.codec import Codec
+from abe.backends.message_queue.service.namespaces import Dead, Item, Namespace, Queue, namespace
 from abe.errors import AbeError, BackpressureError, LeaseLostError, UnroutableError
 from abe.settings import QueueSettings
 
-_MOST_ROUTES: Final = 10_000
+_PAGE: Final = 100
+"""Dead letters at a time."""
 
 
 class _MemoryReceiver:
     def __init__(self, namespace: Namespace, group: str, lease: float, clock: Clock) -> None:
         self._namespace = namespace
         self._group = group
+        self._patterns = namespace.queue(group).patterns
         self._lease = lease
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -51,7 +50,7 @@ class _MemoryReceiver:
         while not self._stopped:
             self._woken.clear()
             with self._namespace.lock:
-                queue = self._namespace.queue(self._group, self._clock.time())
+                queue = self._queue()
                 deliveries = queue.take(self, limit, self._clock.time(), self._lease)
                 if deliveries:
                     queue.wake()
@@ -77,14 +76,14 @@ class _MemoryReceiver:
     async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
         # A receipt names a delivery, not a message, so that a late one finds nothing: there is no need to verify more.
         with self._namespace.lock:
-            held = self._namespace.queue(self._group, self._clock.time()).held
+            held = self._queue().held
             return {receipt: _lost() for receipt in receipts if held.pop(receipt, None) is None}
 
     async def settle(self, settlements: Sequence[Settlement]) -> Failures:
         failures: dict[Receipt, AbeError] = {}
         now = self._clock.time()
         with self._namespace.lock:
-            queue = self._namespace.queue(self._group, now)
+            queue = self._queue()
             released: list[Item] = []
             for settlement in settlements:
                 held = queue.held.pop(settlement.receipt, None)
@@ -103,7 +102,7 @@ class _MemoryReceiver:
 
     async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
         with self._namespace.lock:
-            held = self._namespace.queue(self._group, self._clock.time()).held
+            held = self._queue().held
             deadline = self._clock.time() + self._lease
             for receipt in receipts:
                 if receipt in held:
@@ -124,6 +123,15 @@ class _MemoryReceiver:
                 ours = [receipt for receipt, held in queue.held.items() if held.owner is self]
                 queue.give_back([queue.held.pop(receipt).item for receipt in ours])
                 queue.wake(everybody=True)
+
+    def _queue(self) -> Queue:
+        """Return the group's queue; one that was deleted underneath is made again, with the patterns that it had."""
+        queue = self._namespace.queues.get(self._group)
+        if queue is None:
+            self._namespace.declare(self._group, self._patterns, self._clock.time())
+            return self._namespace.queues[self._group]
+        self._patterns = queue.patterns
+        return queue
 
     def wake(self) -> bool:
         """Let a waiting `receive` look again, from whatever thread; False when its event loop was closed under it."""
@@ -162,7 +170,7 @@ class _MemoryTransport:
         with self._namespace.lock:
             touched: dict[Queue, None] = {}
             for envelope in envelopes:
-                queues = self._namespace.route(envelope.key)
+                queues = self._wanting(envelope)
                 if any(self._full(queue) for queue in queues):
                     outcomes.append(
                         BackpressureError(f"a group has {self._max_backlog} messages waiting already (max_backlog)")
@@ -171,34 +179,36 @@ class _MemoryTransport:
                 for queue in queues:
                     queue.put(envelope, now + envelope.delay, now)
                     touched[queue] = None
-                if not self._namespace.queues:
-                    self._namespace.unclaimed.append((envelope, now + envelope.delay))
-                no_route = self._namespace.queues and not queues
-                outcomes.append(UnroutableError(f"no group wants the key {envelope.key!r}") if no_route else None)
+                outcomes.append(None if queues else self._park(envelope, now))
             delayed = any(envelope.delay for envelope in envelopes)
             for queue in touched:
                 queue.wake(everybody=delayed)
         return outcomes
 
-    async def declare(self, group: str, patterns: tuple[str, ...] | None) -> None:
+    async def declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> tuple[str, ...]:
         with self._namespace.lock:
-            self._namespace.declare(group, patterns, self._clock.time())
+            return self._namespace.declare(group, patterns, self._clock.time(), change=change)
 
     async def delete_group(self, group: str) -> None:
         with self._namespace.lock:
             self._namespace.delete(group)
+
+    async def delete_namespace(self) -> None:
+        with self._namespace.lock:
+            self._namespace.clear()
 
     async def groups(self) -> Mapping[str, tuple[str, ...]]:
         with self._namespace.lock:
             return {group: queue.patterns for group, queue in self._namespace.queues.items()}
 
     async def subscribe(self, group: str, prefetch: int) -> _MemoryReceiver:
-        return _MemoryReceiver(self._namespace, group, self._lease, self._clock)
+        with self._namespace.lock:
+            return _MemoryReceiver(self._namespace, group, self._lease, self._clock)
 
     async def stats(self, group: str) -> GroupStats:
         now = self._clock.time()
         with self._namespace.lock:
-            queue = self._namespace.queues.get(group, Queue(EVERYTHING))
+            queue = self._namespace.queue(group)
             queue.mature(now)
             return GroupStats(
                 waiting=len(queue.ready),
@@ -208,36 +218,46 @@ class _MemoryTransport:
                 oldest=now - queue.ready[0].since if queue.ready else None,
             )
 
-    async def dead_letters(self, group: str, limit: int) -> Sequence[DeadLetter]:
+    async def dead_letters(self, group: str) -> AsyncGenerator[Sequence[DeadLetter]]:
+        for page in self._pages(group):
+            yield [letter for letter, _ in page]
+
+    async def replay(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
+        for page in self._pages(group, ids):
+            now = self._clock.time()
+            with self._namespace.lock:
+                queue = self._namespace.queue(group)
+                moved = queue.take_dead(page)
+                for envelope in moved:
+                    queue.put(envelope, now, now)
+                queue.wake()
+            yield len(moved)
+
+    async def purge(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
+        for page in self._pages(group, ids):
+            with self._namespace.lock:
+                removed = self._namespace.queue(group).take_dead(page)
+            yield len(removed)
+
+    def _pages(self, group: str, ids: Collection[str] | None = None) -> list[list[Dead]]:
+        """Return the dead letters that are there now: they are in memory anyhow."""
         with self._namespace.lock:
-            return [letter for letter, _ in self._dead(group)[:limit]]
+            chosen = [dead for dead in self._namespace.queue(group).dead if ids is None or dead[0].id in ids]
+        return [chosen[start : start + _PAGE] for start in range(0, len(chosen), _PAGE)]
 
-    async def find_dead_letter(self, group: str, id: str) -> DeadLetter | None:
-        with self._namespace.lock:
-            return next((letter for letter, _ in self._dead(group) if letter.id == id), None)
+    def _wanting(self, envelope: Envelope) -> Sequence[Queue]:
+        if envelope.group is None:
+            return self._namespace.route(envelope.key)
+        queue = self._namespace.queues.get(envelope.group)
+        return [] if queue is None else [queue]
 
-    async def replay(self, group: str, ids: Collection[str] | None) -> int:
-        now = self._clock.time()
-        with self._namespace.lock:
-            chosen = self._take_dead(group, ids)
-            for envelope in chosen:
-                self._namespace.queues[group].put(envelope, now, now)
-            if chosen:
-                self._namespace.queues[group].wake()
-            return len(chosen)
-
-    async def purge(self, group: str, ids: Collection[str] | None) -> int:
-        with self._namespace.lock:
-            return len(self._take_dead(group, ids))
-
-    def _dead(self, group: str) -> list[tuple[DeadLetter, Envelope]]:
-        return self._namespace.queues[group].dead if group in self._namespace.queues else []
-
-    def _take_dead(self, group: str, ids: Collection[str] | None) -> list[Envelope]:
-        dead = self._dead(group)
-        chosen = [envelope for letter, envelope in dead if ids is None or letter.id in ids]
-        dead[:] = [entry for entry in dead if ids is not None and entry[0].id not in ids]
-        return chosen
+    def _park(self, envelope: Envelope, now: float) -> UnroutableError | None:
+        if envelope.group is not None:
+            return UnroutableError(f"there is no group {envelope.group!r}")
+        if self._namespace.queues:
+            return UnroutableError(f"no group wants the key {envelope.key!r}")
+        self._namespace.unclaimed.append((envelope, now + envelope.delay))
+        return None
 
     def _full(self, queue: Queue) -> bool:
         return self._max_backlog is not None and len(queue.ready) + len(queue.delayed) >= self._max_backlog
@@ -263,25 +283,11 @@ class MemoryBackend(TransportBackend):
         max_delay=math.inf,
         lease=30.0,
         redelivery_bound=0.5,
+        silence_bound=None,
         publish_dedup=None,
         max_payload_bytes=16 * 1024 * 1024,
         durability=Durability.NONE,
     )
-
-    def __init__(
-        self,
-        settings: QueueSettings | None = None,
-        *,
-        codec: Codec | None = None,
-        middleware: Sequence[Middleware] = (),
-        clock: Clock | None = None,
-    ) -> None:
-        super().__init__(settings or QueueSettings(), codec=codec, middleware=middleware, clock=clock)
-
-    @classmethod
-    def from_env(cls) -> Self:
-        """Make an instance from the ``QUEUE_*`` variables."""
-        return cls(QueueSettings.from_env())
 
     def make_transport(self) -> Transport:
         """Return a transport to this process's memory."""

@@ -8,12 +8,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
 from time import time
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Receipt
 from abe.backends.message_queue.base.names import EVERYTHING, matches
+from abe.errors import GroupMissingError
 
 _MOST_ROUTES: Final = 10_000
+
+Dead: TypeAlias = tuple[DeadLetter, Envelope]
 
 
 class Waiter(Protocol):
@@ -51,7 +54,7 @@ class Queue:
         self.ready: deque[Item] = deque()
         self.delayed: list[tuple[float, int, Item]] = []
         self.held: dict[Receipt, Held] = {}
-        self.dead: list[tuple[DeadLetter, Envelope]] = []
+        self.dead: list[Dead] = []
         self.waiting: dict[Waiter, None] = {}
         self._serial = count().__next__
         self._receipt = count().__next__
@@ -116,6 +119,13 @@ class Queue:
         )
         self.dead.append((letter, envelope))
 
+    def take_dead(self, chosen: Iterable[Dead]) -> list[Envelope]:
+        """Take those of these dead letters that are still there."""
+        wanted = {id(letter) for letter, _ in chosen}
+        taken = [envelope for letter, envelope in self.dead if id(letter) in wanted]
+        self.dead = [dead for dead in self.dead if id(dead[0]) not in wanted]
+        return taken
+
     def wake(self, *, everybody: bool = False) -> None:
         """Let as many waiting receivers look as there are messages; everybody, when what they wait for may have come nearer."""
         wanted = len(self.waiting) if everybody else len(self.ready)
@@ -144,11 +154,13 @@ class Namespace:
             ]
         return queues
 
-    def declare(self, group: str, patterns: tuple[str, ...] | None, now: float) -> None:
+    def declare(
+        self, group: str, patterns: tuple[str, ...] | None, now: float, *, change: bool = False
+    ) -> tuple[str, ...]:
         queue = self.queues.get(group)
         if queue is None:
             queue = self.queues[group] = Queue(patterns or EVERYTHING)
-        elif patterns is not None:
+        elif patterns is not None and change:
             queue.patterns = patterns
         self._routes.clear()
         unclaimed, self.unclaimed = self.unclaimed, deque()
@@ -158,6 +170,7 @@ class Namespace:
             else:
                 self.unclaimed.append((envelope, due))
         queue.wake(everybody=True)
+        return queue.patterns
 
     def delete(self, group: str) -> None:
         queue = self.queues.pop(group, None)
@@ -166,11 +179,21 @@ class Namespace:
             for receiver in queue.waiting:
                 receiver.wake()
 
-    def queue(self, group: str, now: float) -> Queue:
-        """Return the group's queue; one that was deleted is made again."""
-        if group not in self.queues:
-            self.declare(group, None, now)
-        return self.queues[group]
+    def clear(self) -> None:
+        for group in list(self.queues):
+            self.delete(group)
+        self.unclaimed.clear()
+
+    def queue(self, group: str) -> Queue:
+        """Return the group's queue.
+
+        Raises:
+            GroupMissingError: There is no such group.
+        """
+        queue = self.queues.get(group)
+        if queue is None:
+            raise GroupMissingError(f"there is no group {group!r}")
+        return queue
 
 
 _namespaces: Final[dict[str, Namespace]] = {}
