@@ -321,7 +321,7 @@ class RabbitMQReceiver:
             properties = _wire.copy(header, body, attempt)
         elif settlement.verb is Verb.RELEASE:
             exchange, key = "", self._queue
-            properties = _wire.copy(header, body, attempt - 1)
+            properties = _wire.copy(header, body, attempt - 1 if settlement.attempts is None else settlement.attempts)
         else:
             exchange, key = "", self._transport.topology.dead(self.group)
             properties = _wire.buried(header, body, attempt, settlement.reason, settlement.error)

@@ -162,7 +162,10 @@ class RabbitMQTransport:
         self._keeper.begin(self._groups.hand_over)
 
     def _outgoing(self, envelope: Envelope) -> Outgoing:
-        return Outgoing(self.topology.exchange, envelope.key, _wire.pack(envelope), envelope.body, envelope.id)
+        if envelope.group is None:
+            return Outgoing(self.topology.exchange, envelope.key, _wire.pack(envelope), envelope.body, envelope.id)
+        properties = _wire.pack(envelope, ("abe-key", envelope.key))
+        return Outgoing("", self.topology.queue(envelope.group), properties, envelope.body, envelope.id)
 
     async def _letters(self, group: str, wanted: Callable[[DeadLetter, int], bool]) -> Sequence[DeadLetter]:
         """Return the dead letters that are wanted; how many were so far is told too."""
@@ -248,13 +251,15 @@ class RabbitMQTransport:
         return outcomes
 
     async def _later(self, registry: Registry, envelope: Envelope) -> Sequence[tuple[str, Outgoing]]:
-        id, key, body, _, _, delay = envelope
+        id, key, body, _, _, delay, group = envelope
         later = self.topology.later
+        if group is not None and group not in registry.groups:
+            raise UnroutableError(f"there is no group {group!r}")
         if not registry.groups:
             due = int((time.time() + delay) * 1000) + 1
             properties = _wire.pack(envelope, ("abe-key", key), ("abe-due", due))
             return [("", Outgoing(later, f"{registry.version}.held", properties, body, id))]
-        groups = registry.wanting(key)
+        groups = registry.wanting(key) if group is None else [group]
         if not groups:
             raise UnroutableError(f"no group wants the key {key!r}")
         properties = _wire.pack(envelope, ("abe-key", key))

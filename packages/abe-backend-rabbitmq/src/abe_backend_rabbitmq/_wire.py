@@ -69,7 +69,7 @@ def pack(envelope: Envelope, *extra: tuple[str, str | int]) -> bytes:
         envelope: The message.
         extra: More headers of ours.
     """
-    id, _, _, published_at, headers, _ = envelope
+    id, _, _, published_at, headers, _, _ = envelope
     table = _VERSION_FIELD + _TIME_FIELD + _U64.pack(published_at)
     if headers or extra:
         table += _pack_headers(headers or {}, extra)
@@ -128,7 +128,8 @@ def delivery(receipt: int, header: Header, body: bytes, redelivered: bool) -> De
         return Delivery(receipt, body, header, 1, str(exc))
     version = headers.get("abe-version", VERSION)
     fault = None if version == VERSION else "the envelope is of a version that is not known here"
-    return Delivery(receipt, body, header, attempts(headers), fault)
+    counted = _number(headers, "x-delivery-count")  # by the broker: lost connections too
+    return Delivery(receipt, body, header, attempts(headers), fault, uncertain=counted)
 
 
 def attempts(headers: Mapping[str, Any]) -> int:
