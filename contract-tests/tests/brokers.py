@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import aiormq
 
-from abe_contract_tests import services
+from abe_contract_tests import bounds, services
 from abe_contract_tests.services import RabbitMQShell, Service, rabbitmq_service, redis_service, sqs_service
 from abe_contract_tests.services.redis import ask
 from abe_contract_tests.services.sqs import ask as ask_sqs
@@ -85,7 +85,7 @@ class RabbitMQKind(Kind):
 
     @staticmethod
     async def _put(service: Service, key: str) -> None:
-        async with asyncio.timeout(BOUND):
+        async with bounds.within(BOUND):
             connection = await aiormq.connect(service.url)
             channel = await connection.channel()
             await channel.queue_declare(key, durable=True, arguments={"x-queue-type": "quorum"})
@@ -97,7 +97,7 @@ class RabbitMQKind(Kind):
 
     @staticmethod
     async def _has(url: str, key: str) -> bool:
-        async with asyncio.timeout(BOUND):
+        async with bounds.within(BOUND):
             connection = await aiormq.connect(url)
             try:
                 channel = await connection.channel()

@@ -13,6 +13,7 @@ import pytest
 import trustme
 from aiormq.abc import AbstractChannel, AbstractConnection
 
+from abe_contract_tests import bounds
 from abe_contract_tests.services import (
     RabbitMQ,
     RabbitMQShell,
@@ -89,7 +90,7 @@ class TestShell:
         assert await shell.counts("count:") == [("count:a queue", 5, 0, 0)]
         await channel.basic_qos(prefetch_count=2)
         await channel.basic_consume("count:a queue", hold)
-        async with asyncio.timeout(BOUND):
+        async with bounds.within(BOUND):
             await held.wait()
             while (counts := await shell.counts("count:")) != [("count:a queue", 3, 2, 1)]:
                 assert counts[0].ready + counts[0].unacknowledged == 5
@@ -116,7 +117,7 @@ class TestShell:
             for name in ("one", "two", "three")
         ]
         assert await shell.connections() == 3
-        async with asyncio.timeout(BOUND):
+        async with bounds.within(BOUND):
             assert await shell.close_connections("two") == 1
             with pytest.raises(aiormq.exceptions.ConnectionClosed, match="closed by a test"):
                 await opened[1].closing
@@ -142,7 +143,7 @@ class TestShell:
             await channel.basic_publish(b"", exchange="mine")
         await shell.add_user("bob", "as before", write="^mine$")
         channel = await connection.channel()
-        async with asyncio.timeout(BOUND):
+        async with bounds.within(BOUND):
             # A channel knows the rights that it asked for before; this one has not asked yet.
             await channel.basic_publish(b"", exchange="mine")
         await connection.close()
@@ -158,7 +159,7 @@ class TestShell:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(asyncio.shield(publishing), 0.5)
         await shell.clear_memory_alarm()
-        async with asyncio.timeout(BOUND):
+        async with bounds.within(BOUND):
             await publishing
 
     async def test_it_survives_the_node(self, service: Service, shell: RabbitMQShell) -> None:
@@ -244,7 +245,7 @@ class TestTls:
             assert service.url.startswith("amqps://")
             assert service.version.startswith("RabbitMQ 3.")
             context = ssl.create_default_context(cafile=files.authority)
-            async with asyncio.timeout(BOUND):
+            async with bounds.within(BOUND):
                 connection = await aiormq.connect(service.url, context=context)
                 await connection.close()
                 with pytest.raises(aiormq.exceptions.AMQPConnectionError, match="certificate verify failed"):

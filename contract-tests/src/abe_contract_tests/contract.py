@@ -15,6 +15,7 @@ from unittest.mock import patch
 from abe.backends.message_queue.base import Capabilities, Durability
 from abe.types import MessageQueuePayload
 from abe_contract_tests.accounting import Accounting
+from abe_contract_tests.bounds import Deadline, slowness, within
 from abe_contract_tests.clauses import declares
 from abe_contract_tests.harness import Harness, Oracle
 from abe_contract_tests.worker import Worker, WorkerFunction, start_worker
@@ -46,11 +47,6 @@ UNDECLARED: Final = Capabilities(
 """What the suite takes for granted of a provider that declares nothing."""
 
 _SETTLE_STEP: Final = 0.02
-
-
-def time_factor() -> float:
-    """Return what every bound is multiplied by: ``ABE_CONTRACT_TIME_FACTOR``, for machines that are slow."""
-    return float(os.environ.get("ABE_CONTRACT_TIME_FACTOR", "1"))
 
 
 class Contract:
@@ -134,23 +130,34 @@ class Contract:
             self._oracle = await self.harness.oracle(self.namespace)
         return self._oracle
 
-    def bound(self, bound: float | str = DEFAULT_BOUND) -> float:
-        """Return a bound in seconds, scaled by the global factor.
+    def bound(self, *parts: float | str) -> float:
+        """Return a bound in seconds, stretched as the machine is busy now.
 
         Args:
-            bound: Seconds; or the name of what declares them, ``"lease"`` or a capability such as ``"redelivery_bound"``.
+            parts: What it is the sum of: seconds, or the name of what declares them, ``"lease"`` or a capability such as
+                ``"redelivery_bound"``. Without any it is `DEFAULT_BOUND`.
         """
-        if isinstance(bound, str):
-            declared = self.lease if bound == "lease" else getattr(self.capabilities, bound)
-            assert isinstance(declared, int | float), f"{bound} is not declared, so nothing can be bounded by it"
-            bound = declared
-        return bound * time_factor()
+        return self._seconds(*parts) * slowness()
 
-    def within(self, seconds: float | str | None = None) -> asyncio.Timeout:
-        """Bound a wait: ``async with contract.within(5):``. Every wait of a test goes through it."""
-        bound = self.bound(DEFAULT_BOUND if seconds is None else seconds)
+    def within(self, *parts: float | str) -> asyncio.Timeout:
+        """Bound a wait: ``async with contract.within(5):``. Every wait of a test goes through it.
+
+        Args:
+            parts: As in `bound`; the bound is stretched while it lasts.
+        """
+        seconds = self._seconds(*parts)
         # From there on it is the bound of a whole test, not one of the contract's.
-        return asyncio.timeout(bound * self.harness.pace if bound >= DEFAULT_BOUND else bound)
+        return within(seconds * self.harness.pace if seconds >= DEFAULT_BOUND else seconds)
+
+    def _seconds(self, *parts: float | str) -> float:
+        return sum(map(self._declared, parts)) if parts else DEFAULT_BOUND
+
+    def _declared(self, part: float | str) -> float:
+        if not isinstance(part, str):
+            return part
+        declared = self.lease if part == "lease" else getattr(self.capabilities, part)
+        assert isinstance(declared, int | float), f"{part} is not declared, so nothing can be bounded by it"
+        return declared
 
     def many(self, count: int) -> int:
         """Return that many messages, or as many as the broker can stand."""
@@ -198,9 +205,9 @@ class Contract:
         """Assert that the body leaves no task, file descriptor or thread behind, `seconds` after its end at the latest."""
         before = _resources()
         yield
-        deadline = asyncio.get_running_loop().time() + self.bound(seconds)
+        deadline = Deadline(seconds)
         while left := _left(before, _resources()):
-            assert asyncio.get_running_loop().time() < deadline, f"left behind: {'; '.join(left)}"
+            assert not deadline.passed, f"left behind: {'; '.join(left)}"
             await asyncio.sleep(_SETTLE_STEP)
 
     @contextmanager

@@ -8,6 +8,10 @@ from typing import Any, Final, cast
 import pytest
 import pytest_asyncio
 
+# Before they are imported, and those below import some of them.
+pytest.register_assert_rewrite("abe_contract_tests.suite", "abe_contract_tests.accounting", "abe_contract_tests.probes")
+
+from abe_contract_tests.bounds import slowness
 from abe_contract_tests.clauses import MARK
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.harness import Harness
@@ -18,8 +22,6 @@ from abe_contract_tests.services import ServiceUnavailable
 from abe_contract_tests.verdict import NO_BROKER, Result
 from abe_contract_tests.waivers import Waiver, read_waivers
 from abe_contract_tests.watchdog import watching
-
-pytest.register_assert_rewrite("abe_contract_tests.suite", "abe_contract_tests.accounting", "abe_contract_tests.probes")
 
 _STALL: Final = 20.0
 """Seconds for which an event loop may stand still before its test is ended."""
@@ -53,6 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_waivers] = read_waivers(config.getoption("--contract-waivers"))
     for name in config.getoption("--contract") or ():
         load_harness(name)
+    slowness()  # from now on the machine is looked at
     if not hasattr(config, "workerinput"):
         # Under pytest-xdist the workers run the tests, and only the controller sees all of their results.
         config.pluginmanager.register(Ledger(config, config.stash[_waivers]), "abe-contract-ledger")
@@ -147,7 +150,7 @@ async def contract(contract_harness: Harness, request: pytest.FixtureRequest) ->
     """The provider under test, in a namespace of this test's own."""
     held = Contract(contract_harness)
     # Whoever debugs makes the loop stand still on purpose.
-    stall = None if request.config.option.usepdb else held.bound(_STALL)
+    stall = None if request.config.option.usepdb else _STALL
     with held.capturing(), watching(stall), _no_blocking(contract_harness):
         try:
             yield held

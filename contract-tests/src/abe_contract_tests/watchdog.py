@@ -5,7 +5,8 @@ import signal
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import NoReturn
+
+from abe_contract_tests.bounds import Deadline
 
 
 class LoopStalledError(AssertionError):
@@ -14,7 +15,7 @@ class LoopStalledError(AssertionError):
 
 @contextmanager
 def watching(seconds: float | None) -> Generator[None]:
-    """Raise `LoopStalledError` inside of whatever runs when the running event loop has not turned for that long.
+    """Raise `LoopStalledError` inside of whatever runs when the running event loop has not turned for that long on a quiet machine.
 
     Does nothing without `seconds`, in other threads than the main one, and where there are no timer signals.
     """
@@ -23,12 +24,17 @@ def watching(seconds: float | None) -> Generator[None]:
         return
     loop = asyncio.get_running_loop()
 
-    def stalled(*_: object) -> NoReturn:
-        raise LoopStalledError(f"the event loop did not turn for {seconds:g} s")
-
     timers: list[asyncio.Handle] = []
+    turned = Deadline(seconds)
+
+    def stalled(*_: object) -> None:
+        if (left := turned.bound - turned.elapsed) <= 0:
+            raise LoopStalledError(f"the event loop did not turn for {turned.elapsed:g} s")
+        signal.setitimer(signal.ITIMER_REAL, left)
 
     def beat() -> None:
+        nonlocal turned
+        turned = Deadline(seconds)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         timers[:] = [loop.call_later(seconds / 4, beat)]
 

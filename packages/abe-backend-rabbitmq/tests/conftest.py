@@ -16,6 +16,7 @@ from abe_backend_rabbitmq import RabbitMQBackend, RabbitMQSettings
 from abe_backend_rabbitmq._receiver import RabbitMQReceiver
 from abe_backend_rabbitmq._topology import LEVELS, Topology
 from abe_backend_rabbitmq._transport import RabbitMQTransport
+from abe_contract_tests import bounds
 from abe_contract_tests.services import ServiceUnavailable, rabbitmq_service
 from abe_contract_tests.services._process import ProcessService
 
@@ -93,7 +94,7 @@ class Lab:
 async def collect(receiver: RabbitMQReceiver, count: int, *, within: float = 10.0) -> list[Delivery]:
     """Receive until there are `count` deliveries, or more."""
     found: list[Delivery] = []
-    async with asyncio.timeout(within):
+    async with bounds.within(within):
         while len(found) < count:
             found += await receiver.receive(count - len(found))
     return found
@@ -101,7 +102,7 @@ async def collect(receiver: RabbitMQReceiver, count: int, *, within: float = 10.
 
 async def until(condition: Callable[[], object], *, within: float = 20.0) -> None:
     """Wait for what sets no event of ours."""
-    async with asyncio.timeout(within):
+    async with bounds.within(within):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 

@@ -19,6 +19,7 @@ from abe_backend_rabbitmq import RabbitMQSettings, _wire
 from abe_backend_rabbitmq._channel import Channel, Outgoing
 from abe_backend_rabbitmq._connection import Connection
 from abe_backend_rabbitmq._wire import Header
+from abe_contract_tests import bounds
 from abe_contract_tests.services._process import ProcessService
 
 pytestmark = pytest.mark.xdist_group("rabbitmq-node")
@@ -217,7 +218,7 @@ async def mixed(connection: Connection, queue: str, until: Until, count: int) ->
     assert found[queue, None] == len(want)
     assert found[full, None] >= 2
     assert found[full, None] + found[full, BackpressureError] == sum(fate.count(full) for fate, _ in flights)
-    async with asyncio.timeout(10):  # a queue says that it is full a little after it is
+    async with bounds.within(10):  # a queue says that it is full a little after it is
         while kinds(await publisher.publish([outgoing(full), outgoing("nowhere")]), 2) != [
             BackpressureError,
             UnroutableError,
@@ -328,7 +329,7 @@ async def test_a_connection_that_is_cut_in_a_frame_leaves_nothing_in_doubt_that_
     known = sum(outcome is None for outcome in outcomes)
     control = await connect()
     count = 0
-    async with asyncio.timeout(10):
+    async with bounds.within(10):
         while count < 100 + known:
             count = await waiting(control, queue)
     assert count <= 200
@@ -363,7 +364,7 @@ async def test_a_broker_that_falls_silent_is_given_up(
         connection = await connect(proxy.url, heartbeat=1)
         channel = await connection.channel()
         proxy.mute()
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             outcomes = await channel.publish([outgoing(queue, b"x" * size) for _ in range(10)])
         assert kinds(outcomes, 10) == [PublishUnknownError] * 10
         assert channel.closed is not None
@@ -402,7 +403,7 @@ async def test_a_close_beside_acknowledgements_costs_neither_those_before_it_nor
             *(channel.ack(tags[start::10]) for start in (7, 8, 9)),
         )
         assert connection.alive
-        async with asyncio.timeout(10):
+        async with bounds.within(10):
             while not (left := (await control.queue_declare(queue, passive=True)).message_count):
                 pass
         assert 60 <= (left or 0) <= 100
@@ -455,6 +456,6 @@ async def test_settlements_do_not_wait_for_ever_for_a_connection_that_is_gone(
         await until(lambda: len(inbox.got) == 200)
         acks = [asyncio.ensure_future(channel.ack([tag])) for tag in range(200, 1, -1)]
         await connection.close()
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             await asyncio.gather(*acks, return_exceptions=True)
             await channel.close()

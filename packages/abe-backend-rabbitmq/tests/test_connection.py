@@ -27,6 +27,7 @@ from abe.errors import (
 )
 from abe_backend_rabbitmq import RabbitMQBackend, RabbitMQSettings
 from abe_backend_rabbitmq._connection import Connection, Control, Link, finished
+from abe_contract_tests import bounds
 from abe_contract_tests.services import RabbitMQShell, Service, TlsFiles, rabbitmq_service
 
 pytestmark = pytest.mark.xdist_group("rabbitmq-node")
@@ -105,7 +106,7 @@ async def round_trip(backend: RabbitMQBackend) -> None:
     await backend.publish("early", {"n": 1}, delay=0.05)
     await backend.declare("g")
     await backend.publish("k", {"n": 2}, delay=0.05)
-    async with backend.consume(group="g") as subscription, asyncio.timeout(10):
+    async with backend.consume(group="g") as subscription, bounds.within(10):
         first = await subscription.receive()
         await first.nack(0.05)
         found = sorted([await subscription.receive() for _ in range(3)], key=lambda message: message["n"])
@@ -144,7 +145,7 @@ async def refusal(kind: type[AbeError], **settings: Any) -> AbeError:
     backend = RabbitMQBackend(RabbitMQSettings(**settings))
     try:
         for call in (backend.connect(), backend.publish("k", {}), consume(backend)):
-            async with asyncio.timeout(4):
+            async with bounds.within(4):
                 with pytest.raises(AbeError) as caught:
                     await call
             errors.append(caught.value)
@@ -186,7 +187,7 @@ class TestConnections:
             async with backend, backend.consume(group="g") as subscription:
                 await backend.publish("k", {"n": 1})
                 await anext(subscription)
-        async with asyncio.timeout(10):
+        async with bounds.within(10):
             while await shell.connections() > before:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
@@ -217,7 +218,7 @@ class TestConnections:
             backend = RabbitMQBackend(lab.settings(url=f"amqp://127.0.0.1:{port}", close_timeout=0.2))
             waiting = [asyncio.create_task(call) for call in (backend.ping(), backend.publish("k", {}))]
             await asyncio.sleep(0)
-            async with asyncio.timeout(3):
+            async with bounds.within(3):
                 await backend.disconnect()
                 outcomes = await asyncio.gather(*waiting, return_exceptions=True)
             assert all(isinstance(outcome, AbeError) for outcome in outcomes)
@@ -236,7 +237,7 @@ class TestRequests:
 
         link = Link(lab.settings(), "test", prepare)
         control = Control(link)
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             await control.call(lambda channel: channel.exchange_declare("amq.topic", passive=True))
             await prepared[0].close()
             requests = (
@@ -255,7 +256,7 @@ class TestRequests:
         asking = asyncio.create_task(control.call(lambda channel: channel.exchange_declare("amq.topic", passive=True)))
         for _ in range(turns):
             await asyncio.sleep(0)
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             await link.close()
             outcome = (await asyncio.gather(asking, return_exceptions=True))[0]
         assert not isinstance(outcome, BaseException) or isinstance(outcome, BackendConnectionError), repr(outcome)
@@ -276,7 +277,7 @@ class TestRequests:
         with pytest.raises(asyncio.CancelledError):
             await caller
         going.set()
-        async with asyncio.timeout(1):
+        async with bounds.within(1):
             await done.wait()
 
     async def test_what_fails_after_its_caller_left_complains_nowhere(self) -> None:
@@ -298,7 +299,7 @@ class TestRequests:
             await asyncio.Event().wait()
 
         link = Link(lab.settings(connect_timeout=0.2, publish_timeout=0.2), "test", prepare)
-        async with asyncio.timeout(3):
+        async with bounds.within(3):
             with pytest.raises(BackendConnectionError, match=r"could not be made ready within 0\.4 s"):
                 await link.get()
             await link.close()
@@ -320,7 +321,7 @@ class TestAddresses:
                 url=f"{scheme}://app:{SECRET}@127.0.0.1:{port}", connect_timeout=0.2, publish_timeout=2.0
             )
             backend = RabbitMQBackend(settings)
-            async with asyncio.timeout(1.5):
+            async with bounds.within(1.5):
                 with pytest.raises(BackendConnectionError, match=r"within 0\.2 s: it is silent") as caught:
                     await backend.connect()
             assert SECRET not in told(caught.value)
@@ -362,7 +363,7 @@ class TestAddresses:
         async with mute() as port:
             urls = f"amqp://127.0.0.1:1, amqp://127.0.0.1:{port}, {lab.url}"
             backend = RabbitMQBackend(lab.settings(url=urls, connect_timeout=0.3))
-            async with asyncio.timeout(5):
+            async with bounds.within(5):
                 await round_trip(backend)
                 await backend.disconnect()
         assert "another address is tried: rabbitmq at 127.0.0.1:1" in log.getvalue()
@@ -461,7 +462,7 @@ class TestTls:
             await round_trip(backend)
             await backend.declare("g")
             await asyncio.gather(*(backend.publish("k", {"n": number, "x": "y" * 1000}) for number in range(500)))
-            async with backend.consume(group="g", prefetch=100) as subscription, asyncio.timeout(10):
+            async with backend.consume(group="g", prefetch=100) as subscription, bounds.within(10):
                 numbers = [(await anext(subscription))["n"] for _ in range(500)]
             assert numbers == list(range(500))
 
@@ -502,7 +503,7 @@ class TestTls:
         """The broker says so after the client believes that all is well, and hangs up: its reason may be lost on the way."""
         files = client_files(tmp_path, trustme.CA()) if foreign else {}
         backend = RabbitMQBackend(RabbitMQSettings(url=secure.url, ca_file=str(served.authority), **files))
-        async with asyncio.timeout(4):
+        async with bounds.within(4):
             with pytest.raises((ConfigurationError, BackendConnectionError), match="RABBITMQ_CERTIFICATE_FILE"):
                 await backend.connect()
         await backend.disconnect()
@@ -550,7 +551,7 @@ class TestTls:
     async def test_a_port_with_tls_is_not_spoken_to_without(self, secure: Service) -> None:
         url = secure.url.replace("amqps:", "amqp:")
         backend = RabbitMQBackend(RabbitMQSettings(url=url, connect_timeout=1.0))
-        async with asyncio.timeout(3):
+        async with bounds.within(3):
             with pytest.raises(BackendConnectionError, match="amqps://"):
                 await backend.connect()
         await backend.disconnect()
@@ -634,7 +635,7 @@ class TestRights:
         for call in (publisher.publish("k", {}, delay=1.0), publisher.declare("h"), publisher.dead_letters("g").list()):
             with pytest.raises(PermissionDeniedError):
                 await call
-        async with owner.consume(group="g") as subscription, asyncio.timeout(5):
+        async with owner.consume(group="g") as subscription, bounds.within(5):
             assert await subscription.receive() == {"n": 1}
 
     @pytest.mark.parametrize("missing", ["configure", "write", "read"])
@@ -651,7 +652,7 @@ class TestRights:
             "write": lambda: backend.publish("k", {}),
             "read": lambda: consume(backend),
         }
-        async with asyncio.timeout(3):
+        async with bounds.within(3):
             with pytest.raises(
                 PermissionDeniedError, match=r"access to .* refused for user .*check the user"
             ) as caught:
@@ -694,13 +695,13 @@ class TestWhatIsThere:
         await owner.disconnect()
         backend = RabbitMQBackend(lab.settings(max_backlog=after))
         for call in (backend.declare("g"), _entered(backend)):
-            async with asyncio.timeout(3):
+            async with bounds.within(3):
                 with pytest.raises(ConfigurationError, match=re.escape(told)) as caught:
                     await call
             assert f"the queue 'abe:{lab.namespace}:queue:g'" in str(caught.value)
         await backend.disconnect()
         again = await lab.backend(max_backlog=before)
-        async with again.consume(group="g") as subscription, asyncio.timeout(5):
+        async with again.consume(group="g") as subscription, bounds.within(5):
             assert await subscription.receive() == {"n": 1}
 
     async def test_an_exchange_of_another_kind_is_told(self, lab: Any, shell: RabbitMQShell) -> None:

@@ -24,6 +24,7 @@ from abe.errors import (
 )
 from abe_backend_rabbitmq import RabbitMQBackend
 from abe_backend_rabbitmq._receiver import RabbitMQReceiver
+from abe_contract_tests import bounds
 from abe_contract_tests.accounting import Accounting
 from abe_contract_tests.services import RabbitMQShell, rabbitmq_service
 from abe_contract_tests.services._process import ProcessService
@@ -107,7 +108,7 @@ class Traffic:
         consuming = asyncio.create_task(self._consumer.run(self._handle))
         publishing = [asyncio.create_task(self._publish()) for _ in range(20)]
         try:
-            async with asyncio.timeout(within):
+            async with bounds.within(within):
                 await faults(self)
                 self._publishing = False
                 await asyncio.gather(*publishing)
@@ -167,7 +168,7 @@ class TestClosedConnections:
     ) -> None:
         backend = await lab.backend(groups=("g",))
         await backend.publish("k", {"n": 1})
-        async with backend.consume(group="g") as subscription, asyncio.timeout(10):
+        async with backend.consume(group="g") as subscription, bounds.within(10):
             message = await subscription.receive()
             assert await shell.close_connections("abe-consume") == 1
             again = await subscription.receive()
@@ -183,7 +184,7 @@ class TestClosedConnections:
     ) -> None:
         backend = await lab.backend(groups=("g",))
         await asyncio.gather(*(backend.publish("k", {"n": n}) for n in range(8)))
-        async with backend.consume(group="g", prefetch=4) as subscription, asyncio.timeout(10):
+        async with backend.consume(group="g", prefetch=4) as subscription, bounds.within(10):
             while [found.unacknowledged for found in await shell.counts(lab.names.queue("g"))] != [4]:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             assert await shell.close_connections("abe-consume") == 1
@@ -199,7 +200,7 @@ class TestClosedConnections:
         for number in range(3):
             await backend.publish("k", {"n": number})
             assert await shell.close_connections("abe-publish") == 1
-        async with backend.consume(group="g") as subscription, asyncio.timeout(10):
+        async with backend.consume(group="g") as subscription, bounds.within(10):
             assert [(await anext(subscription))["n"] for _ in range(3)] == [0, 1, 2]
 
 
@@ -231,7 +232,7 @@ class TestRestartedNode:
         await asyncio.gather(*(backend.publish("k", {"n": n}) for n in range(100)))
         await killed(victim, shell)
         started = asyncio.create_task(asyncio.to_thread(victim.start))
-        async with backend.consume(group="g") as subscription, asyncio.timeout(60):
+        async with backend.consume(group="g") as subscription, bounds.within(60):
             assert [(await anext(subscription))["n"] for _ in range(100)] == list(range(100))
         await started
 
@@ -241,7 +242,7 @@ class TestRestartedNode:
         backend = await lab.backend(groups=("g",), publish_timeout=1.0, close_timeout=0.5)
         await killed(victim, shell)
         try:
-            async with asyncio.timeout(8):
+            async with bounds.within(8):
                 with pytest.raises(AbeError):
                     await backend.publish("k", {})
                 for call in (backend.stats("g"), backend.declare("h"), backend.dead_letters("g").list()):
@@ -264,7 +265,7 @@ class TestFrozenNode:
             )
             assert 0.4 < loop.time() - started < 1.5, outcomes
             assert [type(outcome) for outcome in outcomes] == [PublishUnknownError] * 3
-        async with asyncio.timeout(10):
+        async with bounds.within(10):
             while True:
                 try:
                     await backend.publish("k", {"n": 4})
@@ -272,7 +273,7 @@ class TestFrozenNode:
                     continue
                 break
         patient = await lab.backend()
-        async with patient.consume(group="g") as subscription, asyncio.timeout(10):
+        async with patient.consume(group="g") as subscription, bounds.within(10):
             seen = set[int]()
             while seen != {0, 1, 2, 3, 4}:
                 seen.add((await anext(subscription))["n"])
@@ -296,7 +297,7 @@ class TestFrozenNode:
         caplog.set_level(logging.WARNING, "abe")
         backend = await lab.backend(groups=("g",), heartbeat=1, publish_timeout=2.0)
         await backend.publish("k", {"n": 1})
-        async with backend.consume(group="g") as subscription, asyncio.timeout(30):
+        async with backend.consume(group="g") as subscription, bounds.within(30):
             message = await subscription.receive()
             async with frozen(victim):
                 while not message.lease_lost:  # noqa: ASYNC110 - the engine notices, and sets no event of ours
@@ -306,7 +307,7 @@ class TestFrozenNode:
 
     async def test_connecting_is_bounded(self, lab: Any, victim: ProcessService) -> None:
         backend = RabbitMQBackend(lab.settings(connect_timeout=0.3, publish_timeout=1.0))
-        async with frozen(victim), asyncio.timeout(4):
+        async with frozen(victim), bounds.within(4):
             with pytest.raises(BackendConnectionError, match=r"within 0\.3 s: it is silent"):
                 await backend.connect()
             with pytest.raises(AbeError):
@@ -318,7 +319,7 @@ class TestFrozenNode:
         await backend.publish("k", {})
         subscription = backend.consume(group="g")
         assert await anext(subscription) == {}
-        async with frozen(victim), asyncio.timeout(5):
+        async with frozen(victim), bounds.within(5):
             await backend.disconnect()
 
 
@@ -330,7 +331,7 @@ class TestMemoryAlarm:
         async def alarm(on: bool) -> None:
             limit = "0.000001" if on else "0.4"
             await shell.evaluate(f"vm_memory_monitor:set_vm_memory_high_watermark({limit}).")
-            async with asyncio.timeout(10):
+            async with bounds.within(10):
                 while (await shell.evaluate("rabbit_alarm:get_alarms().") != "[]") is not on:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
 
@@ -345,7 +346,7 @@ class TestMemoryAlarm:
         backend = await lab.backend(groups=("g",), publish_timeout=1.0)
         for _ in range(5):
             await accounts.publish(backend, "k", {})
-        async with backend.consume(group="g") as subscription, asyncio.timeout(30):
+        async with backend.consume(group="g") as subscription, bounds.within(30):
             first = await subscription.receive()
             await alarm(True)
             # The broker does not read on once it has seen the first.
@@ -361,7 +362,7 @@ class TestMemoryAlarm:
                 message = await subscription.receive()
                 accounts.delivered(message)
                 await message.ack()
-            async with asyncio.timeout(5):
+            async with bounds.within(5):
                 while [(q.ready, q.unacknowledged) for q in await shell.counts(lab.names.queue("g"))] != [(0, 0)]:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
             waiting = asyncio.create_task(accounts.publish(backend, "k", {}))
@@ -387,7 +388,7 @@ class TestMemoryAlarm:
         assert not any(task.done() for task in publishing)
         publishing += [asyncio.create_task(backend.publish("k", {"n": n})) for n in range(300, 600)]
         await alarm(False)
-        async with asyncio.timeout(10):
+        async with bounds.within(10):
             await asyncio.gather(*publishing)
             async with backend.consume(group="g") as subscription:
                 numbers = [(await anext(subscription))["n"] for _ in range(600)]
@@ -398,7 +399,7 @@ class TestMemoryAlarm:
         backend = await lab.backend(groups=("g",), publish_timeout=10.0)
         for number in range(3):
             await backend.publish("k", {"n": number})
-        async with backend.consume(group="g") as subscription, asyncio.timeout(30):
+        async with backend.consume(group="g") as subscription, bounds.within(30):
             messages = [await subscription.receive() for _ in range(3)]
             await alarm(True)
             verdicts = [asyncio.create_task(messages[0].nack(0.1)), asyncio.create_task(messages[1].reject("no"))]
@@ -423,11 +424,11 @@ class TestMemoryAlarm:
         await alarm(True)
         with pytest.raises(PublishUnknownError):
             await backend.publish("k", {"n": 10})
-        async with asyncio.timeout(6):
+        async with bounds.within(6):
             await backend.disconnect()
         await alarm(False)
         again = await lab.backend()
-        async with again.consume(group="g") as subscription, asyncio.timeout(10):
+        async with again.consume(group="g") as subscription, bounds.within(10):
             numbers = {(await anext(subscription))["n"] for _ in range(10)}
         assert numbers - {10} >= set(range(9))
 
@@ -459,7 +460,7 @@ class TestDeletedUnderneath:
     ) -> None:
         caplog.set_level(logging.WARNING, "abe")
         backend = await lab.backend(groups=("g",))
-        async with backend.consume(group="g") as subscription, asyncio.timeout(20):
+        async with backend.consume(group="g") as subscription, bounds.within(20):
             await backend.publish("k", {"n": 1})
             message = await subscription.receive()
             await (await lab.pika()).queue_delete(lab.names.queue("g"))
@@ -472,7 +473,7 @@ class TestDeletedUnderneath:
 
     async def test_everything_is_made_again(self, lab: Any, shell: RabbitMQShell) -> None:
         backend = await lab.backend()
-        async with backend.consume(group="g") as subscription, asyncio.timeout(30):
+        async with backend.consume(group="g") as subscription, bounds.within(30):
             await backend.publish("k", {"n": 1})
             assert await subscription.receive() == {"n": 1}
             await shell.delete(f"abe:{lab.namespace}")
@@ -481,7 +482,7 @@ class TestDeletedUnderneath:
 
     async def test_a_consumer_with_patterns_keeps_them(self, lab: Any, shell: RabbitMQShell) -> None:
         backend = await lab.backend()
-        async with backend.consume(group="g", keys=["orders.*"]) as subscription, asyncio.timeout(20):
+        async with backend.consume(group="g", keys=["orders.*"]) as subscription, bounds.within(20):
             await (await lab.pika()).queue_delete(lab.names.queue("g"))
             await self.published_until_it_comes(backend, subscription, "orders.made", {"n": 1})
             assert await backend.groups() == {"g": ("orders.*",)}
@@ -492,7 +493,7 @@ class TestDeletedUnderneath:
         await (await lab.pika()).exchange_delete(lab.names.exchange)
         for number in (2, 3):
             await backend.publish("k", {"n": number})
-        async with backend.consume(group="g") as subscription, asyncio.timeout(10):
+        async with backend.consume(group="g") as subscription, bounds.within(10):
             assert [(await anext(subscription))["n"] for _ in range(3)] == [1, 2, 3]
 
     @pytest.mark.parametrize("name", ["later", "delay"])
@@ -501,7 +502,7 @@ class TestDeletedUnderneath:
         await backend.publish("k", {"n": 1}, delay=0.1)
         await (await lab.pika()).exchange_delete(getattr(lab.names, name))
         await backend.publish("k", {"n": 2}, delay=0.1)
-        async with backend.consume(group="g") as subscription, asyncio.timeout(10):
+        async with backend.consume(group="g") as subscription, bounds.within(10):
             while (await anext(subscription))["n"] != 2:
                 pass
 
@@ -536,7 +537,7 @@ class TestLockHolder:
         await asyncio.wait([declaring], timeout=0.3)
         assert not declaring.done()
         process.kill()
-        async with asyncio.timeout(3):
+        async with bounds.within(3):
             await declaring
 
     async def test_a_frozen_one_keeps_it_until_its_heartbeat_is_missed(self, lab: Any, hold: Any) -> None:
@@ -546,7 +547,7 @@ class TestLockHolder:
         with pytest.raises(BackendConnectionError):
             await backend.declare("h")
         await backend.publish("k", {})
-        async with asyncio.timeout(15):
+        async with bounds.within(15):
             while True:
                 try:
                     await backend.declare("h")
@@ -558,7 +559,7 @@ class TestLockHolder:
         backend = await lab.backend(groups=("g",))
         for number in range(5):
             await backend.publish("k", {"n": number})
-        async with backend.consume(group="g") as subscription, asyncio.timeout(10):
+        async with backend.consume(group="g") as subscription, bounds.within(10):
             for _ in range(5):
                 await (await subscription.receive()).reject("no")
         process = await hold(lab.names.dead("g"))
@@ -566,7 +567,7 @@ class TestLockHolder:
         await asyncio.wait([listing], timeout=0.3)
         assert not listing.done()
         process.kill()
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             assert sorted(json.loads(letter.body)["n"] for letter in await listing) == [0, 1, 2, 3, 4]
             assert await backend.dead_letters("g").replay_all() == 5
             async with backend.consume(group="g") as subscription:
@@ -598,7 +599,7 @@ class TestConsumerTimeout:
             await transport.send(lab.envelopes(2))
             started = asyncio.get_running_loop().time()
             found: list[Any] = []
-            async with asyncio.timeout(5):
+            async with bounds.within(5):
                 while len(found) < 2:
                     found += await receiver.receive(2)
                 while not caplog.messages:  # noqa: ASYNC110 - a log sets no event
@@ -637,9 +638,9 @@ class TestConsumerTimeout:
         backend = await lab.backend(groups=("g",))
         for number in range(3):
             await backend.publish("k", {"n": number})
-        async with backend.consume(group="g") as subscription, asyncio.timeout(15):
+        async with backend.consume(group="g") as subscription, bounds.within(15):
             slow = await subscription.receive()
-            async with asyncio.timeout(8):
+            async with bounds.within(8):
                 while not slow.lease_lost:  # noqa: ASYNC110 - the engine notices, and sets no event of ours
                     await asyncio.sleep(0.02)
             with pytest.raises(LeaseLostError):

@@ -1,12 +1,13 @@
 """Messages from and to a plain client."""
 
-import asyncio
 import json
 from datetime import UTC, datetime
 from typing import Any
 
 import aio_pika
 import pytest
+
+from abe_contract_tests import bounds
 
 pytestmark = pytest.mark.xdist_group("rabbitmq-node")
 
@@ -31,18 +32,17 @@ async def test_a_message_of_a_plain_client_is_consumed(lab: Any) -> None:
         ),
         "orders.created",
     )
-    async with asyncio.timeout(10):
-        async with backend.consume(group="g") as messages:
-            message = await messages.receive()
-            assert message == {"order": 1}
-            assert (message.id, message.key, message.attempt) == ("m-1", "orders.created", 1)
-            assert message.published_at == when.timestamp()
-            assert message.headers == {"trace": "t", "x-request-id": "r", "retries": "3", "share": "0.5"}
-            await message.nack(0.1)
-            message = await messages.receive()
-            assert (message.id, message.key, message.attempt) == ("m-1", "orders.created", 2)
-            assert message.headers == {"trace": "t", "x-request-id": "r", "retries": "3", "share": "0.5"}
-            await message.ack()
+    async with bounds.within(10), backend.consume(group="g") as messages:
+        message = await messages.receive()
+        assert message == {"order": 1}
+        assert (message.id, message.key, message.attempt) == ("m-1", "orders.created", 1)
+        assert message.published_at == when.timestamp()
+        assert message.headers == {"trace": "t", "x-request-id": "r", "retries": "3", "share": "0.5"}
+        await message.nack(0.1)
+        message = await messages.receive()
+        assert (message.id, message.key, message.attempt) == ("m-1", "orders.created", 2)
+        assert message.headers == {"trace": "t", "x-request-id": "r", "retries": "3", "share": "0.5"}
+        await message.ack()
 
 
 async def test_a_message_without_any_properties_keeps_one_id(lab: Any) -> None:
@@ -51,16 +51,15 @@ async def test_a_message_without_any_properties_keeps_one_id(lab: Any) -> None:
     exchange = await exchange_of(lab)
     await exchange.publish(aio_pika.Message(b"[1, 2]"), "k")
     await exchange.publish(aio_pika.Message(b'{"n": 1}'), "k")
-    async with asyncio.timeout(10):
-        async with backend.consume(group="g", prefetch=1) as messages:
-            ids: set[str] = set()
-            for attempt, delay in ((1, 0), (2, 0.1), (3, None)):
-                message = await messages.receive()
-                assert (message, message.attempt) == ({"n": 1}, attempt)
-                assert (message.key, message.headers) == ("k", {})
-                ids.add(message.id)
-                await (message.ack() if delay is None else message.nack(delay))
-            assert len(ids) == 1
+    async with bounds.within(10), backend.consume(group="g", prefetch=1) as messages:
+        ids: set[str] = set()
+        for attempt, delay in ((1, 0), (2, 0.1), (3, None)):
+            message = await messages.receive()
+            assert (message, message.attempt) == ({"n": 1}, attempt)
+            assert (message.key, message.headers) == ("k", {})
+            ids.add(message.id)
+            await (message.ack() if delay is None else message.nack(delay))
+        assert len(ids) == 1
     (letter,) = await backend.dead_letters("g").list()  # what is no object cannot be handled
     assert (letter.body, letter.key) == (b"[1, 2]", "k")
 
@@ -76,7 +75,7 @@ async def test_a_message_of_ours_is_read_by_a_plain_client(lab: Any) -> None:
     await backend.publish(
         "orders.created", {"order": 1, "name": "é"}, id="m-1", headers={"trace": "t", "x-death": "mine", long: "v"}
     )
-    async with asyncio.timeout(10):
+    async with bounds.within(10):
         message = await queue.get(timeout=5)
         assert json.loads(message.body) == {"order": 1, "name": "é"}
         assert (message.content_type, message.message_id, message.routing_key) == (
@@ -111,7 +110,7 @@ async def test_a_dead_letter_of_a_stranger_s_message_is_replayed_with_all_it_had
     await exchange.publish(
         aio_pika.Message(b'{"n": 1}', headers=table, correlation_id="c", reply_to="r", priority=3), "k"
     )
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         async with backend.consume(group="g") as messages:
             await (await messages.receive()).reject("no good")
         assert await backend.dead_letters("g").replay_all() == 1

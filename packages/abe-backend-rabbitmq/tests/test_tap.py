@@ -20,6 +20,7 @@ from abe.errors import AbeError, BackendConnectionError, BackpressureError, Publ
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._channel import Channel, Outgoing
 from abe_backend_rabbitmq._tap import Tap, _Writer
+from abe_contract_tests import bounds
 
 FRAME_MAX = 4096
 unhurried = settings(deadline=None)
@@ -102,7 +103,7 @@ class Line:
 
     def wait(self, future: "asyncio.Future[Any]") -> Any:
         async def result() -> Any:
-            async with asyncio.timeout(1):
+            async with bounds.within(1):
                 return await future
 
         return self.loop.run_until_complete(result())

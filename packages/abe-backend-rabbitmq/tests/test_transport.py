@@ -21,6 +21,7 @@ from abe.errors import (
 )
 from abe_backend_rabbitmq._receiver import RabbitMQReceiver
 from abe_backend_rabbitmq._transport import RabbitMQTransport
+from abe_contract_tests import bounds
 
 Collect = Callable[..., Awaitable[list[Delivery]]]
 
@@ -574,7 +575,7 @@ class TestChangesThatDied:
         with pytest.raises(ConfigurationError, match=lab.names.queue("taken")):
             await transport.declare("taken", None)
         other = await lab.transport()
-        async with asyncio.timeout(10):
+        async with bounds.within(10):
             await other.declare("g", ("a",))
             assert await other.send([lab.envelope("a", delay=60)]) == ()
         assert set(await other.groups()) == {"g", "taken"}
@@ -583,7 +584,7 @@ class TestChangesThatDied:
     async def test_what_is_left_for_groups_that_are_gone_is_dropped(self, lab: Any) -> None:
         transport = await lab.transport()
         await lab.put(lab.names.held, b"{}", headers={"abe-for": "gone", "abe-key": "a"})
-        async with asyncio.timeout(10):
+        async with bounds.within(10):
             await transport.declare("g", ("b",))
         assert await lab.waiting(lab.names.held) == 0
 
@@ -602,7 +603,7 @@ class TestChangesThatDied:
 class TestRegistry:
     async def test_many_that_declare_at_once_lose_no_group(self, lab: Any) -> None:
         transports = [await lab.transport() for _ in range(4)]
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             await asyncio.gather(*(each.declare(f"g{i}", (f"k{i}",)) for i, each in enumerate(transports)))
         assert await transports[0].groups() == {f"g{i}": (f"k{i}",) for i in range(4)}
 

@@ -16,6 +16,7 @@ from abe_backend_redis import RedisBackend, RedisSettings
 from abe_backend_redis._receiver import RedisReceiver
 from abe_backend_redis._topology import Topology
 from abe_backend_redis._transport import RedisTransport
+from abe_contract_tests import bounds
 from abe_contract_tests.services import ServiceUnavailable, TlsFiles, redis_service
 from abe_contract_tests.services._process import ProcessService
 
@@ -67,7 +68,7 @@ class Lab:
 async def collect(receiver: RedisReceiver, count: int, *, within: float = 5.0) -> list[Delivery]:
     """Receive until there are `count` deliveries, or more."""
     found: list[Delivery] = []
-    async with asyncio.timeout(within):
+    async with bounds.within(within):
         while len(found) < count:
             found += await receiver.receive(count - len(found))
     return found
@@ -75,7 +76,7 @@ async def collect(receiver: RedisReceiver, count: int, *, within: float = 5.0) -
 
 async def until(condition: Callable[[], Awaitable[object]], *, within: float = 5.0) -> None:
     """Wait for what only the server can tell."""
-    async with asyncio.timeout(within):
+    async with bounds.within(within):
         while not await condition():  # noqa: ASYNC110 - another process sets no event of ours
             await asyncio.sleep(0.01)
 

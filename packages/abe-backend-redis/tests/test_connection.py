@@ -22,6 +22,7 @@ from abe.errors import (
 from abe_backend_redis import RedisBackend, RedisSettings
 from abe_backend_redis._connection import Wire
 from abe_backend_redis._transport import RedisTransport
+from abe_contract_tests import bounds
 from abe_contract_tests.services import TlsFiles
 
 Until = Callable[..., Awaitable[None]]
@@ -57,7 +58,7 @@ async def round_trip(lab: Any, **changes: Any) -> None:
     await backend.publish("early", {"n": 0})
     await backend.declare("g")
     await backend.publish("k", {"n": 1}, delay=0.05)
-    async with backend.consume(group="g") as subscription, asyncio.timeout(5):
+    async with backend.consume(group="g") as subscription, bounds.within(5):
         first = await subscription.receive()
         assert first == {"n": 0}
         await first.nack(0.05)
@@ -153,7 +154,7 @@ class TestAddresses:
         port = server.sockets[0].getsockname()[1]
         backend = RedisBackend(RedisSettings(url=f"redis://127.0.0.1:{port}", connect_timeout=0.2, publish_timeout=2.0))
         try:
-            async with asyncio.timeout(1.5):
+            async with bounds.within(1.5):
                 with pytest.raises(BackendConnectionError):
                     await backend.connect()
         finally:
@@ -184,7 +185,7 @@ class TestTls:
         async with RedisBackend(RedisSettings(url=f"{service.url}?ssl_ca_certs={files.authority}")) as backend:
             await backend.declare("g")
             await asyncio.gather(*(backend.publish("k", {"n": number, "x": "y" * 1000}) for number in range(500)))
-            async with backend.consume(group="g", prefetch=100) as subscription, asyncio.timeout(10):
+            async with backend.consume(group="g", prefetch=100) as subscription, bounds.within(10):
                 numbers = [(await anext(subscription))["n"] for _ in range(500)]
             assert numbers == list(range(500))
 
@@ -193,7 +194,7 @@ class TestTls:
         trustme.CA().cert_pem.write_to_path(tmp_path / "other")
         for url in (f"{service.url}?ssl_ca_certs={tmp_path / 'other'}", service.url):
             backend = RedisBackend(RedisSettings(url=url))
-            async with asyncio.timeout(3):
+            async with bounds.within(3):
                 with pytest.raises(ConfigurationError, match=r"(?s)certificate verify failed.*ssl_ca_certs"):
                     await backend.publish("k", {})
             await backend.disconnect()
@@ -208,7 +209,7 @@ class TestRights:
         host = service.url.rpartition("@")[2]
         for url in (f"redis://:{SECRET}@{host}", f"redis://nobody:{SECRET}@{host}", f"redis://{host}"):
             backend = RedisBackend(RedisSettings(url=url))
-            async with asyncio.timeout(3):
+            async with bounds.within(3):
                 for call in (backend.connect(), backend.publish("k", {}), _consume(backend)):
                     with pytest.raises(PermissionDeniedError, match="check the user") as caught:
                         await call
@@ -254,7 +255,7 @@ class TestRights:
         await receiver.receive(1)
         reading = asyncio.create_task(receiver.receive(1))
         await asyncio.sleep(0)
-        async with asyncio.timeout(1):
+        async with bounds.within(1):
             await receiver.stop()
             assert list(await reading) == []
 
@@ -263,7 +264,7 @@ class TestRights:
         rules = [rule for rule in MINIMAL if rule not in ("+xackdel", "+xadd")]
         await lab.redis.execute_command("ACL", "SETUSER", "app", "on", f">{SECRET}", *rules)
         backend = await lab.backend(username="app", password=SECRET)
-        async with asyncio.timeout(3):
+        async with bounds.within(3):
             with pytest.raises(PermissionDeniedError, match=r"check the user, the password, and the user's rights"):
                 await backend.publish("k", {})
 
@@ -272,7 +273,7 @@ class TestRights:
         rules = [rule for rule in MINIMAL if rule != "+xackdel"]
         await lab.redis.execute_command("ACL", "SETUSER", "app", "on", f">{SECRET}", *rules)
         backend = await lab.backend(username="app", password=SECRET, namespace="others")
-        async with asyncio.timeout(3):
+        async with bounds.within(3):
             with pytest.raises(PermissionDeniedError, match=r"the user's rights"):
                 await backend.publish("k", {})
 
@@ -282,7 +283,7 @@ class TestServer:
         service = launch("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")
         backend = RedisBackend(RedisSettings(url=service.url))
         for call in (backend.connect(), backend.publish("k", {}), _consume(backend)):
-            async with asyncio.timeout(3):
+            async with bounds.within(3):
                 with pytest.raises(ConfigurationError, match=r"(?s)'allkeys-lru'.*'noeviction'"):
                     await call
         await backend.disconnect()
@@ -336,7 +337,7 @@ class TestServer:
         await backend.publish("k", {"delayed": True}, delay=0.01)
         stored, _ = await _fill(backend)
         await lab.redis.config_set("maxmemory", "4mb")
-        async with asyncio.timeout(10), backend.consume(group="g") as subscription:
+        async with bounds.within(10), backend.consume(group="g") as subscription:
             for _ in range(stored + 1):
                 await anext(subscription)
 

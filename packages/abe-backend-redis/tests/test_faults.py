@@ -12,6 +12,7 @@ import pytest
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
 from abe.errors import AbeError, BackendConnectionError, LeaseLostError, PublishUnknownError
 from abe_backend_redis import RedisBackend
+from abe_contract_tests import bounds
 from abe_contract_tests.accounting import Accounting
 
 Until = Callable[..., Awaitable[None]]
@@ -44,7 +45,7 @@ class Traffic:
         consuming = asyncio.create_task(self._consumer.run(self._handle))
         publishing = [asyncio.create_task(self._publish()) for _ in range(20)]
         try:
-            async with asyncio.timeout(within):
+            async with bounds.within(within):
                 await faults(self)
                 self._publishing = False
                 await asyncio.gather(*publishing)
@@ -98,7 +99,7 @@ class TestKilledConnections:
     async def test_a_message_in_a_handler_is_settled_on_a_new_connection(self, lab: Any, until: Until) -> None:
         backend = await lab.backend(groups=("g",))
         await backend.publish("k", {"n": 1})
-        async with backend.consume(group="g") as subscription, asyncio.timeout(5):
+        async with backend.consume(group="g") as subscription, bounds.within(5):
             message = await subscription.receive()
             for name in ("abe-control", "abe-read-g"):
                 [client] = [each for each in await lab.redis.client_list() if each["name"] == name] or [None]
@@ -123,14 +124,14 @@ class TestFrozenServer:
         assert 0.4 < loop.time() - started < 1.5
         assert [type(outcome) for outcome in outcomes] == [PublishUnknownError] * 3
         service.resume()
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             while True:
                 try:
                     await backend.publish("k", {"n": 4})
                 except AbeError:
                     continue
                 break
-        async with backend.consume(group="g") as subscription, asyncio.timeout(5):
+        async with backend.consume(group="g") as subscription, bounds.within(5):
             seen = set()
             while 4 not in seen:
                 seen.add((await anext(subscription))["n"])
@@ -160,7 +161,7 @@ class TestFrozenServer:
         message = await anext(subscription)
         assert message == {}
         service.pause()
-        async with asyncio.timeout(4):
+        async with bounds.within(4):
             await backend.disconnect()
         service.resume()
 
@@ -190,7 +191,7 @@ class TestRestartedServer:
         await backend.publish("k", {"n": 100}, delay=0.2)
         await asyncio.to_thread(service.kill)
         await asyncio.to_thread(service.start)
-        async with backend.consume(group="g") as subscription, asyncio.timeout(10):
+        async with backend.consume(group="g") as subscription, bounds.within(10):
             assert [(await anext(subscription))["n"] for _ in range(101)] == list(range(101))
 
     async def test_a_replica_is_left_for_the_server_that_took_over(
@@ -207,7 +208,7 @@ class TestRestartedServer:
         async def left() -> bool:
             return not before & {client["id"] for client in await lab.redis.client_list()}
 
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             await until(left)
             await lab.redis.execute_command("REPLICAOF", "NO", "ONE")
             await publishing
@@ -222,7 +223,7 @@ class TestDeletedUnderneath:
         lab = lab_at(launch().url)
         caplog.set_level(logging.WARNING)
         backend = await lab.backend(groups=("g",))
-        async with backend.consume(group="g") as subscription, asyncio.timeout(10):
+        async with backend.consume(group="g") as subscription, bounds.within(10):
             await backend.publish("k", {"n": 1})
             message = await subscription.receive()
             if what == "stream":

@@ -25,6 +25,7 @@ from abe_backend_redis import _receiver
 from abe_backend_redis._receiver import RedisReceiver
 from abe_backend_redis._scripts import NAMES
 from abe_backend_redis._transport import RedisTransport
+from abe_contract_tests import bounds
 
 Collect = Callable[..., Awaitable[list[Delivery]]]
 Until = Callable[..., Awaitable[None]]
@@ -252,7 +253,7 @@ class TestHeld:
     async def test_no_pattern_keeps_the_server_busy(self, lab: Any) -> None:
         transport = await lab.transport()
         await transport.send([lab.envelope(".".join("a" * 100))])
-        async with asyncio.timeout(2):
+        async with bounds.within(2):
             await transport.declare("g", (".".join("#a" * 20) + ".x", ".".join(["#", "a"] * 20) + ".x"))
         assert (await transport.stats("g")).waiting == 0
 
@@ -585,7 +586,7 @@ class TestStrangers:
         await lab.redis.xadd(stream, {"p": b"\xff\x00 no JSON"})
         await lab.redis.xadd(stream, {"p": "{}", "a": "9" * 5000})
         await backend.publish("k", {"good": True})
-        async with backend.consume(group="g") as subscription, asyncio.timeout(5):
+        async with backend.consume(group="g") as subscription, bounds.within(5):
             assert await subscription.receive() == {}
             message = await subscription.receive()
             assert message == {"good": True}
@@ -641,7 +642,7 @@ class TestScripts:
         ended = asyncio.Event()
         watching = asyncio.create_task(_watch(lab, seen, ended))
         try:
-            async with asyncio.timeout(10):
+            async with bounds.within(10):
                 while b"begin" not in seen:
                     await lab.redis.echo("begin")
                     await asyncio.sleep(0.01)

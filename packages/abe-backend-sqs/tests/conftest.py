@@ -14,6 +14,7 @@ from aiohttp import ClientSession, web
 
 from abe_backend_sqs import SqsBackend, SqsSettings
 from abe_backend_sqs._transport import SqsTransport, _lingering
+from abe_contract_tests import bounds
 from abe_contract_tests.services import Service, ServiceUnavailable, sqs_service
 
 REGION = "us-east-1"
@@ -171,7 +172,7 @@ async def lab(server: Service, stranger: Any) -> AsyncIterator[Lab]:
     try:
         async with AsyncExitStack() as stack:
             yield Lab(server, gate, stranger, stack)
-        async with asyncio.timeout(10):  # polls outlive their consumers, and transports their last poll
+        async with bounds.within(10):  # polls outlive their consumers, and transports their last poll
             while _lingering:
                 await asyncio.wait(_lingering)
     finally:

@@ -9,6 +9,7 @@ import pytest
 from abe.errors import BackendClosedError, BackendConnectionError, ConfigurationError
 from abe_backend_sqs import SqsBackend, SqsSettings
 from abe_backend_sqs._connection import Clients
+from abe_contract_tests import bounds
 
 SETTINGS = SqsSettings(region="us-east-1", access_key_id="key", secret_access_key="secret", wait=20)
 
@@ -70,7 +71,7 @@ async def test_closing_ends_a_call_whose_answer_stops_in_the_middle() -> None:
         await reader.read()
         writer.close()
 
-    async with asyncio.timeout(10), await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+    async with bounds.within(10), await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         backend = SqsBackend(replace(SETTINGS, endpoint_url=f"http://127.0.0.1:{port}"))
         waiting = asyncio.create_task(backend.ping())

@@ -11,6 +11,7 @@ import pytest
 
 from abe.backends.message_queue.base import Settlement, Verb
 from abe_backend_sqs._receiver import SqsReceiver
+from abe_contract_tests import bounds
 
 Header = Callable[[Mapping[str, Any]], list[Any]]
 MINUTE, HOUR, DAY = 60, 3_600, 86_400
@@ -51,7 +52,7 @@ async def injected(lab: Any, *, due: float, attempts: int = 0) -> None:
 async def test_sqs_delays_for_as_long_as_it_can_and_the_message_says_the_rest(
     lab: Any, header: Header, delay: float, seconds: int, noted: bool
 ) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend()
         await backend.declare("g")
         before = time.time()
@@ -72,7 +73,7 @@ async def test_sqs_delays_for_as_long_as_it_can_and_the_message_says_the_rest(
 async def test_what_comes_too_early_is_hidden_until_shortly_before_it_is_due(
     lab: Any, due: float, hidden: float
 ) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend()
         async with backend.consume(group="g") as messages:
             await injected(lab, due=due)
@@ -82,7 +83,7 @@ async def test_what_comes_too_early_is_hidden_until_shortly_before_it_is_due(
 
 
 async def test_its_last_stretch_is_a_delay_which_is_no_attempt(lab: Any, header: Header) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend()
         async with backend.consume(group="g") as messages:
             await injected(lab, due=10 * MINUTE, attempts=3)
@@ -96,7 +97,7 @@ async def test_its_last_stretch_is_a_delay_which_is_no_attempt(lab: Any, header:
 
 
 async def test_one_that_nobody_was_there_for_has_not_been_attempted(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend()
         await backend.declare("g")
         await injected(lab, due=-1, attempts=2)
@@ -110,7 +111,7 @@ async def test_one_that_nobody_was_there_for_has_not_been_attempted(lab: Any) ->
 
 
 async def test_a_retry_within_12_hours_hides_the_message(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, delivery = await taken(lab)
         delay = 12 * HOUR - 5 * MINUTE
         assert not await receiver.settle([Settlement(delivery.receipt, Verb.RETRY, delay=delay - 0.5)])
@@ -123,7 +124,7 @@ async def test_a_retry_within_12_hours_hides_the_message(lab: Any) -> None:
 async def test_a_retry_beyond_12_hours_or_nearly_so_is_a_copy_that_says_when(
     lab: Any, header: Header, delay: float
 ) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, delivery = await taken(lab)
         assert not await receiver.settle([Settlement(delivery.receipt, Verb.RETRY, delay=delay)])
         entry = await appears(lab, "SendMessageBatch")
@@ -135,7 +136,7 @@ async def test_a_retry_beyond_12_hours_or_nearly_so_is_a_copy_that_says_when(
 
 
 async def test_a_message_that_was_held_for_long_is_copied_where_it_cannot_be_hidden_for_long_enough(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, delivery = await taken(lab)
         receiver._held[delivery.receipt].expires = time.monotonic() + MINUTE
         assert not await receiver.settle([Settlement(delivery.receipt, Verb.RETRY, delay=2 * MINUTE)])
@@ -147,7 +148,7 @@ async def test_a_lease_is_renewed_for_12_hours_and_then_lost_which_is_said(
     lab: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, logger="abe.sqs")
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, delivery = await taken(lab)
         held = receiver._held[delivery.receipt]
         assert not await receiver.renew([delivery.receipt])

@@ -11,13 +11,14 @@ from aiohttp import web
 from abe.backends.message_queue.base import Publication
 from abe.errors import ConfigurationError, PartialPublishError, PayloadTooLargeError
 from abe_backend_sqs import SqsBackend, _wire
+from abe_contract_tests import bounds
 
 Refusal = Callable[..., web.Response]
 
 
 @pytest.mark.parametrize("code", ["ThrottlingException", "RequestThrottled", "OverLimit"])
 async def test_what_is_throttled_is_sent_again(lab: Any, refusal: Refusal, code: str) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend()
         await backend.declare("g")
         lab.gate.times(3, "SendMessageBatch", lambda _: refusal(code))
@@ -29,7 +30,7 @@ async def test_what_is_throttled_is_sent_again(lab: Any, refusal: Refusal, code:
 
 
 async def test_the_entries_of_a_batch_fail_each_on_its_own(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend()
         await backend.declare("g")
         lab.gate.fails(1, "SendMessageBatch", (0, "InternalError", False), (1, "InvalidMessageContents", True))
@@ -44,7 +45,7 @@ async def test_the_entries_of_a_batch_fail_each_on_its_own(lab: Any) -> None:
 
 
 async def test_a_deletion_that_failed_is_repeated(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend()
         async with backend.consume(group="g") as messages:
             await backend.publish_many([("k", {"n": n}) for n in range(3)])
@@ -56,7 +57,7 @@ async def test_a_deletion_that_failed_is_repeated(lab: Any) -> None:
 
 
 async def test_a_message_that_is_moved_is_not_copied_twice_because_its_deletion_failed(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend()
         async with backend.consume(group="g") as messages:
             await backend.publish("k", {"n": 1})
@@ -70,7 +71,7 @@ async def test_one_answer_that_holds_a_message_twice_is_one_delivery(lab: Any) -
     def twice(body: dict[str, Any]) -> web.Response | None:
         return web.json_response({"Messages": body.get("Messages", []) * 2})
 
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend()
         await backend.declare("g")
         await backend.publish("k", {"n": 1})
@@ -90,7 +91,7 @@ async def test_a_fifo_queue_takes_a_message_once_whose_confirm_was_lost(lab: Any
         lost -= 1
         return refusal("InternalError", 500) if lost >= 0 else None
 
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend(fifo=True)
         await backend.declare("g")
         lab.gate.after["SendMessageBatch"] = lose
@@ -100,7 +101,7 @@ async def test_a_fifo_queue_takes_a_message_once_whose_confirm_was_lost(lab: Any
 
 
 async def test_what_was_sent_behind_a_failure_does_not_overtake_it_in_a_fifo_queue(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend(fifo=True)
         await backend.declare("g")
         lab.gate.fails(1, "SendMessageBatch", *((n, "InternalError", False) for n in range(10)))
@@ -115,14 +116,14 @@ async def test_what_was_sent_behind_a_failure_does_not_overtake_it_in_a_fifo_que
 
 
 async def test_a_poll_that_outlives_its_consumer_gives_back_what_it_brings(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend, publisher = await lab.backend(), await lab.backend()
         async with backend.consume(group="g"):
             while not lab.gate.requests("ReceiveMessage"):  # noqa: ASYNC110 - the server sets no event of ours
                 await asyncio.sleep(0.01)
         await backend.disconnect()
         await publisher.publish("k", {"n": 1})
-        async with publisher.consume(group="g") as messages, asyncio.timeout(5):
+        async with publisher.consume(group="g") as messages, bounds.within(5):
             message = await messages.receive()
             assert (message["n"], message.attempt) == (1, 1)
 
@@ -130,7 +131,7 @@ async def test_a_poll_that_outlives_its_consumer_gives_back_what_it_brings(lab: 
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # aiohttp's, from 1 MiB
 async def test_a_message_may_be_as_large_as_sqs_takes_it_but_for_what_is_kept_free(lab: Any) -> None:
     most = _wire.LIMIT - _wire.RESERVE
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         backend = await lab.backend()
         await backend.declare("g")
         await backend.publish("k", {"n": 1}, id="i")
@@ -161,7 +162,7 @@ async def test_no_text_shows_a_credential(lab: Any, refusal: Refusal, caplog: py
     with pytest.raises(ConfigurationError) as refused:
         lab.settings(endpoint_url=lab.gate.url.replace("http://", f"http://user:{secret}@"))
     texts.append(f"{refused.value} {refused.value!r}")
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         for code, status in (("InvalidClientTokenId", 403), ("ThrottlingException", 400), ("InternalError", 500)):
             lab.gate.rules = [lambda *_, code=code, status=status: refusal(code, status)]
             backend = SqsBackend(

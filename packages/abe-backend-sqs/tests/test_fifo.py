@@ -17,7 +17,7 @@ from abe.backends.message_queue.base import Envelope, Settlement, Verb
 from abe_backend_sqs import SqsBackend, SqsSettings, _held, _later, _wire
 from abe_backend_sqs._copies import Copies
 from abe_backend_sqs._topology import Topology
-from abe_contract_tests import suite
+from abe_contract_tests import bounds, suite
 
 Refusal = Callable[..., web.Response]
 
@@ -64,7 +64,7 @@ def test_a_key_or_an_id_of_any_characters_makes_a_message_group_and_a_deduplicat
 async def test_the_message_group_is_the_key_or_the_one_that_is_set(
     lab: Any, message_group: str | None, expected: str
 ) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend(fifo=True, message_group=message_group)
         await backend.declare("g")
         await backend.publish("order.created", {"n": 1}, id="order-1")
@@ -73,7 +73,7 @@ async def test_the_message_group_is_the_key_or_the_one_that_is_set(
 
 
 async def test_one_message_group_keeps_all_messages_in_order(lab: Any) -> None:
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         backend = await lab.backend(fifo=True, message_group="all")
         await backend.declare("g")
         for n in range(10):
@@ -83,7 +83,7 @@ async def test_one_message_group_keeps_all_messages_in_order(lab: Any) -> None:
 
 
 async def test_what_was_held_enters_its_first_group_in_order_and_once(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend(fifo=True)
         await backend.publish_many([("k", {"n": n}) for n in range(25)])
         await backend.publish("k", {"n": 25}, id="twice")
@@ -93,7 +93,7 @@ async def test_what_was_held_enters_its_first_group_in_order_and_once(lab: Any) 
 
 
 async def test_a_message_that_waits_for_its_retry_does_not_hold_up_those_behind_it(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend(fifo=True)
         seen: list[tuple[int, int]] = []
         async with backend.consume(group="g") as messages:
@@ -106,7 +106,7 @@ async def test_a_message_that_waits_for_its_retry_does_not_hold_up_those_behind_
 
 
 async def test_a_retry_at_once_keeps_its_place(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend(fifo=True)
         await backend.declare("g")
         await backend.publish_many([("k", {"n": n}) for n in range(3)])
@@ -116,7 +116,7 @@ async def test_a_retry_at_once_keeps_its_place(lab: Any) -> None:
 
 
 async def test_what_is_given_back_keeps_its_place_and_is_no_attempt(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend(fifo=True)
         await backend.declare("g")
         await backend.publish_many([("k", {"n": n}) for n in range(3)])
@@ -126,7 +126,7 @@ async def test_what_is_given_back_keeps_its_place_and_is_no_attempt(lab: Any) ->
 
 
 async def test_a_delayed_message_with_the_id_of_one_published_before_is_delivered_once(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend(fifo=True)
         await backend.declare("g")
         await backend.publish("k", {"n": 1}, id="i")
@@ -140,7 +140,7 @@ async def test_a_delayed_message_with_the_id_of_one_published_before_is_delivere
 
 
 async def test_a_dead_letter_that_is_replayed_and_fails_again_at_once_is_kept_each_time(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend(fifo=True)
         await backend.declare("g")
         await backend.publish("k", {"n": 1}, id="i")
@@ -156,7 +156,7 @@ async def test_a_dead_letter_that_is_replayed_and_fails_again_at_once_is_kept_ea
 
 
 async def test_the_dead_letters_of_one_key_are_all_listed(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend(fifo=True)
         async with backend.consume(group="g") as messages:
             await backend.publish_many([("k", {"n": n}) for n in range(25)])
@@ -167,7 +167,7 @@ async def test_the_dead_letters_of_one_key_are_all_listed(lab: Any) -> None:
 
 
 async def test_a_stranger_s_message_keeps_its_message_group_when_it_is_retried(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend(fifo=True)
         async with backend.consume(group="g") as messages:
             await lab.ask(
@@ -187,7 +187,7 @@ async def test_a_stranger_s_message_keeps_its_message_group_when_it_is_retried(l
 
 
 async def test_standard_and_fifo_queues_of_one_namespace_are_apart(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         standard, fifo = await lab.backend(), await lab.backend(fifo=True)
         await standard.declare("s")
         await fifo.declare("f")
@@ -197,7 +197,7 @@ async def test_standard_and_fifo_queues_of_one_namespace_are_apart(lab: Any) -> 
 async def test_a_release_that_was_cancelled_and_is_repeated_is_counted_once(
     lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         transport = await lab.transport(fifo=True)
         await transport.declare("g", None)
         await transport.send([Envelope("the-id", "k", b'{"n":1}', 1)])
@@ -242,7 +242,7 @@ def test_a_delivery_is_said_to_be_no_attempt_once_and_that_can_be_taken_back() -
 
 
 async def test_no_attempt_comes_before_the_first(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend(fifo=True)
         await backend.declare("g")
         url = await lab.url("group", "g", ".fifo")
@@ -273,7 +273,7 @@ def test_what_has_left_a_fifo_queue_comes_back_with_a_deduplication_id_of_its_ow
 
 
 async def test_delayed_messages_of_a_group_do_not_wait_because_another_group_was_deleted(lab: Any) -> None:
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         backend = await lab.backend(fifo=True, wait=5)
         await backend.declare("other")
         async with backend.consume(group="g") as messages:
@@ -282,7 +282,7 @@ async def test_delayed_messages_of_a_group_do_not_wait_because_another_group_was
                 await asyncio.sleep(0.01)
             await backend.delete_group("other")
             await backend.publish("k", {"n": 1}, delay=1)
-            async with asyncio.timeout(10):  # less than the lease for which it would be hidden
+            async with bounds.within(10):  # less than the lease for which it would be hidden
                 await (await messages.receive()).ack()
 
 
@@ -317,7 +317,7 @@ async def test_delayed_messages_that_cannot_be_moved_are_complained_about_once(
     caplog.set_level(logging.DEBUG, logger="abe.sqs")
     pauses = Pauses(4)
     monkeypatch.setattr(_later, "pause", pauses)
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         transport = await lab.transport(fifo=True)
         await transport.declare("g", None)
         later = await lab.url("later", "g")
@@ -337,7 +337,7 @@ async def test_delayed_messages_that_cannot_be_moved_are_complained_about_once(
 async def test_tries_to_move_delayed_messages_are_rare_although_consumers_come_and_go(
     lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         transport = await lab.transport(fifo=True)
         await transport.declare("g", None)
         first = await transport.subscribe("g", 1)

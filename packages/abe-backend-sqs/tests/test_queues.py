@@ -11,6 +11,7 @@ from aiohttp import web
 from abe.backends.message_queue.base import Envelope
 from abe.errors import AbeError, BackendConnectionError
 from abe_backend_sqs._transport import SqsTransport
+from abe_contract_tests import bounds
 
 _DAYS_14 = str(14 * 86_400)
 
@@ -37,7 +38,7 @@ async def until(holds: Any) -> None:
 class TestMaking:
     async def test_a_queue_has_its_attributes_from_the_beginning(self, lab: Any) -> None:
         """One that is made, and not described because the process ends there, would lose messages after four days."""
-        async with asyncio.timeout(15):
+        async with bounds.within(15):
             await (await lab.transport()).declare("g", None)
         made = {request["QueueName"]: request.get("Attributes", {}) for request in lab.gate.requests("CreateQueue")}
         queue = next(attributes for name, attributes in made.items() if "-group-g" in name)
@@ -47,14 +48,14 @@ class TestMaking:
         assert not lab.gate.requests("SetQueueAttributes")
 
     async def test_one_that_another_process_made_with_another_lease_is_used(self, lab: Any) -> None:
-        async with asyncio.timeout(15):
+        async with bounds.within(15):
             first, second = await lab.transport(lease=30), await lab.transport(lease=60)
             hurry = asyncio.gather(first.declare("g", None), second.declare("g", None))
             await hurry
             assert set(await first.groups()) == set(await second.groups()) == {"g"}
 
     async def test_a_lost_queue_of_dead_letters_is_made_again(self, lab: Any) -> None:
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             backend = await lab.backend()
             async with backend.consume(group="g") as messages:
                 await lab.ask("delete_queue", QueueUrl=await lab.url("dead", "g"))
@@ -63,7 +64,7 @@ class TestMaking:
             assert [letter.reason for letter in await backend.dead_letters("g").list()] == ["no"]
 
     async def test_a_group_that_another_process_deleted_is_made_again(self, lab: Any) -> None:
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             one, other = await lab.backend(), await lab.backend()
             await one.declare("g")
             await other.declare("g")
@@ -73,7 +74,7 @@ class TestMaking:
             assert (await other.stats("g")).waiting == 1
 
     async def test_a_group_that_is_made_again_keeps_its_patterns(self, lab: Any) -> None:
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             transport: SqsTransport = await lab.transport()
             await transport.declare("g", ("order.#",))
             await lab.ask("delete_queue", QueueUrl=await lab.url("group", "g"))
@@ -84,7 +85,7 @@ class TestMaking:
             assert await transport.groups() == {"g": ("order.#",)}
 
     async def test_a_group_that_others_made_again_keeps_their_patterns(self, lab: Any) -> None:
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             one, other = await lab.transport(), await lab.transport()
             await one.declare("g", ("a.#",))
             await other.declare("g", ("c.#",))
@@ -93,7 +94,7 @@ class TestMaking:
 
     async def test_pinned_groups_do_not_keep_open_from_finding_out_that_nobody_answers(self, lab: Any) -> None:
         transport = SqsTransport(lab.settings(endpoint_url="http://127.0.0.1:1", pinned=(("g", ("#",)),)))
-        async with asyncio.timeout(15):
+        async with bounds.within(15):
             with pytest.raises(BackendConnectionError):
                 await transport.open()
             await transport.close()
@@ -102,7 +103,7 @@ class TestMaking:
 class TestKnowing:
     async def test_who_makes_a_group_waits_for_a_whole_turn_after_the_tags_are_set(self, lab: Any) -> None:
         """Whoever read the groups while the request was on its way relies on that for a turn."""
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             maker, publisher = await lab.transport(registry_ttl=1.0), await lab.transport(registry_ttl=1.0)
             await maker.declare("other", None)
             arrived, let_through = asyncio.Event(), asyncio.Event()
@@ -133,7 +134,7 @@ class TestKnowing:
             assert (await publisher.stats("g")).waiting == 1
 
     async def test_who_has_waited_does_not_wait_again(self, lab: Any) -> None:
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             maker, other = await lab.transport(registry_ttl=2.0), await lab.transport(registry_ttl=2.0)
             for transport in (maker, other):
                 first = await transport.queues.declare("g", None)
@@ -141,7 +142,7 @@ class TestKnowing:
                 assert await transport.queues.declare("g", None) < first  # the same moment, seen from later
 
     async def test_what_was_read_before_a_change_is_not_relied_on_after_it(self, lab: Any) -> None:
-        async with asyncio.timeout(15):
+        async with bounds.within(15):
             transport: SqsTransport = await lab.transport(registry_ttl=60, publish_timeout=120)
             queues = transport.queues
             listed, go_on = asyncio.Event(), asyncio.Event()
@@ -163,7 +164,7 @@ class TestKnowing:
             assert queues._registry is None
 
     async def test_tags_are_read_when_something_changed_and_not_otherwise(self, lab: Any) -> None:
-        async with asyncio.timeout(15):
+        async with bounds.within(15):
             maker, publisher = await lab.transport(), await lab.transport()
             for group in ("a", "b"):
                 await maker.declare(group, None)
@@ -179,7 +180,7 @@ class TestKnowing:
     async def test_a_change_that_was_interrupted_is_known_all_the_same_and_tidied_up_by_the_next(
         self, lab: Any
     ) -> None:
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             maker, publisher = await lab.transport(), await lab.transport()
             await maker.declare("a", None)
             lab.gate.times(1, "DeleteQueue", lambda _: web.Response(status=500))
@@ -197,7 +198,7 @@ class TestKnowing:
 
     async def test_nobody_misses_the_first_group(self, lab: Any) -> None:
         """Who looks while its tags are on their way relies on nothing."""
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             maker, publisher = await lab.transport(), await lab.transport()
             queues, changed = maker.queues, 0
 
@@ -219,7 +220,7 @@ class TestKnowing:
             assert before.listing.revisions.isdisjoint(after.listing.revisions)
 
     async def test_many_who_change_at_once_leave_one_revision(self, lab: Any) -> None:
-        async with asyncio.timeout(30):
+        async with bounds.within(30):
             makers = [await lab.transport() for _ in range(4)]
             await asyncio.gather(*(maker.declare(f"g{n}", None) for n, maker in enumerate(makers)))
             registry = await makers[0].queues.registry(since=time.monotonic())
@@ -228,14 +229,14 @@ class TestKnowing:
             assert registry.listing.settled
 
     async def test_a_stranger_s_queue_is_no_revision(self, lab: Any) -> None:
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             name = f"{lab.namespace.replace('-', '--')}-groupware"
             url = (await lab.ask("create_queue", QueueName=name))["QueueUrl"]
             await (await lab.transport()).declare("g", None)
             await lab.ask("get_queue_attributes", QueueUrl=url)
 
     async def test_who_may_not_tidy_up_uses_the_group_all_the_same(self, lab: Any, refusal: Any) -> None:
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             maker, consumer = await lab.transport(), await lab.transport()
             await maker.declare("g", None)
             await maker.queues._revise()  # as one who is ended in between leaves it
@@ -246,7 +247,7 @@ class TestKnowing:
     async def test_tags_that_sqs_answers_too_many_requests_for_are_asked_for_again(
         self, lab: Any, refusal: Any
     ) -> None:
-        async with asyncio.timeout(15):
+        async with bounds.within(15):
             maker, publisher = await lab.transport(), await lab.transport()
             await maker.declare("a", None)
             lab.gate.times(2, "ListQueueTags", lambda _: refusal("RequestThrottled"))
@@ -256,7 +257,7 @@ class TestKnowing:
 class TestHeld:
     async def test_held_messages_are_found_whatever_sqs_counts(self, lab: Any) -> None:
         """Its counts may be a minute old."""
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             transport: SqsTransport = await lab.transport(registry_ttl=1.0)
             assert await transport.send([envelope()]) == ()
             attributes = {f"ApproximateNumberOfMessages{each}": "0" for each in ("", "NotVisible", "Delayed")}
@@ -269,7 +270,7 @@ class TestHeld:
             assert (await transport.stats("g")).waiting == 1
 
     async def test_dead_letters_are_found_whatever_sqs_counts(self, lab: Any) -> None:
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             backend = await lab.backend(registry_ttl=1.0)
             async with backend.consume(group="g") as messages:
                 await backend.publish("k", {"n": 1})
@@ -281,7 +282,7 @@ class TestHeld:
     async def test_a_message_that_was_held_beside_a_new_group_is_handed_over_however_often_that_fails(
         self, lab: Any, refusal: Any
     ) -> None:
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             maker, publisher = await lab.transport(), await lab.transport(registry_ttl=5.0)
             assert not (await publisher.queues.registry()).groups
             await maker.declare("g", None)
@@ -296,7 +297,7 @@ class TestHeld:
     async def test_a_held_message_that_cannot_be_moved_now_is_moved_by_the_next_try(
         self, lab: Any, refusal: Any
     ) -> None:
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             backend = await lab.backend()
             await backend.publish("k", {"n": 1})
             lab.gate.times(
@@ -309,7 +310,7 @@ class TestHeld:
 
     async def test_a_publish_returns_when_a_group_that_was_made_meanwhile_has_its_message(self, lab: Any) -> None:
         """The process may end after it, and nobody else would look."""
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             maker, publisher = await lab.transport(), await lab.transport(registry_ttl=5.0)
             assert not (await publisher.queues.registry()).groups
             await maker.declare("g", None)
@@ -318,7 +319,7 @@ class TestHeld:
 
     async def test_what_no_group_wants_is_not_in_the_way_of_what_one_does(self, lab: Any) -> None:
         """In a FIFO queue a message that is looked at keeps back those behind it in its message group."""
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             transport: SqsTransport = await lab.transport(fifo=True, message_group="all")
             await transport.send([envelope("other", f"o{n}") for n in range(11)])
             await transport.send([envelope("wanted", "w")])
@@ -328,7 +329,7 @@ class TestHeld:
 
 class TestTopics:
     async def test_a_topic_is_used_when_the_groups_have_been_there_for_long_enough(self, lab: Any) -> None:
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             backend = await lab.backend(fanout="sns", topic_after=60)
             await backend.declare("g")
             await backend.publish("k", {"n": 1})
@@ -336,7 +337,7 @@ class TestTopics:
             assert (await backend.stats("g")).waiting == 1
 
     async def test_a_group_whose_deletion_was_interrupted_still_gets_everything(self, lab: Any, refusal: Any) -> None:
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             one, other = await lab.backend(fanout="sns"), await lab.backend(fanout="sns")
             await one.declare("a")
             await one.declare("b")
@@ -348,7 +349,7 @@ class TestTopics:
             assert [(await other.stats(group)).waiting for group in ("a", "b")] == [1, 1]
 
     async def test_a_topic_that_was_deleted_is_done_without(self, lab: Any) -> None:
-        async with asyncio.timeout(20):
+        async with bounds.within(20):
             backend = await lab.backend(fanout="sns")
             await backend.declare("a")
             lab.gate.times(1, "PublishBatch", lambda _: gone())

@@ -15,6 +15,7 @@ from abe_backend_sqs import _handles
 from abe_backend_sqs._handles import beside
 from abe_backend_sqs._polls import Poll, Polls
 from abe_backend_sqs._receiver import SqsReceiver, _Arrival
+from abe_contract_tests import bounds
 
 Refusal = Callable[..., web.Response]
 
@@ -62,7 +63,7 @@ async def counts(lab: Any, kind: str = "group") -> tuple[int, int]:
 
 async def test_acknowledgements_share_requests(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_handles, "_LINGER", 60)
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, held = await holding(lab, 20)
         outcomes = await asyncio.gather(*(receiver.ack([each.receipt], verify=False) for each in held))
         assert outcomes == [{}] * 20
@@ -72,7 +73,7 @@ async def test_acknowledgements_share_requests(lab: Any, monkeypatch: pytest.Mon
 
 
 async def test_one_that_finds_none_to_share_its_request_with_leaves_soon(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, held = await holding(lab, 12)
         assert not await receiver.ack([held[0].receipt], verify=False)
         assert deleted(lab) == [1]
@@ -81,7 +82,7 @@ async def test_one_that_finds_none_to_share_its_request_with_leaves_soon(lab: An
 
 async def test_nobody_waits_for_others_in_vain(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_handles, "_LINGER", 60)
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, held = await holding(lab, 15)
         receipts = [each.receipt for each in held]
         assert not await receiver.ack(receipts[:1], verify=True), "somebody waits for the answer"
@@ -93,7 +94,7 @@ async def test_nobody_waits_for_others_in_vain(lab: Any, monkeypatch: pytest.Mon
 
 async def test_a_fifo_queue_is_not_kept_waiting_for_a_deletion(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_handles, "_LINGER", 60)
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         transport = await lab.transport(fifo=True)
         await transport.declare("g", None)
         await transport.send([Envelope(f"id-{n}", f"k.{n}", b"{}", 1) for n in range(12)])
@@ -109,7 +110,7 @@ async def test_those_who_wait_share_what_follows_the_request_under_way(
     lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_handles, "_LINGER", 60)
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, held = await holding(lab, 4)
         go, waiting = await stalled(monkeypatch, receiver, "delete_message_batch")
         acks = [asyncio.create_task(receiver.ack([each.receipt], verify=True)) for each in held]
@@ -122,7 +123,7 @@ async def test_those_who_wait_share_what_follows_the_request_under_way(
 
 async def test_each_who_shares_a_request_hears_of_its_own(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_handles, "_LINGER", 60)
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, held = await holding(lab, 10)
         lab.gate.fails(1, "DeleteMessageBatch", (1, "ReceiptHandleIsInvalid", True), (2, "InternalError", False))
         outcomes = await asyncio.gather(
@@ -139,7 +140,7 @@ async def test_each_who_shares_a_request_hears_of_its_own(lab: Any, monkeypatch:
 
 async def test_who_stops_waits_for_nobody_to_share_a_request(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_handles, "_LINGER", 60)
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, held = await holding(lab, 12)
         ack = asyncio.create_task(receiver.ack([held[0].receipt], verify=False))
         await asyncio.wait([ack], timeout=0.1)
@@ -155,7 +156,7 @@ async def test_an_acknowledgement_that_is_cancelled_before_it_leaves_is_carried_
     lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_handles, "_LINGER", 60)
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, held = await holding(lab, 12)
         ack = asyncio.create_task(receiver.ack([held[0].receipt], verify=False))
         await asyncio.wait([ack], timeout=0.1)
@@ -168,7 +169,7 @@ async def test_an_acknowledgement_that_is_cancelled_before_it_leaves_is_carried_
 async def test_what_is_being_deleted_when_the_receiver_is_closed_is_not_given_back(
     lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, held = await holding(lab, 3)
         go, waiting = await stalled(monkeypatch, receiver, "delete_message_batch")
         ack = asyncio.create_task(receiver.ack([held[0].receipt], verify=True))
@@ -190,7 +191,7 @@ async def test_what_is_being_deleted_when_the_receiver_is_closed_is_not_given_ba
 async def test_one_verdict_that_fails_does_not_double_another(
     lab: Any, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, held = await holding(lab, 2)
         lab.gate.times(1, "ChangeMessageVisibilityBatch", lambda _: refusal("RequestThrottled"))
         go, waiting = await stalled(monkeypatch, receiver, "send_message_batch")
@@ -212,7 +213,7 @@ async def test_one_verdict_that_fails_does_not_double_another(
 
 
 async def test_a_lost_lease_is_still_told_when_another_verdict_has_to_be_repeated(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, held = await holding(lab, 2)
         receipts = [each.receipt for each in held]
         lab.gate.fails(1, "DeleteMessageBatch", (0, "ReceiptHandleIsInvalid", True), (1, "InternalError", False))
@@ -225,7 +226,7 @@ async def test_a_lost_lease_is_still_told_when_another_verdict_has_to_be_repeate
 
 
 async def test_what_an_answer_leaves_out_is_not_taken_for_done(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, held = await holding(lab, 2)
         receipts = [each.receipt for each in held]
         lab.gate.times(1, "DeleteMessageBatch", lambda _: web.json_response({"Successful": [{"Id": "1"}]}))
@@ -237,7 +238,7 @@ async def test_what_an_answer_leaves_out_is_not_taken_for_done(lab: Any) -> None
 
 
 async def test_verdicts_of_one_kind_make_no_requests_of_another(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, held = await holding(lab, 2)
         async with receiver._renewing:  # a renewal is under way, which only what is hidden has to wait for
             assert not await receiver.settle([Settlement(held[0].receipt, Verb.DEAD, reason="bad")])
@@ -267,7 +268,7 @@ async def test_whoever_is_cancelled_waits_for_what_it_began() -> None:
 
 @pytest.mark.parametrize("delay", [5, 0])
 async def test_a_handle_that_sqs_does_not_take_is_a_lost_lease(lab: Any, delay: float) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend()
         async with backend.consume(group="g") as messages:
             await backend.publish("k", {"n": 1})
@@ -279,7 +280,7 @@ async def test_a_handle_that_sqs_does_not_take_is_a_lost_lease(lab: Any, delay: 
 
 
 async def test_what_arrived_and_nobody_was_handed_is_given_back_when_the_receiver_stops(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, _ = await holding(lab, 0)
         for _ in range(3):
             await lab.ask("send_message", QueueUrl=await lab.url("group", "g"), MessageBody="{}")
@@ -297,7 +298,7 @@ async def test_what_arrived_and_nobody_was_handed_is_given_back_when_the_receive
 
 
 async def test_a_poll_that_outlives_the_receiver_gives_back_what_arrived_before_too(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, held = await holding(lab, 1)
         await receiver.stop()
         # Another poll's, which came while this one's were being looked at.
@@ -308,7 +309,7 @@ async def test_a_poll_that_outlives_the_receiver_gives_back_what_arrived_before_
 
 
 async def test_records_of_verdicts_that_were_given_up_are_let_go(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, held = await holding(lab, 3)
         for each in held[:2]:
             receiver._held[each.receipt].deadline = time.monotonic()
@@ -323,7 +324,7 @@ async def test_records_of_verdicts_that_were_given_up_are_let_go(lab: Any) -> No
 async def test_what_a_topic_brings_is_deleted_only_by_what_the_registry_says_now(
     lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         receiver, _ = await holding(lab, 0, fanout="sns")
         queues = receiver._transport.queues
         await receiver._transport.declare("g", ("wanted.#",))
@@ -349,7 +350,7 @@ async def test_what_a_topic_brings_is_deleted_only_by_what_the_registry_says_now
 
 
 async def test_a_group_that_is_made_again_keeps_its_patterns(lab: Any) -> None:
-    async with asyncio.timeout(30):
+    async with bounds.within(30):
         backend = await lab.backend()
         async with backend.consume(group="g", keys=["order.#"]):
             await lab.ask("delete_queue", QueueUrl=await lab.url("group", "g"))
@@ -373,7 +374,7 @@ async def test_there_are_as_many_polls_as_messages_flow(lab: Any) -> None:
 
 
 async def test_stopping_does_not_wait_for_a_group_that_is_being_made_again(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         transport = await lab.transport()
         await transport.declare("g", None)
         receiver = await transport.subscribe("g", 10)

@@ -1,6 +1,5 @@
 """The rights that the README lists: enough for each role, for the queues that they name, and no more than are used."""
 
-import asyncio
 import json
 import re
 from fnmatch import fnmatchcase
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
+
+from abe_contract_tests import bounds
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -58,7 +59,7 @@ def allowed(use: Use, granted: set[Use]) -> bool:
 @pytest.mark.parametrize("changes", [{}, {"fanout": "sns"}, {"fifo": True}], ids=["direct", "sns", "fifo"])
 async def test_they_are_enough_and_not_too_many(lab: Any, changes: dict[str, Any]) -> None:
     publishing, consuming, making = rights(lab.namespace)
-    async with asyncio.timeout(30):
+    async with bounds.within(30):
         maker, publisher, consumer = [await lab.backend(**changes) for _ in range(3)]
         lab.gate.seen.clear()
         await maker.publish("k", {"n": 0})

@@ -11,6 +11,7 @@ from aiohttp import web
 from abe.backends.message_queue.base import Envelope, Publication
 from abe.errors import PublishUnknownError
 from abe_backend_sqs import SqsBackend
+from abe_contract_tests import bounds
 
 Refusal = Callable[..., web.Response]
 PINNED = (("a", ("#",)), ("b", ("#",)))
@@ -19,7 +20,7 @@ PINNED = (("a", ("#",)), ("b", ("#",)))
 async def test_a_fan_out_that_failed_in_part_is_repeated_for_the_missing_queues_only(
     lab: Any, refusal: Refusal
 ) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         maker: SqsBackend = await lab.backend()
         await maker.declare("a")
         await maker.declare("b")
@@ -38,7 +39,7 @@ async def test_a_fan_out_that_failed_in_part_is_repeated_for_the_missing_queues_
 async def test_what_an_earlier_publish_of_the_id_reached_is_no_reason_to_leave_a_queue_out(
     lab: Any, refusal: Refusal, again: str
 ) -> None:
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         maker: SqsBackend = await lab.backend()
         await maker.declare("a")
         await maker.declare("b")
@@ -67,7 +68,7 @@ async def test_what_an_earlier_publish_of_the_id_reached_is_no_reason_to_leave_a
 
 async def test_two_messages_of_one_id_fail_in_part_each_on_its_own(lab: Any, refusal: Refusal) -> None:
     """Both reach a, then the first alone b: the second is not taken for it."""
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         maker: SqsBackend = await lab.backend()
         await maker.declare("a")
         await maker.declare("b")
@@ -97,7 +98,7 @@ async def test_two_messages_of_one_id_fail_in_part_each_on_its_own(lab: Any, ref
 
 
 async def test_what_nobody_sends_again_is_forgotten(lab: Any, refusal: Refusal) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         transport = await lab.transport(pinned=PINNED, publish_timeout=0.2)
         await transport.declare("a", ("#",))
         sender = transport.sender
@@ -105,7 +106,7 @@ async def test_what_nobody_sends_again_is_forgotten(lab: Any, refusal: Refusal) 
         (error,) = await sender.send([Envelope("id", "k", b"{}", 1)], registry)
         assert isinstance(error, PublishUnknownError)
         assert len(sender._partial) == 1
-        async with asyncio.timeout(2):
+        async with bounds.within(2):
             while sender._partial:
                 await asyncio.sleep(0.02)
                 await sender.send([], registry)
@@ -115,7 +116,7 @@ async def test_what_nobody_sends_again_is_forgotten(lab: Any, refusal: Refusal) 
 @pytest.mark.parametrize("fanout", ["direct", "sns"])
 async def test_an_answer_that_names_no_message_leaves_it_unknown(lab: Any, fanout: str, text: bytes) -> None:
     operation = "PublishBatch" if fanout == "sns" else "SendMessageBatch"
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         maker: SqsBackend = await lab.backend(fanout=fanout)
         await maker.declare("g")
         backend: SqsBackend = await lab.backend(fanout=fanout, publish_timeout=0.5)
@@ -135,7 +136,7 @@ async def test_an_answer_that_names_no_message_leaves_it_unknown(lab: Any, fanou
 
 
 async def test_only_what_an_answer_does_not_name_is_sent_again(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend: SqsBackend = await lab.backend()
         await backend.declare("g")
 

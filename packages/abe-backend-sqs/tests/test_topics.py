@@ -8,6 +8,7 @@ import pytest
 
 from abe_backend_sqs._registry import Group, common_topic, from_tags, tags
 from abe_backend_sqs._topics import allowing
+from abe_contract_tests import bounds
 
 TOPIC, QUEUE = "arn:aws:sns:us-east-1:000000000000:t", "arn:aws:sqs:us-east-1:000000000000:q"
 
@@ -17,7 +18,7 @@ def operations(lab: Any) -> list[str]:
 
 
 async def test_what_every_group_wants_is_one_request_for_all_of_them(lab: Any) -> None:
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         backend = await lab.backend(fanout="sns")
         for group in ("a", "b", "c"):
             await backend.declare(group)
@@ -31,7 +32,7 @@ async def test_what_every_group_wants_is_one_request_for_all_of_them(lab: Any) -
 
 @pytest.mark.parametrize("reason", ["not all want it", "it is delayed", "it is over 256 KiB"])
 async def test_what_a_topic_cannot_carry_goes_to_the_queues(lab: Any, reason: str) -> None:
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         backend = await lab.backend(fanout="sns")
         await backend.declare("a", ["order.#"])
         await backend.declare("b")
@@ -44,7 +45,7 @@ async def test_what_a_topic_cannot_carry_goes_to_the_queues(lab: Any, reason: st
 
 
 async def test_a_group_that_is_not_subscribed_keeps_publishers_from_the_topic(lab: Any) -> None:
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         backend, direct = await lab.backend(fanout="sns"), await lab.backend()
         await backend.declare("a")
         await direct.declare("b")
@@ -54,7 +55,7 @@ async def test_a_group_that_is_not_subscribed_keeps_publishers_from_the_topic(la
 
 
 async def test_where_others_make_the_queues_nothing_is_subscribed(lab: Any) -> None:
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         maker, backend = await lab.backend(), await lab.backend(fanout="sns", ensure=False)
         await maker.declare("g")
         await backend.declare("g")
@@ -65,7 +66,7 @@ async def test_where_others_make_the_queues_nothing_is_subscribed(lab: Any) -> N
 
 
 async def test_what_reached_a_group_that_does_not_want_it_is_dropped_and_a_stranger_s_message_is_not(lab: Any) -> None:
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         backend = await lab.backend(fanout="sns")
         await backend.declare("g")
         await backend.publish_many([("order.created", {"n": 1}), ("other", {"n": 2})])
@@ -82,7 +83,7 @@ async def test_what_reached_a_group_that_does_not_want_it_is_dropped_and_a_stran
 
 
 async def test_a_deleted_group_is_subscribed_no_more(lab: Any) -> None:
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         backend = await lab.backend(fanout="sns")
         await backend.declare("g")
         (subscribing,) = lab.gate.requests("Subscribe")

@@ -10,10 +10,11 @@ from abe.backends.message_queue.base import Envelope
 from abe.errors import ConfigurationError
 from abe_backend_sqs import SqsBackend
 from abe_backend_sqs._registry import Group, tags
+from abe_contract_tests import bounds
 
 
 async def test_plain_json_of_a_stranger_is_consumed(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend()
         async with backend.consume(group="g") as messages:
             await lab.ask("send_message", QueueUrl=await lab.url("group", "g"), MessageBody='{"n": 1}')
@@ -26,7 +27,7 @@ async def test_plain_json_of_a_stranger_is_consumed(lab: Any) -> None:
 
 async def test_a_stranger_may_name_a_key_and_an_id_and_send_base64(lab: Any) -> None:
     attributes = {"key": "order.created", "id": "order-1", "encoding": "base64"}
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend()
         async with backend.consume(group="g") as messages:
             await lab.ask(
@@ -43,7 +44,7 @@ async def test_a_stranger_may_name_a_key_and_an_id_and_send_base64(lab: Any) -> 
 
 
 async def test_ours_is_read_as_json_by_a_stranger(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend()
         await backend.declare("g")
         await backend.publish("order.created", {"n": 1, "text": "é"}, id="order-1")
@@ -57,7 +58,7 @@ async def test_ours_is_read_as_json_by_a_stranger(lab: Any) -> None:
 
 async def test_a_body_that_sqs_refuses_arrives_as_it_was(lab: Any) -> None:
     bodies = [b"\x00\x01", "\uffff".encode(), b"", b"\xff\xfe", b'{"n":1}']
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         transport = await lab.transport()
         await transport.declare("g", None)
         assert not await transport.send([Envelope(f"id-{n}", "k", body, 1) for n, body in enumerate(bodies)])
@@ -71,7 +72,7 @@ async def test_a_body_that_sqs_refuses_arrives_as_it_was(lab: Any) -> None:
 
 
 async def test_pinned_groups_are_never_read_and_no_other_is_declared(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend(pinned=(("a", ("order.#",)), ("b", ("#",))))
         await backend.declare("a")
         await backend.declare("b")
@@ -86,7 +87,7 @@ async def test_pinned_groups_are_never_read_and_no_other_is_declared(lab: Any) -
 
 
 async def test_nothing_is_made_where_others_make_the_queues(lab: Any) -> None:
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         backend = await lab.backend(ensure=False)
         with pytest.raises(ConfigurationError, match=r"dead-g.*SQS_ENSURE"):
             await backend.declare("g")
@@ -103,7 +104,7 @@ async def test_nothing_is_made_where_others_make_the_queues(lab: Any) -> None:
 @pytest.mark.parametrize("known_by", ["tags", "SQS_GROUPS"])
 async def test_queues_that_others_made_serve_from_publish_to_dead_letter(lab: Any, known_by: str) -> None:
     prefix = lab.namespace.replace("-", "--")
-    async with asyncio.timeout(15):
+    async with bounds.within(15):
         for kind in ("group", "dead"):
             await lab.ask("create_queue", QueueName=f"{prefix}-{kind}-g")
         pinned = (("g", ("#",)),) if known_by == "SQS_GROUPS" else None
@@ -120,7 +121,7 @@ async def test_queues_that_others_made_serve_from_publish_to_dead_letter(lab: An
 
 
 async def test_a_busy_group_is_polled_several_times_at_once_and_an_idle_one_once(lab: Any) -> None:
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         backend = await lab.backend(pollers=3)
         await backend.declare("g")
         await backend.publish_many([("k", {"n": n}) for n in range(300)])

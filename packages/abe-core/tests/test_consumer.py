@@ -28,6 +28,7 @@ from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.errors import BackendConnectionError, PermissionDeniedError, UnsupportedCapabilityError
 from abe.settings import QueueSettings
 from abe.testing import ManualClock, fresh_memory_backend
+from abe_contract_tests import bounds
 
 ONCE = RetryPolicy(max_attempts=1)
 PATIENT = RetryPolicy(max_attempts=3, backoff=ConstantBackoff(100))
@@ -36,7 +37,7 @@ PATIENT = RetryPolicy(max_attempts=3, backoff=ConstantBackoff(100))
 @asynccontextmanager
 async def running(consumer: AsyncLoopConsumer, handler: Any) -> AsyncIterator[asyncio.Task[None]]:
     """Run a consumer in the background, shut it down at the end, and let its error out."""
-    async with asyncio.timeout(10):
+    async with bounds.within(10):
         task = asyncio.create_task(consumer.run(handler))
         try:
             yield task
@@ -74,7 +75,7 @@ async def publish(backend: MemoryBackend, count: int, key: str = "order.created"
 
 async def drained(backend: MemoryBackend, group: str = "default") -> None:
     """Return when the acknowledgements have left."""
-    async with asyncio.timeout(5):
+    async with bounds.within(5):
         while (stats := await backend.stats(group)).waiting + stats.in_flight + stats.delayed:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
@@ -466,7 +467,7 @@ class TestTimeout:
 
         await publish(memory_backend, 1)
         task = asyncio.create_task(AsyncLoopConsumer(memory_backend, timeout=5, retry=ONCE).run(handler))
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             await at_work.wait()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -582,7 +583,7 @@ class TestOrderedByKey:
             finish.set()
             await stopping
         assert seen == [0]
-        async with asyncio.timeout(5), memory_backend.consume() as messages:
+        async with bounds.within(5), memory_backend.consume() as messages:
             again = [await anext(messages) for _ in range(2)]
         assert [(message["n"], message.attempt) for message in again] == [(1, 1), (2, 1)]
 
@@ -630,12 +631,12 @@ class TestShutdown:
             await at_work.wait()
             await consumer.shutdown()
         assert "1 handlers did not finish within 0.01 s" in caplog.text
-        async with asyncio.timeout(5), memory_backend.consume() as messages:
+        async with bounds.within(5), memory_backend.consume() as messages:
             assert (await anext(messages)).attempt == 1
 
     async def test_it_may_be_called_repeatedly_at_once_and_before_any_run(self, memory_backend: MemoryBackend) -> None:
         consumer = AsyncLoopConsumer(memory_backend)
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             await consumer.shutdown()
             collector = Collector()
             await publish(memory_backend, 1)
@@ -651,7 +652,7 @@ class TestShutdown:
             await consumer.shutdown()
 
         await publish(memory_backend, 2)
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             await consumer.run(handler)
         stats = await memory_backend.stats()
         assert (stats.waiting, stats.in_flight) == (1, 0)
@@ -663,7 +664,7 @@ class TestShutdown:
         for _ in range(3):
             collector = Collector()
             await publish(memory_backend, 1)
-            async with asyncio.timeout(5), consumer:
+            async with bounds.within(5), consumer:
                 task = asyncio.create_task(consumer.run(collector))
                 await collector.done.wait()
             await task
@@ -687,7 +688,7 @@ class TestShutdown:
 
         await publish(memory_backend, 5)
         task = asyncio.create_task(AsyncLoopConsumer(memory_backend, concurrency=2).run(handler))
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             await at_work.wait()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -697,7 +698,7 @@ class TestShutdown:
         assert [(message["n"], message.attempt) for message in again] == [(n, 1) for n in range(5)]
 
     async def test_leaving_the_block_before_run_had_a_turn_ends_it(self, memory_backend: MemoryBackend) -> None:
-        async with asyncio.timeout(2):
+        async with bounds.within(2):
             async with AsyncLoopConsumer(memory_backend) as consumer:
                 task = asyncio.create_task(consumer.run(Collector()))
             await task
@@ -739,13 +740,13 @@ class TestBrokerTrouble:
         async with running(consumer, Collector()):
             for _ in range(20):
                 await asyncio.sleep(0)
-            async with asyncio.timeout(1):
+            async with bounds.within(1):
                 await consumer.shutdown()
 
     async def test_a_fatal_error_ends_run(self) -> None:
         error = PermissionDeniedError("wrong password")
         consumer = AsyncLoopConsumer(Unreachable(error))
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             with pytest.raises(PermissionDeniedError) as caught:
                 await consumer.run(Collector())
             assert caught.value is error
@@ -792,7 +793,7 @@ class TestMinimalBackend:
             assert backend.acknowledged == seen, "acknowledged before it was handled"
             seen.append(message)
 
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             await AsyncLoopConsumer(backend, "billing").run(handler)
         assert seen == [{"n": 1}, {"n": 2}]
         assert backend.group == "billing"
@@ -808,7 +809,7 @@ class TestMinimalBackend:
             if message["n"] == 1:
                 raise ValueError("no")
 
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             await AsyncLoopConsumer(backend).run(handler)
         assert seen == [1, 2]
         errors = [record for record in caplog.records if record.levelno == logging.ERROR]
@@ -826,7 +827,7 @@ class TestMinimalBackend:
                 cancelled.cancel()
                 await cancelled
 
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             await AsyncLoopConsumer(backend).run(handler)
         assert seen == [1, 2]
 
@@ -877,7 +878,7 @@ class TestMinimalBackend:
         task = asyncio.create_task(consumer.run(handler))
         await at_work.wait()
         try:
-            async with asyncio.timeout(2):
+            async with bounds.within(2):
                 await consumer.shutdown()
         finally:
             task.cancel()
@@ -890,7 +891,7 @@ class TestMinimalBackend:
         async def handler(message: dict[str, Any]) -> None:
             await consumer.shutdown()
 
-        async with asyncio.timeout(2):
+        async with bounds.within(2):
             await consumer.run(handler)
         assert backend.closed
 
@@ -900,7 +901,7 @@ class TestMinimalBackend:
         for _ in range(20):
             await asyncio.sleep(0)
         task.cancel()
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             with pytest.raises(asyncio.CancelledError):
                 await task
         assert backend.closed
@@ -911,7 +912,7 @@ class TestMinimalBackend:
         async def handler(message: dict[str, Any]) -> None:
             await asyncio.Event().wait()
 
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             await AsyncLoopConsumer(backend, timeout=0.05).run(handler)
         assert "took longer than 0.05 s" in caplog.text
 

@@ -41,6 +41,7 @@ from abe.errors import (
 )
 from abe.settings import QueueSettings
 from abe.testing import ManualClock
+from abe_contract_tests import bounds
 
 
 async def turns(count: int = 20) -> None:
@@ -90,7 +91,7 @@ def publisher_on(
 
 
 async def published(publisher: Publisher, *numbers: int, size: int = 1) -> Sequence[AbeError | BaseException | None]:
-    async with asyncio.timeout(5):
+    async with bounds.within(5):
         tasks = [publisher.publish(envelope(number, size)) for number in numbers]
         return await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -150,7 +151,7 @@ class TestPublisher:
         gate.set()
         asyncio.get_running_loop().call_soon(second.cancel)
         await first
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             assert await third is None
             with pytest.raises(asyncio.CancelledError):
                 await second
@@ -163,7 +164,7 @@ class TestPublisher:
         await turns()
         tasks[2].cancel()
         gate.set()
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             results = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(result) for result in results] == [type(None), type(None), asyncio.CancelledError, type(None)]
         assert transport.ids == ["id0", "id1", "id2", "id3"]
@@ -172,14 +173,14 @@ class TestPublisher:
     async def test_a_lost_connection_is_tried_again_with_the_same_ids(self) -> None:
         transport = ScriptedTransport(BackendConnectionError("gone"), PublishUnknownError("gone"))
         publisher = publisher_on(transport)
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             assert await publisher.publish_many([envelope(1), envelope(2)]) == [None, None]
         assert transport.sends == [["id1", "id2"]] * 3
 
     async def test_only_those_without_an_outcome_are_tried_again(self) -> None:
         full = BackpressureError("full")
         transport = ScriptedTransport([None, BackendConnectionError("gone"), full])
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             outcomes = await publisher_on(transport).publish_many([envelope(1), envelope(2), envelope(3)])
         assert outcomes == [None, None, full]
         assert transport.sends == [["id1", "id2", "id3"], ["id2"]]
@@ -224,7 +225,7 @@ class TestPublisher:
         closing = asyncio.create_task(publisher.close(5))
         await turns()
         gate.set()
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             await closing
             outcomes = await many
         assert outcomes[:2] == [None, None]
@@ -245,7 +246,7 @@ class TestPublisher:
         with pytest.raises(BackendClosedError):
             await publisher.publish(envelope(3))
         gate.set()
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             await closing
             first, second = await running
         assert first is None
@@ -255,7 +256,7 @@ class TestPublisher:
         publisher = publisher_on(ScriptedTransport(asyncio.Event()), timeout=60)
         many = asyncio.create_task(publisher.publish_many([envelope(number) for number in range(7)]))
         await turns()
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             await publisher.close(0.02)
             outcomes = await many
         assert all(isinstance(outcome, PublishUnknownError) for outcome in outcomes[:3]), "they were on their way"
@@ -358,7 +359,7 @@ class TestSettler:
         dead = [delivery(number) for number in (1, 2)]
         waiters = [settler.submit(item, Settlement(item.receipt, Verb.DEAD)) for item in dead]
         acknowledged = settler.submit(delivery(3), None)
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             fine, lost, acked = await asyncio.gather(*waiters, acknowledged)
         assert fine is None
         assert acked is None
@@ -410,7 +411,7 @@ class TestSettler:
     ) -> None:
         receiver: Any = ScriptedReceiver()
         receiver.failures.append(TypeError("a fault"))
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             outcome = await settler_on(receiver, manual_clock).submit(delivery(1), None)
         assert isinstance(outcome, LeaseLostError)
         assert isinstance(outcome.__cause__, TypeError)
@@ -419,7 +420,7 @@ class TestSettler:
     async def test_a_permanent_error_is_not_tried_again(self, manual_clock: ManualClock) -> None:
         receiver = ScriptedReceiver()
         receiver.failures.append(PermissionDeniedError("no"))
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             outcome = await settler_on(receiver, manual_clock).submit(delivery(1), None)
         assert isinstance(outcome, PermissionDeniedError)
 
@@ -500,7 +501,7 @@ def inbox_on(
 
 
 async def within(awaitable: Awaitable[Any]) -> Any:
-    async with asyncio.timeout(5):
+    async with bounds.within(5):
         return await awaitable
 
 
@@ -570,7 +571,7 @@ class TestInbox:
         await subscription.stop()
         del subscription
         gc.collect()
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             while (await memory_backend.stats("g")).waiting != 1:  # noqa: ASYNC110 - the broker tells nobody
                 await asyncio.sleep(0)
 

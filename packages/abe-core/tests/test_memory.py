@@ -19,6 +19,7 @@ from abe.errors import (
 )
 from abe.settings import QueueSettings
 from abe.testing import ManualClock, fresh_memory_backend
+from abe_contract_tests import bounds
 
 
 def sibling(backend: MemoryBackend) -> MemoryBackend:
@@ -32,7 +33,7 @@ def settings(**options: Any) -> QueueSettings:
 
 async def first(backend: MemoryBackend, count: int = 1, **options: Any) -> list[dict[str, Any]]:
     """Take and acknowledge that many messages."""
-    async with asyncio.timeout(5), backend.consume(**options) as messages:
+    async with bounds.within(5), backend.consume(**options) as messages:
         taken = []
         for _ in range(count):
             message = await anext(messages)
@@ -61,7 +62,7 @@ class TestSharing:
         self, memory_backend: MemoryBackend, manual_clock: ManualClock
     ) -> None:
         await memory_backend.publish("b.x", {"n": 1}, delay=5)
-        async with asyncio.timeout(5), memory_backend.consume(group="g", keys=["a.#"]) as messages:
+        async with bounds.within(5), memory_backend.consume(group="g", keys=["a.#"]) as messages:
             waiting = asyncio.create_task(anext(messages))
             await asyncio.sleep(0)
             await memory_backend.declare("g", ["#"])
@@ -247,7 +248,7 @@ class TestTime:
         await memory_backend.publish("a", {"n": 1})
         silent = await memory_backend.make_transport().subscribe("g", 1)
         (delivery,) = await silent.receive(1)
-        async with asyncio.timeout(5), memory_backend.consume(group="g") as messages:
+        async with bounds.within(5), memory_backend.consume(group="g") as messages:
             coming = asyncio.ensure_future(anext(messages))
             await manual_clock.advance(29)
             assert not coming.done()

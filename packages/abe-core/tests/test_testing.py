@@ -24,6 +24,7 @@ from abe.errors import (
 )
 from abe.testing import ManualClock, RecordingBackend, fresh_memory_backend, registered_backend
 from abe.testing.plugin import RegisterBackend
+from abe_contract_tests import bounds
 
 pytest_plugins = ["pytester"]
 
@@ -57,7 +58,7 @@ class TestManualClock:
         done = asyncio.Event()
         manual_clock.call_at(0.0, done.set)
         assert not done.is_set()
-        async with asyncio.timeout(1):
+        async with bounds.within(1):
             await done.wait()
 
     async def test_a_cancelled_timer_does_not_fire(self, manual_clock: ManualClock) -> None:
@@ -161,7 +162,7 @@ class TestRecordingBackend:
     ) -> None:
         await recording_backend.publish("a", {"n": 1})
         await recording_backend.feed("b", {"n": 2}, headers={"h": "v"}, id="seven")
-        async with asyncio.timeout(5), recording_backend.consume(group="billing") as messages:
+        async with bounds.within(5), recording_backend.consume(group="billing") as messages:
             message = await anext(messages)
         assert (message, message.key, message.headers, message.id) == ({"n": 2}, "b", {"h": "v"}, "seven")
         assert recording_backend.payloads() == [{"n": 1}]
@@ -177,7 +178,7 @@ class TestRecordingBackend:
                 raise ValueError("once")
             await recording_backend.publish("order.billed", message)
 
-        async with asyncio.timeout(5), AsyncLoopConsumer(recording_backend, "billing", concurrency=5) as consumer:
+        async with bounds.within(5), AsyncLoopConsumer(recording_backend, "billing", concurrency=5) as consumer:
             running = asyncio.create_task(consumer.run(handler))
             await recording_backend.feed("order.created", {"order_id": 1})
             await manual_clock.advance(1)

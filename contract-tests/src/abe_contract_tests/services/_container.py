@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, ClassVar, Final
 
+from abe_contract_tests.bounds import Deadline
 from abe_contract_tests.services._base import Broker, NotReadyError, Service, ServiceUnavailable, free_port
 from abe_contract_tests.services._companion import ContainerCompanion
 from abe_contract_tests.services._watchdog import Watchdog
@@ -178,9 +179,9 @@ class ContainerService(Service):
         raise AssertionError("unreachable: the last attempt raises")
 
     def _await_ready(self) -> None:
-        deadline = time.monotonic() + self._broker.start_timeout
+        deadline = Deadline(self._broker.start_timeout)
         reason = ""
-        while time.monotonic() < deadline:
+        while not deadline.passed:
             try:
                 self._version = self._broker.probe(self.url)
             except (NotReadyError, OSError) as exc:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final
 
+from abe_contract_tests.bounds import Deadline, slowness
 from abe_contract_tests.services._base import Broker, NotReadyError, Service, ServiceUnavailable, free_port
 from abe_contract_tests.services._companion import ProcessCompanion
 from abe_contract_tests.services._watchdog import Watchdog
@@ -104,7 +105,7 @@ class ProcessService(Service):
         self._signal(signal.SIGTERM)
         self._signal(signal.SIGCONT)
         try:
-            self._process.wait(_ORDERLY)
+            self._process.wait(_ORDERLY * slowness())
         except subprocess.TimeoutExpired:
             self._signal(signal.SIGKILL)
         self._reap()
@@ -113,9 +114,9 @@ class ProcessService(Service):
         """Send SIGSTOP, and return when every thread has stopped: until then, those on other processors go on answering."""
         group = self._running().pid
         self._signal(signal.SIGSTOP)
-        deadline = time.monotonic() + _ORDERLY
+        deadline = Deadline(_ORDERLY)
         while not _stopped(group):
-            if time.monotonic() > deadline:
+            if deadline.passed:
                 raise RuntimeError(f"{self._broker.name} did not stop within {_ORDERLY:g} s")
             time.sleep(_POLL)
 
@@ -178,9 +179,9 @@ class ProcessService(Service):
         return {**os.environ, **self._broker.environment(self._port, self.directory)}
 
     def _await_ready(self, process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + self._broker.start_timeout
+        deadline = Deadline(self._broker.start_timeout)
         reason = "it says nothing"
-        while time.monotonic() < deadline:
+        while not deadline.passed:
             if process.poll() is not None:
                 log = self.log()
                 if any(text in log.lower() for text in _TAKEN):
@@ -200,7 +201,7 @@ class ProcessService(Service):
                 process.wait(_POLL)
             except subprocess.TimeoutExpired:
                 continue
-        raise ServiceUnavailable(self._complaint(f"does not serve after {self._broker.start_timeout:g} s ({reason})"))
+        raise ServiceUnavailable(self._complaint(f"does not serve after {deadline.elapsed:g} s ({reason})"))
 
     def _complaint(self, what: str) -> str:
         tail = self.log().splitlines()[-_TAIL_LINES:]
