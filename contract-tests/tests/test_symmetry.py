@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def extra(provider: str, *, tests: bool) -> set[str]:
 
 def shown(default: object) -> str:
     """Return how a README shows a default."""
-    if default is None or default == ():
+    if default is None or default is MISSING:  # what is made by a factory is empty
         return "unset"
     if isinstance(default, bool):
         return str(default).lower()
@@ -131,11 +131,11 @@ def test_the_backend_s_public_members_come_in_the_same_order(provider: str) -> N
     package = import_module(f"abe_backend_{provider}")
     backend = getattr(package, package.__all__[0])
     assert [name for name in vars(backend) if not name.startswith("_")] == [
+        "settings_type",
         "capabilities",
-        "from_env",
         "make_transport",
     ]
-    assert list(backend.__annotations__) == ["settings", "capabilities"]
+    assert list(backend.__annotations__) == ["settings_type", "settings", "capabilities"]
 
 
 def test_the_readme_has_the_same_headings(provider: str) -> None:

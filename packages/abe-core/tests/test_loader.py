@@ -14,8 +14,10 @@ import pytest
 import abe.backends
 from abe.backends import get_message_queue_backend
 from abe.backends.message_queue import loader
+from abe.backends.message_queue.base import Middleware
 from abe.backends.message_queue.loader import installed_backends, load_backend
 from abe.backends.message_queue.service.memory import MemoryBackend
+from abe.codec import JSONCodec
 from abe.errors import AbeError, BackendNotFoundError, ConfigurationError
 from abe.testing.plugin import RegisterBackend
 
@@ -129,20 +131,61 @@ def test_the_environment_names_the_backend(
     assert type(load_backend()) is Stranger
 
 
-def test_the_argument_comes_before_the_environment_and_the_variable_before_its_alias(
+def test_the_argument_comes_before_the_environment(
+    register_backend: RegisterBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_backend("stranger", Stranger)
+    register_backend("other", Other)
+    monkeypatch.setenv("QUEUE_BACKEND", "stranger")
+    assert type(load_backend("other")) is Other
+
+
+def test_two_variables_that_name_different_backends_are_an_error_that_names_both(
     register_backend: RegisterBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register_backend("stranger", Stranger)
     register_backend("other", Other)
     monkeypatch.setenv("QUEUE_BACKEND", "stranger")
     monkeypatch.setenv("MESSAGE_QUEUE_BACKEND", "other")
+    with pytest.raises(ConfigurationError, match="QUEUE_BACKEND='stranger' and MESSAGE_QUEUE_BACKEND='other'"):
+        load_backend()
+    assert type(load_backend("other")) is Other, "whoever names it himself is not concerned"
+
+
+@pytest.mark.parametrize("alias", ["stranger", "Stranger", " stranger ", ""])
+def test_two_variables_that_name_one_backend_are_none(
+    alias: str, register_backend: RegisterBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_backend("stranger", Stranger)
+    monkeypatch.setenv("QUEUE_BACKEND", "stranger")
+    monkeypatch.setenv("MESSAGE_QUEUE_BACKEND", alias)
     assert type(load_backend()) is Stranger
-    assert type(load_backend("other")) is Other
 
 
-def test_a_variable_that_is_empty_is_not_set(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [" Redis", "redis\n", "REDIS", "\tredis "])
+def test_case_and_spaces_around_a_name_do_not_matter(
+    name: str, installed: "Installed", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed.add("redis", f"{HERE}:Stranger")
+    monkeypatch.setenv("QUEUE_BACKEND", name)
+    assert type(load_backend()) is Stranger
+    assert type(load_backend(name)) is Stranger
+
+
+def test_a_provider_registered_with_capitals_is_found_too(installed: "Installed") -> None:
+    installed.add("Stranger", f"{HERE}:Stranger")
+    assert type(load_backend("stranger")) is Stranger
+
+
+def test_a_backend_in_place_of_its_name_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="takes the name of a provider, not a type"):
+        load_backend(Stranger)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_a_variable_that_is_empty_is_not_set(text: str, installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
     installed.add("stranger", f"{HERE}:Stranger")
-    monkeypatch.setenv("QUEUE_BACKEND", "")
+    monkeypatch.setenv("QUEUE_BACKEND", text)
     assert type(load_backend()) is Stranger
 
 
@@ -199,6 +242,118 @@ def test_a_name_close_to_nothing_is_not_guessed_at(installed: Installed) -> None
     with pytest.raises(BackendNotFoundError) as caught:
         load_backend("kafka")
     assert "Did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["kafka", "nats", "abe-backend-kafka", "-r/tmp/x"])
+def test_nothing_is_said_about_installing_what_we_do_not_publish(name: str, installed: Installed) -> None:
+    installed.add("nats-jetstream", f"{HERE}:Stranger")
+    with pytest.raises(BackendNotFoundError) as caught:
+        load_backend(name)
+    text = str(caught.value)
+    assert "pip" not in text
+    assert f"abe-backend-{name}" not in text
+    assert "entry-point group 'abe.backends.message_queue'" in text
+
+
+@pytest.mark.parametrize(("name", "meant"), [("Rabbit-MQ", "rabbitmq"), ("rabbit", "rabbitmq"), ("SQS", "sqs")])
+def test_what_we_do_publish_is_said_with_the_line_that_installs_it(name: str, meant: str, installed: Installed) -> None:
+    with pytest.raises(BackendNotFoundError, match=f"pip install abe-backend-{meant}  "):
+        load_backend(name)
+
+
+class Distribution:
+    """Stands for the distribution that an entry point is from."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def of(distribution: str, point: EntryPoint) -> None:
+    vars(point)["dist"] = Distribution(distribution)
+
+
+@pytest.mark.parametrize("group", [loader.ENTRY_POINT_GROUP, loader.OLDER_ENTRY_POINT_GROUP])
+def test_one_name_of_two_distributions_raises_and_names_both_when_it_is_to_be_loaded(
+    group: str, installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed.add("twice", f"{HERE}:Stranger")
+    installed.add("twice", f"{HERE}:Other", group)
+    installed.add("other", f"{HERE}:Other")
+    for point, distribution in zip(installed.points[1:], ["abe-twice", "fork-of-abe-twice", "abe-other"], strict=True):
+        of(distribution, point)
+    for wanted in ("twice", "TWICE"):
+        with pytest.raises(ConfigurationError, match=r"abe-twice and fork-of-abe-twice.*'twice'.*pip uninstall"):
+            load_backend(wanted)
+    assert type(load_backend("other")) is Other, "the others are not concerned"
+    monkeypatch.setenv("QUEUE_BACKEND", "twice")
+    with pytest.raises(ConfigurationError, match="abe-twice and fork-of-abe-twice"):
+        load_backend()
+
+
+def test_one_name_of_one_distribution_in_both_groups_is_one_provider(installed: Installed) -> None:
+    installed.add("twice", f"{HERE}:Stranger")
+    installed.add("twice", f"{HERE}:Other", loader.OLDER_ENTRY_POINT_GROUP)
+    for point in installed.points[1:]:
+        of("abe-twice", point)
+    assert type(load_backend("twice")) is Stranger
+
+
+def test_a_tests_backend_shadows_even_two_distributions(
+    installed: Installed, register_backend: RegisterBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for distribution in ("abe-twice", "fork-of-abe-twice"):
+        installed.add("twice", f"{HERE}:Stranger")
+        of(distribution, installed.points[-1])
+    register_backend("twice", Other)
+    real = entry_points(group=loader.ENTRY_POINT_GROUP)["twice"]
+    # Found among the installed ones, wherever it stands.
+    for points in ([real, *installed.points], [*installed.points, real]):
+        monkeypatch.setattr(installed, "points", points)
+        assert type(load_backend("twice")) is Other
+
+
+class Told(Stranger):
+    """A provider whose from_env takes what load_backend can give."""
+
+    def __init__(self, **given: Any) -> None:
+        self.given = given
+
+    @classmethod
+    def from_env(cls, **given: Any) -> Self:
+        return cls(**given)
+
+
+def test_a_provider_is_told_what_the_caller_gives_and_nothing_else(register_backend: RegisterBackend) -> None:
+    register_backend("told", Told)
+    codec, middleware, environ = JSONCodec(), [Middleware()], {"QUEUE_BACKEND": "told"}
+    for given in ({}, {"codec": codec}, {"middleware": middleware, "codec": codec, "environ": environ}):
+        backend = load_backend("told", **given)  # type: ignore[arg-type]
+        assert isinstance(backend, Told)
+        assert backend.given == given
+
+
+def test_another_environment_names_the_backend_and_configures_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUEUE_BACKEND", "no-such-provider")
+    monkeypatch.setenv("QUEUE_NAMESPACE", "not this one")
+    backend = load_backend(environ={"QUEUE_BACKEND": "memory", "QUEUE_NAMESPACE": "this-one"})
+    assert isinstance(backend, MemoryBackend)
+    assert backend.settings.namespace == "this-one"
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"codec": JSONCodec()}, "cannot be told codec: Stranger.from_env"),
+        ({"middleware": [Middleware()], "environ": {}}, "cannot be told middleware or environ: Stranger.from_env"),
+    ],
+)
+def test_a_provider_with_the_three_methods_is_told_nothing_and_that_is_said(
+    given: dict[str, Any], text: str, register_backend: RegisterBackend
+) -> None:
+    register_backend("stranger", Stranger)
+    with pytest.raises(ConfigurationError, match=text):
+        load_backend("stranger", **given)
+    assert type(load_backend("stranger", middleware=[], codec=None, environ=None)) is Stranger
 
 
 def test_an_environment_with_nothing_installed_says_so(installed: Installed) -> None:

@@ -98,11 +98,29 @@ def test_patterns_come_back_sorted_and_once_each() -> None:
         ((), "leave it out to get every key"),
         (["a", ""], "a key pattern must be 1 to 200 bytes"),
         (["a", 5], "a key pattern must be a string, not int"),
+        (["order*"], r"'order\*' must be .*: write 'order\.\*' or 'order\.#'"),
+        (["order.*", "order#"], r"write 'order\.\*' or 'order\.#'"),
+        (["order:*"], r"write 'order\.\*' or 'order\.#'"),
+        (["order/#"], r"write 'order\.\*' or 'order\.#'"),
+        (["order.>"], "write 'order.#'"),
+        ([">"], "write '#'"),
+        (["order.**"], "write 'order.#'"),
+        (["##"], "write '#'"),
+        (["+.created"], r"write '\*\.created'"),
+        (["order*.created"], r"write 'order\.\*\.created' or 'order\.#\.created'"),
+        (["*order"], r"write '\*\.order' or '#\.order'"),
+        (["order.crea*"], r"write 'order\.\*'"),
+        (["or*er"], r"write '\*'"),
     ],
 )
 def test_patterns_that_nobody_can_mean_are_refused(keys: Any, text: str) -> None:
     with pytest.raises(InvalidNameError, match=text):
         check_patterns(keys)
+
+
+@pytest.mark.parametrize("pattern", ["order", "order.*", "#", "*.#.*", "#.eu", "a..b", "a.", "a>b", "a+b", "a b"])
+def test_a_pattern_whose_wildcards_are_words_is_taken_as_it_is(pattern: str) -> None:
+    assert check_patterns([pattern]) == (pattern,)
 
 
 def test_no_group_is_the_group_default() -> None:
@@ -148,6 +166,14 @@ def test_headers_are_copied() -> None:
 def test_headers_that_are_not_text_to_text_are_refused(headers: Any, text: str) -> None:
     with pytest.raises(InvalidNameError, match=text):
         check_headers(headers)
+
+
+def test_no_text_about_a_header_shows_its_value() -> None:
+    for value in ("hunter2\ud800", 4111111111111111, "4111111111111111" * 2000):
+        with pytest.raises(InvalidNameError) as caught:
+            check_headers({"card": value})  # type: ignore[dict-item]
+        assert "hunter2" not in str(caught.value)
+        assert "4111" not in str(caught.value)
 
 
 def test_headers_over_16_kib_are_refused_and_one_byte_less_is_carried() -> None:

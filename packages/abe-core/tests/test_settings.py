@@ -1,9 +1,14 @@
 """Settings: what is read, what is refused and how, and what is never shown."""
 
+import copy
+import importlib
 import os
+import pickle
+import re
 import subprocess
 import sys
 import tokenize
+import warnings
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +37,15 @@ class BrokerSettings(QueueSettings):
 @dataclass(frozen=True, kw_only=True)
 class ForgetfulSettings(QueueSettings):
     url: str = setting("BROKER_URL", str, help="Where the broker is.", secret=True)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class OptionalSettings(QueueSettings):
+    url: str | None = setting("BROKER_URL", str, default=None, help="Where the broker is.", secret=True)
+    token: int = setting("BROKER_TOKEN", _port, default=1, help="A secret number.", secret=True)
+
+
+BROKER = BrokerSettings(url=f"broker://user:{SECRET}@host")
 
 
 def variable(name: str) -> str:
@@ -80,6 +94,12 @@ BAD_TEXT = [
     ("namespace", "Bücher"),
     ("namespace", "a\n"),
     ("groups", "ok,not ok"),
+    ("groups", "=order.*"),
+    ("groups", "billing="),
+    ("groups", "billing=order.*|"),
+    ("groups", "billing=order.*,billing=user.*"),
+    ("groups", "billing=order*"),
+    ("groups", "billing=order.>|user.*"),
     ("prefetch", "0"),
     ("prefetch", "many"),
     ("prefetch", "1.5"),
@@ -114,6 +134,12 @@ def test_a_bad_variable_is_named_with_what_it_should_be_and_what_it_is(name: str
         ("groups", ["billing"]),
         ("groups", ("not ok",)),
         ("groups", None),
+        ("groups", {"not ok": ()}),
+        ("groups", {"billing": "order.*"}),
+        ("groups", {"billing": ["order.*"]}),
+        ("groups", {"billing": ("order.*", "user*")}),
+        ("groups", {"billing": ("",)}),
+        ("groups", {"billing": (5,)}),
         ("prefetch", None),
         ("prefetch", True),
         ("prefetch", "5"),
@@ -131,6 +157,22 @@ def test_a_bad_variable_is_named_with_what_it_should_be_and_what_it_is(name: str
 def test_a_bad_argument_is_refused_like_a_bad_variable(name: str, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=rf"^{variable(name)} \(setting '{name}'\) must be .*, not "):
         QueueSettings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("billing=order*", "'order*' of 'billing' must be a pattern whose wildcards are whole words"),
+        ("billing=order*", "write 'order.*' or 'order.#'"),
+        ("billing=order.*,billing=user.*", "'billing' comes twice (a bar separates its patterns"),
+        ("billing=", "'billing' has an empty pattern (without the '=', it gets every key)"),
+        ("=order.*", "'=order.*' names no group"),
+        ("billing order.*", "'billing order.*' is none"),
+    ],
+)
+def test_groups_that_cannot_be_read_are_told_what_is_wrong_with_which(text: str, right: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(right)):
+        QueueSettings.from_env({"QUEUE_GROUPS": text})
 
 
 def test_none_is_a_value_where_it_is_the_default() -> None:
@@ -158,8 +200,116 @@ def test_settings_are_equal_by_value_and_can_be_keys() -> None:
 
 
 def test_settings_are_given_by_name_only() -> None:
-    with pytest.raises(TypeError):
-        QueueSettings("orders")  # type: ignore[misc]
+    with pytest.raises(
+        ConfigurationError, match="BrokerSettings takes its settings by name: namespace, groups,"
+    ) as caught:
+        BrokerSettings(f"broker://user:{SECRET}@host")  # type: ignore[misc]
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("prefech", "BrokerSettings has no setting 'prefech': did you mean 'prefetch'?"),
+        ("xyzzy", "BrokerSettings has no setting 'xyzzy': there are namespace, groups,"),
+    ],
+)
+def test_a_setting_that_there_is_none_of_is_refused_with_the_close_one(name: str, text: str) -> None:
+    for make in (lambda: BrokerSettings(url="here", **{name: SECRET}), lambda: replace(BROKER, **{name: SECRET})):
+        with pytest.raises(ConfigurationError, match=re.escape(text)) as caught:
+            make()
+        assert SECRET not in str(caught.value)
+
+
+def test_settings_can_be_copied_and_pickled() -> None:
+    assert copy.deepcopy(BROKER) == pickle.loads(pickle.dumps(BROKER)) == BROKER
+
+
+def warned(settings: type[QueueSettings], **environ: str) -> list[str]:
+    """Return the warnings that reading these variables gives."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        settings.from_env(environ)
+    assert all(warning.filename == __file__ for warning in caught), "a warning points at the caller"
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("QUEUE_PREFECH", "QUEUE_PREFETCH"),
+        ("QUEUE_PREFETCH_COUNT", "QUEUE_PREFETCH"),
+        ("QUEUE_MAX_ATEMPTS", "QUEUE_MAX_ATTEMPTS"),
+        ("QUEUE_LEASE", "QUEUE_LEASE_SECONDS"),
+        ("QUEUE_BAKCEND", "QUEUE_BACKEND"),
+        ("QEUE_BACKEND", "QUEUE_BACKEND"),
+        ("queue_namespace", "QUEUE_NAMESPACE"),
+        ("MESSAGE_QUEUE_BACKEN", "MESSAGE_QUEUE_BACKEND"),
+        ("BROKER_URI", "BROKER_URL"),
+        ("BROKER_TOKN", "BROKER_TOKEN"),
+        ("broker_url", "BROKER_URL"),
+    ],
+)
+def test_a_misspelt_variable_is_a_warning_that_names_the_close_one_and_not_its_value(name: str, meant: str) -> None:
+    assert warned(OptionalSettings, **{name: SECRET}) == [
+        f"the variable {name} is set, and is no setting of the message queue: did you mean {meant}?"
+    ]
+
+
+def test_a_queue_variable_close_to_nothing_is_a_warning_too() -> None:
+    assert warned(QueueSettings, QUEUE_XYZZY="1") == [
+        "the variable QUEUE_XYZZY is set, and is no setting of the message queue"
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BROKER_HOST",
+        "BROKER_USER",
+        "BROKER_CONFIG_FILE",
+        "QUEUE_PORT",
+        "QUEUE_PORT_5672_TCP",
+        "QUEUE_PORT_5672_TCP_ADDR",
+        "QUEUE_SERVICE_HOST",
+        "QUEUE_SERVICE_PORT_AMQP",
+        "AWS_ENDPOINT_URL_S3",
+        "PATH",
+        "HOME",
+        "_",
+    ],
+)
+def test_what_other_software_reads_is_no_misspelling(name: str) -> None:
+    assert warned(OptionalSettings, **{name: "1"}) == []
+
+
+def test_a_variable_close_to_one_that_is_set_is_somebody_elses() -> None:
+    assert warned(BrokerSettings, BROKER_URL="here", BROKER_URI="there") == []
+
+
+def test_known_variables_and_empty_ones_are_no_misspellings() -> None:
+    ours = {item.metadata["variable"]: "" for item in fields(BrokerSettings)}
+    others = {"QUEUE_BACKEND": "memory", "MESSAGE_QUEUE_BACKEND": "memory", "QUEUE_PREFECH": ""}
+    assert warned(OptionalSettings, **ours, **others) == []
+
+
+@pytest.mark.parametrize("provider", ["rabbitmq", "redis", "sqs"])
+def test_the_variables_that_go_with_our_brokers_are_no_misspellings(provider: str) -> None:
+    package = importlib.import_module(f"abe_backend_{provider}")
+    settings = getattr(package, next(name for name in package.__all__ if name.endswith("Settings")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings.from_env(dict.fromkeys(FOREIGN, "1"))
+
+
+FOREIGN = [
+    *("REDIS_HOST", "REDIS_PORT", "REDIS_DB", "REDIS_USER", "REDIS_TLS", "REDIS_TLS_URL", "REDIS_PREFIX"),
+    *("REDIS_SERVICE_HOST", "REDIS_PORT_6379_TCP", "REDIS_CLUSTER", "REDIS_SENTINEL_HOSTS", "REDISCLI_AUTH"),
+    *("RABBITMQ_HOST", "RABBITMQ_PORT", "RABBITMQ_USER", "RABBITMQ_NODENAME", "RABBITMQ_NODE_PORT", "RABBITMQ_VHOST"),
+    *("RABBITMQ_DEFAULT_USER", "RABBITMQ_DEFAULT_PASS", "RABBITMQ_CONFIG_FILE", "RABBITMQ_LOGS", "RABBITMQ_BASE"),
+    *("AWS_PAGER", "AWS_EXECUTION_ENV", "AWS_ROLE_ARN", "SQS_QUEUE_URL", "SQS_ENDPOINT", "SQS_REGION"),
+]
+"""Variables of the brokers' own software, and of other programs that use them."""
 
 
 def test_repr_shows_every_setting_and_no_secret() -> None:

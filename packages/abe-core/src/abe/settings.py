@@ -5,16 +5,23 @@ is read, and what it must be. `from_env` reads them, the constructor checks them
 docs' tables are made from the same fields.
 """
 
+import difflib
 import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from abe.errors import ConfigurationError
+from abe.spelling import warn_of_misspelt
 
 _HIDDEN: Final = "***"
+_GROUPS: Final = "groups separated by commas, such as 'billing=order.*|user.created,audit'"
+_WILDCARDS: Final = ("*", "#")
+_FOREIGN: Final = {">": "#", "**": "#", "+": "*"}
+"""Wildcards of other brokers, and ours for them."""
+
 _NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?\Z")
 
 
@@ -101,9 +108,15 @@ def group_patterns(text: str) -> Mapping[str, tuple[str, ...]]:
     groups: dict[str, tuple[str, ...]] = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, equals, patterns = map(str.strip, part.partition("="))
-        groups[name] = tuple(filter(None, map(str.strip, patterns.split("|"))))
-        if equals and not groups[name]:
-            raise ValueError(f"groups with at least one key pattern after the '='; {name!r} has none")
+        if not name:
+            raise ValueError(f"{_GROUPS}; {part!r} names no group")
+        if name in groups:
+            raise ValueError(
+                f"{_GROUPS}; {name!r} comes twice (a bar separates its patterns: {name}=order.*|user.created)"
+            )
+        groups[name] = tuple(map(str.strip, patterns.split("|"))) if equals else ()
+        if "" in groups[name]:
+            raise ValueError(f"{_GROUPS}; {name!r} has an empty pattern (without the '=', it gets every key)")
     return groups
 
 
@@ -132,18 +145,52 @@ def plain_name(value: Any) -> Any:
     return value
 
 
+def key_pattern(value: Any) -> Any:
+    """Check that each wildcard of a key pattern is a word of its own: only so does it stand for other words."""
+    words = value.split(".") if isinstance(value, str) else []
+    if not words or value == "":
+        raise ValueError("a key pattern such as 'order.*'")
+    for index, word in enumerate(words):
+        if word in _WILDCARDS or not (word in _FOREIGN or "*" in word or "#" in word):
+            continue
+        right = [".".join([*words[:index], form, *words[index + 1 :]]) for form in _right_forms(word, alone=index == 0)]
+        instead = f"write {' or '.join(map(repr, right))}" if right else "split it into words"
+        raise ValueError(
+            f"a pattern whose wildcards are whole words, '*' for exactly one and '#' for any number: {instead}"
+        )
+    return value
+
+
+def _right_forms(word: str, *, alone: bool) -> list[str]:
+    """Return what to write for a word that is no wildcard, and was meant for one."""
+    stem = word.strip("*#").rstrip("/:-_")
+    if word in _FOREIGN:
+        return [_FOREIGN[word]]
+    if not stem:
+        return ["#"]
+    if "*" in stem or "#" in stem or not alone:
+        return ["*"]
+    return [f"{stem}.*", f"{stem}.#"] if word.startswith(stem) else [f"*.{stem}", f"#.{stem}"]
+
+
 def named_groups(value: Any) -> Any:
     """Check that a value maps plain names to tuples of key patterns."""
     if not isinstance(value, Mapping):
         raise ValueError("a mapping from each group to its key patterns, () for those that it has")  # noqa: TRY004
-    for name, patterns in value.items():  # pyright: ignore[reportUnknownVariableType]
+    groups = cast("Mapping[object, object]", value)
+    for name, patterns in groups.items():
         try:
             plain_name(name)
         except ValueError as exc:
             raise ValueError(f"groups whose names are {exc}; {name!r} is none") from None
-        if not isinstance(patterns, tuple) or not all(isinstance(pattern, str) for pattern in patterns):  # pyright: ignore[reportUnknownVariableType]
-            raise ValueError(f"a mapping from each group to a tuple of key patterns; that of {name!r} is none")
-    return value  # pyright: ignore[reportUnknownVariableType]
+        if not isinstance(patterns, tuple):
+            raise ValueError(f"a mapping from each group to a tuple of key patterns; that of {name!r} is none")  # noqa: TRY004
+        for pattern in cast("tuple[object, ...]", patterns):
+            try:
+                key_pattern(pattern)
+            except ValueError as exc:
+                raise ValueError(f"groups and their key patterns; {pattern!r} of {name!r} must be {exc}") from None
+    return groups
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -151,7 +198,8 @@ class QueueSettings:
     """What every backend built on the engine can be told. A provider's settings extend it.
 
     Raises:
-        ConfigurationError: A value is out of range; the text names the setting, its variable, and what would be right.
+        ConfigurationError: A value is out of range; the text names the setting, its variable, and what would be right. Or there is no
+            setting of a name that was given; the text names the close one.
     """
 
     namespace: str = setting(
@@ -166,7 +214,8 @@ class QueueSettings:
         group_patterns,
         default_factory=dict,
         check=named_groups,
-        help="Groups to declare when the backend connects, with key patterns or without: `billing=order.*,audit`. A bar separates several patterns.",
+        help="Groups to declare when the backend connects, with key patterns or without: `billing=order.*,audit`. "
+        "A bar separates several patterns.",
     )
     prefetch: int = setting(
         "QUEUE_PREFETCH",
@@ -225,6 +274,19 @@ class QueueSettings:
         help="Bytes on their way to the broker above which publish waits.",
     )
 
+    if not TYPE_CHECKING:  # the signature is that of the fields
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+            known = [item.name for item in fields(cls)]
+            if args:
+                raise ConfigurationError(f"{cls.__name__} takes its settings by name: {', '.join(known)}")
+            for name in kwargs:
+                if name not in known:
+                    close = difflib.get_close_matches(name, known, n=1)
+                    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+                    raise ConfigurationError(f"{cls.__name__} has no setting {name!r}: {hint}")
+            return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for item in fields(self):
             check, value = item.metadata.get("check"), getattr(self, item.name)
@@ -245,6 +307,8 @@ class QueueSettings:
         Raises:
             ConfigurationError: A required variable is missing, or one is malformed; the text names it.
         """
+        known = [item.metadata["variable"] for item in fields(cls) if "variable" in item.metadata]
+        warn_of_misspelt(known, os.environ if environ is None else environ)
         values: dict[str, Any] = {}
         for item in fields(cls):
             if "variable" not in item.metadata:

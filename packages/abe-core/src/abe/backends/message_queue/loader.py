@@ -1,83 +1,133 @@
 """Finds installed providers by their entry points, and makes the backend that the deployment asks for."""
 
 import difflib
+import inspect
 import logging
-import re
-import warnings
+from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import Final
+from typing import Any, Final
 
+from abe.backends.message_queue.base.middleware import Middleware
 from abe.backends.message_queue.base.protocol import MessageQueueBackend
-from abe.errors import BackendNotFoundError
+from abe.codec import Codec
+from abe.errors import BackendNotFoundError, ConfigurationError
 from abe.logging.utils import apply_debug_switches
 from abe.settings import env_text
+from abe.spelling import warn
 
 _log: Final = logging.getLogger("abe.loader")
 
 ENTRY_POINT_GROUP: Final = "abe.backends.message_queue"
 OLDER_ENTRY_POINT_GROUP: Final = "abe.backends.message_queue.service"
-"""Where older providers registered; of two providers with one name the one in `ENTRY_POINT_GROUP` is taken."""
+"""Where older providers registered; of one distribution's two providers with one name the one in `ENTRY_POINT_GROUP` is taken."""
 
 VARIABLES: Final = ("QUEUE_BACKEND", "MESSAGE_QUEUE_BACKEND")
 _MEMORY: Final = "memory"
-_OURS: Final = ("redis", "rabbitmq", "sqs")
-_DISTRIBUTION: Final = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?\Z")
+_PUBLISHED: Final = ("rabbitmq", "redis", "sqs")
+"""What we publish as ``abe-backend-<name>``. To have anything else installed might install a stranger's package."""
 
 
 def installed_backends() -> dict[str, EntryPoint]:
     """Return the installed providers by name, sorted, without importing them."""
-    found = {
-        point.name: point
-        for group in (OLDER_ENTRY_POINT_GROUP, ENTRY_POINT_GROUP)
-        for point in entry_points(group=group)
-    }
-    return dict(sorted(found.items()))
+    return {name: points[-1] for name, points in _found().items()}
 
 
-def load_backend(name: str | None = None) -> MessageQueueBackend:
+def load_backend(
+    name: str | None = None,
+    *,
+    middleware: Sequence[Middleware] = (),
+    codec: Codec | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> MessageQueueBackend:
     """Return a new backend, made by its `from_env`.
 
     Args:
         name: The provider. None: what ``QUEUE_BACKEND`` (or ``MESSAGE_QUEUE_BACKEND``) names; else the first installed provider that is not
-            memory, by name; else memory, with a warning.
+            memory, by name; else memory, with a warning. Case, and spaces around it, do not matter.
+        middleware: Wraps each publish, the first outermost.
+        codec: Payload to bytes and back; None: `JSONCodec`.
+        environ: What to read instead of ``os.environ``.
 
     Raises:
         BackendNotFoundError: No provider of the name given is installed, or it cannot be imported. Nothing else is taken in its place.
+        ConfigurationError: The two variables name different providers, several distributions register the name, or the provider's
+            `from_env` does not take what was given.
         Exception: Whatever `from_env` raises, as it is.
     """
-    apply_debug_switches()
-    installed = installed_backends()
-    variable = next((variable for variable in VARIABLES if env_text(variable)), None)
+    apply_debug_switches(environ)
+    found = _found()
+    wanted, source = _wanted(name, environ, found)
+    points = [point for known, named in found.items() if known.casefold() == wanted.casefold() for point in named]
+    if not points:
+        raise BackendNotFoundError(_unknown(wanted, source, found))
+    point = _only(points)
+    backend = _import(point)
+    apply_debug_switches(environ, provider=point.name, package=backend.__module__)
+    arguments = {"middleware": middleware or None, "codec": codec, "environ": environ}
+    given = {argument: value for argument, value in arguments.items() if value is not None}
+    _check_takes(point.name, backend, given)
+    _log.info("backend %r (by %s) is %s.%s", point.name, source, backend.__module__, backend.__qualname__)
+    return backend.from_env(**given)
+
+
+def _found() -> dict[str, list[EntryPoint]]:
+    """Return the entry points of each name, those in the newer group last."""
+    found: dict[str, list[EntryPoint]] = {}
+    for group in (OLDER_ENTRY_POINT_GROUP, ENTRY_POINT_GROUP):
+        for point in entry_points(group=group):
+            found.setdefault(point.name, []).append(point)
+    return dict(sorted(found.items()))
+
+
+def _wanted(
+    name: str | None, environ: Mapping[str, str] | None, found: Mapping[str, list[EntryPoint]]
+) -> tuple[str, str]:
+    """Return the name of the provider that is asked for, and who asks."""
     if name is not None:
-        chosen, source = name, "load_backend()"
-    elif variable is not None:
-        chosen, source = env_text(variable) or "", variable
-    else:
-        chosen, source = _default(installed), "the installed providers"
-    if chosen not in installed:
-        raise BackendNotFoundError(_unknown(chosen, source, installed))
-    backend = _import(installed[chosen])
-    apply_debug_switches(provider=chosen, package=backend.__module__)
-    _log.info("backend %r (by %s) is %s.%s", chosen, source, backend.__module__, backend.__qualname__)
-    return backend.from_env()
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(f"load_backend() takes the name of a provider, not a {type(name).__name__}")
+        return name.strip(), "load_backend()"
+    named = {variable: (env_text(variable, environ=environ) or "").strip() for variable in VARIABLES}
+    named = {variable: text for variable, text in named.items() if text}
+    if len({text.casefold() for text in named.values()}) > 1:
+        both = " and ".join(f"{variable}={text!r}" for variable, text in named.items())
+        raise ConfigurationError(f"{both} are both set, and they differ: leave one of them out")
+    for variable, text in named.items():
+        return text, variable
+    return _default(list(found)), "the installed providers"
 
 
-def _default(installed: dict[str, EntryPoint]) -> str:
+def _default(installed: Sequence[str]) -> str:
     others = [name for name in installed if name != _MEMORY]
     if not others:
-        warnings.warn(
+        warn(
             "no message-queue provider is installed and QUEUE_BACKEND is not set: messages stay in this process's memory and end with it. "
-            "Install one (pip install abe-backend-redis), or set QUEUE_BACKEND=memory to keep memory without this warning",
-            stacklevel=3,
+            "Install one (pip install abe-backend-redis), or set QUEUE_BACKEND=memory to keep memory without this warning"
         )
         return _MEMORY
     if len(others) > 1:
-        warnings.warn(
+        warn(
             f"several message-queue providers are installed ({', '.join(others)}) and QUEUE_BACKEND is not set: taking {others[0]!r}. "
-            f"Set QUEUE_BACKEND to the one that is meant",
-            stacklevel=3,
+            f"Set QUEUE_BACKEND to the one that is meant"
         )
     return others[0]
+
+
+def _only(points: Sequence[EntryPoint]) -> EntryPoint:
+    """Return the entry point that a name stands for.
+
+    One without a distribution is a test's (`abe.testing.registered_backend`), and shadows what is installed.
+    """
+    for point in reversed(points):
+        if point.dist is None:
+            return point
+    distributions = sorted({point.dist.name for point in points if point.dist is not None})
+    if len(distributions) > 1:
+        raise ConfigurationError(
+            f"the distributions {' and '.join(distributions)} each register a message-queue provider {points[-1].name!r}, and nothing says "
+            f"which of them is meant: uninstall all but that one (pip uninstall, or uv remove)"
+        )
+    return points[-1]
 
 
 def _import(point: EntryPoint) -> type[MessageQueueBackend]:
@@ -95,12 +145,34 @@ def _import(point: EntryPoint) -> type[MessageQueueBackend]:
     return backend  # type: ignore[no-any-return]
 
 
-def _unknown(name: str, source: str, installed: dict[str, EntryPoint]) -> str:
-    close = next(iter(difflib.get_close_matches(name, {*installed, *_OURS}, n=1)), None)
-    text = f"there is no message-queue provider {name!r} (asked for by {source}). Installed: {', '.join(installed) or 'none'}."
-    if close is not None and close != name:
+def _check_takes(name: str, backend: type[MessageQueueBackend], given: Mapping[str, Any]) -> None:
+    """Refuse what a provider's `from_env` has no parameter for: the protocol demands none."""
+    try:
+        parameters = inspect.signature(backend.from_env).parameters.values()
+    except ValueError:
+        return  # a builtin without a signature
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    taken = {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
+    if extra := [argument for argument in given if argument not in taken]:
+        raise ConfigurationError(
+            f"the provider {name!r} cannot be told {' or '.join(extra)}: {backend.__qualname__}.from_env() has no such parameter. "
+            f"Leave it out, or use a provider built on abe.backends.message_queue.engine.TransportBackend"
+        )
+
+
+def _unknown(name: str, source: str, found: Mapping[str, list[EntryPoint]]) -> str:
+    close = next(iter(difflib.get_close_matches(name.casefold(), sorted({*found, *_PUBLISHED}), n=1)), None)
+    text = (
+        f"there is no message-queue provider {name!r} (asked for by {source}). Installed: {', '.join(found) or 'none'}."
+    )
+    if close is not None and close != name.casefold():
         text += f" Did you mean {close!r}?"
-    wanted = close or name
-    if _DISTRIBUTION.match(wanted):
-        text += f" To install it: pip install abe-backend-{wanted}  (or: uv add abe-backend-{wanted})"
+    if close in _PUBLISHED:
+        return text + f" To install it: pip install abe-backend-{close}  (or: uv add abe-backend-{close})"
+    if close is None:
+        text += (
+            f" Published with this library are {', '.join(_PUBLISHED)}, as abe-backend-<name>; any other provider is a distribution that "
+            f"registers a class under its name in the entry-point group {ENTRY_POINT_GROUP!r}"
+        )
     return text

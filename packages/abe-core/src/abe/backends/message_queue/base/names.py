@@ -1,7 +1,8 @@
 """Keys, groups, headers and key patterns: what every backend can carry, checked before any I/O.
 
 Patterns are AMQP topic words: a key is split at its dots; ``*`` stands for exactly one word, ``#`` for any number of
-words, none included. Only a whole word is a wildcard: in ``a*`` the star is a star. In a key nothing is a wildcard.
+words, none included. Only a whole word is a wildcard, and a pattern such as ``a*`` is refused: it would want only the key ``a*``. In a key
+nothing is a wildcard.
 """
 
 import math
@@ -10,7 +11,7 @@ from functools import lru_cache
 from typing import Final
 
 from abe.errors import ConfigurationError, InvalidNameError
-from abe.settings import plain_name
+from abe.settings import key_pattern, plain_name
 
 MAX_KEY_BYTES: Final = 200
 """RabbitMQ allows 255 bytes, of which delayed messages use some."""
@@ -46,13 +47,22 @@ def check_patterns(keys: Sequence[str]) -> tuple[str, ...]:
     """Return key patterns as a sorted tuple without repetitions.
 
     Raises:
-        InvalidNameError: There is none, or one of them could not match any key.
+        InvalidNameError: There is none, or one of them is not what anybody means, such as ``order*``; the text says what would be right.
     """
     if isinstance(keys, str):
         raise InvalidNameError(f"keys must be a list of patterns: write [{keys!r}], not {keys!r}")
     if not keys:
         raise InvalidNameError("keys is empty, so nothing would be delivered: leave it out to get every key")
-    return tuple(sorted({_check_text(pattern, "key pattern") for pattern in keys}))
+    return tuple(sorted({_check_pattern(pattern) for pattern in keys}))
+
+
+def _check_pattern(pattern: str) -> str:
+    _check_text(pattern, "key pattern")
+    try:
+        key_pattern(pattern)
+    except ValueError as exc:
+        raise InvalidNameError(f"the key pattern {pattern!r} must be {exc}") from None
+    return pattern
 
 
 def check_group(group: str | None) -> str:
@@ -119,7 +129,7 @@ def check_headers(headers: Mapping[str, str] | None) -> Mapping[str, str] | None
             try:
                 size += len(text.encode())
             except UnicodeEncodeError:
-                raise InvalidNameError(f"the {what} {text!r} is not valid Unicode text") from None
+                raise InvalidNameError(f"the {what} is not valid Unicode text: it holds half a character") from None
         if not name:
             raise InvalidNameError("a header name must not be empty")
     if size > MAX_HEADER_BYTES:
