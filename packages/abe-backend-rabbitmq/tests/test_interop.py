@@ -1,12 +1,15 @@
 """Messages from and to a plain client."""
 
 import json
+from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
 
 import aio_pika
 import pytest
 
+from abe.backends.message_queue.base import Delivery, Settlement, Verb
+from abe_backend_rabbitmq._channel import Outgoing
 from abe_contract_tests import bounds
 
 pytestmark = pytest.mark.xdist_group("rabbitmq-node")
@@ -119,3 +122,85 @@ async def test_a_dead_letter_of_a_stranger_s_message_is_replayed_with_all_it_had
         assert {name: message.headers[name] for name in table} == table
         assert (message.correlation_id, message.reply_to, message.priority) == ("c", "r", 3)
         await message.ack()
+
+
+def _table(name: bytes, field: bytes) -> bytes:
+    headers = bytes((len(name),)) + name + field
+    return b"\x20\x00" + len(headers).to_bytes(4, "big") + headers
+
+
+def _nested(depth: int) -> bytes:
+    value = b"V"
+    for _ in range(depth):
+        value = b"F" + (len(value) + 2).to_bytes(4, "big") + b"\x01k" + value
+    return value
+
+
+ODD = {
+    "no properties": b"\0\0",
+    "a table of 400 tables": _table(b"deep", _nested(400)),
+    "a table of 4,000 tables": _table(b"deep", _nested(4_000)),
+    "a time that never comes": b"\x00\x40" + b"\xff" * 8,
+    "a header that is a time that never comes": _table(b"when", b"T" + b"\xff" * 8),
+    "text that is none": _table(b"\xff", b"S\0\0\0\1\xff"),
+    "an id that is no text": b"\x00\x80\x02\xff\xfe",
+    "headers without end": _table(b"long", b"S" + (120_000).to_bytes(4, "big") + b"x" * 120_000),
+    "headers of ours that nest": _table(b"abe-headers", b"S" + (100_000).to_bytes(4, "big") + b"[" * 100_000),
+    "counts that are none": _table(b"x-delivery-count", b"l" + b"\xff" * 8),
+    "every property": b"\xdf\xf8\1a\1b\x02\xff\1c\1d\x06600000\1e" + bytes(8) + b"\1f\5guest\1h",
+}
+
+
+async def _odd(lab: Any, transport: Any) -> None:
+    channel = await transport.outlet.open()
+    for number, properties in enumerate(ODD.values()):
+        for body in (b"", b'{"n": %d}' % number, b'"' + b"x" * 400_000 + b'"'):
+            assert not await channel.publish([Outgoing(lab.names.exchange, "k", properties, body, "")])
+        assert await transport.send([lab.envelope()]) == ()
+
+
+async def test_whatever_was_published_before_a_group_existed_reaches_the_first(lab: Any, collect: Any) -> None:
+    transport = await lab.transport()
+    await _odd(lab, transport)
+    await transport.declare("g", None)
+    receiver = await lab.receiver(transport)
+    found = await collect(receiver, 4 * len(ODD))
+    assert Counter(len(each.body) for each in found) == {0: len(ODD), 400_002: len(ODD), 8: 10, 9: 1, 2: len(ODD)}
+    assert [each.attempt for each in found] == [1] * len(found)
+    assert sum(each.fault is not None for each in found) == 3  # headers of ours that are not JSON
+    assert not await receiver.ack([each.receipt for each in found], verify=True)
+    assert await lab.waiting(lab.names.queue("g")) == 0
+
+
+@pytest.mark.parametrize("verb", [None, *Verb, "at once"], ids=str)
+async def test_whatever_comes_can_be_settled_beside_others_and_keeps_no_place(
+    lab: Any, collect: Any, verb: Any
+) -> None:
+    transport = await lab.transport()
+    await transport.declare("g", None)
+    await _odd(lab, transport)
+    receiver = await lab.receiver(transport, prefetch=5)
+    left = 4 * len(ODD)
+
+    def settlement(delivery: Delivery) -> Settlement:
+        if verb == "at once":
+            return Settlement(delivery.receipt, Verb.RETRY)
+        return Settlement(delivery.receipt, verb, delay=0.1 if verb is Verb.RETRY else 0.0, reason="r", error="e")
+
+    again = 0
+    while left:
+        page = await receiver.receive(5)
+        for delivery in page:
+            if delivery.fault is None:
+                receiver.metadata(delivery)
+        new = [each for each in page if each.attempt == 1 and again < 4 * len(ODD)] if verb else []
+        if verb is not Verb.DEAD:
+            again += len(new)
+        if new:
+            assert not await receiver.settle([settlement(each) for each in new])
+        done = [each for each in page if each not in new]
+        assert not await receiver.ack([each.receipt for each in done], verify=True)
+        left -= len(new if verb is Verb.DEAD else done)
+    assert receiver.holding == 0
+    assert await lab.waiting(lab.names.queue("g")) == 0
+    assert await lab.waiting(lab.names.dead("g")) == (4 * len(ODD) if verb is Verb.DEAD else 0)

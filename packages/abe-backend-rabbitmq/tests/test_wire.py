@@ -1,9 +1,8 @@
 """Envelopes as AMQP properties, and properties that others wrote."""
 
-import math
+import struct
 from contextlib import suppress
 from datetime import UTC, datetime
-from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from pamqp.header import ContentHeader
 from abe.backends.message_queue.base import Envelope
 from abe.errors import DecodeError
 from abe_backend_rabbitmq import _wire
-from abe_backend_rabbitmq._properties import parse
+from abe_backend_rabbitmq._properties import encoded, parse
 from abe_backend_rabbitmq._wire import Header
 
 FRAME = 128 * 1024
@@ -46,27 +45,53 @@ envelopes = st.builds(
     id=ids,
     key=ids,
     body=st.binary(max_size=20),
-    published_at=st.integers(0, 2**53 - 1),
+    published_at=st.integers(0, 253_402_300_799_999),
     headers=st.none() | st.dictionaries(names, texts, max_size=5).map(lambda headers: headers or None),
 )
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**63 - 1)
-    | st.floats(allow_nan=False)
-    | texts
-    | st.binary(max_size=9).map(bytearray)
-    | st.datetimes(datetime(1971, 1, 1), datetime(2100, 1, 1)).map(lambda when: when.replace(microsecond=0, tzinfo=UTC))
-    | st.builds(
-        lambda digits, scale: Decimal(digits).scaleb(-scale), st.integers(-(2**31), 2**31 - 1), st.integers(0, 255)
+
+
+def sized(kind: bytes, value: bytes) -> bytes:
+    return kind + len(value).to_bytes(4, "big") + value
+
+
+def table(fields: dict[bytes, bytes]) -> bytes:
+    return b"".join(bytes((len(name),)) + name + field for name, field in fields.items())
+
+
+def fixed(kinds: str, size: int) -> st.SearchStrategy[bytes]:
+    return st.builds(
+        bytes.__add__, st.sampled_from([kind.encode() for kind in kinds]), st.binary(min_size=size, max_size=size)
     )
-)
-values = st.recursive(
-    scalars,
+
+
+odd_names = (st.binary(min_size=1, max_size=9) | st.just(b"n" * 255)).filter(lambda name: not name.startswith(b"abe-"))
+fields = st.recursive(
+    fixed("tbB", 1)
+    | fixed("su", 2)
+    | fixed("Iif", 4)
+    | fixed("D", 5)
+    | fixed("lLdT", 8)
+    | fixed("V", 0)
+    | st.builds(sized, st.sampled_from([b"S", b"x"]), st.binary(max_size=9)),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(texts.filter(lambda t: len(t.encode()) < 256), inner, max_size=3)
+        st.lists(inner, max_size=3).map(lambda each: sized(b"A", b"".join(each)))
+        | st.dictionaries(odd_names, inner, max_size=3).map(lambda each: sized(b"F", table(each)))
     ),
 )
+"""Headers' values of every type that AMQP has, as they stand."""
+
+
+def with_headers(given: dict[bytes, bytes], flags: bytes = b"\x20\x00", rest: bytes = b"") -> bytes:
+    headers = table(given)
+    return flags + len(headers).to_bytes(4, "big") + headers + rest
+
+
+def nested(depth: int) -> bytes:
+    """A table in a table in a table."""
+    value = b"V"
+    for level in range(depth):
+        value = sized(b"F", b"\x01k" + value) if level % 2 else sized(b"A", value)
+    return value
 
 
 def header(raw: bytes, key: str = KEY, exchange: str = "abe:test") -> Header:
@@ -121,10 +146,9 @@ def test_pamqp_reads_what_is_packed(envelope: Envelope) -> None:
 @given(envelopes)
 def test_the_short_way_of_reading_agrees_with_the_long_one(envelope: Envelope) -> None:
     raw = _wire.pack(envelope)
-    by_another_hand = parse(raw).marshal()
-    reordered = commands.Basic.Properties(
-        **{name: getattr(parse(raw), name) for name in parse(raw).__slots__}
-    ).marshal()
+    parsed = parse(raw)
+    parsed.fields = dict(sorted(parsed.fields.items(), reverse=True))
+    by_another_hand, reordered = read_by_pamqp(raw).marshal(), parsed.marshal()
     found = _wire.metadata(header(raw), b"")
     assert found == _wire.metadata(header(by_another_hand), b"") == _wire.metadata(header(reordered), b"")
 
@@ -139,7 +163,7 @@ def test_names_that_rabbitmq_uses_never_stand_in_the_table_of_headers() -> None:
         "abe-attempt": "f",
     }
     raw = _wire.pack(Envelope("1", KEY, b"", 1, reserved | {"x-request-id": "g", "CCTV": "h"}))
-    assert set(parse(raw).headers or {}) == {"abe-version", "abe-published-at", "abe-headers", "x-request-id", "CCTV"}
+    assert set(parse(raw).headers) == {"abe-version", "abe-published-at", "abe-headers", "x-request-id", "CCTV"}
     assert _wire.delivery(1, header(raw), b"", False).attempt == 1
 
 
@@ -182,24 +206,31 @@ def test_a_stranger_s_headers_are_read_as_text_where_they_can_be() -> None:
 
 
 @unhurried
-@given(st.dictionaries(texts.filter(lambda text: len(text.encode()) < 256), values, max_size=4))
-def test_headers_of_any_kind_survive_reading_and_writing(given: dict[str, Any]) -> None:
-    properties = parse(
-        b"\xb0\xc0"
-        + stranger(content_type="a", headers={"k": 1}, delivery_mode=1, message_id="i", timestamp=datetime.now(UTC))[2:]
-    )
-    properties.headers = given
-    assert parse(properties.marshal()).headers == given
+@given(st.dictionaries(odd_names, fields, max_size=4))
+def test_headers_of_any_kind_survive_reading_and_copying(given: dict[bytes, bytes]) -> None:
+    raw = with_headers(given)
+    assert parse(raw).fields == given
+    assert parse(parse(raw).marshal()).fields == given
+    delivery = _wire.delivery(1, header(raw), b"{}", False)
+    assert (delivery.attempt, delivery.fault) == (1, None)
+    _wire.metadata(header(raw), b"{}")
+    _wire.dead_letter(header(raw), b"{}")
+    copied = parse(_wire.copy(header(raw), b"{}", 2)).fields
+    assert {name: field for name, field in copied.items() if not name.startswith(b"abe-")} == {
+        name: field for name, field in given.items() if name not in (b"CC", b"BCC")
+    }
 
 
 def test_a_copy_keeps_what_the_stranger_gave_to_the_last_bit() -> None:
     given = {
-        "share": 0.1,
-        "n" * 200: "long",
-        "raw": bytearray(b"\xff"),
-        "latin": b"\xe9",
-        "sum": Decimal("-20000000.01"),
-        "deep": [{"a": math.inf}],
+        b"share": b"d" + struct.pack(">d", 0.1),
+        b"n" * 200: sized(b"S", b"long"),
+        b"raw": sized(b"x", b"\xff"),
+        b"latin": sized(b"S", b"\xe9"),
+        b"\xff": sized(b"S", b"a name that is no text"),
+        b"sum": b"D\x02" + struct.pack(">i", -2_000_000_001),
+        b"never": b"T" + b"\xff" * 8,
+        b"deep": nested(1_000),
     }
     properties = parse(
         stranger(
@@ -211,11 +242,20 @@ def test_a_copy_keeps_what_the_stranger_gave_to_the_last_bit() -> None:
             headers={"k": 1},
         )
     )
-    properties.headers = given
-    copied = parse(_wire.copy(header(properties.marshal()), b"", 2))
-    assert copied.headers == given | {"abe-key": KEY, "abe-attempt": 2}
-    assert (copied.content_type, copied.content_encoding, copied.correlation_id) == ("text/plain", "gzip", "c")
-    assert (copied.reply_to, copied.priority, copied.delivery_mode) == ("r", 3, 2)
+    properties.fields = given
+    raw = _wire.copy(header(properties.marshal()), b"", 2)
+    copied = parse(raw)
+    assert copied.fields == given | {
+        b"abe-key": sized(b"S", KEY.encode()),
+        b"abe-attempt": b"l" + (2).to_bytes(8, "big"),
+    }
+    assert properties.values.items() < (copied.values | {"delivery_mode": b"", "message_id": b""}).items() | {
+        ("delivery_mode", b"\x02")
+    }
+    del copied.fields[b"deep"], copied.fields[b"never"], copied.fields[b"\xff"]
+    read = read_by_pamqp(copied.marshal())
+    assert (read.content_type, read.content_encoding, read.correlation_id) == ("text/plain", "gzip", "c")
+    assert (read.reply_to, read.priority, read.delivery_mode) == ("r", 3, 2)
 
 
 def test_a_copy_leaves_out_what_the_broker_added() -> None:
@@ -231,7 +271,7 @@ def test_a_copy_leaves_out_what_the_broker_added() -> None:
     raw = stranger(headers=given, message_id="m", expiration="100", user_id="guest", delivery_mode=1)
     copied = parse(_wire.copy(header(raw), b"", 2))
     assert copied.headers == {"x-request-id": "r", "abe-key": KEY, "abe-attempt": 2}
-    assert (copied.expiration, copied.user_id, copied.delivery_mode) == (None, None, 2)
+    assert copied.values == {"delivery_mode": b"\x02", "message_id": b"\x01m"}
 
 
 @unhurried
@@ -243,9 +283,10 @@ def test_a_copy_of_ours_says_what_the_message_said(envelope: Envelope, attempt: 
     moved = header(raw, "0.1.queue", "abe:test:due")
     assert _wire.metadata(moved, envelope.body) == (envelope.id, envelope.key, envelope.published_at, envelope.headers)
     counted = parse(raw)
-    counted.headers = (counted.headers or {}) | {"x-delivery-count": redelivered}
+    counted.fields[b"x-delivery-count"] = encoded(redelivered)
     delivery = _wire.delivery(1, header(counted.marshal()), envelope.body, redelivered > 0)
     assert (delivery.attempt, delivery.fault) == (attempt + 1 + redelivered + 1, None)
+    assert delivery.uncertain == redelivered
 
 
 @unhurried
@@ -314,12 +355,38 @@ def test_properties_of_ours_that_were_damaged_are_an_error_of_ours(envelope: Env
     parse(_wire.copy(header(damaged), b"", 1))
 
 
-def test_tables_without_end_inside_each_other_are_a_fault() -> None:
-    table = b""
-    for _ in range(9_000):
-        table = b"\x01kF" + len(table).to_bytes(4, "big") + table
-    raw = b"\x20\x00" + len(table).to_bytes(4, "big") + table
-    assert "cannot be read" in (_wire.delivery(1, header(raw), b"", False).fault or "")
+@pytest.mark.parametrize("depth", [10, 300, 9_000])
+def test_tables_inside_each_other_are_carried_however_deep_they_go(depth: int) -> None:
+    raw = with_headers({b"deep": nested(depth), b"name": sized(b"S", b"v")})
+    delivery = _wire.delivery(1, header(raw), b"{}", False)
+    assert (delivery.attempt, delivery.fault) == (1, None)
+    assert _wire.metadata(header(raw), b"{}").headers == {"name": "v"}
+    assert parse(_wire.copy(header(raw), b"{}", 2)).fields[b"deep"] == nested(depth)
+    letter = _wire.dead_letter(header(_wire.buried(header(raw), b"{}", 2, "reason", "error")), b"{}")
+    assert (letter.key, letter.headers, letter.reason) == (KEY, {"name": "v"}, "reason")
+
+
+@pytest.mark.parametrize("seconds", [2**64 - 1, 2**63, 1_700_000_000_000, 253_402_300_800])
+def test_a_time_that_is_none_is_left_out_and_the_message_is_read(seconds: int) -> None:
+    raw = b"\x00\x40" + seconds.to_bytes(8, "big")
+    assert _wire.delivery(1, header(raw), b"{}", False).fault is None
+    assert _wire.metadata(header(raw), b"{}").published_at == 0
+    assert _wire.dead_letter(header(raw), b"{}").published_at == 0
+    ours = _wire.pack(Envelope("i", KEY, b"", seconds * 1000 % 2**63 | 1 << 60))
+    assert _wire.metadata(header(ours), b"").published_at in (0, (seconds * 1000 % 2**63 | 1 << 60) // 1000 * 1000)
+
+
+def test_text_that_is_none_costs_the_message_nothing() -> None:
+    raw = with_headers(
+        {b"name": sized(b"S", b"\xff\xfe"), b"\xff": sized(b"S", b"v"), b"good": sized(b"S", "é".encode())},
+        b"\x20\x80",
+        b"\x02\xff\xfe",
+    )
+    assert _wire.delivery(1, header(raw), b"{}", False).fault is None
+    found = _wire.metadata(header(raw), b"{}")
+    assert found.id == "\ufffd\ufffd"
+    assert found.headers == {"\ufffd": "v", "good": "é"}
+    assert parse(_wire.copy(header(raw), b"{}", 2)).values["message_id"] == b"\x02\xff\xfe"
 
 
 def test_an_envelope_of_another_version_is_a_fault() -> None:
@@ -327,7 +394,7 @@ def test_an_envelope_of_another_version_is_a_fault() -> None:
     assert "version" in (_wire.delivery(1, header(raw), b"", False).fault or "")
 
 
-@pytest.mark.parametrize("packed", ["", "[]", '{"a": 1}', "{"])
+@pytest.mark.parametrize("packed", ["", "[]", '{"a": 1}', "{", "[" * 10_000, '{"a":' * 10_000])
 def test_headers_that_travelled_together_and_cannot_be_read_are_a_fault(packed: str) -> None:
     raw = stranger(headers={"abe-headers": packed, "n": "v"}, message_id="m")
     assert "headers" in (_wire.delivery(1, header(raw), b"", False).fault or "")

@@ -13,7 +13,7 @@ from abe.errors import AbeError, BackendConnectionError, UnroutableError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._channel import Channel, Outgoing
 from abe_backend_rabbitmq._connection import finished
-from abe_backend_rabbitmq._errors import ChannelNotFound, lost, translated
+from abe_backend_rabbitmq._errors import ChannelNotFound, RabbitMQError, lost, translated
 from abe_backend_rabbitmq._wire import Header
 
 if TYPE_CHECKING:
@@ -296,8 +296,16 @@ class RabbitMQReceiver:
             for place in places:
                 settlement, tag = copied[place]
                 held = channel.held.get(tag)
-                if held is not None:
+                if held is None:
+                    continue
+                try:
                     copies.append(await self._copy(settlement, *held))
+                except AbeError:
+                    raise
+                except Exception as exc:  # noqa: BLE001 - it concerns this message, and no other of the batch
+                    _log.exception("a message of group %r cannot be copied: it goes back to its queue", self.group)
+                    outcomes[place] = RabbitMQError(f"the message cannot be copied: {exc!r}")
+                else:
                     sent.append(place)
             found = await self._transport.outlet.move(copies)
             for i, place in enumerate(sent):

@@ -14,14 +14,13 @@ import hashlib
 import struct
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
 from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Metadata
 from abe.errors import DecodeError
-from abe_backend_rabbitmq._properties import Properties, encoded, parse
+from abe_backend_rabbitmq._properties import Properties, Value, encoded, parse
 
 VERSION: Final = 1
 _FLAGS: Final = b"\xb0\xc0"  # content type, headers, delivery mode, message id, timestamp
@@ -40,13 +39,17 @@ _BROKERS: Final = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-cou
 _RESERVED: Final = ("abe-", *_BROKERS)
 _ADDRESSES: Final = ("CC", "BCC")
 """Headers that name more routing keys: RabbitMQ acts on them."""
+_NOT_COPIED: Final = frozenset((b"CC", b"BCC", b"abe-due", b"abe-for", b"abe-reason", b"abe-error", b"abe-dead-at"))
+_BROKERS_BYTES: Final = tuple(name.encode() for name in _BROKERS)
 _MOST_NAMES: Final = 1_000
 _LONGEST_NAME: Final = 128
-"""Bytes of a header's name, by AMQP's specification. More would fit, but pamqp cuts it off."""
+"""Bytes of a header's name, by AMQP's specification. More would fit, but other clients cut it off."""
 _LONGEST_TEXT: Final = 32_000
 """Bytes of a dead letter's reason, and of its error."""
 _MOST: Final = 128 * 1024 - 20
 """Bytes of properties: they must fit into one frame, by default of 128 KiB, or the broker ends the connection."""
+_LAST_TIME: Final = 253_402_300_799_999
+"""Milliseconds since the epoch, in the year 9999: what is later is no time."""
 _FIELDS: Final = 100
 """Bytes that a dead letter's own fields take beside their texts."""
 
@@ -122,17 +125,17 @@ def delivery(receipt: int, header: Header, body: bytes, redelivered: bool) -> De
     if not redelivered and raw.startswith(_HEAD) and raw.startswith(_FIRST, _OURS) and _MARK not in raw:
         return Delivery(receipt, body, header, 1)
     try:
-        headers = parse(raw).headers or {}
+        headers = parse(raw).headers
         _strings(headers)
-    except DecodeError as exc:
-        return Delivery(receipt, body, header, 1, str(exc))
+    except Exception as exc:  # noqa: BLE001 - whatever is wrong with one message is that message's fault
+        return Delivery(receipt, body, header, 1, str(exc) if isinstance(exc, DecodeError) else repr(exc))
     version = headers.get("abe-version", VERSION)
     fault = None if version == VERSION else "the envelope is of a version that is not known here"
     counted = _number(headers, "x-delivery-count")  # by the broker: lost connections too
     return Delivery(receipt, body, header, attempts(headers), fault, uncertain=counted)
 
 
-def attempts(headers: Mapping[str, Any]) -> int:
+def attempts(headers: Mapping[str, Value]) -> int:
     """Return which delivery this is, 1 for the first, from a message's headers."""
     return _number(headers, "abe-attempt") + _number(headers, "x-delivery-count") + 1
 
@@ -148,8 +151,8 @@ def metadata(header: Header, body: bytes) -> Metadata:
         id, published_at, headers = quick
         return Metadata(id, header.key, published_at, headers)
     properties = parse(header.properties)
-    given = properties.headers or {}
-    published_at = _number(given, "abe-published-at") or _milliseconds(properties.timestamp)
+    given = properties.headers
+    published_at = _published_at(properties, given)
     id = properties.message_id or stranger_id(header, body)
     return Metadata(id, original_key(header, given), published_at, _strings(given) or None)
 
@@ -174,7 +177,10 @@ def _quick(raw: bytes) -> tuple[str, int, Mapping[str, str] | None] | None:
             assert headers is not None
             headers[name] = str(raw[after + 5 : position], "utf-8")
         start = end + 2
-        return str(raw[start : start + raw[end + 1]], "utf-8"), _U64.unpack_from(raw, _NAMES)[0], headers
+        published_at = _U64.unpack_from(raw, _NAMES)[0]
+        if published_at > _LAST_TIME:
+            return None
+        return str(raw[start : start + raw[end + 1]], "utf-8"), published_at, headers
     except (ValueError, IndexError, struct.error):
         return None
 
@@ -190,12 +196,12 @@ def _field(field: bytes) -> str:
 
 def message_id(raw: bytes) -> str:
     """Return the id in properties that we wrote."""
-    if raw.startswith(_HEAD):
-        end = _OURS + _U32.unpack_from(raw, _OURS - 4)[0]
-        return str(raw[end + 2 : end + 2 + raw[end + 1]], "utf-8", "replace")
     try:
-        return parse(raw).message_id or ""
-    except DecodeError:
+        if raw.startswith(_HEAD):
+            end = _OURS + _U32.unpack_from(raw, _OURS - 4)[0]
+            return str(raw[end + 2 : end + 2 + raw[end + 1]], "utf-8", "replace")
+        return parse(raw).message_id
+    except (DecodeError, IndexError, struct.error):
         return ""
 
 
@@ -210,26 +216,24 @@ def copy(header: Header, body: bytes, attempt: int, *extra: tuple[str, str | int
         attempt: Deliveries so far.
         extra: More headers of ours.
     """
-    try:
-        properties = parse(header.properties)
-    except DecodeError:
-        properties = Properties()
-    given: dict[str, Any] = dict(properties.headers or {})
-    ours: dict[str, Any] = {"abe-key": original_key(header, given), "abe-attempt": attempt} | dict(extra)
+    properties = _parsed(header)
+    given = properties.headers
+    ours: dict[str, str | int] = {"abe-key": original_key(header, given), "abe-attempt": attempt} | dict(extra)
+    fields = {name.encode(): encoded(value) for name, value in ours.items()}
     kept = {
-        name: value
-        for name, value in given.items()
-        if not name.startswith(_BROKERS)
-        and name not in (*_ADDRESSES, "abe-due", "abe-for", "abe-reason", "abe-error", "abe-dead-at")
+        name: field
+        for name, field in properties.fields.items()
+        if not name.startswith(_BROKERS_BYTES) and name not in _NOT_COPIED
     }
-    properties.headers = kept | ours
-    properties.message_id = properties.message_id or stranger_id(header, body)
-    properties.delivery_mode = 2
-    properties.expiration = None
-    properties.user_id = None
+    properties.fields = kept | fields
+    if not properties.message_id:
+        properties.values["message_id"] = _short(stranger_id(header, body))
+    properties.values["delivery_mode"] = _PERSISTENT
+    for name in ("expiration", "user_id"):
+        properties.values.pop(name, None)
     raw = properties.marshal()
     if len(raw) > _MOST:  # a stranger's headers filled a frame: there is no room for ours beside them
-        properties.headers = ours
+        properties.fields = fields
         raw = properties.marshal()
     return raw
 
@@ -252,11 +256,8 @@ def buried(header: Header, body: bytes, attempt: int, reason: str, error: str) -
 
 def dead_letter(header: Header, body: bytes) -> DeadLetter:
     """Read a message of the dead letters, whoever put it there."""
-    try:
-        properties = parse(header.properties)
-    except DecodeError:
-        properties = Properties()
-    given = properties.headers or {}
+    properties = _parsed(header)
+    given = properties.headers
     by_us = "abe-dead-at" in given
     try:
         headers = _strings(given)
@@ -268,39 +269,30 @@ def dead_letter(header: Header, body: bytes) -> DeadLetter:
         body=body,
         headers=headers,
         attempts=_number(given, "abe-attempt") if by_us else attempts(given),
-        reason=str(given.get("abe-reason", "" if by_us else "dead-lettered by the broker")),
-        error=str(given.get("abe-error", "")),
-        published_at=(_number(given, "abe-published-at") or _milliseconds(properties.timestamp)) / 1000,
+        reason=str(given.get("abe-reason") or ("" if by_us else "dead-lettered by the broker")),
+        error=str(given.get("abe-error") or ""),
+        published_at=_published_at(properties, given) / 1000,
         dead_at=_number(given, "abe-dead-at") / 1000,
     )
 
 
 def due(header: Header) -> int:
     """Return when a held message is due, in milliseconds since the epoch; 0: at once."""
-    try:
-        return _number(parse(header.properties).headers or {}, "abe-due")
-    except DecodeError:
-        return 0
+    return _number(_parsed(header).headers, "abe-due")
 
 
 def left_to(header: Header) -> Sequence[str]:
     """Return the groups that are still to get a held message, where others have it; none: whoever wants it."""
-    try:
-        named = (parse(header.properties).headers or {}).get("abe-for")
-    except DecodeError:
-        return ()
+    named = _parsed(header).headers.get("abe-for")
     return named.split(" ") if isinstance(named, str) else ()
 
 
 def routing_key(header: Header) -> str:
     """Return the key that a message was published with, as far as it can be told."""
-    try:
-        return original_key(header, parse(header.properties).headers or {})
-    except DecodeError:
-        return original_key(header, {})
+    return original_key(header, _parsed(header).headers)
 
 
-def original_key(header: Header, given: Mapping[str, Any]) -> str:
+def original_key(header: Header, given: Mapping[str, Value]) -> str:
     """Return the key that a message was published with. Straight to a queue it was published with none."""
     key = given.get("abe-key")
     return key if isinstance(key, str) else header.key if header.exchange else ""
@@ -311,7 +303,20 @@ def stranger_id(header: Header, body: bytes) -> str:
     return hashlib.blake2b(body + header.key.encode(), digest_size=12).hexdigest()
 
 
-def _strings(given: Mapping[str, Any]) -> dict[str, str]:
+def _parsed(header: Header) -> Properties:
+    """Take properties apart; there are none where they cannot be read."""
+    try:
+        return parse(header.properties)
+    except DecodeError:
+        return Properties()
+
+
+def _short(text: str) -> bytes:
+    raw = text.encode()
+    return bytes((len(raw),)) + raw
+
+
+def _strings(given: Mapping[str, Value]) -> dict[str, str]:
     """Return the application's headers. A stranger's numbers become text; tables and arrays stay out."""
     found = {
         name: value if isinstance(value, str) else str(value)
@@ -322,18 +327,16 @@ def _strings(given: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(packed, str):
         try:
             found |= msgspec.json.decode(packed, type=dict[str, str])
-        except msgspec.MsgspecError as exc:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
             raise DecodeError(f"the headers cannot be read: {exc}") from exc
     return found
 
 
-def _number(given: Mapping[str, Any], name: str) -> int:
+def _number(given: Mapping[str, Value], name: str) -> int:
     value = given.get(name)
     return value if isinstance(value, int) and 0 <= value < 2**53 else 0
 
 
-def _milliseconds(timestamp: datetime | None) -> int:
-    if timestamp is None:
-        return 0
-    moment = timestamp if timestamp.tzinfo is not None else timestamp.replace(tzinfo=UTC)
-    return max(0, int(moment.timestamp() * 1000))
+def _published_at(properties: Properties, given: Mapping[str, Value]) -> int:
+    moment = _number(given, "abe-published-at") or properties.timestamp * 1000
+    return moment if moment <= _LAST_TIME else 0
