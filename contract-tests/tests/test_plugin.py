@@ -52,6 +52,32 @@ class AwayHarness(MemoryHarness):
 """
 
 
+RED = """
+import logging, pytest
+from abe_contract_tests.services import redis_service
+
+@pytest.fixture
+def redis():
+    with redis_service(environ={"ABE_TEST_SERVICES": "processes"}) as service:
+        yield service
+
+def test_red(redis):
+    logging.getLogger("abe.consumer").warning("order %s", 17)
+    redis.kill()
+    raise AssertionError("as told")
+
+def test_green(redis):
+    pass
+"""
+
+LOOP = """
+import asyncio
+
+async def test_the_loop(tmp_path):
+    (tmp_path.parent / "loop").write_text(type(asyncio.get_running_loop()).__module__)
+"""
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run of pytest came to."""
@@ -237,3 +263,33 @@ def test_the_plugin_is_silent_where_no_clause_is_tested(run: Runner) -> None:
     done = run(target=run.write("test_mine.py", "def test_mine():\n    pass\n"))
     assert done.status == 0
     assert "contract" not in done.output
+
+
+def test_what_is_known_of_a_failing_test_is_shown_and_kept(run: Runner) -> None:
+    done = run(f"--contract-keep={run.folder / 'kept'}", "-n", "1", target=run.write("test_mine.py", RED))
+    assert done.status == 1
+    assert "abe.consumer WARNING order 17" in done.output
+    assert "it is killed" in done.output
+    assert "eady to accept connections" in done.output
+    (kept,) = (run.folder / "kept").iterdir()
+    (red,) = (path for path in kept.iterdir() if path.is_dir())
+    names = [path.name.partition("_of_")[0] for path in sorted(red.iterdir())]
+    assert (red.name, names) == ("test_mine.py_test_red", ["call.txt", "log", "timeline.txt"])
+    assert "as told" in (red / "call.txt").read_text()
+    lines = [json.loads(line) for line in (kept / "timeline-gw0.jsonl").read_text().splitlines()]
+    assert [line["test"].rpartition("::")[2] for line in lines] == ["test_red", "test_green"]
+
+
+def test_the_tests_run_on_the_event_loop_that_is_asked_for(run: Runner) -> None:
+    module = run.write("test_mine.py", LOOP)
+    for chosen in (["--contract-loop=uvloop"], []):
+        done = run("-o", "asyncio_mode=auto", "-n", "1", f"--basetemp={run.folder / 'base'}", *chosen, target=module)
+        assert done.status == 0, done.output
+        (seen,) = (run.folder / "base").rglob("loop")
+        assert seen.read_text().startswith("uvloop") is bool(chosen)
+
+
+def test_an_event_loop_that_is_none_is_refused(run: Runner) -> None:
+    done = run(target=run.write("test_mine.py", LOOP), ABE_CONTRACT_LOOP="gevent")
+    assert done.status == pytest.ExitCode.USAGE_ERROR
+    assert "must be asyncio or uvloop" in done.errors

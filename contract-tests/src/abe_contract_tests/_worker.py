@@ -8,6 +8,7 @@ import traceback
 from importlib import import_module
 from typing import Any
 
+from abe_contract_tests import loops
 from abe_contract_tests.worker import serve
 
 
@@ -22,7 +23,7 @@ def main() -> int:
         lines.write(json.dumps(message) + "\n")
 
     try:
-        asyncio.run(_run(_load(function), _load(backend), write, json.loads(arguments)))
+        loops.run(_run(_load(function), _load(backend), write, json.loads(arguments)))
     except Exception:
         write({"error": traceback.format_exc()})
         return 1

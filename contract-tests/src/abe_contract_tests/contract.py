@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 from abe.backends.message_queue.base import Capabilities, Durability
 from abe.types import MessageQueuePayload
+from abe_contract_tests import timeline
 from abe_contract_tests.accounting import Accounting
 from abe_contract_tests.bounds import Deadline, slowness, within
 from abe_contract_tests.clauses import declares
@@ -82,6 +83,7 @@ class Contract:
         """
         with self.environ(**overrides):
             backend = self.backend_class.from_env()
+        timeline.note(f"backend {id(backend):x} is made {overrides or ''}")
         self._backends.append(backend)
         return backend
 

@@ -1,7 +1,7 @@
 """The pytest plugin: chooses what is tested, gives each test its `Contract`, and ends with the verdict."""
 
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, cast
 
@@ -15,6 +15,8 @@ from abe_contract_tests.bounds import slowness
 from abe_contract_tests.clauses import MARK
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.harness import Harness
+from abe_contract_tests.keeping import Keeper
+from abe_contract_tests.loops import LOOP_VARIABLE, LOOPS, LoopFactory, chosen_loop, new_event_loop
 from abe_contract_tests.manifest import is_of_the_suite, suite_test
 from abe_contract_tests.reporting import RESULT, Ledger
 from abe_contract_tests.selection import harness_label, load_harness, selected_harnesses
@@ -46,7 +48,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--contract-waivers", metavar="FILE", help="Clauses that may fail for a time: a TOML file of [[waiver]] tables."
     )
+    group.addoption(
+        "--contract-loop",
+        choices=LOOPS,
+        help=f"Run the tests, their workers and their programs on this event loop; else {LOOP_VARIABLE} says which, else asyncio's.",
+    )
     group.addoption("--contract-report", metavar="FILE", help="Write the results as JSON.")
+    group.addoption(
+        "--contract-keep",
+        metavar="DIR",
+        help="Keep there what is known of each failing test: its timeline, its brokers' logs, and what ran beside it.",
+    )
+    parser.addini(
+        "contract_keep",
+        "What --contract-keep is when it is not given; a relative path is one from the root.",
+        default="",
+    )
     parser.addini("contract_harnesses", "What --contract is when it is not given.", type="args", default=[])
 
 
@@ -55,10 +72,30 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_waivers] = read_waivers(config.getoption("--contract-waivers"))
     for name in config.getoption("--contract") or ():
         load_harness(name)
+    _choose_loop(config)
+    config.pluginmanager.register(Keeper(config), "abe-contract-keeper")
     slowness()  # from now on the machine is looked at
     if not hasattr(config, "workerinput"):
         # Under pytest-xdist the workers run the tests, and only the controller sees all of their results.
         config.pluginmanager.register(Ledger(config, config.stash[_waivers]), "abe-contract-ledger")
+
+
+def _choose_loop(config: pytest.Config) -> None:
+    if (name := config.getoption("--contract-loop")) is not None:
+        os.environ[LOOP_VARIABLE] = name
+    try:
+        if chosen_loop() == LOOPS[0]:
+            return
+        new_event_loop().close()
+    except (ValueError, ImportError) as exc:
+        raise pytest.UsageError(str(exc)) from exc
+    # Where a plugin has this hook it must answer for every test: it is there for who asked for another loop only.
+    config.pluginmanager.register(_Loops(), "abe-contract-loops")
+
+
+class _Loops:
+    def pytest_asyncio_loop_factories(self) -> Mapping[str, LoopFactory]:
+        return {chosen_loop(): new_event_loop}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -19,7 +19,9 @@ from typing import Any, Final, Protocol, TypeAlias, cast
 from unittest.mock import patch
 
 from abe.types import MessageQueueBackendProtocol
+from abe_contract_tests import timeline
 from abe_contract_tests.harness import Harness
+from abe_contract_tests.loops import new_event_loop
 
 Report: TypeAlias = Callable[[Any], None]
 Receive: TypeAlias = Callable[[], Awaitable[Any]]
@@ -27,6 +29,8 @@ WorkerFunction: TypeAlias = Callable[..., Awaitable[object]]
 
 _LINE_LIMIT: Final = 16 * 1024 * 1024
 _KILL_PATIENCE: Final = 10.0
+_NOTED: Final = 300
+"""Characters of a value that the timeline takes."""
 
 
 class WorkerFailed(AssertionError):  # noqa: N818 - what happened, not what is wrong
@@ -106,16 +110,19 @@ class ProcessWorker:
             # What this process can import, the worker can: tests live in folders that only pytest put on the path.
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
         )
+        timeline.note(f"worker {process.pid} starts: {function.__name__} {json.dumps(arguments)}")
         return cls(process)
 
     async def next_report(self) -> Any:
         line = await self._read()
         if line is None or "report" not in line:
             raise WorkerFailed("the worker ended without another report")
+        timeline.note(f"worker {self.pid} reports {line['report']}"[:_NOTED])
         return line["report"]
 
     async def send(self, value: Any) -> None:
         assert self._process.stdin is not None
+        timeline.note(f"worker {self.pid} is sent {value}"[:_NOTED])
         self._process.stdin.write(json.dumps(value).encode() + b"\n")
         await self._process.stdin.drain()
 
@@ -127,6 +134,7 @@ class ProcessWorker:
 
     async def kill(self) -> None:
         if self._process.returncode is None:
+            timeline.note(f"worker {self.pid} is killed")
             with suppress(ProcessLookupError):
                 self._process.kill()
         await self._process.wait()
@@ -138,8 +146,10 @@ class ProcessWorker:
         # The signal is delivered a moment later; until then the worker could still renew a lease.
         while await asyncio.to_thread(_state, self._process.pid) not in "TtZ":  # noqa: ASYNC110 - it has no event for us
             await asyncio.sleep(0.001)
+        timeline.note(f"worker {self.pid} is frozen")
 
     async def resume(self) -> None:
+        timeline.note(f"worker {self.pid} goes on")
         self._process.send_signal(signal.SIGCONT)
 
     async def _read(self) -> dict[str, Any] | None:
@@ -171,7 +181,7 @@ class ThreadWorker:
         self._reports: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._ended = asyncio.Event()
         self._failure: str | None = None
-        self._loop = asyncio.new_event_loop()
+        self._loop = new_event_loop()
         self._inbox: asyncio.Queue[Any] = asyncio.Queue()
         self._go_on: threading.Event | None = None
         self._killed = False

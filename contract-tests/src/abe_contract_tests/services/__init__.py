@@ -8,6 +8,7 @@ from abe_contract_tests.services._base import (
     Service,
     ServiceUnavailable,
     TlsFiles,
+    running_services,
 )
 from abe_contract_tests.services._choice import choose
 from abe_contract_tests.services._shell import QueueCounts, RabbitMQShell
@@ -32,5 +33,6 @@ __all__ = [
     "choose",
     "rabbitmq_service",
     "redis_service",
+    "running_services",
     "sqs_service",
 ]

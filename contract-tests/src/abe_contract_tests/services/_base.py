@@ -2,12 +2,15 @@
 
 import secrets
 import socket
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Final, Protocol, Self
+
+from abe_contract_tests import timeline
 
 _PORTS: Final = range(20_000, 32_000)
 _PORT_ATTEMPTS: Final = 100
@@ -119,6 +122,14 @@ class Broker(ABC):
         return {}
 
 
+_running: Final[weakref.WeakSet["Service"]] = weakref.WeakSet()
+
+
+def running_services() -> "list[Service]":
+    """Return the brokers of this process that were started and not stopped."""
+    return list(_running)
+
+
 class Service(ABC):
     """One broker of a test run. The methods block, and are for one caller at a time.
 
@@ -177,6 +188,23 @@ class Service(ABC):
         Raises:
             ServiceUnavailable: It cannot be started; the text says what is needed.
         """
+
+    def log_size(self) -> int:
+        """Return where its log ends now, for `log_since`; 0 where there is none to be had."""
+        return 0
+
+    def log_since(self, size: int) -> str:
+        """Return what it wrote after `log_size` returned that, over all of its starts."""
+        return ""
+
+    def note(self, what: str) -> None:
+        """Write what happens to it into the timeline of the test that runs."""
+        _running.add(self)
+        timeline.note(f"{type(self).__name__} {self.version or 'new'}: it {what}")
+
+    def forget(self) -> None:
+        """Take it out of `running_services`."""
+        _running.discard(self)
 
     def restart(self) -> None:
         """Shut the broker down in order and start it again."""

@@ -91,6 +91,7 @@ class ContainerService(Service):
 
     def start(self) -> None:
         """Make the container, or start the one that was killed or terminated, and return when the broker serves."""
+        self.note("starts")
         try:
             if self._container is None:
                 self._container = self._create()
@@ -104,6 +105,7 @@ class ContainerService(Service):
 
     def stop(self) -> None:
         """Remove the container and its volumes."""
+        self.forget()
         container, watchdog = self._container, self._watchdog
         self._container, self._watchdog = None, None
         self._port, self._version = 0, ""
@@ -118,6 +120,7 @@ class ContainerService(Service):
             return
         if self._state() == "paused":
             self._wrapped().unpause()
+        self.note("is killed")
         self._wrapped().kill()
         self._wrapped().wait()
 
@@ -127,15 +130,18 @@ class ContainerService(Service):
             return
         if self._state() == "paused":
             self._wrapped().unpause()
+        self.note("is shut down")
         self._wrapped().stop(timeout=_ORDERLY)
 
     def pause(self) -> None:
         """Freeze every process of the container."""
         self._wrapped().pause()
+        self.note("is frozen")
 
     def resume(self) -> None:
         """Let the container go on."""
         self._wrapped().unpause()
+        self.note("goes on")
 
     def beside(self, command: Sequence[str]) -> ContainerCompanion:
         """Start a program in the container."""
@@ -146,6 +152,14 @@ class ContainerService(Service):
     def log(self) -> str:
         """Return what the broker wrote."""
         return bytes(self._wrapped().logs(tail=20)).decode(errors="replace")
+
+    def log_size(self) -> int:
+        """Return the moment: the engine knows when each line was written."""
+        return int(time.time())
+
+    def log_since(self, size: int) -> str:
+        """Return what it wrote since that moment."""
+        return "" if self._container is None else bytes(self._wrapped().logs(since=size)).decode(errors="replace")
 
     def _create(self) -> Any:
         errors = import_module("docker.errors")
@@ -187,6 +201,7 @@ class ContainerService(Service):
             except (NotReadyError, OSError) as exc:
                 reason = str(exc)
             else:
+                self.note("serves")
                 return
             if self._state() not in ("created", "restarting", "running"):
                 reason = f"the container is {self._state()}"

@@ -75,6 +75,7 @@ class ProcessService(Service):
             raise RuntimeError(f"{self._broker.name} is running already, as process {self._process.pid}")
         if self._directory is None:
             self._directory = Path(tempfile.mkdtemp(prefix=f"abe-{self._broker.name.lower()}-"))
+        self.note("starts")
         try:
             self._start_somewhere()
         except BaseException:
@@ -87,6 +88,7 @@ class ProcessService(Service):
     def stop(self) -> None:
         """Kill the broker, for nobody needs its data any more, and delete them."""
         self.kill()
+        self.forget()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
         self._directory, self._port, self._version = None, 0, ""
@@ -95,6 +97,7 @@ class ProcessService(Service):
         """Send SIGKILL and wait for the end."""
         if self._process is None:
             return
+        self.note("is killed")
         self._signal(signal.SIGKILL)
         self._reap()
 
@@ -102,6 +105,7 @@ class ProcessService(Service):
         """Send SIGTERM and wait for the end, which is enforced after ten seconds."""
         if self._process is None:
             return
+        self.note("is shut down")
         self._signal(signal.SIGTERM)
         self._signal(signal.SIGCONT)
         try:
@@ -119,10 +123,12 @@ class ProcessService(Service):
             if deadline.passed:
                 raise RuntimeError(f"{self._broker.name} did not stop within {_ORDERLY:g} s")
             time.sleep(_POLL)
+        self.note("is frozen")
 
     def resume(self) -> None:
         """Send SIGCONT."""
         self._running()
+        self.note("goes on")
         self._signal(signal.SIGCONT)
 
     def beside(self, command: Sequence[str]) -> ProcessCompanion:
@@ -135,6 +141,21 @@ class ProcessService(Service):
             return self._log_file.read_text(errors="replace")
         except FileNotFoundError:
             return ""
+
+    def log_size(self) -> int:
+        """Return the size of its logs, of all starts."""
+        return sum(path.stat().st_size for path in self._log_files())
+
+    def log_since(self, size: int) -> str:
+        """Return what the logs of all starts have after that."""
+        found = b"".join(path.read_bytes() for path in self._log_files())
+        return found[size:].decode(errors="replace")
+
+    def _log_files(self) -> list[Path]:
+        files = (
+            (self.directory / f"server-{start}.log" for start in range(1, self._starts + 1)) if self._directory else ()
+        )
+        return [file for file in files if file.exists()]
 
     @property
     def _log_file(self) -> Path:
@@ -194,6 +215,7 @@ class ProcessService(Service):
             try:
                 if self._broker.started(self.log()):
                     self._version = self._broker.probe(self.url)
+                    self.note("serves")
                     return
             except (NotReadyError, OSError) as exc:
                 reason = str(exc)

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from abe.errors import AbeError, EventLoopError
+from abe_contract_tests import loops
 from abe_contract_tests.suite.steps import collect, collect_distinct
 
 if TYPE_CHECKING:
@@ -48,18 +49,18 @@ async def _works(backend: "TransportBackend", n: int) -> None:
 def loop_closed(make: Callable[[], "TransportBackend"]) -> None:
     """The loop is closed without a close; a new backend in a new loop works."""
     backend = make()
-    asyncio.run(_use(backend, 1))
+    loops.run(_use(backend, 1))
     del backend
     gc.collect()
-    asyncio.run(_works(make(), 2))
+    loops.run(_works(make(), 2))
 
 
 def second_loop(make: Callable[[], "TransportBackend"]) -> None:
     """The same backend in one ``asyncio.run`` after the other: it works, or it says why not."""
     backend = make()
     for n in range(3):
-        asyncio.run(_use(backend, n))
-    asyncio.run(_works(backend, 3))
+        loops.run(_use(backend, n))
+    loops.run(_works(backend, 3))
 
 
 def another_loop_meanwhile(make: Callable[[], "TransportBackend"]) -> None:
@@ -81,13 +82,13 @@ def another_loop_meanwhile(make: Callable[[], "TransportBackend"]) -> None:
 
     async def main() -> None:
         await _use(backend, 0)
-        intruder = threading.Thread(target=asyncio.run, args=(intrude(),))
+        intruder = threading.Thread(target=loops.run, args=(intrude(),))
         intruder.start()
         await asyncio.to_thread(intruder.join)
         assert outcomes == ["refused"] * 3, outcomes
         await _works(backend, 2)
 
-    asyncio.run(main())
+    loops.run(main())
 
 
 def fork(make: Callable[[], "TransportBackend"]) -> None:
@@ -115,7 +116,7 @@ def fork(make: Callable[[], "TransportBackend"]) -> None:
         await backend.disconnect()
         await _works(make(), 20)
 
-    asyncio.run(main())
+    loops.run(main())
 
 
 def dropped(make: Callable[[], "TransportBackend"]) -> None:
@@ -127,7 +128,7 @@ def dropped(make: Callable[[], "TransportBackend"]) -> None:
         await asyncio.sleep(0)
         await _works(make(), 1)
 
-    asyncio.run(main())
+    loops.run(main())
 
 
 def _in_child(child: Callable[[], Any]) -> int:
@@ -135,7 +136,7 @@ def _in_child(child: Callable[[], Any]) -> int:
     asyncio._set_running_loop(None)
     threading.Timer(PATIENCE + 2, os._exit, (3,)).start()
     try:
-        asyncio.run(child())
+        loops.run(child())
     except BaseException as exc:
         print(f"in the child: {exc!r}", file=sys.stderr)
         return 1
