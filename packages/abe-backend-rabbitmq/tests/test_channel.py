@@ -11,6 +11,7 @@ from typing import Any, cast
 from uuid import uuid4
 
 import pytest
+import uvloop
 from yarl import URL
 
 from abe.backends.message_queue.base import Delivery, Envelope
@@ -29,9 +30,8 @@ Connect = Callable[..., Awaitable[Connection]]
 Until = Callable[..., Awaitable[None]]
 
 
-@pytest.fixture
-async def connect(node: ProcessService) -> AsyncIterator[Connect]:
-    """Connect to the shared node, or to a proxy before it."""
+@asynccontextmanager
+async def connecting(node: ProcessService) -> AsyncIterator[Connect]:
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     async with AsyncExitStack() as stack:
 
@@ -45,11 +45,9 @@ async def connect(node: ProcessService) -> AsyncIterator[Connect]:
         yield make
 
 
-@pytest.fixture
-async def queue(node: ProcessService) -> AsyncIterator[str]:
-    """An empty quorum queue."""
-    settings = RabbitMQSettings(url=node.url)
-    connection = Connection(settings, node.url, "test")
+@asynccontextmanager
+async def making_queue(node: ProcessService) -> AsyncIterator[str]:
+    connection = Connection(RabbitMQSettings(url=node.url), node.url, "test")
     await connection.open()
     name = f"test-{uuid4().hex}"
     channel = await connection.plain()
@@ -57,6 +55,20 @@ async def queue(node: ProcessService) -> AsyncIterator[str]:
     yield name
     await channel.queue_delete(name)
     await connection.close()
+
+
+@pytest.fixture
+async def connect(node: ProcessService) -> AsyncIterator[Connect]:
+    """Connect to the shared node, or to a proxy before it."""
+    async with connecting(node) as connect:
+        yield connect
+
+
+@pytest.fixture
+async def queue(node: ProcessService) -> AsyncIterator[str]:
+    """An empty quorum queue."""
+    async with making_queue(node) as queue:
+        yield queue
 
 
 class Proxy:
@@ -459,3 +471,22 @@ async def test_settlements_do_not_wait_for_ever_for_a_connection_that_is_gone(
         async with bounds.within(5):
             await asyncio.gather(*acks, return_exceptions=True)
             await channel.close()
+
+
+@pytest.mark.parametrize("longest", [None, 3000])
+def test_traffic_of_every_kind_by_another_event_loop(node: ProcessService, until: Until, longest: int | None) -> None:
+    """Transports of uvloop are none of asyncio's classes."""
+    rnd = random.Random(3)
+
+    async def traffic() -> None:
+        async with connecting(node) as connect, making_queue(node) as queue, Proxy(node.url).serve() as proxy:
+            connection = await connect(proxy.url)
+            proxy.piece = longest and (lambda: rnd.randrange(1, longest + 1))
+            await mixed(connection, queue, until, 600)
+            channel = await connection.channel()
+            proxy.budget, proxy.piece = 1, None
+            assert kinds(await channel.publish([outgoing(queue)]), 1) == [PublishUnknownError]
+            await until(lambda: not connection.alive)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(traffic())

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import trustme
+import uvloop
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -454,6 +455,18 @@ def secure(served: TlsFiles) -> Iterator[Service]:
 
 
 class TestTls:
+    def test_everything_works_by_another_event_loop(
+        self, secure: Service, served: TlsFiles, ours: dict[str, str]
+    ) -> None:
+        async def work() -> None:
+            await refusal(ConfigurationError, url=secure.url)
+            settings = RabbitMQSettings(url=secure.url, ca_file=str(served.authority), namespace="uvloop", **ours)
+            async with RabbitMQBackend(settings) as backend:
+                await round_trip(backend)
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(work())
+
     async def test_certificates_that_hold_on_both_sides(
         self, secure: Service, served: TlsFiles, ours: dict[str, str]
     ) -> None:

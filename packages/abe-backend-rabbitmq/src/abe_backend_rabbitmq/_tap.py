@@ -9,7 +9,7 @@ are used.
 import asyncio
 import struct
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 import aiormq
 from yarl import URL
@@ -61,9 +61,8 @@ class Tap(asyncio.StreamReaderProtocol):
         self._fed: float = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
-        assert isinstance(transport, asyncio.WriteTransport)
-        self.transport = transport
+        """Keep the transport. (Other event loops have transports of their own: asyncio's classes are no test.)"""
+        self.transport = cast("asyncio.WriteTransport", transport)
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
