@@ -14,7 +14,7 @@ import pytest
 from abe.backends.message_queue.base import Delivery, Envelope
 from abe_backend_rabbitmq import RabbitMQBackend, RabbitMQSettings
 from abe_backend_rabbitmq._receiver import RabbitMQReceiver
-from abe_backend_rabbitmq._topology import LEVELS, Topology
+from abe_backend_rabbitmq._topology import Topology
 from abe_backend_rabbitmq._transport import RabbitMQTransport
 from abe_contract_tests import bounds
 from abe_contract_tests.services import ServiceUnavailable, rabbitmq_service
@@ -80,15 +80,8 @@ class Lab:
 
     async def clean(self) -> None:
         self._pika = None  # that one is closed
-        channel, names = await self.pika(), self.names
         transport = await self.transport()
-        for group in await transport.groups():
-            await transport.delete_group(group)
-        for queue in (names.held, names.registry):
-            await channel.queue_delete(queue)
-        fixed = (names.exchange, names.unwanted, names.nowhere, names.holding, names.later, names.delay, names.due)
-        for exchange in (*fixed, *(names.rung(level) for level in range(LEVELS))):
-            await channel.exchange_delete(exchange)
+        await transport.delete_namespace()
 
 
 async def collect(receiver: RabbitMQReceiver, count: int, *, within: float = 10.0) -> list[Delivery]:

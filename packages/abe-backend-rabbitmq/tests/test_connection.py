@@ -27,7 +27,8 @@ from abe.errors import (
     PublishRejectedError,
 )
 from abe_backend_rabbitmq import RabbitMQBackend, RabbitMQSettings
-from abe_backend_rabbitmq._connection import Connection, Control, Link, finished
+from abe_backend_rabbitmq._connection import Link, finished
+from abe_backend_rabbitmq._control import Control
 from abe_contract_tests import bounds
 from abe_contract_tests.services import RabbitMQShell, Service, TlsFiles, rabbitmq_service
 
@@ -158,7 +159,7 @@ async def refusal(kind: type[AbeError], **settings: Any) -> AbeError:
 
 
 class TestConnections:
-    async def test_there_is_one_to_publish_and_one_to_consume_and_both_say_who_they_are(
+    async def test_there_is_one_to_publish_one_to_consume_and_one_for_the_rest_and_each_says_so(
         self, lab: Any, shell: RabbitMQShell
     ) -> None:
         name = f"named-{lab.namespace}"
@@ -170,7 +171,7 @@ class TestConnections:
                 f'[{{_, <<"{name}">>}}, {{_, Properties}}] <- [rabbit_networking:connection_info(C, [user, client_properties])], '
                 '{<<"connection_name">>, _, Name} <- Properties]).'
             )
-        assert sorted(found.split()) == ["abe-consume", "abe-publish"]
+        assert sorted(found.split()) == ["abe-consume", "abe-control", "abe-publish"]
         await backend.disconnect()
         await shell.delete_user(name)
 
@@ -204,7 +205,7 @@ class TestConnections:
         await backend.disconnect()
 
     async def test_who_waits_for_an_answer_may_leave_and_the_connection_lives(self, lab: Any) -> None:
-        backend = await lab.backend(groups=("g",))
+        backend = await lab.backend(groups={"g": ()})
         for turns in range(12):
             asking = asyncio.create_task(backend.stats("g"))
             for _ in range(turns):
@@ -229,29 +230,21 @@ class TestRequests:
     """`Control` and `Link`, at the awaits where a connection may end."""
 
     async def test_a_request_that_finds_its_connection_lost_waits_for_the_next_and_is_made(self, lab: Any) -> None:
-        """Preparing the new one makes requests too: neither waits for the other for ever."""
-        prepared: list[Connection] = []
-
-        async def prepare(connection: Connection) -> None:
-            await control.call(lambda channel: channel.exchange_declare("amq.topic", passive=True), connection)
-            prepared.append(connection)
-
-        link = Link(lab.settings(), "test", prepare)
-        control = Control(link)
+        control = Control(Link(lab.settings(), "test"))
         async with bounds.within(5):
-            await control.call(lambda channel: channel.exchange_declare("amq.topic", passive=True))
-            await prepared[0].close()
+            before = await control.connection()
+            await before.close()
             requests = (
                 control.call(lambda channel: channel.exchange_declare("amq.topic", passive=True)) for _ in range(5)
             )
             await asyncio.gather(*requests)
-            await link.close()
-        assert len(prepared) == 2
+            assert await control.connection() is not before
+            await control.close()
 
     @pytest.mark.parametrize("turns", range(8))
     async def test_who_asks_while_it_is_closed_is_told_and_not_cancelled(self, lab: Any, turns: int) -> None:
         """aiormq cancels what waits for the broker when its connection is closed; the caller is somebody else's task."""
-        link = Link(lab.settings(), "test", _nothing)
+        link = Link(lab.settings(), "test")
         control = Control(link)
         await control.connection()
         asking = asyncio.create_task(control.call(lambda channel: channel.exchange_declare("amq.topic", passive=True)))
@@ -294,16 +287,6 @@ class TestRequests:
         with pytest.raises(asyncio.CancelledError):
             await caller
         failing.set()
-
-    async def test_a_preparation_that_hangs_is_given_up(self, lab: Any) -> None:
-        async def prepare(_: Connection) -> None:
-            await asyncio.Event().wait()
-
-        link = Link(lab.settings(connect_timeout=0.2, publish_timeout=0.2), "test", prepare)
-        async with bounds.within(3):
-            with pytest.raises(BackendConnectionError, match=r"could not be made ready within 0\.4 s"):
-                await link.get()
-            await link.close()
 
 
 class TestAddresses:
@@ -642,7 +625,7 @@ class TestRights:
     async def test_the_documented_publisher_can_publish_and_nothing_else(
         self, lab: Any, user: Callable[..., Awaitable[str]]
     ) -> None:
-        owner = await lab.backend(groups=("g",))
+        owner = await lab.backend(groups={"g": ()})
         publisher = await lab.backend(url=await user(*self.documented(1)))
         await publisher.publish("k", {"n": 1})
         for call in (publisher.publish("k", {}, delay=1.0), publisher.declare("h"), publisher.dead_letters("g").list()):
@@ -655,7 +638,7 @@ class TestRights:
     async def test_each_right_that_is_missing_is_told(
         self, lab: Any, shell: RabbitMQShell, log: io.StringIO, missing: str
     ) -> None:
-        owner = await lab.backend(groups=("g",))
+        owner = await lab.backend(groups={"g": ()})
         await owner.publish("k", {"n": 1})
         name = f"app-{lab.namespace}"
         await shell.add_user(name, SECRET, **{missing: "^$"})
@@ -678,7 +661,7 @@ class TestRights:
     async def test_a_right_that_was_given_meanwhile_is_used(
         self, lab: Any, shell: RabbitMQShell, caplog: pytest.LogCaptureFixture
     ) -> None:
-        await lab.backend(groups=("g",))
+        await lab.backend(groups={"g": ()})
         name = f"app-{lab.namespace}"
         await shell.add_user(name, SECRET, write="^$")
         backend = await lab.backend(url=f"amqp://{name}:{SECRET}@{lab.url.rpartition('@')[2]}")
@@ -703,7 +686,7 @@ class TestWhatIsThere:
     async def test_a_backlog_that_was_changed_is_told_with_both_values(
         self, lab: Any, before: int | None, after: int | None, told: str
     ) -> None:
-        owner = await lab.backend(groups=("g",), max_backlog=before)
+        owner = await lab.backend(groups={"g": ()}, max_backlog=before)
         await owner.publish("k", {"n": 1})
         await owner.disconnect()
         backend = RabbitMQBackend(lab.settings(max_backlog=after))
@@ -737,7 +720,3 @@ class TestWhatIsThere:
 async def _entered(backend: RabbitMQBackend) -> None:
     async with backend.consume(group="g"):
         raise AssertionError("it was let in")
-
-
-async def _nothing(_: Connection) -> None:
-    """There is nothing to prepare."""

@@ -46,7 +46,7 @@ async def main(url, lock, dead):
 
 asyncio.run(main(*json.loads(sys.argv[1])))
 """
-"""Holds a namespace's lock, and two dead letters in its hands, until it is killed."""
+"""Holds a lock, and two dead letters in its hands, until it is killed."""
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ class TestClosedConnections:
                 closed += await shell.close_connections(name)
             await traffic.some()
 
-        backend = await lab.backend(groups=("g",))
+        backend = await lab.backend(groups={"g": ()})
         traffic = Traffic(backend, backend)
         await traffic.run(close)
         assert closed >= 5
@@ -166,7 +166,7 @@ class TestClosedConnections:
     async def test_a_message_in_a_handler_comes_again_and_its_settlement_says_so(
         self, lab: Any, shell: RabbitMQShell
     ) -> None:
-        backend = await lab.backend(groups=("g",))
+        backend = await lab.backend(groups={"g": ()})
         await backend.publish("k", {"n": 1})
         async with backend.consume(group="g") as subscription, bounds.within(10):
             message = await subscription.receive()
@@ -182,7 +182,7 @@ class TestClosedConnections:
     async def test_a_full_buffer_that_was_lost_makes_room_for_the_same_messages(
         self, lab: Any, shell: RabbitMQShell
     ) -> None:
-        backend = await lab.backend(groups=("g",))
+        backend = await lab.backend(groups={"g": ()})
         await asyncio.gather(*(backend.publish("k", {"n": n}) for n in range(8)))
         async with backend.consume(group="g", prefetch=4) as subscription, bounds.within(10):
             while [found.unacknowledged for found in await shell.counts(lab.names.queue("g"))] != [4]:  # noqa: ASYNC110
@@ -196,7 +196,7 @@ class TestClosedConnections:
                     done.add(message["n"])
 
     async def test_the_address_that_lives_is_found_again(self, lab: Any, shell: RabbitMQShell) -> None:
-        backend = await lab.backend(url=f"amqp://127.0.0.1:1,{lab.url}", groups=("g",))
+        backend = await lab.backend(url=f"amqp://127.0.0.1:1,{lab.url}", groups={"g": ()})
         for number in range(3):
             await backend.publish("k", {"n": number})
             assert await shell.close_connections("abe-publish") == 1
@@ -224,11 +224,11 @@ class TestRestartedNode:
             await asyncio.to_thread(victim.start)
             await traffic.some()
 
-        backend = await lab.backend(groups=("g",))
+        backend = await lab.backend(groups={"g": ()})
         await Traffic(backend, backend).run(restart, within=90)
 
     async def test_what_waits_outlives_the_node(self, lab: Any, victim: ProcessService, shell: RabbitMQShell) -> None:
-        backend = await lab.backend(groups=("g",), publish_timeout=30.0)
+        backend = await lab.backend(groups={"g": ()}, publish_timeout=30.0)
         await asyncio.gather(*(backend.publish("k", {"n": n}) for n in range(100)))
         await killed(victim, shell)
         started = asyncio.create_task(asyncio.to_thread(victim.start))
@@ -239,7 +239,7 @@ class TestRestartedNode:
     async def test_with_no_node_each_call_ends_in_time(
         self, lab: Any, victim: ProcessService, shell: RabbitMQShell
     ) -> None:
-        backend = await lab.backend(groups=("g",), publish_timeout=1.0, close_timeout=0.5)
+        backend = await lab.backend(groups={"g": ()}, publish_timeout=1.0, close_timeout=0.5)
         await killed(victim, shell)
         try:
             async with bounds.within(8):
@@ -255,7 +255,7 @@ class TestRestartedNode:
 
 class TestFrozenNode:
     async def test_publish_says_unknown_and_the_backend_lives_on(self, lab: Any, victim: ProcessService) -> None:
-        backend = await lab.backend(groups=("g",), publish_timeout=0.5, connect_timeout=0.5)
+        backend = await lab.backend(groups={"g": ()}, publish_timeout=0.5, connect_timeout=0.5)
         await backend.publish("k", {"n": 0})
         async with frozen(victim):
             loop = asyncio.get_running_loop()
@@ -286,7 +286,7 @@ class TestFrozenNode:
                     await asyncio.sleep(1.0)  # the fault itself: longer than publish_timeout
             await traffic.some()
 
-        patient = await lab.backend(groups=("g",))
+        patient = await lab.backend(groups={"g": ()})
         backend = await lab.backend(publish_timeout=0.4, connect_timeout=0.4)
         await Traffic(backend, patient).run(freeze)
 
@@ -295,7 +295,7 @@ class TestFrozenNode:
     ) -> None:
         """A node that thaws has given up its consumers meanwhile, too: what they held comes again."""
         caplog.set_level(logging.WARNING, "abe")
-        backend = await lab.backend(groups=("g",), heartbeat=1, publish_timeout=2.0)
+        backend = await lab.backend(groups={"g": ()}, heartbeat=1, publish_timeout=2.0)
         await backend.publish("k", {"n": 1})
         async with backend.consume(group="g") as subscription, bounds.within(30):
             message = await subscription.receive()
@@ -343,7 +343,7 @@ class TestMemoryAlarm:
     ) -> None:
         caplog.set_level(logging.WARNING, "abe.rabbitmq")
         accounts = Accounting()
-        backend = await lab.backend(groups=("g",), publish_timeout=1.0)
+        backend = await lab.backend(groups={"g": ()}, publish_timeout=1.0)
         for _ in range(5):
             await accounts.publish(backend, "k", {})
         async with backend.consume(group="g") as subscription, bounds.within(30):
@@ -381,7 +381,7 @@ class TestMemoryAlarm:
         ]
 
     async def test_who_waits_when_it_ends_is_let_through(self, lab: Any, alarm: Any) -> None:
-        backend = await lab.backend(groups=("g",), publish_timeout=20.0)
+        backend = await lab.backend(groups={"g": ()}, publish_timeout=20.0)
         await alarm(True)
         publishing = [asyncio.create_task(backend.publish("k", {"n": n})) for n in range(300)]
         await asyncio.wait(publishing, timeout=0.3)
@@ -396,7 +396,7 @@ class TestMemoryAlarm:
         assert sorted(numbers) == list(range(600))
 
     async def test_a_verdict_that_needs_to_publish_waits_and_is_carried_out(self, lab: Any, alarm: Any) -> None:
-        backend = await lab.backend(groups=("g",), publish_timeout=10.0)
+        backend = await lab.backend(groups={"g": ()}, publish_timeout=10.0)
         for number in range(3):
             await backend.publish("k", {"n": number})
         async with backend.consume(group="g") as subscription, bounds.within(30):
@@ -416,7 +416,7 @@ class TestMemoryAlarm:
     async def test_closing_is_bounded_and_gives_back_what_is_held(
         self, lab: Any, shell: RabbitMQShell, alarm: Any
     ) -> None:
-        backend = await lab.backend(groups=("g",), publish_timeout=1.0, close_timeout=0.5)
+        backend = await lab.backend(groups={"g": ()}, publish_timeout=1.0, close_timeout=0.5)
         for number in range(10):
             await backend.publish("k", {"n": number})
         subscription = backend.consume(group="g")
@@ -459,7 +459,7 @@ class TestDeletedUnderneath:
         self, lab: Any, shell: RabbitMQShell, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level(logging.WARNING, "abe")
-        backend = await lab.backend(groups=("g",))
+        backend = await lab.backend(groups={"g": ()})
         async with backend.consume(group="g") as subscription, bounds.within(20):
             await backend.publish("k", {"n": 1})
             message = await subscription.receive()
@@ -488,7 +488,7 @@ class TestDeletedUnderneath:
             assert await backend.groups() == {"g": ("orders.*",)}
 
     async def test_an_exchange_comes_back_with_its_bindings(self, lab: Any) -> None:
-        backend = await lab.backend(groups=("g",))
+        backend = await lab.backend(groups={"g": ()})
         await backend.publish("k", {"n": 1})
         await (await lab.pika()).exchange_delete(lab.names.exchange)
         for number in (2, 3):
@@ -498,7 +498,7 @@ class TestDeletedUnderneath:
 
     @pytest.mark.parametrize("name", ["later", "delay"])
     async def test_the_exchanges_of_delays_come_back(self, lab: Any, name: str) -> None:
-        backend = await lab.backend(groups=("g",), publish_timeout=1.0)
+        backend = await lab.backend(groups={"g": ()}, publish_timeout=1.0)
         await backend.publish("k", {"n": 1}, delay=0.1)
         await (await lab.pika()).exchange_delete(getattr(lab.names, name))
         await backend.publish("k", {"n": 2}, delay=0.1)
@@ -515,7 +515,8 @@ class TestLockHolder:
         processes: list[asyncio.subprocess.Process] = []
 
         async def hold(dead: str = "") -> asyncio.subprocess.Process:
-            arguments = json.dumps([lab.url + "?heartbeat=1", lab.names.lock, dead])
+            lock = lab.names.look("g") if dead else lab.names.lock
+            arguments = json.dumps([lab.url + "?heartbeat=1", lock, dead])
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-c", HOLDER, arguments, stdout=asyncio.subprocess.PIPE
             )
@@ -531,7 +532,7 @@ class TestLockHolder:
             await process.wait()
 
     async def test_a_killed_one_frees_it_at_once(self, lab: Any, hold: Any) -> None:
-        backend = await lab.backend(groups=("g",))
+        backend = await lab.backend(groups={"g": ()})
         process = await hold()
         declaring = asyncio.create_task(backend.declare("h"))
         await asyncio.wait([declaring], timeout=0.3)
@@ -541,7 +542,7 @@ class TestLockHolder:
             await declaring
 
     async def test_a_frozen_one_keeps_it_until_its_heartbeat_is_missed(self, lab: Any, hold: Any) -> None:
-        backend = await lab.backend(groups=("g",), publish_timeout=1.0)
+        backend = await lab.backend(groups={"g": ()}, publish_timeout=1.0)
         process = await hold()
         os.kill(process.pid, signal.SIGSTOP)
         with pytest.raises(BackendConnectionError):
@@ -556,7 +557,7 @@ class TestLockHolder:
                 break
 
     async def test_dead_letters_in_its_hands_are_there_again(self, lab: Any, hold: Any) -> None:
-        backend = await lab.backend(groups=("g",))
+        backend = await lab.backend(groups={"g": ()})
         for number in range(5):
             await backend.publish("k", {"n": number})
         async with backend.consume(group="g") as subscription, bounds.within(10):
@@ -592,7 +593,7 @@ class TestConsumerTimeout:
     ) -> None:
         caplog.set_level(logging.WARNING, "abe.rabbitmq")
         transport = await lab.transport()
-        await transport.declare("g", None)
+        await transport.declare("g", None, change=True)
         receiver = RabbitMQReceiver(transport, "g", 10, consumer_timeout=1.0)
         await receiver.start()
         try:
@@ -616,7 +617,7 @@ class TestConsumerTimeout:
     async def test_who_settles_in_time_is_not_warned(self, lab: Any, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.WARNING, "abe.rabbitmq")
         transport = await lab.transport()
-        await transport.declare("g", None)
+        await transport.declare("g", None, change=True)
         receiver = RabbitMQReceiver(transport, "g", 10, consumer_timeout=0.5)
         await receiver.start()
         loop = asyncio.get_running_loop()
@@ -635,7 +636,7 @@ class TestConsumerTimeout:
         self, lab: Any, impatient: None, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level(logging.WARNING, "abe")
-        backend = await lab.backend(groups=("g",))
+        backend = await lab.backend(groups={"g": ()})
         for number in range(3):
             await backend.publish("k", {"n": number})
         async with backend.consume(group="g") as subscription, bounds.within(15):

@@ -142,11 +142,18 @@ class Channel:
         self._write(b"".join(parts))
         return future
 
-    async def consume(self, queue: str, prefetch: int, deliver: Pushed) -> str:
-        """Have the queue's messages pushed, so many unsettled ones at most (0: all). Return the consumer's tag."""
+    async def consume(self, queue: str, prefetch: int, deliver: Pushed, tag: str | None = None) -> str:
+        """Have the queue's messages pushed, so many unsettled ones at most. Return the consumer's tag.
+
+        Args:
+            queue: The queue.
+            prefetch: How many at most. (With 0, all, a quorum queue pushes 2,000.)
+            deliver: Takes them.
+            tag: The consumer's; None: one is made up.
+        """
         self._deliver = deliver  # first: messages may come in the same chunk as the reply
         await self.native.basic_qos(prefetch_count=prefetch)
-        reply = await self.native.basic_consume(queue, _not_ours)
+        reply = await self.native.basic_consume(queue, _not_ours, consumer_tag=tag)
         assert reply.consumer_tag is not None
         return reply.consumer_tag
 

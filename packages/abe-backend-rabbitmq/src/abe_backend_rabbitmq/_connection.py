@@ -7,8 +7,7 @@ is no state that could come back wrong.
 import asyncio
 import logging
 import ssl
-from collections.abc import Awaitable, Callable, Coroutine
-from contextvars import ContextVar
+from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
 import aiormq
@@ -23,6 +22,7 @@ from abe_backend_rabbitmq._channel import Channel
 from abe_backend_rabbitmq._errors import refused, translated
 from abe_backend_rabbitmq._settings import RabbitMQSettings, address, is_tls, vhost
 from abe_backend_rabbitmq._tap import TapFactory
+from abe_backend_rabbitmq._watch import Watch
 
 _log: Final = logging.getLogger("abe.rabbitmq")
 
@@ -30,9 +30,6 @@ _GOODBYE: Final = 1.0
 """Seconds for which closing waits for the broker's answer."""
 
 _T = TypeVar("_T")
-
-PINNED: Final[ContextVar["Connection | None"]] = ContextVar("pinned", default=None)
-"""The connection that requests must go by, in work that must not survive it."""
 
 
 class Connection:
@@ -56,6 +53,10 @@ class Connection:
         self._blocked = False
         self._free = asyncio.Event()
         self._free.set()
+        self._watch: Watch | None = None
+        self._asking: AbstractChannel | None = None
+        self.silent = False
+        """Whether it was given up because nothing was heard of it."""
 
     async def open(self) -> None:
         """Connect and log in. A connection is opened once.
@@ -83,6 +84,10 @@ class Connection:
             raise refused(self._farewell, self.address) from connecting.exception()
         with translated(self.address, self._doubt()):
             connecting.result()
+        assert self._factory.tap is not None
+        self._watch = Watch(
+            self._factory.tap, self._settings.heartbeat, self._ask, lambda: not self._blocked, self._give_up
+        )
 
     @property
     def alive(self) -> bool:
@@ -120,6 +125,8 @@ class Connection:
         """Disconnect, whatever the broker does."""
         if self._native is None:
             return
+        if self._watch is not None:
+            self._watch.stop()
         closing = asyncio.ensure_future(self._native.close())
         closing.add_done_callback(_retrieved)
         try:
@@ -184,8 +191,23 @@ class Connection:
             case _:
                 pass
 
+    async def _ask(self) -> None:
+        """Ask for what costs nothing, and is answered even while queues cannot."""
+        if self._asking is None or self._asking.is_closed:
+            self._asking = await self.plain()
+        await finished(self._asking.flow(active=True))
+
+    def _give_up(self, reason: str) -> None:
+        self.silent = True
+        _log.warning("the connection to rabbitmq at %s is given up: %s", self.address, reason)
+        if self._factory.tap is not None:
+            self._factory.tap.end(f"the connection was given up: {reason}")
+        self._abort()
+
     def _ended(self, _: object) -> None:
         self._free.set()
+        if self._watch is not None:
+            self._watch.stop()
 
     def _abort(self) -> None:
         tap = self._factory.tap
@@ -199,13 +221,11 @@ class Link:
     Args:
         settings: Where to, and as whom.
         name: The connection's name in RabbitMQ's list.
-        prepare: Run on each new connection before it is used.
     """
 
-    def __init__(self, settings: RabbitMQSettings, name: str, prepare: Callable[[Connection], Awaitable[None]]) -> None:
+    def __init__(self, settings: RabbitMQSettings, name: str) -> None:
         self._settings = settings
         self._name = name
-        self._prepare = prepare
         self._next = 0
         self._connection: Connection | None = None
         self._connecting: asyncio.Task[Connection] | None = None
@@ -244,23 +264,12 @@ class Link:
                 await self._connection.close()
 
     async def _connect(self) -> Connection:
-        if self._connection is not None:
-            await self._connection.close()
-        connection = await self._reach()
-        patience = self._settings.connect_timeout + self._settings.publish_timeout
-        try:
-            async with asyncio.timeout(patience):
-                await self._prepare(connection)
-        except BaseException as exc:
-            blocked = connection.blocked
-            await connection.close()
-            if isinstance(exc, TimeoutError | BackendConnectionError):
+        before, self._connection = self._connection, None
+        if before is not None:
+            if before.silent:
                 self._next += 1
-            if isinstance(exc, TimeoutError):
-                why = "it is short of memory or disk" if blocked else "it is silent"
-                text = f"rabbitmq at {connection.address} could not be made ready within {patience:g} s: {why}"
-                raise BackendConnectionError(text) from exc
-            raise
+            await before.close()
+        connection = await self._reach()
         self._connection = connection
         return connection
 
@@ -279,54 +288,6 @@ class Link:
             else:
                 return connection
         raise AssertionError("unreachable: the last address raises")
-
-
-class Control:
-    """A channel for what is rare, one request at a time; the broker closes it with each error, and it is opened again.
-
-    Args:
-        link: Whose connection it is on.
-    """
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._lock = asyncio.Lock()
-        self._channel: AbstractChannel | None = None
-        self._owner: Connection | None = None
-
-    async def connection(self) -> Connection:
-        """Return the connection."""
-        return await self._link.get()
-
-    async def call(self, request: Callable[[AbstractChannel], Awaitable[_T]], on: Connection | None = None) -> _T:
-        """Make a request. Who is cancelled stops waiting; the request is finished.
-
-        Args:
-            request: Made with the channel.
-            on: A connection that is being prepared.
-
-        Raises:
-            AbeError: It failed. The native error is the cause.
-        """
-        return await finished(self._call(request, on))
-
-    async def _call(self, request: Callable[[AbstractChannel], Awaitable[_T]], on: Connection | None) -> _T:
-        # Before the lock: a connection that is being made makes requests itself.
-        connection = on or PINNED.get() or await self._link.get()
-        async with self._lock:
-            if not connection.alive:
-                raise BackendConnectionError(f"the connection to rabbitmq at {connection.address} was lost")
-            with translated(connection.address):
-                if self._channel is None or self._owner is not connection or self._channel.is_closed:
-                    self._channel, self._owner = await connection.plain(), connection
-                channel = self._channel
-                try:
-                    return await request(channel)
-                except BaseException:
-                    self._channel = None  # what the request had in hand goes back with its channel
-                    if not channel.is_closed:
-                        await channel.close()
-                    raise
 
 
 def _tls_context(settings: RabbitMQSettings) -> ssl.SSLContext:

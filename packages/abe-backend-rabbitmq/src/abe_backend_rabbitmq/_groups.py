@@ -1,46 +1,43 @@
-"""The groups: making them, changing their patterns, deleting them, and handing over what was held before there was one."""
+"""The groups: making them, changing their patterns, deleting them."""
 
 import logging
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from aiormq.abc import AbstractChannel
 
 from abe.backends.message_queue.base.names import EVERYTHING
 from abe.errors import BackendConnectionError, ConfigurationError
-from abe_backend_rabbitmq import _wire
-from abe_backend_rabbitmq._browser import Found
-from abe_backend_rabbitmq._channel import Outgoing
 from abe_backend_rabbitmq._connection import Connection
+from abe_backend_rabbitmq._control import Control
 from abe_backend_rabbitmq._errors import ChannelNotFound
 from abe_backend_rabbitmq._ladder import Ladder
-from abe_backend_rabbitmq._outlet import Outlet, moved
 from abe_backend_rabbitmq._registry import Entry, Registry, RegistryKeeper
 from abe_backend_rabbitmq._topology import LEVELS, Topology
-from abe_backend_rabbitmq._wire import Header
 
 _log: Final = logging.getLogger("abe.rabbitmq")
+
+_T = TypeVar("_T")
 
 
 class Groups:
     """What exists in the broker, as the registry says.
 
     Args:
-        outlet: Carries the requests.
+        control: Carries the requests.
         keeper: Has the registry.
-        ladder: For held messages with a delay.
+        ladder: Forgets the rungs of groups that are gone.
         topology: The names.
     """
 
-    def __init__(self, outlet: Outlet, keeper: RegistryKeeper, ladder: Ladder, topology: Topology) -> None:
-        self._outlet = outlet
-        self._control = outlet.control
+    def __init__(self, control: Control, keeper: RegistryKeeper, ladder: Ladder, topology: Topology) -> None:
+        self._control = control
         self._keeper = keeper
         self._ladder = ladder
         self._names = topology
         self._known: Registry | None = None
+        self._patterns: dict[str, tuple[str, ...]] = {}
 
     async def prepare(self, connection: Connection) -> None:
         """Make what every namespace has. The exchange `nowhere` comes last: where it is, everything is.
@@ -64,6 +61,7 @@ class Groups:
                 raise
             async with self._keeper.locked(connection):
                 await self._control.call(self._make_namespace, connection)
+                await self._keeper.seed(connection)
                 await self._restore(connection)
         else:
             await self._control.call(self._make_exchange, connection)
@@ -76,48 +74,118 @@ class Groups:
     async def known(self) -> Registry:
         """Return the registry as it was when somebody looked last: who publishes by an old one is told so by the broker."""
         known = self._known
-        return known if known is not None else await self._keeper.exclusively(self._read)
+        if known is None:
+            known = self._known = await self._settled()
+        return known
 
     async def all(self) -> Mapping[str, tuple[str, ...]]:
         """Return the groups and their patterns."""
-        registry = await self._keeper.exclusively(self._read)
+        registry = await self._settled()
         return {group: tuple(entry.patterns) for group, entry in sorted(registry.groups.items())}
 
     async def declare(
-        self, group: str, patterns: Sequence[str] | None, otherwise: Sequence[str] = EVERYTHING
-    ) -> tuple[str, ...]:
-        """Register a group, make its queues and bindings, and hand out what was held. The lock must be held.
-
-        Args:
-            group: The group.
-            patterns: All that it wants; None: what it has.
-            otherwise: What it wants if nothing is said, and it has none.
+        self, group: str, patterns: Sequence[str] | None, *, change: bool
+    ) -> tuple[tuple[str, ...], bool]:
+        """Register a group, and make its queues and bindings; see `Transport.declare`. Whoever finds it as it is to be takes no lock.
 
         Returns:
-            All that it wants.
+            What it wants, and whether anything was made.
         """
+        present = None if change else await self._present(group)
+        if present is None:
+            present = await self._there(
+                lambda: self._keeper.exclusively(partial(self._declare, group, patterns, EVERYTHING, change))
+            )
+        self._patterns[group] = present[0]
+        return present
+
+    async def restore(self, group: str) -> None:
+        """Make a group again that was deleted underneath, with the patterns that it had when we last knew."""
+        otherwise = self._patterns.get(group, EVERYTHING)
+        await self._there(lambda: self._keeper.exclusively(partial(self._declare, group, None, otherwise, False)))
+
+    async def delete(self, group: str) -> None:
+        """Delete what a group has."""
+        await self._there(lambda: self._keeper.exclusively(partial(self._delete, group)))
+
+    async def delete_namespace(self) -> None:
+        """Delete everything. Whoever uses the namespace afterwards makes it again."""
+        await self._there(lambda: self._keeper.exclusively(self._delete_namespace))
+
+    async def _present(self, group: str) -> tuple[tuple[str, ...], bool] | None:
+        """Return what a group wants; None: it is not there, or not all of it."""
+        entry = (await self._settled()).groups.get(group)
+        if entry is None or entry.changing:
+            return None
+        names = self._names
+
+        async def present(channel: AbstractChannel) -> None:
+            for queue in (names.dead(group), names.queue(group)):
+                await channel.queue_declare(queue, passive=True)
+            # Once more, for the broker to compare its arguments with our settings.
+            await channel.queue_declare(names.queue(group), durable=True, arguments=dict(names.queue_arguments(group)))
+
+        try:
+            await self._control.call(present)
+        except BackendConnectionError as exc:
+            if not isinstance(exc.__cause__, ChannelNotFound):
+                raise
+            return None  # somebody deleted it
+        return tuple(entry.patterns), False
+
+    async def _declare(
+        self, group: str, patterns: Sequence[str] | None, otherwise: Sequence[str], change: bool
+    ) -> tuple[tuple[str, ...], bool]:
         registry = await self._read()
         entry = registry.groups.get(group)
-        wanted = list(patterns or (entry.patterns if entry is not None else otherwise))
+        given = patterns if change or entry is None else None
+        wanted = list(given or (entry.patterns if entry is not None else otherwise))
         if entry is None or entry.patterns != wanted:
             registry.groups[group] = Entry(wanted, sorted({*(entry.bound if entry else ()), *wanted}), changing=True)
             await self._change(registry, group)
         else:  # what somebody deleted is made again
             await self._control.call(lambda channel: self._make_group(channel, group, entry))
-        await self._hand_over(registry)
-        return tuple(wanted)
+        return tuple(wanted), True
 
-    async def delete(self, group: str) -> None:
-        """Delete what a group has. The lock must be held."""
+    async def _delete(self, group: str) -> None:
         registry = await self._read()
         entry = registry.groups.get(group)
         registry.groups[group] = Entry([], entry.bound if entry else [], changing=True)
         await self._change(registry, group)
 
-    async def hand_over(self) -> None:
-        """Hand out what is held: messages that were on their way while the first group was made may have come late."""
-        if await self._outlet.count(self._names.held):
-            await self._keeper.exclusively(self._hand_over_now)
+    async def _delete_namespace(self) -> None:
+        registry = await self._read()
+        names = self._names
+        for group in registry.groups:
+            await self._control.call(partial(self._delete_group, group=group))
+
+        async def delete(channel: AbstractChannel) -> None:
+            # `nowhere` first: whoever finds it missing makes everything again.
+            fixed = (names.nowhere, names.exchange, names.unwanted, names.holding, names.later, names.delay, names.due)
+            for exchange in (*fixed, *(names.rung(level) for level in range(LEVELS))):
+                await channel.exchange_delete(exchange)
+            for queue in (names.held, names.registry):
+                await channel.queue_delete(queue)
+
+        await self._control.call(delete)
+        self.forget()
+
+    async def _settled(self) -> Registry:
+        """Return the registry with nothing in it that is being changed: what somebody died in the middle of is carried out."""
+        registry = await self._there(self._keeper.peek)
+        if registry.stale or any(entry.changing for entry in registry.groups.values()):
+            registry = await self._keeper.exclusively(self._read)
+        return registry
+
+    async def _there(self, work: Callable[[], Awaitable[_T]]) -> _T:
+        """Do something in the namespace; what every namespace has is made again if it was deleted."""
+        try:
+            return await work()
+        except BackendConnectionError as exc:
+            if not isinstance(exc.__cause__, ChannelNotFound):
+                raise
+        await self.prepare(await self._control.connection())
+        return await work()
 
     async def _read(self) -> Registry:
         """Return the registry, with every change that somebody died in the middle of carried out."""
@@ -174,7 +242,6 @@ class Groups:
         await channel.queue_declare(names.held, durable=True, arguments=dict(names.store_arguments))
         await channel.queue_bind(names.held, names.holding)
         await channel.queue_bind(names.held, names.delay, "*.held")
-        await self._keeper.seed(channel)
 
     async def _make_exchange(self, channel: AbstractChannel) -> None:
         names = self._names
@@ -203,7 +270,6 @@ class Groups:
         await self._control.call(restore, connection)
         if registry.groups:
             _log.warning("exchanges of %r were deleted underneath the groups: they are made again", names.exchange)
-            self._keeper.begin(self.hand_over)
 
     async def _make_group(self, channel: AbstractChannel, group: str, entry: Entry) -> None:
         await self._make_queues(channel, group, entry)
@@ -240,59 +306,3 @@ class Groups:
         for version in registry.stale:
             await channel.exchange_unbind(destination=names.delay, source=names.later, routing_key=f"{version}.#")
         await channel.exchange_bind(destination=names.delay, source=names.later, routing_key=f"{registry.version}.#")
-
-    async def _hand_over_now(self) -> None:
-        await self._hand_over(await self._read())
-
-    async def _hand_over(self, registry: Registry) -> None:
-        """Move held messages to the groups that want them. The lock is held.
-
-        One that a full group refuses goes back with the names of those that are to get it still.
-        """
-
-        def wanted(header: Header, body: bytes) -> bool:
-            return bool(_wire.left_to(header) or registry.wanting(_wire.routing_key(header)))
-
-        emptying = any(entry.patterns == ["#"] for entry in registry.groups.values())
-        async with self._outlet.browse(self._names.held, wanted, emptying=emptying) as browser:
-            if browser is None:
-                return
-            async for page in browser.pages():
-                copies: list[Outgoing] = []
-                places: list[tuple[int, str]] = []
-                for place, (_, header, body) in enumerate(page):
-                    for group in self._recipients(registry, header):
-                        delay = _wire.due(header) / 1000 - time.time()
-                        to = await self._ladder.retry(group, delay) if delay > 0 else ("", self._names.queue(group))
-                        copies.append(moved(*to, header, body))
-                        places.append((place, group))
-                outcomes = await self._outlet.move(copies, bounded=True)
-                left: dict[int, list[str]] = {}
-                taken: set[int] = set()
-                for i, (place, group) in enumerate(places):
-                    if not outcomes or outcomes[i] is None:
-                        taken.add(place)
-                    else:
-                        left.setdefault(place, []).append(group)
-                await self._keep_for({place: left[place] for place in left if place in taken}, page)
-                refused = left.keys() - taken
-                await browser.remove([tag for place, (tag, _, _) in enumerate(page) if place not in refused])
-                if left:
-                    return  # a group is full, and the next page would only find it so
-
-    def _recipients(self, registry: Registry, header: Header) -> Sequence[str]:
-        named = _wire.left_to(header)
-        groups = [group for group in named if group in registry.groups]
-        return groups if named else registry.wanting(_wire.routing_key(header))
-
-    async def _keep_for(self, left: Mapping[int, Sequence[str]], page: Sequence[Found]) -> None:
-        """Put those back, named, that only some of their groups took."""
-        named: list[Outgoing] = []
-        for place, groups in left.items():
-            _, header, body = page[place]
-            properties = _wire.copy(header, body, 0, ("abe-due", _wire.due(header)), ("abe-for", " ".join(groups)))
-            named.append(Outgoing("", self._names.held, properties, body, _wire.message_id(properties)))
-        if named:
-            for error in await self._outlet.move(named):
-                if error is not None:
-                    raise error

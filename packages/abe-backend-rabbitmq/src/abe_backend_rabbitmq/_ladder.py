@@ -2,7 +2,7 @@
 
 from aiormq.abc import AbstractChannel
 
-from abe_backend_rabbitmq._connection import Control
+from abe_backend_rabbitmq._control import Control
 from abe_backend_rabbitmq._topology import Topology, ladder
 
 

@@ -1,37 +1,32 @@
-"""The connection to publish: the channel that everything goes out by, and another for each look into a queue."""
+"""The connection to publish: the channel that everything goes out by."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from abe.errors import AbeError, BackendConnectionError, BackpressureError, PublishUnknownError
 from abe_backend_rabbitmq import _wire
-from abe_backend_rabbitmq._browser import Browser
 from abe_backend_rabbitmq._channel import Channel, Outgoing
-from abe_backend_rabbitmq._connection import PINNED, Connection, Control, Link
-from abe_backend_rabbitmq._errors import ChannelNotFound, translated
+from abe_backend_rabbitmq._connection import Connection, Link
 from abe_backend_rabbitmq._settings import RabbitMQSettings
 from abe_backend_rabbitmq._wire import Header
 
-_TRIES, _PAUSE = 200, 0.005
 _HALF: Final = 0.5
 """Of the publish timeout: how long a broker that is short of memory or disk is waited for."""
 
 
 class Outlet:
-    """Publishes, and counts and looks at what is in queues.
+    """Publishes.
 
     Args:
         settings: Where to, and as whom.
-        prepare: Makes what every namespace has; run on each new connection, and again when the broker closed the channel.
+        prepare: Makes what every namespace has; run for each new channel.
     """
 
-    def __init__(self, settings: RabbitMQSettings, prepare: Callable[[Connection], Awaitable[None]]) -> None:
+    def __init__(self, settings: RabbitMQSettings, prepare: Callable[[], Awaitable[None]]) -> None:
         self._settings = settings
         self._prepare = prepare
-        self._link = Link(settings, "abe-publish", prepare)
-        self.control = Control(self._link)
+        self._link = Link(settings, "abe-publish")
         self._channel: Channel | None = None
         self._owner: Connection | None = None
         self._opening = asyncio.Lock()
@@ -47,17 +42,10 @@ class Outlet:
         async with self._opening:
             if self._channel is None or self._channel.closed is not None:
                 connection = await self._link.get()
-                if connection is self._owner:  # the broker closed the channel alone: what was published to may be gone
-                    await self._prepare(connection)
+                await self._prepare()  # what was published to may be gone
                 self._channel = await connection.channel()
                 self._owner = connection
             return self._channel
-
-    async def prepare(self) -> None:
-        """Make again what was deleted of what every namespace has."""
-        await self.open()
-        if self._owner is not None:
-            await self._prepare(self._owner)
 
     async def close(self) -> None:
         """Disconnect."""
@@ -113,43 +101,6 @@ class Outlet:
             except BackendConnectionError as exc:  # those before it are there
                 outcomes.append(exc)
         return outcomes if any(outcomes) else ()
-
-    async def count(self, queue: str) -> int | None:
-        """Return how many messages a queue has that nobody holds; None: there is no such queue."""
-        try:
-            declared = await self.control.call(lambda channel: channel.queue_declare(queue, passive=True))
-        except BackendConnectionError as exc:
-            if isinstance(exc.__cause__, ChannelNotFound):
-                return None
-            raise
-        return declared.message_count or 0
-
-    @asynccontextmanager
-    async def browse(
-        self,
-        queue: str,
-        keep: Callable[[Header, bytes], bool] = lambda header, body: True,
-        *,
-        emptying: bool = False,
-    ) -> AsyncGenerator[Browser | None, None]:
-        """Look through a queue; None: there is nothing in it. The lock must be held. See `Browser`."""
-        count = await self.count(queue)
-        if not count:
-            yield None
-            return
-        connection = PINNED.get() or await self._link.get()  # the lock is that connection's
-        browser = Browser(await connection.channel(), queue, count, keep, emptying=emptying)
-        try:
-            with translated(connection.address):
-                await browser.open()
-            yield browser
-        finally:
-            with translated(connection.address):
-                await browser.close()
-            for _ in range(_TRIES):  # they are back before the lock is free
-                if (await self.count(queue) or 0) >= count - browser.removed:
-                    break
-                await asyncio.sleep(_PAUSE)
 
 
 def moved(exchange: str, key: str, header: Header, body: bytes) -> Outgoing:

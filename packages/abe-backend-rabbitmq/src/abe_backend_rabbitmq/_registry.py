@@ -1,7 +1,7 @@
 """The groups of a namespace, their patterns, and the lock under which both change.
 
-AMQP cannot list queues or bindings, so the registry is a message: the only one in its queue, replaced under a lock. The lock is a
-queue that one connection owns; the broker frees it when that connection ends.
+AMQP cannot list queues or bindings, so the registry is a message: the only one in its queue, replaced under a lock. Reading takes the
+message and gives it back at once, and needs no lock: who finds the queue empty asks again.
 """
 
 import asyncio
@@ -10,16 +10,16 @@ import random
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 from aiormq.abc import AbstractChannel
 from pamqp import commands
 
 from abe.backends.message_queue.base.names import matches
-from abe.errors import AbeError, BackendConnectionError, ConfigurationError
-from abe_backend_rabbitmq._connection import PINNED, Connection, Control
-from abe_backend_rabbitmq._errors import ChannelLocked
+from abe.errors import BackendConnectionError, ConfigurationError
+from abe_backend_rabbitmq._connection import Connection
+from abe_backend_rabbitmq._control import PINNED, Control, Lock
 from abe_backend_rabbitmq._topology import Topology
 
 _log: Final = logging.getLogger("abe.rabbitmq")
@@ -30,6 +30,9 @@ _GOODBYE: Final = 1.0
 
 _POLL: Final = 0.005
 _LONGEST_POLL: Final = 0.05
+"""Seconds, at most, after which a reader that found the registry in somebody else's hands looks again."""
+_READERS: Final = 100
+"""Looks at a queue that is there, and seems empty, before it counts as empty."""
 _TOO_OFTEN: Final = 1_000
 """Deliveries of the registry's message after which it is written anew: the queue's log ends at its oldest message."""
 
@@ -67,23 +70,33 @@ _encode: Final = msgspec.json.Encoder().encode
 _decode: Final = msgspec.json.Decoder(Registry).decode
 
 
+class _Taken(NamedTuple):
+    """The registry's messages, in hand: there are two if somebody died while replacing it, and the newer one counts."""
+
+    newest: Registry | None
+    tag: int
+    """The last message's; 0: there was none."""
+    deliveries: int
+    messages: int
+
+
 class RegistryKeeper:
     """Reads and writes the registry.
 
     Args:
         control: Carries the requests.
         topology: The names.
-        patience: Seconds to wait for the lock.
+        patience: Seconds to wait for the lock, and for the message.
     """
 
     def __init__(self, control: Control, topology: Topology, patience: float) -> None:
         self._control = control
         self._names = topology
         self._patience = patience
+        self._lock = Lock(control, topology.lock, patience)
         self._ours = asyncio.Lock()
         self._holders: Counter[Connection] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._begun: asyncio.Task[object] | None = None
 
     async def close(self) -> None:
         """Give up what is under way. What waits for a silent broker ends with its connection."""
@@ -103,28 +116,14 @@ class RegistryKeeper:
             async with self.locked():
                 return await work()
 
-        task = self._start(run())
+        task = self.start(run())
         await asyncio.wait([task])
         if task.cancelled():
             raise BackendConnectionError("the connection to rabbitmq was closed")
         return task.result()
 
-    def begin(self, work: Callable[[], Awaitable[object]]) -> None:
-        """Look after something that nobody waits for, unless that is under way: a failure is logged, and left to the next time."""
-        if self._begun is not None and not self._begun.done():
-            return
-
-        def report(task: asyncio.Task[object]) -> None:
-            if not task.cancelled() and (error := task.exception()) is not None:
-                _log.warning("held messages could not be handed out, and are kept until the next look: %s", error)
-
-        async def run() -> object:
-            return await work()
-
-        self._begun = self._start(run())
-        self._begun.add_done_callback(report)
-
-    def _start(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
+    def start(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
+        """Begin something that goes on to its end, or until `close`."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -158,7 +157,7 @@ class RegistryKeeper:
     async def _locked(self, on: Connection) -> AsyncGenerator[None, None]:
         # The lock is the connection's: one that prepares itself again while its own process works under it shares it.
         if not self._holders[on]:
-            await self._acquire(on)
+            await self._lock.acquire(on)
         self._holders[on] += 1
         try:
             yield
@@ -166,110 +165,128 @@ class RegistryKeeper:
             self._holders[on] -= 1
             if not self._holders[on]:
                 del self._holders[on]
-                await self._release(on)
+                await self._lock.release(on)
 
-    async def _acquire(self, on: Connection) -> None:
-        lock = self._names.lock
-        deadline = asyncio.get_running_loop().time() + self._patience
-        pause = _POLL
-        while True:
-            try:
-                await self._control.call(lambda channel: channel.queue_declare(lock, exclusive=True), on)
-            except BackendConnectionError as exc:
-                if not isinstance(exc.__cause__, ChannelLocked):
-                    raise
-                if asyncio.get_running_loop().time() > deadline:
-                    raise BackendConnectionError(
-                        f"another process has been changing the groups for {self._patience:g} s: it holds the queue {lock!r}"
-                    ) from exc
-            else:
-                return
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
-            pause = min(_LONGEST_POLL, pause * 1.5)
-
-    async def _release(self, on: Connection) -> None:
-        try:
-            await self._control.call(lambda channel: channel.queue_delete(self._names.lock), on)
-        except AbeError as exc:
-            _log.debug("the lock of the namespace goes with its connection: %s", exc)
-
-    async def seed(self, channel: AbstractChannel) -> None:
-        """Put an empty registry where there is none. The lock must be held."""
-        declared = await channel.queue_declare(
-            self._names.registry, durable=True, arguments=dict(self._names.store_arguments)
-        )
-        if not declared.message_count:
-            await channel.basic_publish(
-                _encode(Registry()), routing_key=self._names.registry, properties=_PROPERTIES, mandatory=True
-            )
-
-    async def read(self, on: Connection | None = None) -> Registry:
-        """Return the registry. The lock must be held.
+    async def seed(self, on: Connection) -> None:
+        """Put an empty registry where there is none. The lock must be held.
 
         Args:
             on: A connection that is being prepared.
         """
-        deadline = asyncio.get_running_loop().time() + self._patience / 2
+        names = self._names
+        made = await self._control.count(names.registry, on) is None
+
+        async def seed(channel: AbstractChannel) -> None:
+            await channel.queue_declare(names.registry, durable=True, arguments=dict(names.store_arguments))
+            taken = await self._take(channel)
+            if taken.newest is None:
+                await self._put(channel, Registry())
+            else:
+                await channel.basic_nack(taken.tag, multiple=True, requeue=True)
+
+        for _ in range(0 if made else _READERS):  # one that seems empty may be in a reader's hands
+            if await self._control.count(names.registry, on):
+                return
+            await asyncio.sleep(_POLL)
+        await self._control.call(seed, on)
+
+    async def peek(self) -> Registry:
+        """Return the registry as it is now. No lock is needed; a change that somebody is in the middle of is in it."""
+
+        async def peek(channel: AbstractChannel) -> _Taken:
+            taken = await self._take(channel)
+            if taken.newest is not None:
+                await channel.basic_nack(taken.tag, multiple=True, requeue=True)
+            return taken
+
+        taken = await self._patiently(peek, None)
+        if taken.deliveries > _TOO_OFTEN:
+            return await self.exclusively(self.read)
+        assert taken.newest is not None
+        return taken.newest
+
+    async def read(self, on: Connection | None = None) -> Registry:
+        """Return the registry, of which there is one message then. The lock must be held.
+
+        Args:
+            on: A connection that is being prepared.
+        """
+
+        async def read(channel: AbstractChannel) -> _Taken:
+            taken = await self._take(channel)
+            if taken.newest is not None and (taken.deliveries > _TOO_OFTEN or taken.messages > 1):
+                await self._put(channel, taken.newest)
+                await channel.basic_ack(taken.tag, multiple=True)
+            elif taken.newest is not None:
+                await channel.basic_nack(taken.tag, multiple=True, requeue=True)
+            return taken
+
+        newest = (await self._patiently(read, on)).newest
+        assert newest is not None
+        return newest
+
+    async def write(self, registry: Registry) -> None:
+        """Replace the registry that was read last. The lock must be held. After a crash in the middle there are two."""
+        before = registry.serial
+        registry.serial += 1
+
+        async def write(channel: AbstractChannel) -> _Taken:
+            taken = await self._take(channel)
+            if (
+                taken.newest is None or taken.newest.serial < before
+            ):  # a reader has it: what is left behind would come back
+                if taken.newest is not None:
+                    await channel.basic_nack(taken.tag, multiple=True, requeue=True)
+                return taken._replace(newest=None)
+            await self._put(channel, registry)
+            await channel.basic_ack(taken.tag, multiple=True)
+            return taken
+
+        await self._patiently(write, None)
+
+    async def _patiently(
+        self, request: Callable[[AbstractChannel], Awaitable[_Taken]], on: Connection | None
+    ) -> _Taken:
+        """Make a request until the message is not in somebody else's hands."""
+        loop = asyncio.get_running_loop()
+        deadline, pause = loop.time() + self._patience / 2, _POLL
         while True:
-            found = await self._control.call(self._read, on)
-            if found is not None:
-                return found
-            if asyncio.get_running_loop().time() > deadline:
+            taken = await self._control.call(request, on)
+            if taken.newest is not None:
+                return taken
+            if loop.time() > deadline:
                 raise BackendConnectionError(
                     f"the queue {self._names.registry!r} is empty: its message is in somebody's hands"
                 )
-            await asyncio.sleep(_POLL)
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
+            pause = min(_LONGEST_POLL, pause * 1.5)
 
-    async def write(self, registry: Registry) -> None:
-        """Replace the registry. The lock must be held. After a crash in the middle there are two, and the newer one counts."""
-        registry.serial += 1
-        await self._control.call(lambda channel: self._write(channel, registry))
-
-    async def _read(self, channel: AbstractChannel) -> Registry | None:
+    async def _take(self, channel: AbstractChannel) -> _Taken:
+        """Take all there is. What is not settled goes back with the channel."""
         queue = self._names.registry
         newest: Registry | None = None
-        tag, used = 0, 0
+        tag, deliveries, count = 0, 0, 0
         while True:
             message = await channel.basic_get(queue)
             method = message.delivery
             if not isinstance(method, commands.Basic.GetOk):
                 break
-            tag = method.delivery_tag or tag
-            used = max(used, _count(message.header.properties.headers))
+            tag, count = method.delivery_tag or tag, count + 1
+            deliveries = max(deliveries, _count(message.header.properties.headers))
             try:
                 found = _decode(message.body)
-            except msgspec.MsgspecError as exc:
+            except (msgspec.MsgspecError, RecursionError) as exc:
                 raise ConfigurationError(f"the queue {queue!r} holds a message that is no registry: remove it") from exc
             if newest is None or found.serial >= newest.serial:
                 newest = found
             if not method.message_count:
                 break
-        if newest is None:
-            return None
-        if used > _TOO_OFTEN:
-            await channel.basic_publish(_encode(newest), routing_key=queue, properties=_PROPERTIES, mandatory=True)
-            await channel.basic_ack(tag, multiple=True)
-            return newest
-        await channel.basic_nack(tag, multiple=True, requeue=True)
-        for _ in range(100):  # it is back in the queue before anybody else can look
-            if (await channel.queue_declare(queue, passive=True)).message_count:
-                break
-            await asyncio.sleep(_POLL)
-        return newest
+        return _Taken(newest, tag, deliveries, count)
 
-    async def _write(self, channel: AbstractChannel, registry: Registry) -> None:
-        queue, tag = self._names.registry, 0
-        while True:
-            message = await channel.basic_get(queue)
-            method = message.delivery
-            if not isinstance(method, commands.Basic.GetOk):
-                break
-            tag = method.delivery_tag or tag
-            if not method.message_count:
-                break
-        await channel.basic_publish(_encode(registry), routing_key=queue, properties=_PROPERTIES, mandatory=True)
-        if tag:
-            await channel.basic_ack(tag, multiple=True)
+    async def _put(self, channel: AbstractChannel, registry: Registry) -> None:
+        await channel.basic_publish(
+            _encode(registry), routing_key=self._names.registry, properties=_PROPERTIES, mandatory=True
+        )
 
 
 def _count(headers: Mapping[str, object] | None) -> int:

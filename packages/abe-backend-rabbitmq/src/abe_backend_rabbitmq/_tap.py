@@ -59,6 +59,10 @@ class Tap(asyncio.StreamReaderProtocol):
         self._missing = 0
         self._raw: bool = False
         self._fed: float = 0.0
+        self.heard: float = loop.time()
+        """When something came last, by the event loop's clock."""
+        self.answered: float = self.heard
+        """When more than a heartbeat came last."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport. (Other event loops have transports of their own: asyncio's classes are no test.)"""
@@ -67,6 +71,9 @@ class Tap(asyncio.StreamReaderProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take the frames that are ours out of what arrived, and pass the rest on in order."""
+        self.heard = now = self.loop.time()
+        if data != _HEARTBEAT:
+            self.answered = now
         if self._raw:
             super().data_received(data)
             return
@@ -104,7 +111,6 @@ class Tap(asyncio.StreamReaderProtocol):
             rest.append(data[keep:position])
         if position < size:
             self._pieces.append(data[position:])
-        now = self.loop.time()
         if rest or (keep and now - self._fed > 1):
             # aiormq counts silence by the frames it sees; those that we take prove life too.
             super().data_received(b"".join(rest) or _HEARTBEAT)

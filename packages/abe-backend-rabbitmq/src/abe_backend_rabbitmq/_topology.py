@@ -53,7 +53,9 @@ class Topology:
         self.registry = f"{prefix}:groups"
         """Queue: one message, the groups and their patterns."""
         self.lock = f"{prefix}:lock"
-        """Queue, exclusive: whoever has it may use the registry and move held messages and dead letters."""
+        """Queue, exclusive: whoever has it may change the registry."""
+        self.moving = f"{prefix}:lock:held"
+        """Queue, exclusive: whoever has it may move held messages."""
         self.later = f"{prefix}:later"
         """Topic: delayed messages, accepted if their first word is the registry's version."""
         self.delay = f"{prefix}:delay"
@@ -69,6 +71,10 @@ class Topology:
     def dead(self, group: str) -> str:
         """Queue: the group's dead letters."""
         return f"{self._prefix}:dead:{group}"
+
+    def look(self, group: str) -> str:
+        """Queue, exclusive: whoever has it may look through the group's dead letters."""
+        return f"{self._prefix}:lock:dead:{group}"
 
     def rung(self, level: int) -> str:
         """Topic: the ladder's exchange for that digit; -1: its end."""

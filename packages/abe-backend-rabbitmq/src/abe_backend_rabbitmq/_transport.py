@@ -3,27 +3,26 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
 from abe.backends.message_queue.base import Transport as TransportProtocol
-from abe.backends.message_queue.base.names import EVERYTHING
 from abe.errors import AbeError, BackendConnectionError, PublishUnknownError, UnroutableError
 from abe_backend_rabbitmq import _wire
-from abe_backend_rabbitmq._browser import Browser, Found
 from abe_backend_rabbitmq._channel import Channel, Outgoing
-from abe_backend_rabbitmq._connection import Connection, Link
+from abe_backend_rabbitmq._connection import Link
+from abe_backend_rabbitmq._control import Control
 from abe_backend_rabbitmq._errors import ChannelNotFound
 from abe_backend_rabbitmq._groups import Groups
 from abe_backend_rabbitmq._ladder import Ladder
-from abe_backend_rabbitmq._outlet import Outlet, moved
+from abe_backend_rabbitmq._letters import DeadLetters, missing
+from abe_backend_rabbitmq._outlet import Outlet
+from abe_backend_rabbitmq._parked import Parked
 from abe_backend_rabbitmq._receiver import RabbitMQReceiver
 from abe_backend_rabbitmq._registry import Registry, RegistryKeeper
 from abe_backend_rabbitmq._settings import RabbitMQSettings
 from abe_backend_rabbitmq._topology import LEVELS, Topology
-from abe_backend_rabbitmq._wire import Header
 
 _log: Final = logging.getLogger("abe.rabbitmq")
 _STALE: Final = 20
@@ -33,8 +32,8 @@ _STALE: Final = 20
 class RabbitMQTransport:
     """Exchanges and quorum queues in one vhost.
 
-    It has two connections, one to publish and one to consume: a broker that is short of memory stops reading from those that publish, and
-    acknowledgements must go on.
+    It has a connection to publish, one to consume, and one for what is rare: a broker that is short of memory stops reading from those
+    that publish, and acknowledgements and requests must go on.
 
     Args:
         settings: Where to, and as whom.
@@ -48,12 +47,15 @@ class RabbitMQTransport:
         if settings.max_backlog is not None:
             self.batching = Batching(messages=250, bytes=512 * 1024, flights=1)
         self.receivers: set[RabbitMQReceiver] = set()
-        self.outlet = Outlet(settings, lambda connection: self._groups.prepare(connection))
-        self.ladder = Ladder(self.outlet.control, self.topology)
-        self._keeper = RegistryKeeper(self.outlet.control, self.topology, settings.publish_timeout)
-        self._groups = Groups(self.outlet, self._keeper, self.ladder, self.topology)
-        self._patterns: dict[str, tuple[str, ...]] = {}
-        self._consuming = Link(settings, "abe-consume", _nothing)
+        self.control = Control(Link(settings, "abe-control"))
+        self.outlet = Outlet(settings, self._prepare)
+        self.ladder = Ladder(self.control, self.topology)
+        timeout = settings.publish_timeout
+        self._keeper = RegistryKeeper(self.control, self.topology, timeout)
+        self._groups = Groups(self.control, self._keeper, self.ladder, self.topology)
+        self._parked = Parked(self.control, self.outlet, self._keeper, self.ladder, self.topology, timeout)
+        self._letters = DeadLetters(self.control, self.outlet, self.topology, timeout)
+        self._consuming = Link(settings, "abe-consume")
 
     async def open(self) -> None:
         """Connect to publish, and make what every namespace has."""
@@ -62,11 +64,11 @@ class RabbitMQTransport:
     async def close(self) -> None:
         """Disconnect."""
         await self._keeper.close()
-        await asyncio.gather(self.outlet.close(), self._consuming.close())
+        await asyncio.gather(self.outlet.close(), self._consuming.close(), self.control.close())
 
     async def ping(self) -> None:
         """Ask for a queue that is always there."""
-        await self.outlet.control.call(lambda channel: channel.queue_declare(self.topology.held, passive=True))
+        await self.control.call(lambda channel: channel.queue_declare(self.topology.held, passive=True))
 
     async def send(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
         """Publish, and wait for the confirms."""
@@ -74,18 +76,30 @@ class RabbitMQTransport:
             return await self._send_some_later(envelopes)
         return await self.outlet.publish([self._outgoing(envelope) for envelope in envelopes])
 
-    async def declare(self, group: str, patterns: tuple[str, ...] | None) -> None:
-        """Register the group, make its queues and bindings, and move the held messages that it wants."""
-        self._patterns[group] = await self._keeper.exclusively(partial(self._groups.declare, group, patterns))
+    async def declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> tuple[str, ...]:
+        """Register the group, make its queues and bindings, and move the held messages that it wants.
+
+        Those are moved to the end even if they are so many that the caller does not wait for it.
+        """
+        wanted, made = await self._groups.declare(group, patterns, change=change)
+        if made:
+            moving = self._keeper.start(self._parked.hand_over())
+            await asyncio.wait([moving], timeout=self.settings.publish_timeout / 2)
+            if moving.done() and not moving.cancelled():
+                moving.result()
+        return wanted
 
     async def restore(self, group: str) -> None:
         """Make a group again that was deleted underneath, with the patterns that it had when we last knew."""
-        patterns = self._patterns.get(group, EVERYTHING)
-        await self._keeper.exclusively(partial(self._groups.declare, group, None, patterns))
+        await self._groups.restore(group)
 
     async def delete_group(self, group: str) -> None:
         """Delete what the group has."""
-        await self._keeper.exclusively(partial(self._groups.delete, group))
+        await self._groups.delete(group)
+
+    async def delete_namespace(self) -> None:
+        """Delete what every group has, and what the namespace has."""
+        await self._groups.delete_namespace()
 
     async def groups(self) -> Mapping[str, tuple[str, ...]]:
         """Read the registry."""
@@ -94,7 +108,12 @@ class RabbitMQTransport:
     async def subscribe(self, group: str, prefetch: int) -> RabbitMQReceiver:
         """Make a consumer."""
         receiver = RabbitMQReceiver(self, group, prefetch)
-        await receiver.start()
+        try:
+            await receiver.start()
+        except BackendConnectionError as exc:
+            if isinstance(exc.__cause__, ChannelNotFound):
+                raise missing(group) from exc
+            raise
         self.receivers.add(receiver)
         return receiver
 
@@ -104,7 +123,10 @@ class RabbitMQTransport:
 
     async def stats(self, group: str) -> GroupStats:
         """Count. What consumers of other processes hold, AMQP does not tell."""
-        names, count = self.topology, self.outlet.count
+        names, count = self.topology, self.control.count
+        waiting_now = await count(names.queue(group))
+        if waiting_now is None:
+            raise missing(group)
         delayed = 0
         for level in range(LEVELS):
             waiting = await count(names.waiting(group, level))
@@ -112,97 +134,37 @@ class RabbitMQTransport:
                 break
             delayed += waiting
         return GroupStats(
-            waiting=await count(names.queue(group)) or 0,
+            waiting=waiting_now,
             in_flight=sum(receiver.holding for receiver in self.receivers if receiver.group == group),
             delayed=delayed,
             dead=await count(names.dead(group)) or 0,
             oldest=None,
         )
 
-    async def dead_letters(self, group: str, limit: int) -> Sequence[DeadLetter]:
-        """Look at all of them, and remember the oldest."""
-        return await self._letters(group, lambda letter, found: found < limit)
+    def dead_letters(self, group: str) -> AsyncGenerator[Sequence[DeadLetter]]:
+        """Look at all of them, a page at a time."""
+        return self._letters.pages(group)
 
-    async def find_dead_letter(self, group: str, id: str) -> DeadLetter | None:
-        """Look at all of them, and remember that one."""
-        letters = await self._letters(group, lambda letter, found: letter.id == id and not found)
-        return letters[0] if letters else None
+    def replay(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
+        """Move them, a page at a time."""
+        return self._letters.replay(group, ids)
 
-    async def replay(self, group: str, ids: Collection[str] | None) -> int:
-        """Put copies into the group's queue, then remove them here: a crash between doubles them and never loses them."""
-        queue = self.topology.queue(group)
-
-        async def replay(browser: Browser, page: Sequence[Found]) -> None:
-            outcomes = await self.outlet.move(
-                [moved("", queue, header, body) for _, header, body in page], bounded=True
-            )
-            await browser.remove([tag for i, (tag, _, _) in enumerate(page) if not outcomes or outcomes[i] is None])
-            for error in outcomes:
-                if error is not None:
-                    raise error
-
-        return await self._each(group, ids, replay)
-
-    async def purge(self, group: str, ids: Collection[str] | None) -> int:
-        """Remove them."""
-        queue = self.topology.dead(group)
-
-        async def all() -> int:
-            if await self.outlet.count(queue) is None:
-                return 0
-            return (await self.outlet.control.call(lambda channel: channel.queue_purge(queue))).message_count or 0
-
-        async def purge(browser: Browser, page: Sequence[Found]) -> None:
-            await browser.remove([tag for tag, _, _ in page])
-
-        return await (self._keeper.exclusively(all) if ids is None else self._each(group, ids, purge))
+    def purge(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
+        """Remove them, a page at a time."""
+        return self._letters.purge(group, ids)
 
     def look_at_held(self) -> None:
         """Hand out held messages, in a while."""
-        self._keeper.begin(self._groups.hand_over)
+        self._parked.look()
+
+    async def _prepare(self) -> None:
+        await self._groups.prepare(await self.control.connection())
 
     def _outgoing(self, envelope: Envelope) -> Outgoing:
         if envelope.group is None:
             return Outgoing(self.topology.exchange, envelope.key, _wire.pack(envelope), envelope.body, envelope.id)
         properties = _wire.pack(envelope, ("abe-key", envelope.key))
         return Outgoing("", self.topology.queue(envelope.group), properties, envelope.body, envelope.id)
-
-    async def _letters(self, group: str, wanted: Callable[[DeadLetter, int], bool]) -> Sequence[DeadLetter]:
-        """Return the dead letters that are wanted; how many were so far is told too."""
-        found: list[DeadLetter] = []
-
-        def keep(header: Header, body: bytes) -> bool:
-            letter = _wire.dead_letter(header, body)
-            if wanted(letter, len(found)):
-                found.append(letter)
-            return False
-
-        async def look() -> Sequence[DeadLetter]:
-            async with self.outlet.browse(self.topology.dead(group), keep) as browser:
-                if browser is not None:
-                    async for _ in browser.pages():
-                        pass
-            return found
-
-        return await self._keeper.exclusively(look)
-
-    async def _each(
-        self, group: str, ids: Collection[str] | None, work: Callable[[Browser, Sequence[Found]], Awaitable[None]]
-    ) -> int:
-        """Do something with dead letters (None: all of them) a page at a time, which removes them, and return how many."""
-
-        def keep(header: Header, body: bytes) -> bool:
-            return ids is None or _wire.dead_letter(header, body).id in ids
-
-        async def each() -> int:
-            async with self.outlet.browse(self.topology.dead(group), keep, emptying=ids is None) as browser:
-                if browser is None:
-                    return 0
-                async for page in browser.pages():
-                    await work(browser, page)
-                return browser.removed
-
-        return await self._keeper.exclusively(each)
 
     async def _send_some_later(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
         """Publish when some have a delay: of those, a copy to each group that wants it, as the groups are now."""
@@ -226,7 +188,7 @@ class RabbitMQTransport:
             except AbeError as exc:
                 if isinstance(exc.__cause__, ChannelNotFound) and not mended:
                     mended = True  # an exchange of the ladder was deleted
-                    await self.outlet.prepare()
+                    await self._prepare()
                     continue
                 if not published:
                     raise
@@ -267,10 +229,6 @@ class RabbitMQTransport:
         return [
             (group, Outgoing(later, f"{registry.version}.{words[group]}", properties, body, id)) for group in groups
         ]
-
-
-async def _nothing(_: Connection) -> None:
-    """There is nothing to prepare."""
 
 
 if TYPE_CHECKING:

@@ -1,0 +1,134 @@
+"""What was published before any group existed, and is handed over to the groups that want it."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from abe.errors import AbeError
+from abe_backend_rabbitmq import _wire
+from abe_backend_rabbitmq._browser import Browser, Found
+from abe_backend_rabbitmq._channel import Outgoing
+from abe_backend_rabbitmq._control import Control, Lock
+from abe_backend_rabbitmq._ladder import Ladder
+from abe_backend_rabbitmq._outlet import Outlet, moved
+from abe_backend_rabbitmq._registry import Registry, RegistryKeeper
+from abe_backend_rabbitmq._topology import Topology
+from abe_backend_rabbitmq._wire import Header
+
+_log: Final = logging.getLogger("abe.rabbitmq")
+
+_RARELY: Final = 600.0
+"""Seconds after which messages that no group wanted are looked at again, though nothing seems to have changed."""
+
+
+class Parked:
+    """Moves held messages, with a lock of its own: nobody who declares or subscribes waits for it.
+
+    Args:
+        control: Carries the requests.
+        outlet: Publishes the copies.
+        keeper: Has the registry.
+        ladder: For those with a delay.
+        topology: The names.
+        timeout: Seconds to wait for another process that moves them.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        outlet: Outlet,
+        keeper: RegistryKeeper,
+        ladder: Ladder,
+        topology: Topology,
+        timeout: float,
+    ) -> None:
+        self._control = control
+        self._outlet = outlet
+        self._keeper = keeper
+        self._ladder = ladder
+        self._names = topology
+        self._lock = Lock(control, topology.moving, timeout)
+        self._begun: asyncio.Task[None] | None = None
+        self._unwanted = 0
+        self._look_at = 0.0
+
+    def look(self) -> None:
+        """Hand over what came late, unless that is under way: a failure is logged, and left to the next time."""
+        if self._begun is None or self._begun.done():
+            self._begun = self._keeper.start(self._look())
+            self._begun.add_done_callback(_report)
+
+    async def hand_over(self) -> None:
+        """Move held messages to the groups that want them, as long as there are any; a full group's stay for the next time."""
+        if not await self._control.count(self._names.held):
+            return
+        async with self._lock.held() as connection:
+            registry = await self._keeper.peek()
+            queue = self._names.held
+            browser = Browser(self._control, connection, queue, await self._control.count(queue, connection) or 0)
+            try:
+                while page := await browser.page():
+                    if not await self._hand_over(browser, page, registry):
+                        break  # a group is full, and the next page would only find it so
+            finally:
+                await browser.close()
+
+    async def _look(self) -> None:
+        now = asyncio.get_running_loop().time()
+        count = await self._control.count(self._names.held)
+        if not count or (count == self._unwanted and now < self._look_at):
+            return
+        await self.hand_over()
+        self._unwanted, self._look_at = await self._control.count(self._names.held) or 0, now + _RARELY
+
+    async def _hand_over(self, browser: Browser, page: Sequence[Found], registry: Registry) -> bool:
+        """Move what is wanted of a page; return whether every group took its own."""
+        copies: list[Outgoing] = []
+        places: list[tuple[int, str]] = []
+        done: list[int] = []
+        for place, (_, header, body) in enumerate(page):
+            groups = self._recipients(registry, header)
+            if groups is None:
+                done.append(place)
+            for group in groups or ():
+                delay = _wire.due(header) / 1000 - time.time()
+                to = await self._ladder.retry(group, delay) if delay > 0 else ("", self._names.queue(group))
+                copies.append(moved(*to, header, body))
+                places.append((place, group))
+        outcomes = await self._outlet.move(copies, bounded=True)
+        left: dict[int, list[str]] = {}
+        taken: set[int] = set()
+        for i, (place, group) in enumerate(places):
+            if not outcomes or outcomes[i] is None:
+                taken.add(place)
+            else:
+                left.setdefault(place, []).append(group)
+        await self._keep_for({place: left[place] for place in left if place in taken}, page)
+        done += taken
+        await browser.remove([page[place][0] for place in sorted(done)])
+        return not left
+
+    def _recipients(self, registry: Registry, header: Header) -> Sequence[str] | None:
+        """Return who is to get a message; none: nobody yet. None: those that it was left for are gone."""
+        named = _wire.left_to(header)
+        if named:
+            return [group for group in named if group in registry.groups] or None
+        return registry.wanting(_wire.routing_key(header))
+
+    async def _keep_for(self, left: Mapping[int, Sequence[str]], page: Sequence[Found]) -> None:
+        """Put those back, named, that only some of their groups took."""
+        named: list[Outgoing] = []
+        for place, groups in left.items():
+            _, header, body = page[place]
+            properties = _wire.copy(header, body, 0, ("abe-due", _wire.due(header)), ("abe-for", " ".join(groups)))
+            named.append(Outgoing("", self._names.held, properties, body, _wire.message_id(properties)))
+        for error in await self._outlet.move(named):
+            if error is not None:
+                raise error
+
+
+def _report(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and isinstance(error := task.exception(), AbeError):
+        _log.warning("held messages could not be handed out, and are kept until the next look: %s", error)

@@ -1,2 +1,0 @@
--- Removes dead letters. KEYS: dead letters. ARGV: entry ids. Returns how many.
-return redis.call('XDEL', KEYS[1], unpack(ARGV))
