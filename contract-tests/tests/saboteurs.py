@@ -16,6 +16,7 @@ from abe.backends.message_queue.base import (
     Capabilities,
     Delivery,
     Envelope,
+    GroupStats,
     Message,
     Receipt,
     Settlement,
@@ -25,7 +26,7 @@ from abe.backends.message_queue.base import (
 from abe.backends.message_queue.engine import GroupSubscription
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.codec import JSONCodec
-from abe.errors import AbeError, BackendClosedError, BackpressureError, PublishRejectedError
+from abe.errors import AbeError, BackendClosedError, BackpressureError, GroupMissingError, PublishRejectedError
 from abe_contract_tests.harnesses.memory import MemoryHarness
 
 
@@ -412,6 +413,56 @@ class RetriesForEver(MemoryBackend):
         return super().consume(**(options | {"max_attempts": 1_000_000}))
 
 
+@breaks("C-PSN-04")
+class BuriesTheInnocent(WithReceiver):
+    """What was beside a message that killed its process is never tried alone."""
+
+    class receiver(Wrapped):  # noqa: N801
+        async def receive(self, limit: int) -> Sequence[Delivery]:
+            deliveries: Sequence[Delivery] = await self.inner.receive(limit)
+            for delivery in deliveries:
+                delivery.attempt += delivery.attempt > 2
+            return deliveries
+
+
+@breaks("C-PUB-11")
+class PublishesToAll(WithTransport):
+    """The group that is to have the message is ignored."""
+
+    class transport(Wrapped):  # noqa: N801
+        async def send(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
+            return await self.inner.send([envelope._replace(group=None) for envelope in envelopes])
+
+
+@breaks("C-PUB-12")
+class HasOneTimeForAll(MemoryBackend):
+    """The time that a publish was given is ignored."""
+
+    async def publish(self, *args: Any, timeout: float | None = None, **options: Any) -> None:
+        await super().publish(*args, **options)
+
+
+@breaks("C-GRP-08")
+class ObeysTheLastConsumer(WithTransport):
+    """Whoever consumes with patterns sets them for all."""
+
+    class transport(Wrapped):  # noqa: N801
+        async def declare(self, group: str, patterns: Any, *, change: bool) -> tuple[str, ...]:
+            return await self.inner.declare(group, patterns, change=True)  # type: ignore[no-any-return]
+
+
+@breaks("C-GRP-09")
+class CountsWhatIsNotThere(WithTransport):
+    """A group that does not exist is an empty one."""
+
+    class transport(Wrapped):  # noqa: N801
+        async def stats(self, group: str) -> GroupStats:
+            try:
+                return await self.inner.stats(group)  # type: ignore[no-any-return]
+            except GroupMissingError:
+                return GroupStats(waiting=0, in_flight=0, delayed=0, dead=0, oldest=None)
+
+
 @breaks("C-DLY-01")
 class ForgetsTheDelay(WithTransport):
     """A delayed message is delivered at once."""
@@ -427,8 +478,8 @@ class DelaysUndeclared(MemoryBackend):
 
     capabilities: Capabilities = replace(MemoryBackend.capabilities, max_delay=None)
 
-    def _delay(self, delay: float) -> float:
-        return delay
+    def _envelope(self, *args: Any) -> Envelope:
+        return self._outgoing.envelope(MemoryBackend.capabilities, *args)
 
 
 @breaks("C-ENC-02")

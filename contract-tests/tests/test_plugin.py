@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 ONE = "test_publish_returns_when_the_broker_holds_the_message"
 
 MINIMAL = """
@@ -113,7 +115,7 @@ class Runner:
         values = {name: value for name, value in os.environ.items() if name not in ("CI", "PYTEST_XDIST_WORKER")}
         values |= {"PYTHONPATH": path, **environment}
         done = subprocess.run(
-            command, cwd=self.folder, env=values, capture_output=True, text=True, timeout=120, check=False
+            command, cwd=self.folder, env=values, capture_output=True, text=True, timeout=600, check=False
         )
         providers = json.loads(report.read_text())["providers"] if report.exists() else []
         return Run(done.returncode, done.stdout, done.stderr, {entry["harness"]: entry for entry in providers})

@@ -22,11 +22,21 @@ from abe_contract_tests.services._process import ProcessService
 sys.path.insert(0, str(Path(__file__).parent))
 from brokers import BOUND, CONTAINERS, KINDS, PROCESSES, SERVERS, Kind
 
+QUICK = ("redis", "process")
+"""What the other kinds and places do too, in a second each time."""
+
 
 def each(place: str, kinds: Iterable[str]) -> list[object]:
     """Return parameters whose tests run in one worker each, for they share a broker."""
     return [
-        pytest.param((name, place), id=f"{name}-{place}", marks=pytest.mark.xdist_group(f"services-{name}-{place}"))
+        pytest.param(
+            (name, place),
+            id=f"{name}-{place}",
+            marks=[
+                pytest.mark.xdist_group(f"services-{name}-{place}"),
+                *([] if (name, place) == QUICK else [pytest.mark.thorough]),
+            ],
+        )
         for name in kinds
     ]
 
@@ -36,7 +46,9 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     return KINDS[request.param]
 
 
-@pytest.fixture(params=SERVERS)
+@pytest.fixture(
+    params=[pytest.param(name, marks=[] if (name, "process") == QUICK else [pytest.mark.thorough]) for name in SERVERS]
+)
 def server(request: pytest.FixtureRequest) -> Kind:
     return SERVERS[request.param]
 

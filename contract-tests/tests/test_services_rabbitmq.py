@@ -30,6 +30,8 @@ from brokers import BOUND, CONTAINERS, PROCESSES
 
 QUORUM = {"x-queue-type": "quorum"}
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(
     scope="module",

@@ -14,6 +14,8 @@ from abe_contract_tests.services.sqs import ask
 sys.path.insert(0, str(Path(__file__).parent))
 from brokers import CONTAINERS, PROCESSES
 
+pytestmark = pytest.mark.thorough
+
 
 class TestServer:
     @pytest.mark.parametrize("server", ["moto", "ministack"])

@@ -61,7 +61,7 @@ def test_a_script_names_no_host_and_says_what_it_is_for(script: Path) -> None:
 
 def test_help_lists_the_commands() -> None:
     listed = run("make", "--no-print-directory", "help").stdout
-    for command in ("demo", "sigkill", "test", "check", "containers", "contract", "bench"):
+    for command in ("demo", "sigkill", "test", "test-all", "check", "containers", "contract", "bench"):
         assert f"make {command} " in listed
 
 
@@ -161,6 +161,18 @@ class TestMake:
         assert "scripts/ci/offline-images rabbitmq redis sqs-moto\n" in plan
         assert "--contract redis --contract rabbitmq --contract sqs-moto" in plan
 
+    def test_the_tests_of_minutes_prove_each_provider_on_one_harness(self) -> None:
+        (command,) = (line for line in self.plan("test").splitlines() if " pytest " in line)
+        assert '-m "not thorough"' in command
+        assert "contract_harnesses=memory redis rabbitmq sqs-ministack" in command
+        (command,) = (line for line in self.plan("test-all").splitlines() if " pytest " in line)
+        assert "thorough" not in command
+        assert "harnesses" not in command
+
+    def test_the_contract_runs_on_the_event_loop_that_is_asked_for(self) -> None:
+        assert "--contract redis --contract-loop uvloop" in self.plan("contract", "CONTRACT=redis", "LOOP=uvloop")
+        assert "--contract-loop" not in self.plan("contract")
+
     def test_containers_builds_what_is_asked_for(self) -> None:
         plan = self.plan("containers", "CONTRACT=rabbitmq")
         assert "scripts/ci/offline-images rabbitmq\n" in plan
@@ -202,7 +214,8 @@ class TestWholeRun:
 
     def run(self, tree: Path, make: str) -> subprocess.CompletedProcess[str]:
         write_executable(tree / "scripts/ci/apt-install", "#!/bin/sh\necho installed: $*\n")
-        write_executable(tree / "bin/make", f"#!/bin/sh\nfor target; do :; done\n{make}\n")
+        targets = 'for word; do case $word in -* | *=*) ;; *) target=$word ;; esac; done'
+        write_executable(tree / "bin/make", f"#!/bin/sh\n{targets}\n{make}\n")
         return run("bash", tree / ".ci/run", cwd=tree, PATH=f"{tree / 'bin'}:{os.environ['PATH']}")
 
     def test_it_ends_with_the_closing_lines_of_the_runners(self, tree: Path) -> None:
@@ -212,12 +225,12 @@ class TestWholeRun:
         assert heading.startswith("== containers: passed in ")
         assert line == "==== 3 passed in 0.10s ===="
 
-    @pytest.mark.parametrize("target", ["check", "test", "containers"])
+    @pytest.mark.parametrize("target", ["check", "test-all", "containers"])
     def test_one_failure_fails_it_and_the_rest_is_run(self, tree: Path, target: str) -> None:
         done = self.run(tree, f'echo "ran $target"; test "$target" != {target}')
         assert done.returncode == 1
-        assert f"== {target}: FAILED with status 1" in done.stdout
-        for each in ("check", "test", "containers"):
+        assert f"== {target.removesuffix('-all')}: FAILED with status 1" in done.stdout
+        for each in ("check", "test-all", "containers"):
             assert f"ran {each}\n" in done.stdout
 
     def test_it_stops_the_engine_that_a_step_started(self, tree: Path) -> None:

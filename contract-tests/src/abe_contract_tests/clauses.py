@@ -13,7 +13,7 @@ import pytest
 
 from abe.backends.message_queue.base import Capabilities, Durability
 
-CONTRACT_VERSION: Final = "0.1"
+CONTRACT_VERSION: Final = "0.2"
 """Grows when a clause is added or changed, so that a result says which promises it is about."""
 
 MARK: Final = "contract_clause"
@@ -87,6 +87,13 @@ CLAUSES: Final = (
         "C-PUB-10",
         "`publish_many` confirms each message on its own; a partial failure names the failed ones and why",
     ),
+    Clause(
+        "C-PUB-11",
+        "`publish(group=)` reaches that group alone, whatever its patterns; one that does not exist is refused",
+        level="CAP",
+        capability="groups",
+    ),
+    Clause("C-PUB-12", "`publish(timeout=)` returns or raises within that time, whatever the setting"),
     Clause("C-DLV-01", "Every message whose publish returned is delivered at least once to every existing group"),
     Clause("C-DLV-02", "Nothing is delivered that was never published, whatever was left behind earlier"),
     Clause(
@@ -191,6 +198,17 @@ CLAUSES: Final = (
         "Messages published before any group exists reach the first group that subscribes; `declare(group)` "
         "creates one ahead of its consumers",
     ),
+    Clause(
+        "C-GRP-08",
+        "Key patterns belong to the group: `consume(keys=)` sets those of a new group, and is refused, changing nothing, where the group "
+        "has others; `declare` changes them",
+        level="CAP",
+        capability="key_patterns",
+    ),
+    Clause(
+        "C-GRP-09",
+        "What is asked of a group that does not exist raises `GroupMissingError`; `delete_namespace` leaves nothing behind",
+    ),
     Clause("C-CON-01", "50 consumers, 5,000 messages: all of them, and in flight never above the limit"),
     Clause(
         "C-CAN-01",
@@ -286,6 +304,12 @@ CLAUSES: Final = (
         "counts too; others keep flowing",
     ),
     Clause("C-PSN-03", "Dead letters can be listed, shown, replayed to their group and purged, while consumers run"),
+    Clause(
+        "C-PSN-04",
+        "A message is buried for the deaths of its consumers only after it was tried with nothing else in hand: what was beside a message "
+        "that kills its process is handled",
+        capability="dead_letter",
+    ),
     Clause(
         "C-DLY-01",
         "`delay=` delivers not before it and within the declared bound after it; delayed messages wait in the "

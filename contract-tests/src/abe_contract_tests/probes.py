@@ -97,6 +97,7 @@ PROBES: Final[Mapping[str, Callable[["Contract"], Awaitable[None]]]] = {
     "max_delay": _max_delay,
     "lease": _nothing_to_refuse,
     "redelivery_bound": _nothing_to_refuse,
+    "silence_bound": _nothing_to_refuse,
     "publish_dedup": _publish_dedup,
     "max_payload_bytes": _nothing_to_refuse,
     "durability": _nothing_to_refuse,

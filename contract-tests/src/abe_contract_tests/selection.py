@@ -1,5 +1,6 @@
 """Which harnesses a run is about, from the command line, the ini file and the installed distributions."""
 
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Final
@@ -18,6 +19,7 @@ def selected_harnesses(config: pytest.Config) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
+@cache  # each test asks, and looking through what is installed takes milliseconds
 def load_harness(name: str) -> type[Harness]:
     """Return the harness class of a registered name, or of ``module:Class``.
 

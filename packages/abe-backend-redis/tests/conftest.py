@@ -92,7 +92,10 @@ def started(stack: ExitStack, server: str, **options: Any) -> ProcessService:
         pytest.skip(str(exc))
 
 
-@pytest.fixture(scope="session", params=["system", "redis8", "valkey"])
+@pytest.fixture(
+    scope="session",
+    params=["system", *(pytest.param(make, marks=pytest.mark.thorough) for make in ("redis8", "valkey"))],
+)
 def server(request: pytest.FixtureRequest) -> Iterator[ProcessService]:
     """A server that tests share and leave as it was."""
     with ExitStack() as stack:

@@ -12,6 +12,7 @@ from abe.errors import (
     BackendConnectionError,
     BackpressureError,
     ConfigurationError,
+    GroupMissingError,
     PermissionDeniedError,
 )
 from abe_backend_redis._errors import _BY_CODE, _BY_TYPE, RedisError, ReplyError, code, translate, translated
@@ -27,6 +28,7 @@ REPLIES = {
     ),
     "NOREPLICAS": ("NOREPLICAS Not enough good replicas to write.", BackpressureError),
     "WRONGTYPE": ("WRONGTYPE Operation against a key holding the wrong kind of value", ConfigurationError),
+    "MISSING": ("MISSING there is no group 'g'", GroupMissingError),
     "LOADING": ("LOADING Redis is loading the dataset in memory", BackendConnectionError),
     "READONLY": ("READONLY You can't write against a read only replica.", BackendConnectionError),
     "MASTERDOWN": (

@@ -97,7 +97,7 @@ class TestKilledConnections:
         assert (stats.waiting, stats.in_flight, stats.delayed, stats.dead) == (0, 0, 0, 0), f"{unknown} unknown"
 
     async def test_a_message_in_a_handler_is_settled_on_a_new_connection(self, lab: Any, until: Until) -> None:
-        backend = await lab.backend(groups=("g",))
+        backend = await lab.backend(groups={"g": ()})
         await backend.publish("k", {"n": 1})
         async with backend.consume(group="g") as subscription, bounds.within(5):
             message = await subscription.receive()
@@ -115,7 +115,7 @@ class TestFrozenServer:
     async def test_publish_says_unknown_and_the_backend_lives_on(self, launch: Any, lab_at: Any) -> None:
         service = launch()
         lab = lab_at(service.url)
-        backend = await lab.backend(groups=("g",), publish_timeout=0.5, connect_timeout=0.5)
+        backend = await lab.backend(groups={"g": ()}, publish_timeout=0.5, connect_timeout=0.5)
         await backend.publish("k", {"n": 0})
         service.pause()
         loop = asyncio.get_running_loop()
@@ -186,7 +186,7 @@ class TestRestartedServer:
     async def test_what_waits_outlives_the_server(self, launch: Any, lab_at: Any) -> None:
         service = launch("--appendfsync", "always", server="redis8")
         lab = lab_at(service.url)
-        backend = await lab.backend(groups=("g",))
+        backend = await lab.backend(groups={"g": ()})
         await asyncio.gather(*(backend.publish("k", {"n": n}) for n in range(100)))
         await backend.publish("k", {"n": 100}, delay=0.2)
         await asyncio.to_thread(service.kill)
@@ -199,7 +199,7 @@ class TestRestartedServer:
     ) -> None:
         """As after a failover behind one address: the old server is read-only and keeps its connections."""
         lab = lab_at(launch().url)
-        backend = await lab.backend(groups=("g",))
+        backend = await lab.backend(groups={"g": ()})
         await backend.publish("k", {"n": 1})
         before = {client["id"] for client in await lab.redis.client_list() if client["name"] == "abe-publish"}
         await lab.redis.execute_command("REPLICAOF", "127.0.0.1", "1")
@@ -222,7 +222,7 @@ class TestDeletedUnderneath:
     ) -> None:
         lab = lab_at(launch().url)
         caplog.set_level(logging.WARNING)
-        backend = await lab.backend(groups=("g",))
+        backend = await lab.backend(groups={"g": ()})
         async with backend.consume(group="g") as subscription, bounds.within(10):
             await backend.publish("k", {"n": 1})
             message = await subscription.receive()

@@ -14,8 +14,8 @@ README = Path(__file__).parents[1] / "README.md"
 
 def all_names(namespace: str, group: str) -> list[bytes]:
     names = Topology(namespace)
-    own = [names.queue(group), names.delayed(group), names.dead(group), names.alive(group)]
-    return [names.groups, names.version, names.held, names.held_delayed, *own]
+    parked = [names.held, names.held_delayed, names.held_passed, names.joining]
+    return [names.groups, names.version, *parked, *names.all_of(group)]
 
 
 def test_the_names_are_the_documented_ones() -> None:
@@ -24,6 +24,8 @@ def test_the_names_are_the_documented_ones() -> None:
         b"{shop}:version",
         b"{shop}:held",
         b"{shop}:held:delayed",
+        b"{shop}:held:delayed:passed",
+        b"{shop}:joining",
         b"{shop}:queue:billing",
         b"{shop}:delayed:billing",
         b"{shop}:dead:billing",
@@ -45,9 +47,10 @@ def test_no_two_names_fall_together(first: tuple[str, str], second: tuple[str, s
     if first[0] != second[0]:
         assert not set(one) & set(other)
     elif first[1] != second[1]:
-        assert not set(one[4:]) & set(other[4:])
+        assert not set(one[6:]) & set(other[6:])
 
 
 @given(namespace=NAMES, group=NAMES)
 def test_all_names_of_a_namespace_are_in_one_slot(namespace: str, group: str) -> None:
     assert {re.match(rb"\{([^}]*)\}", name).group(1) for name in all_names(namespace, group)} == {namespace.encode()}  # type: ignore[union-attr]
+    assert all(name.startswith(Topology(namespace).pattern[:-1]) for name in all_names(namespace, group))

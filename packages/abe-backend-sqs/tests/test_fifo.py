@@ -348,6 +348,7 @@ async def test_tries_to_move_delayed_messages_are_rare_although_consumers_come_a
         assert transport.later("g")._left.is_set()
 
 
+@pytest.mark.thorough
 def test_the_clauses_of_order_hold_with_one_message_group() -> None:
     """Of the suite these alone: others hold more at a time than SQS gives out of one message group."""
     module = Path(suite.__path__[0]) / "test_ordering.py"
@@ -365,7 +366,7 @@ def test_the_clauses_of_order_hold_with_one_message_group() -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         # In continuous integration a run of a part of the suite counts as failed.
         env={name: value for name, value in os.environ.items() if name != "CI"} | {"ABE_TEST_SERVICES": "processes"},
         check=False,

@@ -327,9 +327,14 @@ def delivery(number: int, attempt: int = 1, body: bytes = b"{}", fault: str | No
 
 
 def settler_on(
-    receiver: ScriptedReceiver, clock: ManualClock, *, sure: bool = True, sent: Callable[[], None] = lambda: None
+    receiver: ScriptedReceiver,
+    clock: ManualClock,
+    *,
+    sure: bool = True,
+    sent: Callable[[], None] = lambda: None,
+    refused: Callable[[AbeError], object] = lambda _: None,
 ) -> Settler:
-    return Settler(receiver, lambda: sure, sent, 30.0, clock)
+    return Settler(receiver, lambda: sure, sent, refused, 30.0, clock)
 
 
 class TestSettler:
@@ -415,7 +420,7 @@ class TestSettler:
             outcome = await settler_on(receiver, manual_clock).submit(delivery(1), None)
         assert isinstance(outcome, LeaseLostError)
         assert isinstance(outcome.__cause__, TypeError)
-        assert "must not" in caplog.text
+        assert "a bug of the provider" in caplog.text
 
     async def test_a_permanent_error_is_not_tried_again(self, manual_clock: ManualClock) -> None:
         receiver = ScriptedReceiver()
@@ -510,7 +515,7 @@ class TestGroupSubscription:
         inbox = inbox_on(ScriptedReceiver(delivery(1)), manual_clock)
         fails, starts = asyncio.Event(), 0
 
-        async def start() -> Inbox:
+        async def start(_: bool) -> Inbox:
             nonlocal starts
             starts += 1
             if starts == 1:
@@ -658,10 +663,10 @@ class TestInbox:
         assert [item.verb for item in receiver.settled] == [Verb.RETRY, Verb.DEAD]
         await inbox.close()
 
-    async def test_what_cannot_be_read_or_killed_its_consumers_is_buried_and_never_handed_out(
+    async def test_what_cannot_be_read_or_killed_its_consumers_even_alone_is_buried_and_never_handed_out(
         self, manual_clock: ManualClock, caplog: pytest.LogCaptureFixture
     ) -> None:
-        bad = [delivery(1, body=b"\x09"), delivery(2, fault="unknown version 9"), delivery(3, attempt=4)]
+        bad = [delivery(1, body=b"\x09"), delivery(2, fault="unknown version 9"), delivery(3, attempt=5)]
         receiver = ScriptedReceiver(*bad, delivery(4))
         inbox = inbox_on(receiver, manual_clock)
         assert (await within(inbox.receive())).id == "4"

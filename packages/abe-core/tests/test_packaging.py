@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[3]
 PROJECTS = sorted([*(path.parent for path in ROOT.glob("packages/*/pyproject.toml")), ROOT / "contract-tests"])
 PACKAGES = {project.name: re.sub(r"^abe-core$", "abe", project.name).replace("-", "_") for project in PROJECTS} | {

@@ -20,6 +20,7 @@ from abe_contract_tests.suite.steps import (
     numbers,
     until_dead,
     until_empty,
+    until_in_flight,
 )
 
 GARBAGE = (
@@ -180,14 +181,14 @@ async def test_a_message_that_kills_its_process_ends_in_the_dead_letters(contrac
     async with contract.within(25):
         await backend.declare("g")
         await backend.publish("order.created", {"poison": True, "n": 0}, id="killer")
-        for attempt in (1, 2):
+        for attempt in (1, 2, 3):  # the third with nothing beside it
             async with contract.worker(workers.hold, group="g", max_attempts=2, poison=True) as worker:
                 assert await worker.next_report() == "subscribed"
                 assert await worker.next_report() == {"n": 0, "id": "killer", "attempt": attempt}
                 await worker.kill()
         await backend.publish_many(numbered(2, start=1))
         async with backend.consume(group="g", max_attempts=2) as subscription:
-            # Never yielded a third time: whoever takes it next buries it before the handler runs.
+            # Never yielded again: whoever takes it next buries it before the handler runs.
             assert sorted(numbers(await collect(subscription, 2))) == [1, 2]
             waiting = asyncio.ensure_future(subscription.receive())
             await until_dead(oracle, "g", 1)
@@ -199,6 +200,32 @@ async def test_a_message_that_kills_its_process_ends_in_the_dead_letters(contrac
     assert letter.id == "killer"
     assert letter.reason
     assert letter.attempts >= 2
+
+
+@clause("C-PSN-04", capability="dead_letter")
+async def test_what_was_beside_a_message_that_kills_its_process_is_tried_with_nothing_beside_it(
+    contract: Contract,
+) -> None:
+    backend = contract.backend()
+    oracle = await contract.oracle()
+    async with contract.within(40):
+        await backend.declare("g")
+        await backend.publish_many(contract.apart(numbered(6)))
+        for attempt in (1, 2):
+            async with contract.worker(workers.hold_all, group="g", count=6, max_attempts=2) as worker:
+                assert [await worker.next_report() for _ in range(6)] == [attempt] * 6
+                await worker.kill()
+        seen: set[int] = set()
+        async with backend.consume(group="g", max_attempts=2) as subscription:
+            while len(seen) < 6:
+                message = await subscription.receive()
+                if message.attempt > 2:
+                    await until_in_flight(oracle, "g", 1)
+                seen.add(message["n"])
+                await message.ack()
+            await until_empty(oracle, "g")
+        counts = await oracle.counts("g")
+    assert counts.dead == 0
 
 
 @clause("C-PSN-02", capability="dead_letter")

@@ -52,6 +52,17 @@ async def hold(
             await receive()
 
 
+async def hold_all(
+    backend: "TransportBackend", report: Report, receive: Receive, *, group: str, count: int, max_attempts: int
+) -> None:
+    """Take `count` messages, report the attempt of each, and settle none."""
+    async with backend.consume(group=group, prefetch=2 * count, max_attempts=max_attempts) as subscription:
+        held = [await subscription.receive() for _ in range(count)]
+        for message in held:
+            report(message.attempt)
+        await receive()
+
+
 async def settle_on_request(backend: "TransportBackend", report: Report, receive: Receive, *, group: str) -> None:
     """Receive one message and report it; settle it as the test says, and report what that raised, or "done"."""
     async with backend.consume(group=group, prefetch=1) as subscription:

@@ -6,6 +6,7 @@ So after the login its transport gets this protocol: whole replies by hiredis, e
 
 import asyncio
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -26,6 +27,12 @@ _log: Final = logging.getLogger("abe.redis")
 
 _DRIVER: Final = DriverInfo(lib_version=redis.__version__)
 """Made here once: made by each connection it would read the installed metadata, and block the event loop."""
+
+PATIENCE: Final = 5.0
+"""Seconds without a reply that is due after which a connection counts as dead. Well within the bound that the backend declares."""
+
+_IDLE: Final = 3.0
+"""Seconds without a word after which Redis is asked for one, so that a connection that went silent is noticed before it is needed."""
 
 Reply: TypeAlias = Any
 Argument: TypeAlias = object
@@ -53,7 +60,9 @@ class Wire(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._reader = hiredis.Reader(replyError=ReplyError)
         self._waiting: deque[asyncio.Future[Reply]] = deque()
-        self._heard = 0.0
+        self._heard = self._loop.time()
+        self._unsent = 0
+        self._look_every = min(patience, _IDLE) / 4
         self._timer: asyncio.TimerHandle | None = None
         self._login: object = None
         self._transport: asyncio.WriteTransport | None = None
@@ -142,14 +151,27 @@ class Wire(asyncio.Protocol):
         transport.set_protocol(self)
         self._watch()
 
-    def _watch(self) -> None:
-        if self._waiting and self._loop.time() - self._heard > self._patience:
+    def _watch(self, due: float = math.inf) -> None:
+        """Give the connection up when it is silent; ask for a sign of life when nothing else is due.
+
+        Silence is the server's only while this process listens: when the event loop was kept busy, that time does not count. Nor does
+        the time in which what we send is still leaving.
+        """
+        now, unsent = self._loop.time(), self._transport.get_write_buffer_size() if self._transport else 0
+        if unsent < self._unsent:
+            self._heard = now
+        self._unsent = unsent
+        self._heard = min(now, self._heard + max(0.0, now - due))
+        silence = now - self._heard
+        if self._waiting and silence > self._patience:
             _log.warning(
                 "redis at %s has not answered for %.1f s: the connection is given up", self._address, self._patience
             )
             self.close()
-        else:
-            self._timer = self._loop.call_later(self._patience / 4, self._watch)
+            return
+        if not self._waiting and silence > _IDLE:
+            self.call(b"PING").add_done_callback(lambda pong: pong.cancelled() or pong.exception())
+        self._timer = self._loop.call_at(now + self._look_every, self._watch, now + self._look_every)
 
 
 def _prepared(settings: RedisSettings, name: str) -> AbstractConnection:
@@ -229,14 +251,18 @@ class Link:
             raise self._was_closed()
         return connecting.result()
 
+    def drop(self) -> None:
+        """Disconnect; whoever needs the connection makes it anew."""
+        if self._wire is not None:
+            self._wire.close()
+
     async def close(self) -> None:
         """Disconnect for good."""
         self._closed = True
-        if self._connecting is not None and not self._connecting.done():
+        self.drop()
+        while self._connecting is not None and not self._connecting.done():
             self._connecting.cancel()
-            await asyncio.wait([self._connecting])
-        if self._wire is not None:
-            self._wire.close()
+            await asyncio.wait([self._connecting], timeout=0.1)  # wait_for on Python 3.11 may swallow a cancellation
 
     async def _connect(self) -> Wire:
         wire = await Wire.connect(self._settings, self._name, self._patience)

@@ -13,6 +13,7 @@ from abe.errors import (
     BackendConnectionError,
     BackpressureError,
     ConfigurationError,
+    GroupMissingError,
     PermissionDeniedError,
 )
 
@@ -32,6 +33,7 @@ _BY_CODE: Final[dict[str, type[AbeError]]] = {
     "MISCONF": BackpressureError,
     "NOREPLICAS": BackpressureError,
     "WRONGTYPE": ConfigurationError,
+    "MISSING": GroupMissingError,
     "LOADING": BackendConnectionError,
     "READONLY": BackendConnectionError,
     "MASTERDOWN": BackendConnectionError,
@@ -59,8 +61,8 @@ _HINTS: Final[dict[type[AbeError], str]] = {
 _FOREIGN_KEYS: Final = "the namespace's keys are used by something else: choose another QUEUE_NAMESPACE"
 _CERTIFICATE: Final = "check ssl_ca_certs in REDIS_URL, and that the certificate is for this host"
 
-_IN_SCRIPT: Final = re.compile(r"ERR Error running script .*?(?:@user_script: ?\d+: )+-?([A-Z]+) ")
-"""How Redis before 7.0 wraps the error of a command within a script."""
+_IN_SCRIPT: Final = re.compile(r"(?:ERR Error running script .*?)?(?:@user_script: ?\d+: )+-?([A-Z]+) ")
+"""How Redis before 7.0 wraps the error of a command within a script, whether the script caught it or not."""
 
 _NO_RIGHT: Final = re.compile(r"^ERR .*(ACL failure in script|The user executing the script can't)")
 """How a script says that the user lacks a right, before 7.2 in other words than later."""
@@ -73,6 +75,11 @@ def code(error: BaseException) -> str:
         return "NOPERM"
     wrapped = _IN_SCRIPT.match(text)
     return wrapped[1] if wrapped else text.partition(" ")[0]
+
+
+def is_refused(error: ReplyError) -> bool:
+    """Whether the command is one that the user may not use, or that the server does not have."""
+    return code(error) == "NOPERM" or str(error).startswith("ERR unknown command")
 
 
 def translate(exc: BaseException, address: str) -> AbeError:

@@ -23,9 +23,13 @@ class Topology:
         self.version = tag + b"version"
         """String: changes whenever the groups do."""
         self.held = tag + b"held"
-        """Stream: published before any group existed."""
+        """Stream: parked, as it was published before any group existed."""
         self.held_delayed = tag + b"held:delayed"
         """Sorted set: the same, with a delay."""
+        self.held_passed = tag + b"held:delayed:passed"
+        """Sorted set: those of them that every group so far has looked at, and does not want."""
+        self.joining = tag + b"joining"
+        """Hash: the group that is being made, and how far it has got among the parked messages."""
 
     def queue(self, group: str) -> bytes:
         """Stream: the group's messages, waiting and in flight."""
@@ -40,5 +44,14 @@ class Topology:
         return self._tag + b"dead:" + group.encode()
 
     def alive(self, group: str) -> bytes:
-        """Sorted set by the time of their last sign of life in milliseconds: the group's consumers."""
+        """Sorted set by the time until which their leases hold, in milliseconds: the group's consumers."""
         return self._tag + b"alive:" + group.encode()
+
+    def all_of(self, group: str) -> list[bytes]:
+        """Everything that belongs to the group."""
+        return [self.queue(group), self.delayed(group), self.dead(group), self.alive(group)]
+
+    @property
+    def pattern(self) -> bytes:
+        """The glob pattern of every key."""
+        return self._tag + b"*"

@@ -35,7 +35,7 @@ _decode: Final = msgspec.json.Decoder(_Meta).decode
 
 def pack(envelope: Envelope) -> bytes:
     """Return the field ``m``."""
-    id, key, _, published_at, headers, _ = envelope
+    id, key, _, published_at, headers, _, _ = envelope
     return _encode((VERSION, id, key, published_at) if headers is None else (VERSION, id, key, published_at, headers))
 
 
@@ -47,7 +47,7 @@ def unpack(header: bytes) -> Metadata:
     """
     try:
         meta = _decode(header)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as exc:  # the last: nested some thousand times
         raise DecodeError(f"the envelope cannot be read: {exc}") from exc
     return Metadata(meta.id, meta.key, meta.published_at, meta.headers)
 
@@ -79,11 +79,7 @@ def delivery(entry: bytes, fields: Fields, count: int = 1) -> Delivery:
 def dead_letter(entry: bytes, fields: Fields) -> DeadLetter:
     """Read an entry of the dead letters, whatever it once was."""
     named = dict(zip(fields[::2], fields[1::2], strict=True))
-    header = named.get(b"m", b"")
-    try:
-        metadata = unpack(header) if header.startswith(_MARK) else _stranger(entry, named)
-    except DecodeError:
-        metadata = _stranger(entry, named)
+    metadata = _metadata(entry, named)
     return DeadLetter(
         id=metadata.id,
         key=metadata.key,
@@ -95,6 +91,19 @@ def dead_letter(entry: bytes, fields: Fields) -> DeadLetter:
         published_at=metadata.published_at / 1000,
         dead_at=_number(named.get(b"t")) / 1000,
     )
+
+
+def letter_id(entry: bytes, fields: Fields) -> str:
+    """Return the id that a dead letter with these fields has; of them, ``m`` and ``i`` matter."""
+    return _metadata(entry, dict(zip(fields[::2], fields[1::2], strict=True))).id
+
+
+def _metadata(entry: bytes, named: dict[bytes, bytes]) -> Metadata:
+    header = named.get(b"m", b"")
+    try:
+        return unpack(header) if header.startswith(_MARK) else _stranger(entry, named)
+    except DecodeError:
+        return _stranger(entry, named)
 
 
 def _stranger(entry: bytes, named: dict[bytes, bytes]) -> Metadata:

@@ -5,11 +5,13 @@ from importlib.resources import files
 from typing import Final
 
 NAMES: Final = (
-    "beat",
     "declare",
     "delete",
+    "join",
+    "leave",
+    "page",
     "publish",
-    "recover",
+    "purge",
     "registry",
     "renew",
     "replay",
@@ -17,6 +19,8 @@ NAMES: Final = (
     "stats",
     "tick",
 )
+_MOVING: Final = ("declare", "page", "replay", "settle", "tick")
+"""Those that need what `common` has."""
 
 
 class Script:
@@ -24,8 +28,12 @@ class Script:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.text = (files(__name__) / f"{name}.lua").read_bytes()
+        self.text = (_text("common") if name in _MOVING else b"") + _text(name)
         self.sha = sha1(self.text).hexdigest().encode()  # noqa: S324 - Redis's own name for it, no secret
+
+
+def _text(name: str) -> bytes:
+    return (files(__name__) / f"{name}.lua").read_bytes()
 
 
 SCRIPTS: Final = {name: Script(name) for name in NAMES}

@@ -1,10 +1,37 @@
--- Makes a group exist, with the held messages that it wants.
--- KEYS: groups, version, the group's stream, its delayed set, held, held:delayed. ARGV: group, patterns as JSON ('' leaves them alone),
--- where to go on among the held messages, the patterns of a group that is new.
--- Returns 1 when there are more held messages to look at: call it again, from the position returned second.
-local call = redis.call
-local current = call('HGET', KEYS[1], ARGV[1])
-local wanted = ARGV[2] ~= '' and ARGV[2] or current or ARGV[4]
+-- Makes a group exist, with the parked messages that it wants.
+-- One group joins at a time, in steps that look at a bounded number of parked messages; where it stands is in Redis. It becomes a group to
+-- publishers in the step that finds nothing left to look at: what they park meanwhile is looked at too, and order is kept. Whoever
+-- declares goes on where another left off, so that a crash in the middle strands nothing.
+-- KEYS: groups, version, joining, parked, parked:delayed, parked:delayed:passed, the group's stream, its delayed set.
+-- ARGV: group, patterns as JSON ('' : those that it has), whether an existing group gets them (1 or 0), the patterns of a new group.
+-- Returns '' and the group's patterns when it exists; or the group that is joining: call again, for that group first if it is another.
+local group, wanted, change = ARGV[1], ARGV[2], ARGV[3] == '1'
+local current = call('HGET', KEYS[1], group)
+local joining = named(call('HGETALL', KEYS[3]))
+local mine = joining.group == group
+local target = change and wanted ~= '' and wanted or mine and joining.patterns or current or wanted ~= '' and wanted or ARGV[4]
+
+local function finish()
+  -- Only where it is missing: Redis refuses this command when memory is full, and then consumers are needed most.
+  if redis.pcall('XPENDING', KEYS[7], 'group').err then call('XGROUP', 'CREATE', KEYS[7], 'group', '0', 'MKSTREAM') end
+  if current ~= target then
+    call('HSET', KEYS[1], group, target)
+    local now = call('TIME')
+    call('SET', KEYS[2], now[1] .. '.' .. now[2] .. '.' .. group)
+  end
+  if mine then call('DEL', KEYS[3]) end
+  return {'', target}
+end
+local function there(first, ...) return call('EXISTS', first, ...) > 0 end
+
+if target == current and not (mine and joining.patterns == target) then return finish() end
+if joining.group and not mine then return {joining.group, ''} end
+if not there(KEYS[4], KEYS[5], KEYS[6]) then return finish() end
+if target == '["#"]' and not there(KEYS[6], KEYS[7], KEYS[8]) then
+  if there(KEYS[4]) then call('RENAME', KEYS[4], KEYS[7]) end
+  if there(KEYS[5]) then call('RENAME', KEYS[5], KEYS[8]) end
+  return finish()
+end
 
 local function split(text)
   local words = {}
@@ -12,7 +39,7 @@ local function split(text)
   return words
 end
 local patterns = {}
-for i, pattern in ipairs(cjson.decode(wanted)) do patterns[i] = split(pattern) end
+for i, pattern in ipairs(cjson.decode(target)) do patterns[i] = split(pattern) end
 local function match(pattern, words)
   -- The states of the pattern that are possible after each word; '#' would make a recursion exponential.
   local states = {[1] = true}
@@ -30,43 +57,46 @@ local function match(pattern, words)
   return states[#pattern + 1] or false
 end
 local function wants(fields)
-  local key = ''
-  for i = 1, #fields, 2 do
-    if fields[i] == 'k' then key = fields[i + 1] end
-    if fields[i] == 'm' then
-      local read, meta = pcall(cjson.decode, fields[i + 1])
-      key = read and type(meta) == 'table' and type(meta[3]) == 'string' and meta[3] or ''
-    end
+  local found = named(fields or {})
+  local key = found.k or ''
+  if found.m then
+    local read, meta = pcall(cjson.decode, found.m)
+    if read and type(meta) == 'table' and type(meta[3]) == 'string' then key = meta[3] end
   end
   local words = split(key)
   for _, pattern in ipairs(patterns) do if match(pattern, words) then return true end end
   return false
 end
 
-if call('EXISTS', KEYS[6]) == 1 then
-  local held = call('ZRANGE', KEYS[6], 0, -1, 'WITHSCORES')
-  for i = 1, #held, 2 do
-    local fields = cmsgpack.unpack(string.sub(held[i], string.find(held[i], '|', 1, true) + 1))
-    if wants(fields) then call('ZADD', KEYS[4], held[i + 1], held[i]); call('ZREM', KEYS[6], held[i]) end
-  end
+local left, room = MOST, BYTES
+local function looked_at(bytes) left, room = left - 1, room - bytes end
+local function take(found, to) call('ZADD', to, found[2], found[1]) end
+
+local position, skipped = '-', 0
+if mine and joining.patterns == target then position, skipped = joining.position, tonumber(joining.skipped) end
+while left > 0 and room > 0 do -- publishers add nothing to these: places in the set do not move
+  local found = call('ZRANGE', KEYS[6], skipped, skipped, 'WITHSCORES')
+  if not found[1] then break end
+  if wants(unpacked(found[1])) then take(found, KEYS[8]); call('ZREM', KEYS[6], found[1]) else skipped = skipped + 1 end
+  looked_at(#found[1])
 end
-if call('EXISTS', KEYS[5]) == 1 then
-  if wanted == '["#"]' and call('EXISTS', KEYS[3]) == 0 then
-    call('RENAME', KEYS[5], KEYS[3])
-  else
-    local some = call('XRANGE', KEYS[5], ARGV[3], '+', 'COUNT', 1000)
-    for _, entry in ipairs(some) do
-      if wants(entry[2]) then call('XADD', KEYS[3], '*', unpack(entry[2])); call('XDEL', KEYS[5], entry[1]) end
-    end
-    if #some == 1000 then return '(' .. some[1000][1] end
-    if call('XLEN', KEYS[5]) == 0 then call('DEL', KEYS[5]) end
-  end
+while left > 0 and room > 0 do
+  local found = call('ZRANGE', KEYS[5], 0, 0, 'WITHSCORES')
+  if not found[1] then break end
+  if wants(unpacked(found[1])) then take(found, KEYS[8]) else take(found, KEYS[6]); skipped = skipped + 1 end
+  call('ZREM', KEYS[5], found[1])
+  looked_at(#found[1])
 end
--- Only where it is missing: Redis refuses this command when memory is full, and then consumers are needed most.
-if redis.pcall('XPENDING', KEYS[3], 'group').err then call('XGROUP', 'CREATE', KEYS[3], 'group', '0', 'MKSTREAM') end
-if current ~= wanted then
-  call('HSET', KEYS[1], ARGV[1], wanted)
-  local now = call('TIME')
-  call('SET', KEYS[2], now[1] .. '.' .. now[2] .. '.' .. ARGV[1])
+while left > 0 and room > 0 do
+  local entry = call('XRANGE', KEYS[4], position, '+', 'COUNT', 1)[1]
+  if not entry then break end
+  if wants(entry[2]) then add(KEYS[7], entry[2]); call('XDEL', KEYS[4], entry[1]) end
+  position = '(' .. entry[1]
+  looked_at(size(entry[2]))
 end
-return ''
+if left <= 0 or room <= 0 then
+  call('HSET', KEYS[3], 'group', group, 'patterns', target, 'position', position, 'skipped', skipped)
+  return {group, ''}
+end
+if there(KEYS[4]) and call('XLEN', KEYS[4]) == 0 then call('DEL', KEYS[4]) end
+return finish()

@@ -1,5 +1,7 @@
--- Ends a group. KEYS: groups, version, the group's stream, delayed set, dead letters and signs of life. ARGV: group.
-redis.call('DEL', KEYS[3], KEYS[4], KEYS[5], KEYS[6])
+-- Ends a group. KEYS: groups, version, joining, then what the group has. ARGV: group.
+if redis.call('HGET', KEYS[3], 'group') == ARGV[1] then redis.call('DEL', KEYS[3]) end
+local gone = {unpack(KEYS, 4)}
+if type(redis.pcall('UNLINK', unpack(gone))) == 'table' then redis.call('DEL', unpack(gone)) end -- UNLINK frees in the background
 if redis.call('HDEL', KEYS[1], ARGV[1]) == 1 then
   local now = redis.call('TIME')
   redis.call('SET', KEYS[2], now[1] .. '.' .. now[2] .. '.' .. ARGV[1])

@@ -8,7 +8,8 @@ local limit, room = tonumber(ARGV[2]), {}
 if limit > 0 then
   for g = 1, n do
     local waiting = call('XLEN', KEYS[2 * g]) + call('ZCARD', KEYS[2 * g + 1])
-    if call('EXISTS', KEYS[2 * g]) == 1 then
+    -- Looking who holds how many takes as long as there are consumers: only near the limit.
+    if limit - waiting < (#ARGV - 2) / 2 and call('EXISTS', KEYS[2 * g]) == 1 then
       local known, pending = pcall(call, 'XPENDING', KEYS[2 * g], 'group')
       if known then waiting = waiting - pending[1] end
       for _, consumer in ipairs(known and type(pending[4]) == 'table' and pending[4] or {}) do

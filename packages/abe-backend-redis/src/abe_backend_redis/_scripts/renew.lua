@@ -1,10 +1,13 @@
--- Renews the leases that are still the consumer's. KEYS: stream. ARGV: consumer, ids. Returns the ids that are not.
+-- Renews the leases that are still the consumer's. KEYS: stream, until when each consumer is heard. ARGV: consumer, lease in ms, ids.
+-- Returns the ids that are not.
 local lost, ours = {}, {'XCLAIM', KEYS[1], 'group', ARGV[1], '0'}
-for i = 2, #ARGV do
+for i = 3, #ARGV do
   if redis.call('XPENDING', KEYS[1], 'group', ARGV[i], ARGV[i], 1, ARGV[1])[1] then ours[#ours + 1] = ARGV[i] else lost[#lost + 1] = ARGV[i] end
 end
 if #ours > 5 then
   ours[#ours + 1] = 'JUSTID'
   redis.call(unpack(ours))
 end
+local t = redis.call('TIME')
+redis.pcall('ZADD', KEYS[2], t[1] * 1000 + math.floor(t[2] / 1000) + ARGV[2], ARGV[1]) -- refused when memory is full: see tick
 return lost

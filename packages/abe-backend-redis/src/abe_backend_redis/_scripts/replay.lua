@@ -1,16 +1,20 @@
--- Moves dead letters back to the group, as if they had never been delivered. KEYS: dead letters, stream. ARGV: entry ids. Returns how many.
+-- Moves dead letters back to the group, as if they had never been delivered. KEYS: groups, dead letters, stream. ARGV: group, entry ids.
+-- Returns how many, and why it stopped before the end ('' : it did not).
+if not call('HGET', KEYS[1], ARGV[1]) then return redis.error_reply("MISSING there is no group '" .. ARGV[1] .. "'") end
 local moved = 0
-for _, id in ipairs(ARGV) do
-  local entry = redis.call('XRANGE', KEYS[1], id, id)[1]
+for i = 2, #ARGV do
+  local entry = call('XRANGE', KEYS[2], ARGV[i], ARGV[i])[1]
   if entry then
     local fields = {}
-    for i = 1, #entry[2], 2 do
-      local name = entry[2][i]
-      if name ~= 'a' and name ~= 'r' and name ~= 'e' and name ~= 't' then fields[#fields + 1] = name; fields[#fields + 1] = entry[2][i + 1] end
+    for f = 1, #entry[2], 2 do
+      local name = entry[2][f]
+      if name ~= 'a' and name ~= 'r' and name ~= 'e' and name ~= 't' then fields[#fields + 1] = name; fields[#fields + 1] = entry[2][f + 1] end
     end
-    redis.call('XADD', KEYS[2], '*', unpack(fields))
-    redis.call('XDEL', KEYS[1], id)
+    if #fields == 0 then fields = {'i', entry[1]} end
+    local done, why = pcall(add, KEYS[3], fields)
+    if not done then return {moved, told(why)} end
+    call('XDEL', KEYS[2], ARGV[i])
     moved = moved + 1
   end
 end
-return moved
+return {moved, ''}

@@ -1,25 +1,57 @@
--- Makes deliverable what is due, and claims what dead consumers hold and leaving ones gave back.
--- KEYS: stream, delayed set. ARGV: consumer, lease in ms, most to claim.
--- Returns the claimed entries as {id, fields, deliveries}, and the ms until the next one is due (-1: none is).
-local call = redis.call
-local t = call('TIME')
-local now = t[1] * 1000 + math.floor(t[2] / 1000)
-local full = false
-local due = call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 500)
-for _, member in ipairs(due) do
-  local added = redis.pcall('XADD', KEYS[1], '*', unpack(cmsgpack.unpack(string.sub(member, string.find(member, '|', 1, true) + 1))))
-  full = type(added) == 'table' and added.err
-  if full then break end -- they wait until what is in the stream has been handled, and made room
-  call('ZREM', KEYS[2], member)
+-- Makes deliverable what is due, and claims what dead consumers hold and closing ones gave back.
+-- KEYS: stream, delayed set, dead letters, until when each consumer is heard. ARGV: consumer, its lease in ms, most to claim.
+-- Returns the claimed entries as {id, fields, deliveries}; the ms until the next one is due (-1: none is, 0: call again); the server's time.
+if call('EXISTS', KEYS[1]) == 0 then return redis.error_reply('NOGROUP the stream is gone') end
+local now, me, bytes, moved = clock(), ARGV[1], 0, 0
+
+-- When memory is full Redis refuses this, and every move of what is due. Then nobody is heard, and idle times alone tell who is dead.
+local heard = redis.pcall('ZADD', KEYS[4], now + ARGV[2], me)
+local full = type(heard) == 'table' and heard.err
+if full and not string.find(full, 'OOM', 1, true) then return heard end
+
+local function move(member)
+  local fields = unpacked(member)
+  if fields and pcall(add, KEYS[1], fields) then return true end
+  return pcall(add, KEYS[3], {'p', member, 'r', 'undecodable', 'e', 'it is no delayed message', 't', string.format('%d', now)})
 end
-local claimed = {}
-for _, pending in ipairs(call('XPENDING', KEYS[1], 'group', 'IDLE', ARGV[2], '-', '+', ARGV[3])) do
-  local entry = call('XCLAIM', KEYS[1], 'group', ARGV[1], '0', pending[1])[1]
-  if entry then
-    claimed[#claimed + 1] = {entry[1], entry[2], pending[4] + 1}
-  else
-    call('XACK', KEYS[1], 'group', pending[1]) -- its message was removed by an acknowledgement whose second half was lost
+while not full and moved < MOST and bytes < BYTES do
+  local member = call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 1)[1]
+  if not member then break end
+  full = not move(member) -- it waits until what is in the stream has been handled, and made room
+  if not full then call('ZREM', KEYS[2], member); moved = moved + 1; bytes = bytes + #member end
+end
+
+local claimed, room = {}, math.min(MOST, tonumber(ARGV[3]))
+local function claim(owner, idle)
+  if #claimed >= room then return end
+  for _, pending in ipairs(call('XPENDING', KEYS[1], 'group', 'IDLE', idle, '-', '+', room - #claimed, owner)) do
+    local entry = call('XCLAIM', KEYS[1], 'group', me, '0', pending[1])[1]
+    if entry then
+      claimed[#claimed + 1] = {entry[1], entry[2], pending[4] + 1}
+      bytes = bytes + size(entry[2])
+      if bytes >= BYTES then room = #claimed; return end
+    else
+      call('XACK', KEYS[1], 'group', pending[1]) -- its message was removed by an acknowledgement whose second half was lost
+    end
   end
 end
-local nearest = call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
-return {claimed, nearest[2] and not full and math.max(0, math.ceil(nearest[2] - now)) or -1}
+claim('released', '0')
+claim(me, ARGV[2])
+-- Each consumer's lease is its own setting, and part of its name.
+local silent = call('ZRANGEBYSCORE', KEYS[4], '-inf', now, 'WITHSCORES', 'LIMIT', 0, full and 1000 or 100)
+for i = 1, #silent, 2 do
+  local owner = silent[i]
+  local lease = string.match(owner, '@(%d+)$') or ARGV[2]
+  if owner ~= me then
+    claim(owner, lease)
+    if silent[i + 1] + lease < now and not call('XPENDING', KEYS[1], 'group', '-', '+', 1, owner)[1] then
+      call('XGROUP', 'DELCONSUMER', KEYS[1], 'group', owner)
+      call('ZREM', KEYS[4], owner)
+    end
+  end
+end
+
+local wait, nearest = -1, call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')[2]
+if #claimed >= room or moved >= MOST or bytes >= BYTES then wait = 0
+elseif nearest and not full then wait = math.max(0, math.min(60000, math.ceil(nearest - now))) end
+return {claimed, wait, now}

@@ -13,6 +13,7 @@ class MessageSource(Protocol):
 
     def metadata(self, message: "Message") -> Metadata: ...
     def lease_lost(self, message: "Message") -> bool: ...
+    def dropped(self, message: "Message") -> None: ...
     async def ack(self, message: "Message") -> None: ...
     async def nack(self, message: "Message", delay: float | None, reason: str, error: str) -> None: ...
     async def reject(self, message: "Message", reason: str, error: str) -> None: ...
@@ -33,6 +34,14 @@ class Message(dict[str, Any]):
     _delivery: Delivery
     _source: MessageSource
     _verdict: str | None
+
+    def __del__(self) -> None:
+        # Taken and dropped, it would keep its place in the bound for ever.
+        try:
+            if self._verdict is None:
+                self._source.dropped(self)
+        except AttributeError:
+            return  # it never came from a broker
 
     @property
     def id(self) -> str:

@@ -1,7 +1,6 @@
 """A transport made into a backend: everything that must behave alike, whichever broker is underneath."""
 
 import asyncio
-import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
@@ -15,19 +14,14 @@ from abe.backends.message_queue.base.capabilities import Capabilities
 from abe.backends.message_queue.base.clock import Clock, MonotonicClock
 from abe.backends.message_queue.base.middleware import Middleware, Publication, PublishNext
 from abe.backends.message_queue.base.names import (
-    DEFAULT_GROUP,
     check_count,
-    check_group,
-    check_headers,
-    check_id,
-    check_key,
     check_patterns,
     check_seconds,
 )
 from abe.backends.message_queue.base.transport import Envelope, GroupStats, Receiver, Transport
 from abe.backends.message_queue.engine.dead_letters import DeadLetters
-from abe.backends.message_queue.engine.ids import next_id
 from abe.backends.message_queue.engine.inbox import Inbox
+from abe.backends.message_queue.engine.outgoing import Outgoing
 from abe.backends.message_queue.engine.session import Session
 from abe.backends.message_queue.engine.subscription import GroupSubscription
 from abe.codec import Codec, JSONCodec
@@ -39,7 +33,6 @@ from abe.errors import (
     EventLoopError,
     GroupMissingError,
     PartialPublishError,
-    PayloadTooLargeError,
     UnroutableError,
     UnsupportedCapabilityError,
 )
@@ -47,10 +40,7 @@ from abe.settings import QueueSettings
 from abe.types import MessageQueuePayload
 
 _T = TypeVar("_T")
-
-
 _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=1.0)
-_MOST_KNOWN_KEYS: Final = 10_000
 
 
 class TransportBackend(ABC):
@@ -95,13 +85,13 @@ class TransportBackend(ABC):
         if self.capabilities.lease is not None:
             self.capabilities = replace(self.capabilities, lease=settings.lease)
         self.unroutable: int = 0
-        """Messages that no group wanted, so far."""
+        """Messages published here that no group wanted, so far: groups existed, and the message is gone."""
         self._codec = codec or JSONCodec()
         self._clock = clock or MonotonicClock()
         self._send: PublishNext | None = None
         for layer in reversed(middleware):
             self._send = partial(layer.publish, forward=self._send or self._forward)
-        self._known_keys: set[str] = set()
+        self._outgoing = Outgoing(type(self).__name__, self._codec)
         self._session: Session | None = None
         self._closed = False
 
@@ -166,10 +156,11 @@ class TransportBackend(ABC):
         """
         if self._send is not None:
             return await self._send(Publication(key, payload, headers, id, delay or 0.0, mandatory, group, timeout))
+        check_seconds("timeout", timeout)
         session = self._here()
-        outcome = await session.publisher.publish(self._envelope(key, payload, headers, id, delay, group))
+        outcome = await session.publisher.publish(self._envelope(key, payload, headers, id, delay, group), timeout)
         if outcome is not None:
-            self._judge(outcome, mandatory or group is not None)
+            self._judge(outcome, key, mandatory or group is not None)
         return None
 
     async def publish_many(self, items: Iterable[Publication | tuple[str, MessageQueuePayload]]) -> None:
@@ -185,6 +176,8 @@ class TransportBackend(ABC):
         publications = [item if isinstance(item, Publication) else Publication(*item) for item in items]
         results: Sequence[BaseException | None]
         send = self._send
+        if send is None and any(item.timeout is not None for item in publications):
+            send = self._forward
         envelopes: list[Envelope] = []
         for index, item in enumerate(publications):
             try:
@@ -199,9 +192,10 @@ class TransportBackend(ABC):
             results = await session.publisher.publish_many(envelopes)
         failures: list[tuple[int, AbeError]] = []
         for index, result in enumerate(results):
+            item = publications[index]
             try:
                 if isinstance(result, AbeError):
-                    self._judge(result, publications[index].mandatory or publications[index].group is not None)
+                    self._judge(result, item.key, item.mandatory or item.group is not None)
                 elif result is not None:
                     raise result
             except AbeError as exc:
@@ -321,9 +315,10 @@ class TransportBackend(ABC):
     async def _forward(self, publication: Publication) -> None:
         p = publication
         envelope = self._envelope(p.key, p.payload, p.headers, p.id, p.delay, p.group)
-        outcome = await self._here().publisher.publish(envelope)
+        check_seconds("timeout", p.timeout)
+        outcome = await self._here().publisher.publish(envelope, p.timeout)
         if outcome is not None:
-            self._judge(outcome, p.mandatory or p.group is not None)
+            self._judge(outcome, p.key, p.mandatory or p.group is not None)
 
     def _envelope(
         self,
@@ -334,54 +329,27 @@ class TransportBackend(ABC):
         delay: float | None,
         group: str | None,
     ) -> Envelope:
-        if type(key) is not str or key not in self._known_keys:
-            check_key(key)
-            if len(self._known_keys) >= _MOST_KNOWN_KEYS:
-                self._known_keys.clear()
-            self._known_keys.add(key)
-        body = self._codec.encode(payload)
-        if len(body) > self.capabilities.max_payload_bytes:
-            raise PayloadTooLargeError(
-                f"the payload is {len(body)} bytes of {self.capabilities.max_payload_bytes}: store it elsewhere, and publish where it is"
-            )
-        return Envelope(
-            next_id() if id is None else check_id(id),
-            key,
-            body,
-            int(time.time() * 1000),
-            check_headers(headers) if headers else None,
-            self._delay(delay) if delay else 0.0,
-            None if group is None else self._group(group),
-        )
+        return self._outgoing.envelope(self.capabilities, key, payload, headers, id, delay, group)
 
-    def _delay(self, delay: float) -> float:
-        check_seconds("delay", delay)
-        if self.capabilities.max_delay is None or delay > self.capabilities.max_delay:
-            limit = (
-                "not at all" if self.capabilities.max_delay is None else f"by at most {self.capabilities.max_delay:g} s"
-            )
-            raise UnsupportedCapabilityError(f"delay={delay:g}: {type(self).__name__} can delay messages {limit}")
-        return delay
-
-    def _judge(self, outcome: AbeError, mandatory: bool) -> None:
-        if isinstance(outcome, UnroutableError) and not mandatory:
-            self.unroutable += 1
-        else:
+    def _judge(self, outcome: AbeError, key: str, mandatory: bool) -> None:
+        if not isinstance(outcome, UnroutableError) or mandatory:
             raise outcome
+        self.unroutable += 1
+        self._outgoing.unwanted(key)
 
     def _group(self, group: str | None) -> str:
-        if group is not None and group != DEFAULT_GROUP and not self.capabilities.groups:
-            raise UnsupportedCapabilityError(
-                f"group={group!r}: {type(self).__name__} has no groups but {DEFAULT_GROUP!r}"
-            )
-        return check_group(group)
+        return self._outgoing.group(self.capabilities, group)
 
     def _patterns(self, keys: Sequence[str] | None) -> tuple[str, ...] | None:
         if keys is not None and not self.capabilities.key_patterns:
             raise UnsupportedCapabilityError(f"keys={keys!r}: {type(self).__name__} delivers every key to every group")
         return None if keys is None else check_patterns(keys)
 
-    async def _subscribe(self, group: str, patterns: tuple[str, ...] | None, prefetch: int, max_attempts: int) -> Inbox:
+    async def _subscribe(
+        self, group: str, patterns: tuple[str, ...] | None, prefetch: int, max_attempts: int, alone: bool
+    ) -> Inbox:
+        prefetch = 1 if alone else prefetch
+
         async def join(session: Session) -> Inbox:
             def inbox(receiver: Receiver) -> Inbox:
                 return Inbox(
@@ -389,6 +357,7 @@ class TransportBackend(ABC):
                     group=group,
                     prefetch=prefetch,
                     max_attempts=max_attempts,
+                    alone=alone,
                     max_delay=self.capabilities.max_delay,
                     lease=self.capabilities.lease,
                     codec=self._codec,

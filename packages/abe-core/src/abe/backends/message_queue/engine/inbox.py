@@ -1,4 +1,4 @@
-"""The inbox of one subscription: takes messages from the broker within a bound, hands them out, and carries their verdicts back."""
+"""The inbox of one subscription: takes messages from the broker within a bound, and hands them out."""
 
 import asyncio
 import logging
@@ -6,35 +6,34 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import Final
 
-from abe.backends.message_queue.base.backoff import Backoff, ExponentialBackoff
+from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.clock import Clock, sleep
 from abe.backends.message_queue.base.message import Message
-from abe.backends.message_queue.base.names import check_seconds
-from abe.backends.message_queue.base.transport import Delivery, Metadata, Receipt, Receiver, Settlement, Verb
+from abe.backends.message_queue.base.transport import Delivery, Receipt, Receiver
+from abe.backends.message_queue.engine.in_flight import InFlight
 from abe.backends.message_queue.engine.leases import LeaseKeeper
 from abe.backends.message_queue.engine.settler import Settler
 from abe.codec import Codec
-from abe.errors import (
-    AbeError,
-    AlreadySettledError,
-    BackendClosedError,
-    DecodeError,
-    LeaseLostError,
-    UnsupportedCapabilityError,
-)
+from abe.errors import AbeError, BackendClosedError, DecodeError
 
 _log: Final = logging.getLogger("abe.engine")
 _RECONNECT: Final = ExponentialBackoff(initial=0.05, maximum=5.0)
-_RETRY: Final[Backoff] = ExponentialBackoff()
-_UNRENEWED_PATIENCE: Final = 30.0
-"""Seconds for which a verdict is tried where the broker has no lease that would run out."""
+_UNRENEWED_TIMEOUT: Final = 30.0
+"""Seconds for which a settlement is tried, and others are waited for, where the broker has no lease that would run out."""
+
+_SETTLING: Final = 0.7
+"""The part of the time to close that is for settlements and what is given back; the rest is for leaving the group."""
 
 
 class Inbox:
     """Deliveries between the broker and whoever handles them.
 
-    At most `prefetch` of them are ours at any time: in the buffer, in a handler, or with a verdict that the broker has not confirmed. The
-    next ones are asked for, half of the bound at a time, while the buffered ones are handled.
+    At most `prefetch` of them are ours at any time: in the buffer, in a handler, or with a settlement that the broker has not confirmed.
+    The next ones are asked for, half of the bound at a time, while the buffered ones are handled.
+
+    A message whose attempts are used up without a settlement is a suspect: it may have killed its consumers, or have been beside one
+    that did. An inbox that meets one ends (`changing`), and is followed by one that holds a single message at a time (`alone`), which
+    tries the suspect once more with nothing beside it; what comes back even then is buried. Its first unsuspected message ends it too.
 
     Args:
         receiver: The broker's side.
@@ -43,6 +42,7 @@ class Inbox:
         max_attempts: Deliveries of one message before it is dead.
         max_delay: The longest delay that the broker can hold, in seconds; None: no delay at all.
         lease: Seconds; None where the broker has no leases.
+        alone: Whether suspects are tried here. The bound must be 1 then.
         codec: Decodes bodies.
         clock: What leases and pauses are measured by.
         close_timeout: Seconds for which closing waits for a broker that does not answer.
@@ -58,64 +58,83 @@ class Inbox:
         max_attempts: int,
         max_delay: float | None,
         lease: float | None,
+        alone: bool = False,
         codec: Codec,
         clock: Clock,
         close_timeout: float,
         left: "Callable[[Inbox], object]",
     ) -> None:
         self.group = group
+        self.alone = alone
+        self.changing = False
+        """Whether another inbox must follow: one that is alone where this one is not, and the other way round."""
         self._receiver = receiver
         self._prefetch = prefetch
         self._max_attempts = max_attempts
-        self._max_delay = max_delay
-        self._lease = lease
         self._decode = codec.decode
         self._clock = clock
         self._close_timeout = close_timeout
         self._left = left
         self._loop = asyncio.get_running_loop()
-        self._live: dict[Receipt, Delivery] = {}
+        self._timeout = _UNRENEWED_TIMEOUT if lease is None else lease
+        self._keeper = LeaseKeeper(receiver, self._receipts, self._lose, lease, clock)
+        self._settler = Settler(receiver, self._keeper.sure, self._make_space, self._refused, self._timeout, clock)
+        self._in_flight = InFlight(
+            receiver, self._settler, group=group, max_attempts=max_attempts, max_delay=max_delay, lease=lease
+        )
+        self._live = self._in_flight.live
         self._buffer: deque[Delivery] = deque()
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._space: asyncio.Future[None] | None = None
         self._error: BaseException | None = None
+        self._shut = False
         self._stopping = False
         self._closing: asyncio.Task[None] | None = None
-        self._keeper = LeaseKeeper(receiver, self._held, self._lose, lease, clock)
-        patience = _UNRENEWED_PATIENCE if lease is None else lease
-        self._settler = Settler(receiver, self._keeper.sure, self._make_space, patience, clock)
         self._keeping = self._loop.create_task(self._keeper.run())
         self._fetching = self._loop.create_task(self._fetch())
         for task in (self._keeping, self._fetching):
             task.add_done_callback(self._ended)
         self._stopped: asyncio.Task[None] | None = None
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed, and everything in it settled or given back."""
+        return self._closing is not None and self._closing.done()
+
     def take(self) -> Message | None:
         """Return the next message if one is at hand."""
-        while self._buffer:
+        while self._buffer and not self._shut:
             delivery = self._buffer.popleft()
             if delivery.lost:
                 if self._live.get(delivery.receipt) is delivery:  # the transport saw it go: it takes no place any more
                     del self._live[delivery.receipt]
                 continue
-            if delivery.fault is None and delivery.attempt <= self._max_attempts:
-                try:
-                    message = Message(self._decode(delivery.body))
-                except DecodeError as exc:
-                    self._bury(delivery, "undecodable", str(exc))
-                else:
-                    message._delivery = delivery  # pyright: ignore[reportPrivateUsage]
-                    message._source = self  # pyright: ignore[reportPrivateUsage]
-                    message._verdict = None  # pyright: ignore[reportPrivateUsage]
-                    return message
-            elif delivery.fault is not None:
-                self._bury(delivery, "undecodable", delivery.fault)
+            if delivery.fault is not None:
+                self._in_flight.bury(delivery, "undecodable", delivery.fault)
+                continue
+            if delivery.attempt <= self._max_attempts:
+                if self.alone:
+                    self._change()
+            elif not self._may_try(delivery):
+                continue
+            try:
+                message = Message(self._decode(delivery.body))
+            except Exception as exc:  # noqa: BLE001 - whatever a codec raises concerns this one message
+                text = str(exc) if isinstance(exc, DecodeError) else f"the codec failed with {type(exc).__name__}"
+                self._in_flight.bury(delivery, "undecodable", text)
             else:
-                self._bury(delivery, "max_attempts", "its consumers died or let its lease run out, each time")
+                message._delivery = delivery  # pyright: ignore[reportPrivateUsage]
+                message._source = self._in_flight  # pyright: ignore[reportPrivateUsage]
+                message._verdict = None  # pyright: ignore[reportPrivateUsage]
+                return message
         return None
 
     async def receive(self) -> Message:
-        """Wait for the next message; see `Subscription.receive`."""
+        """Wait for the next message; see `Subscription.receive`.
+
+        Raises:
+            BackendClosedError: It was closed or stopped, or another inbox follows (`changing`).
+        """
         while True:
             message = self.take()
             if message is not None:
@@ -138,82 +157,20 @@ class Inbox:
             if len(self._buffer) > 1:
                 self._wake(2)  # each one that wakes wakes two: the waiters rise as a tree, not all for one message
 
-    def metadata(self, message: Message) -> Metadata:
-        """Return what travelled beside the body."""
-        delivery = _delivery(message)
-        if not isinstance(delivery.header, Metadata):
-            delivery.header = self._receiver.metadata(delivery)
-        return delivery.header
-
-    def lease_lost(self, message: Message) -> bool:
-        """Whether the message is known not to be ours any more."""
-        return _delivery(message).lost
-
-    def ack_soon(self, message: Message) -> None:
-        """Acknowledge with the next batch; a failure is logged."""
-        if message._verdict is None:  # pyright: ignore[reportPrivateUsage]
-            message._verdict = "ack"  # pyright: ignore[reportPrivateUsage]
-            delivery = _delivery(message)
-            if self._live.get(delivery.receipt) is delivery:
-                del self._live[delivery.receipt]
-                self._settler.ack(delivery)
-            else:
-                _log.warning(
-                    "a message of group %r was handled, but its lease was lost: it will be handled again", self.group
-                )
-
-    async def ack(self, message: Message) -> None:
-        """Acknowledge; see `Message.ack`."""
-        await self._settle(message, "ack", None)
-
-    async def nack(self, message: Message, delay: float | None, reason: str, error: str) -> None:
-        """Have it delivered again, or bury it; see `Message.nack`."""
-        delivery, reason, error = _delivery(message), _text(reason), _text(error)
-        if delay is None:
-            delay = _RETRY(delivery.attempt)
-        check_seconds("nack: delay", delay, zero=True)
-        if delay and (self._max_delay is None or delay > self._max_delay):
-            raise UnsupportedCapabilityError(
-                f"nack(delay={delay:g}): this backend can delay by at most {self._max_delay or 0:g} s"
-            )
-        if delivery.attempt >= self._max_attempts:
-            settlement = Settlement(delivery.receipt, Verb.DEAD, reason=reason or "max_attempts", error=error)
-        else:
-            settlement = Settlement(delivery.receipt, Verb.RETRY, delay=delay, reason=reason, error=error)
-        await self._settle(message, "nack", settlement)
-
-    async def reject(self, message: Message, reason: str, error: str) -> None:
-        """Bury it; see `Message.reject`."""
-        settlement = Settlement(_delivery(message).receipt, Verb.DEAD, reason=_text(reason), error=_text(error))
-        await self._settle(message, "reject", settlement)
-
-    async def release(self, message: Message) -> None:
-        """Give a message back as if it had never been taken. Nothing happens when it is settled already."""
-        if message._verdict is None:  # pyright: ignore[reportPrivateUsage]
-            await self._settle(message, "release", Settlement(_delivery(message).receipt, Verb.RELEASE))
-
-    async def extend(self, message: Message, seconds: float) -> None:
-        """Start the lease anew; see `Message.extend`."""
-        delivery = _delivery(message)
-        check_seconds("extend: seconds", seconds)
-        if self._lease is None:
-            return
-        if seconds > self._lease:
-            raise UnsupportedCapabilityError(
-                f"extend({seconds:g}): the lease is {self._lease:g} s. It is renewed by itself as long as the event loop runs; "
-                f"set QUEUE_LEASE_SECONDS higher if the loop must be kept busy for longer"
-            )
-        if delivery.lost or self._live.get(delivery.receipt) is not delivery:
-            raise LeaseLostError("the message is not ours any more")
-        self._lose(await self._receiver.renew([delivery.receipt]))
-        if delivery.lost:
-            raise LeaseLostError("the message is not ours any more: its lease had run out")
-
     async def stop(self) -> None:
         """Take nothing new, and give back what nobody was handed yet."""
-        if self._stopped is None:
-            self._stopped = self._loop.create_task(self._stop())
-        await asyncio.shield(self._stopped)
+        await asyncio.shield(self._stop_once())
+
+    async def hand_over(self) -> None:
+        """Stop, and close once everything that was handed out is settled. Return when another inbox may follow: where this one is alone,
+        at once; else when it is closed, or has had a lease's time for that."""
+        await self.stop()
+        retiring = self._loop.create_task(self._retire())
+        if not self.alone:
+            async with asyncio.TaskGroup() as group:
+                late = group.create_task(sleep(self._clock, self._timeout))
+                await asyncio.wait([retiring, late], return_when=asyncio.FIRST_COMPLETED)
+                late.cancel()
 
     async def close(self) -> None:
         """Stop, carry out what was decided, give back the rest, and leave."""
@@ -232,6 +189,40 @@ class Inbox:
         except RuntimeError:
             _log.debug("the event loop of group %r was closed before its subscription", self.group)
 
+    def _may_try(self, suspect: Delivery) -> bool:
+        """Whether a delivery whose attempts are used up without a settlement may be handed out; if not, see to it otherwise."""
+        certain = suspect.attempt - 1 - suspect.uncertain
+        if certain > self._max_attempts:
+            text = "its consumers died or let its lease run out, each time, the last time with nothing else in hand"
+            self._in_flight.bury(suspect, "max_attempts", text)
+            return False
+        if not self.alone:
+            self._buffer.appendleft(suspect)
+            self._change()
+            return False
+        if suspect.uncertain:
+            # It comes back with a count that is certain, so that the try that follows it, and no lost connection before, is its last.
+            self._in_flight.give_back(suspect, certain + 1 if certain == self._max_attempts else self._max_attempts)
+            return False
+        return True
+
+    def _change(self) -> None:
+        """End this inbox, for another that is alone, or that is not."""
+        if not self.changing:
+            self.changing = True
+            self._shut = not self.alone
+            if not self.alone:
+                _log.warning(
+                    "a message of group %r has used up its attempts without a settlement: it is tried with nothing else in hand",
+                    self.group,
+                )
+            self._stop_once()
+
+    def _stop_once(self) -> asyncio.Task[None]:
+        if self._stopped is None:
+            self._stopped = self._loop.create_task(self._stop())
+        return self._stopped
+
     async def _stop(self) -> None:
         self._stopping = True
         self._make_space()
@@ -244,19 +235,29 @@ class Inbox:
         await asyncio.wait([self._fetching])
         unread = [delivery for delivery in self._buffer if not delivery.lost]
         self._buffer.clear()
-        await self._give_back(unread)
+        await self._in_flight.give_back_all(unread)
 
     def _close_once(self) -> asyncio.Task[None]:
         if self._closing is None:
+            self._in_flight.closing = True
+            self._make_space()
             self._closing = self._loop.create_task(self._close())
         return self._closing
 
+    async def _retire(self) -> None:
+        while self._live and self._closing is None:
+            self._space = self._loop.create_future()  # set whenever a settlement was carried out, or a lease was lost
+            await self._space
+        await self.close()
+
     async def _close(self) -> None:
+        """Close within `close_timeout`, whatever the broker does."""
+        began = self._loop.time()
         try:
-            async with asyncio.timeout(self._close_timeout):
+            async with asyncio.timeout_at(began + _SETTLING * self._close_timeout):
                 await self.stop()
                 await self._settler.drain()
-                await self._give_back(list(self._live.values()))
+                await self._in_flight.give_back_all(list(self._live.values()))
                 await self._settler.drain()
         except (AbeError, TimeoutError) as exc:
             _log.warning(
@@ -270,20 +271,11 @@ class Inbox:
             self._settler.abandon()
             await asyncio.wait([self._fetching, self._keeping])
             try:
-                async with asyncio.timeout(self._close_timeout):
+                async with asyncio.timeout_at(began + self._close_timeout):
                     await self._receiver.close()
             except (AbeError, TimeoutError) as exc:
-                _log.debug("the receiver could not say goodbye: %r", exc)
+                _log.debug("the receiver could not unsubscribe: %r", exc)
             self._left(self)
-
-    async def _give_back(self, deliveries: Collection[Delivery]) -> None:
-        waiters = [
-            self._settler.submit(delivery, Settlement(delivery.receipt, Verb.RELEASE))
-            for delivery in deliveries
-            if self._live.pop(delivery.receipt, None) is delivery
-        ]
-        if waiters:
-            await asyncio.wait(waiters)
 
     async def _fetch(self) -> None:
         failures = 0
@@ -291,7 +283,7 @@ class Inbox:
         while not self._stopping:
             try:
                 if broken:
-                    self._lose(await self._receiver.recover(self._held()))
+                    self._lose(await self._receiver.recover(self._receipts()))
                     _log.info("group %r is being consumed again", self.group)
                     broken = False
                 room = self._room()
@@ -299,12 +291,15 @@ class Inbox:
                     await self._wait_for_space()
                     continue
                 deliveries = await self._receiver.receive(room)
-            except AbeError as exc:
-                if not exc.retryable:
+            except Exception as exc:
+                if isinstance(exc, AbeError) and not exc.retryable:
                     raise
                 failures += 1
                 broken = True
-                _log.warning("group %r cannot be consumed, trying again: %s", self.group, exc)
+                if isinstance(exc, AbeError):
+                    _log.warning("group %r cannot be consumed, trying again: %s", self.group, exc)
+                else:
+                    _log.exception("unexpected exception from the transport (a bug of the provider), trying again")
                 await sleep(self._clock, _RECONNECT(failures))
             else:
                 failures = 0
@@ -313,16 +308,15 @@ class Inbox:
                     self._buffer.extend(deliveries)
                     self._wake(1)
 
-    def _held(self) -> list[Receipt]:
-        """What the broker counts as ours, as far as we know."""
-        return [*self._live, *self._settler.receipts()]
+    def _receipts(self) -> list[Receipt]:
+        return self._in_flight.receipts()
 
     def _room(self) -> int:
         """How many to ask for: at most half the bound, so that the next ones travel while these are handled.
 
-        None, while hardly any fit and more room is to come: something is buffered, or a verdict is on its way.
+        None, while hardly any fit and more room is to come: something is buffered, or a settlement is on its way.
         """
-        free = self._prefetch - len(self._live) - self._settler.outstanding
+        free = self._prefetch - self._in_flight.count()
         room = min(free, max(1, self._prefetch // 2))
         worth_it = max(1, self._prefetch // 4) if self._buffer or self._settler.outstanding else 1
         return room if room >= worth_it else 0
@@ -344,61 +338,24 @@ class Inbox:
                 count -= 1
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Whoever waits for a message is told why there will be none: something permanent, or a fault in a transport."""
+        """Whoever waits for a message is told why there will be none."""
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._error = error
-            self._wake(len(self._waiters))
+            self._end(error)
+
+    def _refused(self, error: AbeError) -> None:
+        if self._error is None:
+            _log.error(
+                "group %r is not consumed any more: the broker refuses to settle its messages: %s", self.group, error
+            )
+            self._end(error)
+            self._stop_once()
+
+    def _end(self, error: BaseException) -> None:
+        self._error = error
+        self._shut = True
+        self._wake(len(self._waiters))
 
     def _lose(self, receipts: Collection[Receipt]) -> None:
-        for receipt in receipts:
-            delivery = self._live.pop(receipt, None)
-            if delivery is not None:
-                delivery.lost = True
         if receipts:
-            _log.warning(
-                "%d leases of group %r were lost: these messages will be delivered again", len(receipts), self.group
-            )
+            self._in_flight.lose(receipts)
             self._make_space()
-
-    def _bury(self, delivery: Delivery, reason: str, error: str) -> None:
-        if self._live.pop(delivery.receipt, None) is delivery:
-            _log.error("a message of group %r goes to its dead letters (%s): %s", self.group, reason, error)
-            self._settler.submit(delivery, Settlement(delivery.receipt, Verb.DEAD, reason=reason, error=error))
-
-    async def _settle(self, message: Message, verdict: str, settlement: Settlement | None) -> None:
-        if not _decide(message, verdict):
-            return
-        delivery = _delivery(message)
-        if self._live.get(delivery.receipt) is not delivery:
-            delivery.lost = True
-            raise LeaseLostError(
-                f"{verdict}: the message is not ours any more: its lease was lost, or its subscription was closed"
-            )
-        del self._live[delivery.receipt]
-        error = await self._settler.submit(delivery, settlement)
-        if error is not None:
-            raise error
-
-
-def _delivery(message: Message) -> Delivery:
-    return message._delivery  # pyright: ignore[reportPrivateUsage]
-
-
-def _text(text: str) -> str:
-    """Return what every broker can carry: an exception's text may hold lone surrogates, from file names for one."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _decide(message: Message, verdict: str) -> bool:
-    """Whether this is the first settlement.
-
-    Raises:
-        AlreadySettledError: It was settled otherwise.
-    """
-    before = message._verdict  # pyright: ignore[reportPrivateUsage]
-    if before is None:
-        message._verdict = verdict  # pyright: ignore[reportPrivateUsage]
-        return True
-    if before != verdict:
-        raise AlreadySettledError(f"{verdict}: the message was settled before, with {before}")
-    return False

@@ -60,6 +60,9 @@ class LeaseKeeper:
             except AbeError as exc:
                 _log.debug("leases could not be renewed, trying again: %s", exc)
                 pause = self._lease / 10
+            except Exception:  # noqa: BLE001 - or nothing would be renewed any more
+                _log.exception("unexpected exception from the transport (a bug of the provider)")
+                pause = self._lease / 10
             else:
                 self._renewed = started
                 pause = self._lease / 3

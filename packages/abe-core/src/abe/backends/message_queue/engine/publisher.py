@@ -27,13 +27,21 @@ _log: Final = logging.getLogger("abe.engine")
 _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=2.0)
 
 
+_AGAIN: Final = (BackendConnectionError, PublishUnknownError)
+"""Outcomes that are not final: the message is sent again, with the same id."""
+
+_WAITED: Final = 0.9
+"""Whoever waited for room so long that less than this part of its time is left has an end of its own: a timer for each would be dear."""
+
+
 class _Batch:
-    __slots__ = ("deadline", "envelopes", "futures", "size")
+    __slots__ = ("deadline", "envelopes", "futures", "sent", "size")
 
     def __init__(self, deadline: float) -> None:
         self.envelopes: list[Envelope] = []
         self.futures: list[asyncio.Future[AbeError | None]] = []
         self.size = 0
+        self.sent = False
         self.deadline = deadline
 
 
@@ -78,28 +86,42 @@ class Publisher:
         self._abandoned = asyncio.Event()
         self._troubled = False
 
-    async def publish(self, envelope: Envelope) -> AbeError | None:
-        """Publish a message, and return its outcome: None when the broker has it."""
-        while self._count >= self._max_count or self._bytes >= self._max_bytes:
-            await self._wait_for_room()
+    async def publish(self, envelope: Envelope, timeout: float | None = None) -> AbeError | None:
+        """Publish a message, and return its outcome: None when the broker has it.
+
+        Args:
+            envelope: The message.
+            timeout: Seconds until there is an outcome, the wait for room included; None: the publisher's.
+        """
+        patience = self._timeout if timeout is None else timeout
+        deadline = self._loop.time() + patience
+        if self._full() and not await self._wait_for_room(deadline):
+            return PublishRejectedError(f"too much was on its way to the broker for {patience:g} s: there was no room")
         if self._closed:
             raise BackendClosedError("the backend was closed")
         size = len(envelope.body)
         self._count += 1
         self._bytes += size
         if self._alone and not self._flying and self._current is None:
-            return await self._publish_alone(envelope, size)
-        return await self._enqueue(envelope, size)
+            return await self._publish_alone(envelope, size, deadline)
+        if timeout is None and deadline - self._loop.time() >= _WAITED * patience:
+            return await self._enqueue(envelope, size)
+        return await self._publish_by(deadline, envelope, size)
 
     async def publish_many(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
         """Publish messages, and return their outcomes, all in this order."""
         futures: list[asyncio.Future[AbeError | None]] = []
+        refusal: AbeError | None = None
         for envelope in envelopes:
-            while self._count >= self._max_count or self._bytes >= self._max_bytes:
-                await self._wait_for_room()
+            if refusal is None and self._full() and not await self._wait_for_room(self._loop.time() + self._timeout):
+                refusal = PublishRejectedError(
+                    f"nothing was confirmed for {self._timeout:g} s: there was no room for it"
+                )
             if self._closed:
+                refusal = BackendClosedError("the backend was closed before the message could be sent")
+            if refusal is not None:
                 refused: asyncio.Future[AbeError | None] = self._loop.create_future()
-                refused.set_result(BackendClosedError("the backend was closed before the message could be sent"))
+                refused.set_result(refusal)
                 futures.append(refused)
                 continue
             size = len(envelope.body)
@@ -126,6 +148,9 @@ class Publisher:
             await asyncio.wait(self._tasks)
         self._make_room(len(self._room))
 
+    def _full(self) -> bool:
+        return (self._count >= self._max_count or self._bytes >= self._max_bytes) and not self._closed
+
     def _enqueue(self, envelope: Envelope, size: int) -> asyncio.Future[AbeError | None]:
         batch = self._current
         if batch is None:
@@ -142,10 +167,32 @@ class Publisher:
             self._current = None
         return future
 
-    async def _publish_alone(self, envelope: Envelope, size: int) -> AbeError | None:
+    async def _publish_by(self, deadline: float, envelope: Envelope, size: int) -> AbeError | None:
+        """Publish in a batch that has an end of its own, and leave when that has come even if no connection was free for it."""
+        if self._current is not None:
+            self._ready.append(self._current)
+        batch = self._current = _Batch(deadline)
+        if self._flying < self._limits.flights and not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._fly)
+        future = self._enqueue(envelope, size)
+        await asyncio.wait([future], timeout=max(0.0, deadline - self._loop.time()))
+        if future.done():
+            return future.result()
+        if batch.sent:
+            return self._gave_up(True, None)
+        place = batch.futures.index(future)
+        del batch.envelopes[place], batch.futures[place]
+        batch.size -= size
+        self._release(1, size)
+        return self._gave_up(False, None)
+
+    async def _publish_alone(self, envelope: Envelope, size: int, deadline: float) -> AbeError | None:
         self._flying += 1
         try:
-            return (await self._deliver([envelope], self._loop.time() + self._timeout))[0]
+            outcomes: list[AbeError | None] = [None]
+            await self._deliver([envelope], deadline, outcomes)
+            return outcomes[0]
         finally:
             self._release(1, size)
             self._landed()
@@ -158,23 +205,22 @@ class Publisher:
             else:
                 assert self._current is not None
                 batch, self._current = self._current, None
-            self._flying += 1
+            if not batch.futures:
+                continue  # whoever was in it has left
+            batch.sent = True
             self._alone = len(batch.futures) == 1
+            self._flying += 1
             task = self._loop.create_task(self._run(batch))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _run(self, batch: _Batch) -> None:
-        outcomes: Sequence[AbeError | None] = ()
+        unknown = PublishUnknownError("the backend was closed before the confirm came")
+        outcomes: list[AbeError | None] = [unknown] * len(batch.futures)
         try:
-            outcomes = await self._deliver(batch.envelopes, batch.deadline)
+            await self._deliver(batch.envelopes, batch.deadline, outcomes)
         except asyncio.CancelledError:
-            outcomes = [PublishUnknownError("the backend was closed before the confirm came") for _ in batch.futures]
-        except AbeError as exc:
-            outcomes = [exc] * len(batch.futures)
-        except Exception as exc:  # noqa: BLE001 - a fault in a transport must not leave publishers waiting for ever
-            _log.exception("the transport failed in a way that it must not")
-            outcomes = [_unexpected(exc) for _ in batch.futures]
+            outcomes = [unknown if isinstance(outcome, _AGAIN) else outcome for outcome in outcomes]
         finally:
             self._finish(batch, outcomes)
             self._landed()
@@ -184,13 +230,8 @@ class Publisher:
         if (self._ready or self._current is not None) and not self._abandoned.is_set():
             self._fly()
 
-    async def _deliver(self, envelopes: Sequence[Envelope], deadline: float) -> Sequence[AbeError | None]:
-        """Send until every message has an outcome, or the deadline passes.
-
-        Raises:
-            AbeError: A permanent error, which is every message's.
-        """
-        outcomes: list[AbeError | None] = [None] * len(envelopes)
+    async def _deliver(self, envelopes: Sequence[Envelope], deadline: float, outcomes: list[AbeError | None]) -> None:
+        """Send until every message has an outcome, or the deadline passes. What was confirmed stays so, whatever becomes of the rest."""
         pending = list(range(len(envelopes)))
         doubtful: set[int] = set()  # those that an earlier try may have brought to the broker
         tries, sending = 0, False
@@ -202,18 +243,18 @@ class Publisher:
                         await self._opened()
                         sending = True
                         results = await self._transport.send([envelopes[i] for i in pending] if tries else envelopes)
-                    except (BackendConnectionError, PublishUnknownError) as exc:
-                        results = [exc] * len(pending)
                     except AbeError as exc:
-                        if not doubtful:
-                            raise
                         results = [exc] * len(pending)
+                    except Exception as exc:  # noqa: BLE001 - a fault in a transport is an outcome too: nobody may wait for ever
+                        _log.exception("unexpected exception from the transport (a bug of the provider)")
+                        for index in pending:
+                            outcomes[index] = _unexpected(exc)
+                        pending = []
+                        break
                     sending = False
                     for index, result in zip(pending, results or [None] * len(pending), strict=True):
                         outcomes[index] = result
-                    pending = [
-                        i for i in pending if isinstance(outcomes[i], BackendConnectionError | PublishUnknownError)
-                    ]
+                    pending = [i for i in pending if isinstance(outcomes[i], _AGAIN)]
                     if not pending:
                         self._trouble(None)
                         break
@@ -231,7 +272,6 @@ class Publisher:
             outcome = outcomes[index]
             if outcome is not None and not isinstance(outcome, UnroutableError):
                 outcomes[index] = self._gave_up(True, outcome)  # refused now, but an earlier try may have been accepted
-        return outcomes
 
     def _trouble(self, error: AbeError | None) -> None:
         """Log when publishing begins to fail, and when it works again; not each try in between."""
@@ -269,15 +309,25 @@ class Publisher:
         if self._idle is not None and not self._count and not self._idle.done():
             self._idle.set_result(None)
 
-    async def _wait_for_room(self) -> None:
-        future: asyncio.Future[None] = self._loop.create_future()
-        self._room.append(future)
-        try:
-            await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
-                self._make_room(1)  # woken and cancelled at once: hand the place on
-            raise
+    async def _wait_for_room(self, deadline: float) -> bool:
+        """Wait until there is room, or the publisher is closed; return False if the deadline comes first."""
+        while self._full():
+            future: asyncio.Future[None] = self._loop.create_future()
+            self._room.append(future)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await future
+            except TimeoutError:
+                self._hand_on(future)
+                return False
+            except asyncio.CancelledError:
+                self._hand_on(future)
+                raise
+        return True
+
+    def _hand_on(self, future: "asyncio.Future[None]") -> None:
+        if future.done() and not future.cancelled():
+            self._make_room(1)  # woken, and leaving at the same moment: the place is somebody else's
 
     def _make_room(self, places: int) -> None:
         while places and self._room:

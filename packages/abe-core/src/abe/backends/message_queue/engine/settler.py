@@ -7,12 +7,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.clock import Clock, sleep
 from abe.backends.message_queue.base.transport import Delivery, Failures, Receipt, Receiver, Settlement
-from abe.errors import AbeError, LeaseLostError
+from abe.errors import AbeError, ConfigurationError, LeaseLostError
 
 _log: Final = logging.getLogger("abe.engine")
 _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=2.0)
@@ -20,6 +20,7 @@ _MOST: Final = 500
 """Verdicts a call: what keeps one call to the broker short."""
 
 Waiter: TypeAlias = asyncio.Future[AbeError | None]
+_Item = TypeVar("_Item")
 
 
 class Settler:
@@ -29,8 +30,9 @@ class Settler:
         receiver: Carries them out.
         sure: Whether the leases of what we hold are certainly still ours.
         settled: Called when verdicts were carried out, so that more messages can be taken.
-        patience: Seconds for which a verdict is worth trying.
-        clock: What `patience` is measured by.
+        refused: Called with a permanent error: the broker will carry out no settlement of ours.
+        timeout: Seconds for which a settlement is worth trying.
+        clock: What `timeout` is measured by.
     """
 
     def __init__(
@@ -38,13 +40,15 @@ class Settler:
         receiver: Receiver,
         sure: Callable[[], bool],
         settled: Callable[[], None],
-        patience: float,
+        refused: Callable[[AbeError], None],
+        timeout: float,
         clock: Clock,
     ) -> None:
         self._receiver = receiver
         self._sure = sure
         self._settled = settled
-        self._patience = patience
+        self._refused = refused
+        self._timeout = timeout
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._acks: list[Delivery] = []
@@ -87,6 +91,13 @@ class Settler:
             *(delivery.receipt for delivery, _, _ in self._verdicts),
         ]
 
+    async def carried_out(self, receipt: Receipt) -> None:
+        """Return when the broker knows the settlement of this delivery, or it was given up; at once, where none is on its way."""
+        if receipt in self.receipts():
+            self._flush()
+        while receipt in self._leaving:
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+
     async def drain(self) -> None:
         """Return when everything submitted so far has been carried out, or given up."""
         self._flush()
@@ -112,14 +123,12 @@ class Settler:
             batch = asked[start : start + _MOST]
             receipts = [delivery.receipt for delivery, _ in batch]
             # Somebody waits for the answer, so each one is verified: a plain acknowledgement may not tell which of them was lost.
-            self._start(self._answer(batch, partial(self._receiver.ack, receipts, verify=True)), receipts)
+            self._start(self._answer(batch, partial(self._receiver.ack, verify=True), receipts), receipts)
         for start in range(0, len(verdicts), _MOST):
             some = verdicts[start : start + _MOST]
             settlements = [settlement for _, _, settlement in some]
             receipts = [settlement.receipt for settlement in settlements]
-            self._start(
-                self._answer([item[:2] for item in some], partial(self._receiver.settle, settlements)), receipts
-            )
+            self._start(self._answer([item[:2] for item in some], self._receiver.settle, settlements), receipts)
 
     def _start(self, coroutine: Coroutine[Any, Any, None], receipts: Sequence[Receipt]) -> None:
         def done(task: asyncio.Task[None]) -> None:
@@ -137,15 +146,12 @@ class Settler:
     async def _send_acks(self, deliveries: Sequence[Delivery], receipts: Sequence[Receipt]) -> None:
         verify = not self._sure()
 
-        def ack() -> Awaitable[Failures]:
+        def ack(some: Sequence[Receipt]) -> Awaitable[Failures]:
             nonlocal verify
             now, verify = verify, True  # a retry may come when the leases are long over
-            return self._receiver.ack(receipts, verify=now)
+            return self._receiver.ack(some, verify=now)
 
-        try:
-            failures = await self._persist(ack)
-        except AbeError as exc:
-            failures = dict.fromkeys(receipts, exc)
+        failures = await self._carry_out(ack, receipts, receipts)
         if failures:
             for delivery in deliveries:
                 delivery.lost = delivery.lost or delivery.receipt in failures
@@ -156,27 +162,56 @@ class Settler:
                 next(iter(failures.values())),
             )
 
-    async def _answer(self, batch: Sequence[tuple[Delivery, Waiter]], call: Callable[[], Awaitable[Failures]]) -> None:
-        outcome: AbeError | None = LeaseLostError("the subscription was closed before the broker could be told")
-        failures: Failures = {}
+    async def _answer(
+        self,
+        batch: Sequence[tuple[Delivery, Waiter]],
+        call: Callable[[Sequence[_Item]], Awaitable[Failures]],
+        items: Sequence[_Item],
+    ) -> None:
+        closed = LeaseLostError("the subscription was closed before the broker could be told")
+        failures: Failures = {delivery.receipt: closed for delivery, _ in batch}
         try:
-            failures = await self._persist(call)
-            outcome = None
-        except AbeError as exc:
-            outcome = exc
-        except Exception as exc:  # noqa: BLE001 - a fault in a transport must not leave anybody waiting for ever
-            outcome = LeaseLostError(f"the transport failed, so that the broker may not know the verdict: {exc!r}")
-            outcome.__cause__ = exc
-            _log.exception("the transport failed in a way that it must not")
+            failures = await self._carry_out(call, items, list(failures))
         finally:
             for delivery, waiter in batch:
-                error = outcome or failures.get(delivery.receipt)
+                error = failures.get(delivery.receipt)
                 delivery.lost = error is not None
                 if not waiter.done():
                     waiter.set_result(error)
 
+    async def _carry_out(
+        self,
+        call: Callable[[Sequence[_Item]], Awaitable[Failures]],
+        items: Sequence[_Item],
+        receipts: Sequence[Receipt],
+    ) -> Failures:
+        """Make the call, and return what went wrong with which delivery.
+
+        A batch that fails as a whole and for good is halved until what it fails for stands alone: one settlement keeps no other from
+        being carried out. What will always fail is told to `refused`.
+        """
+        failures: Failures
+        error: AbeError | None
+        try:
+            failures = await self._persist(partial(call, items))
+            error = next((error for error in failures.values() if isinstance(error, ConfigurationError)), None)
+        except AbeError as exc:
+            failures, error = dict.fromkeys(receipts, exc), exc
+        except Exception as exc:  # noqa: BLE001 - a fault in a transport must not leave anybody waiting for ever
+            _log.exception("unexpected exception from the transport (a bug of the provider)")
+            error = LeaseLostError(f"the transport failed, so that the broker may not know the settlement: {exc!r}")
+            error.__cause__ = exc
+            failures = dict.fromkeys(receipts, error)
+        if isinstance(error, ConfigurationError):
+            self._refused(error)
+        elif error is not None and not error.retryable and len(items) > 1:
+            half = len(items) // 2
+            first = await self._carry_out(call, items[:half], receipts[:half])
+            return {**first, **await self._carry_out(call, items[half:], receipts[half:])}
+        return failures
+
     async def _persist(self, call: Callable[[], Awaitable[Failures]]) -> Failures:
-        deadline = self._clock.time() + self._patience
+        deadline = self._clock.time() + self._timeout
         tries = 0
         while True:
             try:

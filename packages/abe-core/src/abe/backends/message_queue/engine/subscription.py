@@ -6,31 +6,36 @@ import weakref
 from collections.abc import Awaitable, Callable
 from traceback import format_exception
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Self, cast
 
+from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.message import Message
+from abe.backends.message_queue.engine.in_flight import InFlight
 from abe.backends.message_queue.engine.inbox import Inbox
 from abe.errors import AbeError, AlreadySettledError, BackendClosedError
 
 _log: Final = logging.getLogger("abe.engine")
+_RESUBSCRIBE: Final = ExponentialBackoff(initial=0.1, maximum=5.0)
 
 
 class GroupSubscription:
     """The messages of a group; the contract is on ``base.Subscription``.
 
-    The inbox does the work and never refers back to this object: when a loop over it is left by ``break`` and nobody holds it, it is
-    collected, and the inbox is closed.
+    An inbox does the work and never refers back to this object: when a loop over it is left by ``break`` and nobody holds it, it is
+    collected, and the inbox is closed. One inbox may be followed by another (see `Inbox`); what was handed out stays with its own.
 
     Args:
-        start: Subscribes, and returns the inbox.
+        start: Subscribes, and returns the inbox: one that holds a single message at a time, if told so.
     """
 
-    def __init__(self, start: Callable[[], Awaitable[Inbox]]) -> None:
+    def __init__(self, start: Callable[[bool], Awaitable[Inbox]]) -> None:
         self._start = start
         self._starting: asyncio.Task[Inbox] | None = None
         self._inbox: Inbox | None = None
+        self._before: list[Inbox] = []
         self._current: Message | None = None
         self._waiting = False
+        self._stopped = False
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -60,10 +65,10 @@ class GroupSubscription:
             inbox = self._inbox or await self._started()
             current, self._current = self._current, None
             if current is not None and not self._closed:
-                inbox.ack_soon(current)
+                self.ack_soon(current)
             message = inbox.take()
             if message is None:
-                message = await inbox.receive()
+                message = await self._receive()
         except BackendClosedError:
             raise StopAsyncIteration from None
         finally:
@@ -79,39 +84,51 @@ class GroupSubscription:
         """Wait for the next message, which the caller settles."""
         if self._closed:
             raise BackendClosedError("the subscription was closed")
-        return await (self._inbox or await self._started()).receive()
+        return await self._receive()
 
     def ack_soon(self, message: Message) -> None:
         """Acknowledge a message of ours with the next batch, without waiting; a failure is logged."""
-        if self._inbox is not None:
-            self._inbox.ack_soon(message)
+        _source(message).ack_soon(message)
 
     async def release(self, message: Message) -> None:
         """Give a message back as if it had never been taken; nothing happens when it is settled already."""
-        if self._inbox is not None:
-            await self._inbox.release(message)
+        await _source(message).release(message)
 
     async def stop(self) -> None:
         """Take nothing new, and give back what nobody was handed yet."""
+        self._stopped = True
         if self._inbox is not None:
             await self._inbox.stop()
 
     async def aclose(self) -> None:
         """Give back everything that is not settled, and leave the group."""
-        self._closed = True
+        self._closed = self._stopped = True
         if self._starting is not None and not self._starting.done():
             self._starting.cancel()
             await asyncio.wait([self._starting])
-        if self._inbox is not None:
-            await self._inbox.close()
+        inboxes = self._before if self._inbox is None else [*self._before, self._inbox]
+        await asyncio.gather(*(inbox.close() for inbox in inboxes))
+
+    async def _receive(self) -> Message:
+        while True:
+            inbox = self._inbox or await self._started()
+            try:
+                return await inbox.receive()
+            except BackendClosedError:
+                if not inbox.changing or self._stopped:
+                    raise
+                if self._inbox is inbox:
+                    self._before = [*(before for before in self._before if not before.closed), inbox]
+                    self._inbox = self._starting = None
 
     async def _started(self) -> Inbox:
-        """Subscribe once, however many ask, and even if the one who asked first is cancelled."""
+        """Return the inbox. Concurrent callers share one attempt to get it; cancelling a caller does not cancel it."""
         if self._closed:
             raise BackendClosedError("the subscription was closed")
         failed = self._starting is not None and self._starting.done() and self._inbox is None
         if self._starting is None or failed:
-            self._starting = asyncio.get_running_loop().create_task(_subscribe(self._start, weakref.ref(self)))
+            before = self._before[-1] if self._before else None
+            self._starting = asyncio.get_running_loop().create_task(_subscribe(self._start, before, weakref.ref(self)))
             # If everybody who waits is cancelled, nobody looks at a failure: that is no error.
             self._starting.add_done_callback(lambda task: task.cancelled() or task.exception())
         starting = self._starting
@@ -121,15 +138,43 @@ class GroupSubscription:
         return starting.result()
 
 
-async def _subscribe(start: Callable[[], Awaitable[Inbox]], wanted: "weakref.ref[GroupSubscription]") -> Inbox:
-    inbox = await start()
+async def _subscribe(
+    start: Callable[[bool], Awaitable[Inbox]], before: Inbox | None, wanted: "weakref.ref[GroupSubscription]"
+) -> Inbox:
+    if before is None:
+        inbox = await start(False)
+    else:
+        await before.hand_over()
+        inbox = await _follow(start, alone=not before.alone, wanted=wanted)
     subscription = wanted()
     if subscription is None:
         await inbox.close()
     else:
         subscription._inbox = inbox  # pyright: ignore[reportPrivateUsage]
         weakref.finalize(subscription, inbox.close_soon).atexit = False
+        if subscription._stopped:  # pyright: ignore[reportPrivateUsage]
+            await inbox.stop()
     return inbox
+
+
+async def _follow(
+    start: Callable[[bool], Awaitable[Inbox]], *, alone: bool, wanted: "weakref.ref[GroupSubscription]"
+) -> Inbox:
+    """Subscribe again, however long the broker is away: the subscription has begun, and does not end for that."""
+    tries = 0
+    while True:
+        try:
+            return await start(alone)
+        except AbeError as exc:
+            if not exc.retryable or wanted() is None:
+                raise
+            tries += 1
+            _log.warning("the group cannot be subscribed to, trying again: %s", exc)
+            await asyncio.sleep(_RESUBSCRIBE(tries))
+
+
+def _source(message: Message) -> InFlight:
+    return cast("InFlight", message._source)  # pyright: ignore[reportPrivateUsage]
 
 
 async def _fail(message: Message, exc: Exception) -> None:
