@@ -3,19 +3,26 @@
 import asyncio
 import sys
 import textwrap
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from decimal import Decimal
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import abe.testing
-from abe import AsyncLoopConsumer, Publication, get_message_queue_backend, load_backend
+from abe import AsyncLoopConsumer, Middleware, Publication, get_message_queue_backend, load_backend
 from abe.backends.message_queue.base import clock as clocks
+from abe.backends.message_queue.base.middleware import PublishNext
 from abe.backends.message_queue.loader import installed_backends
 from abe.backends.message_queue.loader import load_backend as imported_elsewhere
 from abe.backends.message_queue.service.memory import MemoryBackend
+from abe.codec import JSONCodec
 from abe.errors import (
     BackendClosedError,
+    ConfigurationError,
     InvalidNameError,
     PartialPublishError,
     PayloadError,
@@ -129,6 +136,44 @@ class TestRecordingBackend:
         assert first.id
         assert second == Publication("b", {"n": 2}, {"h": "v"}, "seven", 5, True)
 
+    async def test_to_whom_and_within_what_time_a_message_is_published_is_recorded(
+        self, recording_backend: RecordingBackend
+    ) -> None:
+        await recording_backend.publish("a", {"n": 1}, group="billing", timeout=2.5)
+        await recording_backend.publish_many([Publication("a", {"n": 2}, group="audit", timeout=1, mandatory=True)])
+        assert [(item.group, item.timeout, item.mandatory) for item in recording_backend.published] == [
+            ("billing", 2.5, False),
+            ("audit", 1, True),
+        ]
+        with pytest.raises(ConfigurationError, match="timeout must be"):
+            await recording_backend.publish("a", {}, timeout=-1)
+        with pytest.raises(InvalidNameError):
+            await recording_backend.publish("a", {}, group="no group")
+
+    async def test_typed_objects_are_recorded_as_the_objects_that_a_consumer_would_get(
+        self, recording_backend: RecordingBackend
+    ) -> None:
+        await recording_backend.publish("a", Parcel(NOW, Decimal("1.10")))
+        await recording_backend.publish_many([("b", Parcel(NOW, Decimal(2)))])
+        recording_backend.assert_published("a", {"at": "2026-02-28T00:00:00Z", "weight": "1.10"})
+        recording_backend.assert_published("a", Parcel(NOW, Decimal("1.10")), times=1)
+        with pytest.raises(AssertionError):
+            recording_backend.assert_published("b", Parcel(NOW, Decimal("1.10")))
+        with pytest.raises(PayloadError):
+            await recording_backend.publish("a", {"at": NOW})
+
+    async def test_it_has_the_codec_and_the_middleware_that_it_is_made_with(self) -> None:
+        stamp = Stamp()
+        backend = RecordingBackend.from_env(codec=JSONCodec(types=True), middleware=[stamp], environ={})
+        async with backend:
+            await backend.publish("a", {"at": NOW})
+            await backend.publish("b", Parcel(NOW, Decimal(1)), timeout=2)
+            await backend.publish_many([("c", Parcel(NOW, Decimal(1))), ("d", {"at": NOW})])
+        assert [item.headers for item in backend.published] == [{"stamp": key} for key in "abcd"]
+        assert backend.payloads("d") == [{"at": "2026-02-28T00:00:00Z"}]
+        # Middleware sees what a consumer's would: an object, whatever it was made of.
+        assert [type(item.payload) for item in stamp.seen] == [dict] * 4
+
     async def test_a_payload_is_recorded_as_it_was_at_the_call(self, recording_backend: RecordingBackend) -> None:
         payload = {"items": [1]}
         await recording_backend.publish("a", payload)
@@ -216,7 +261,47 @@ class TestRecordingBackend:
             await backend.publish("a", {})
 
 
+@dataclass
+class Parcel:
+    at: datetime
+    weight: Decimal
+
+
+NOW = datetime(2026, 2, 28, tzinfo=UTC)
+
+
+class Stamp(Middleware):
+    """Marks what is published."""
+
+    def __init__(self) -> None:
+        self.seen: list[Publication] = []
+
+    async def publish(self, publication: Publication, forward: PublishNext) -> None:
+        self.seen.append(publication)
+        await forward(replace(publication, headers={"stamp": publication.key}))
+
+
 class TestEntryPoints:
+    async def test_the_recording_backend_takes_on_what_the_application_gives_the_loader(
+        self, recording_backend: RecordingBackend
+    ) -> None:
+        with registered_backend("mine", recording_backend):
+            backend = load_backend(
+                environ={"QUEUE_BACKEND": "mine"}, codec=JSONCodec(types=True), middleware=[Stamp(), Stamp()]
+            )
+            assert backend is recording_backend
+            await backend.publish("a", {"at": NOW})
+        found = recording_backend.assert_published("a", {"at": "2026-02-28T00:00:00Z"}, headers={"stamp": "a"})
+        assert found.id
+
+    @pytest.mark.parametrize("given", [{"codec": JSONCodec()}, {"middleware": [Stamp()]}], ids=["codec", "middleware"])
+    def test_another_instance_has_its_own_and_says_so(self, given: dict[str, Any]) -> None:
+        with (
+            registered_backend("mine", fresh_memory_backend()),
+            pytest.raises(ConfigurationError, match="register the class"),
+        ):
+            load_backend("mine", **given)
+
     def test_a_registered_class_is_found_by_the_metadata_itself_until_the_block_ends(self) -> None:
         with registered_backend("mine", MemoryBackend):
             assert entry_points(group="abe.backends.message_queue")["mine"].load() is MemoryBackend
@@ -246,6 +331,22 @@ class TestEntryPoints:
     def test_no_module_is_found_through_it(self) -> None:
         with registered_backend("mine", MemoryBackend), pytest.raises(ModuleNotFoundError):
             __import__("mine_is_no_module")
+
+
+async def test_a_typed_object_that_is_published_comes_back_equal_to_a_handler_of_its_type(
+    memory_backend: MemoryBackend,
+) -> None:
+    parcel, got = Parcel(NOW, Decimal("1.10")), asyncio.Queue[Parcel]()
+
+    async def handler(parcel: Parcel) -> None:
+        got.put_nowait(parcel)
+
+    async with asyncio.timeout(10), AsyncLoopConsumer(memory_backend, "g") as consumer, asyncio.TaskGroup() as tasks:
+        tasks.create_task(consumer.run(handler))
+        await memory_backend.publish("a", parcel)
+        await memory_backend.publish_many([("a", parcel), Publication("a", {"at": NOW.isoformat(), "weight": "1.10"})])
+        assert [await got.get() for _ in range(3)] == [parcel] * 3
+        await consumer.shutdown()
 
 
 async def test_the_patched_loader_returns_the_recording_backend_whatever_it_is_asked_for(

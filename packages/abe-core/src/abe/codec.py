@@ -8,17 +8,18 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from abe.errors import DecodeError, PayloadError
+from abe.payloads import encode_typed, explain, is_typed
 from abe.types import MessageQueuePayload
 
 
 class Codec(Protocol):
     """Turns a payload into a body and a body into a payload. Must be pure, and may be called from any thread."""
 
-    def encode(self, payload: MessageQueuePayload) -> bytes:
-        """Return the body.
+    def encode(self, payload: Any) -> bytes:
+        """Return the body of what `publish` was given.
 
         Raises:
-            PayloadError: The payload would not come back equal from `decode`.
+            PayloadError: The payload would not come back equal from `decode`. Its text says where and why, and shows no value.
         """
         ...
 
@@ -26,7 +27,7 @@ class Codec(Protocol):
         """Return the payload.
 
         Raises:
-            DecodeError: The body is not this codec's.
+            DecodeError: The body is not this codec's. Its text shows nothing of the body.
         """
         ...
 
@@ -41,63 +42,39 @@ class JSONCodec:
 
     msgspec alone writes NaN as null, sets and tuples as lists, integer keys as strings, and bytes as base64. Decoding
     what was written and comparing it with the payload refuses them all, at C speed.
+
+    A typed object (a dataclass, msgspec Struct, attrs or Pydantic instance) is written as the JSON object that its own library makes of it,
+    if it comes back equal from there.
+
+    Args:
+        types: Write everywhere what a typed handler reads back equal: a datetime as RFC 3339, a UUID or Decimal as a string, and so on (the
+            README of abe-core has the table). A handler that takes a plain dict gets these strings. False: only inside of typed objects.
     """
 
-    def encode(self, payload: MessageQueuePayload) -> bytes:
+    def __init__(self, *, types: bool = False) -> None:
+        self._types = types
+
+    def encode(self, payload: Any) -> bytes:
         """Return the payload as compact UTF-8 JSON; see `Codec.encode`."""
+        failure = None
         try:
             body = _encode(payload)
             # A changed value anywhere makes the two differ; NaN differs from everything.
             if _decode(body) == payload and body[:1] == b"{":
                 return body
-        except (TypeError, ValueError, RecursionError, OverflowError) as exc:
-            raise PayloadError(_explain(payload, str(exc))) from exc
-        raise PayloadError(_explain(payload))
+        except Exception as exc:  # noqa: BLE001 - comparing calls the payload's own methods
+            failure = exc
+        # Outside of the handler: the parser's error may hold the payload, and must not be this one's context.
+        if self._types or is_typed(payload):
+            return encode_typed(payload)
+        raise PayloadError(explain(payload, failure))
 
     def decode(self, body: bytes) -> MessageQueuePayload:
         """Return the JSON object in `body`; see `Codec.decode`."""
         try:
             return _decode_object(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        except msgspec.MsgspecError as exc:
             raise DecodeError(f"the body is not a JSON object: {exc}") from exc
-
-
-def _explain(payload: object, why: str = "it changes on its way through JSON") -> str:
-    """Say where a refused payload leaves the JSON model, for the error's text; if that is nowhere, why it was refused."""
-    if type(payload) is not dict:
-        return f"the payload is a {type(payload).__name__}: it must be a dict with string keys"
-    try:
-        return f"the payload is not JSON: {_misfit(payload, 'payload') or why}"  # pyright: ignore[reportUnknownArgumentType]
-    except RecursionError:
-        # msgspec goes a few levels deeper than Python does.
-        return "the payload is not JSON, and nested too deeply to say where"
-
-
-def _misfit(value: object, path: str) -> str:
-    if isinstance(value, dict):
-        for key, item in value.items():  # pyright: ignore[reportUnknownVariableType]
-            if type(key) is not str:  # pyright: ignore[reportUnknownArgumentType]
-                return f"{path} has the key {key!r}; keys must be strings"
-            if found := _misfit(key, f"a key of {path}") or _misfit(item, f"{path}[{key!r}]"):  # pyright: ignore[reportUnknownArgumentType]
-                return found
-        return ""
-    if isinstance(value, list):
-        for index, item in enumerate(value):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-            if found := _misfit(item, f"{path}[{index}]"):  # pyright: ignore[reportUnknownArgumentType]
-                return found
-        return ""
-    if isinstance(value, str):
-        return "" if _encodable(value) else f"{path} is {value!r}, which holds half a character (a lone surrogate)"
-    if value is None or isinstance(value, bool | int):
-        return ""
-    if isinstance(value, float):
-        return "" if value - value == 0 else f"{path} is {value}, which JSON has no word for"
-    return f"{path} is a {type(value).__name__}; JSON has only objects, lists, strings, numbers, booleans and null"
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        except Exception as exc:  # noqa: BLE001 - whatever comes from a broker is a body that can be decoded, or not
+            failure = type(exc).__name__
+        raise DecodeError(f"the body is not a JSON object ({failure})")

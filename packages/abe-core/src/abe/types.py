@@ -3,8 +3,8 @@
 Nothing here has behaviour. A provider needs to subclass none of it: a class that has the methods is the protocol.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, ClassVar, Protocol, Self, TypeAlias, runtime_checkable
 
 JSONPrimitive: TypeAlias = str | int | float | bool | None
 JSONValue: TypeAlias = "JSONPrimitive | JSONList | JSONDict"
@@ -16,6 +16,34 @@ MessageQueueKey: TypeAlias = str
 
 MessageQueuePayload: TypeAlias = dict[str, Any]
 """A JSON object. ``Any`` rather than ``JSONValue``, so that handlers may read ``payload["order"]["id"]`` without casts."""
+
+
+class DataclassInstance(Protocol):
+    """An object of a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class StructInstance(Protocol):
+    """An object of a msgspec Struct."""
+
+    __struct_fields__: ClassVar[tuple[str, ...]]
+
+
+class AttrsInstance(Protocol):
+    """An object of an attrs class."""
+
+    __attrs_attrs__: ClassVar[Any]
+
+
+class ModelInstance(Protocol):
+    """An object of a Pydantic model."""
+
+    __pydantic_serializer__: ClassVar[Any]
+
+
+Publishable: TypeAlias = Mapping[str, Any] | DataclassInstance | StructInstance | AttrsInstance | ModelInstance
+"""What our own backends publish: a JSON object, or an object that says itself what its fields are and becomes one."""
 
 MessageQueueMessage: TypeAlias = dict[str, Any]
 """What a consumer iterates over. Backends built on the engine yield ``Message``, which is such a dict."""

@@ -4,12 +4,16 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypedDict, assert_type
 
+import msgspec
+import pydantic
+
 from abe import (
     AbeError,
     AsyncLoopConsumer,
     ConstantBackoff,
     EventConsumer,
     ExponentialBackoff,
+    FullBackend,
     Message,
     MessageQueueBackend,
     Middleware,
@@ -25,6 +29,7 @@ from abe.backends.message_queue.base import Capabilities, DeadLetter, GroupStats
 from abe.backends.message_queue.base.middleware import HandleNext, PublishNext
 from abe.backends.message_queue.engine import DeadLetters, GroupSubscription
 from abe.backends.message_queue.service.memory import MemoryBackend
+from abe.codec import Codec, JSONCodec
 from abe.settings import QueueSettings
 from abe.testing import ManualClock, RecordingBackend, fresh_memory_backend, registered_backend
 from abe.types import EventHandlerFunc, EventHandlerProtocol, JSONValue, MessageQueueBackendProtocol
@@ -32,6 +37,10 @@ from abe.types import EventHandlerFunc, EventHandlerProtocol, JSONValue, Message
 assert_type(__version__, str)
 assert_type(load_backend(), MessageQueueBackendProtocol)
 assert_type(load_backend("redis"), MessageQueueBackendProtocol)
+assert_type(
+    load_backend(middleware=[Middleware()], codec=JSONCodec(types=True), environ={"QUEUE_BACKEND": "memory"}),
+    MessageQueueBackendProtocol,
+)
 assert_type(get_message_queue_backend(), MessageQueueBackendProtocol)
 
 
@@ -65,7 +74,9 @@ async def three_methods(backend: MessageQueueBackend) -> None:
 async def the_rest(backend: MemoryBackend) -> None:
     assert_type(backend.capabilities, Capabilities)
     await backend.publish("a", {}, headers={"h": "v"}, id="seven", delay=1.5, mandatory=True)
+    await backend.publish("a", {}, group="billing", timeout=2.5)
     await backend.publish_many([("a", {}), Publication("b", {}, headers={"h": "v"})])
+    await backend.delete_namespace()
     subscription = backend.consume(group="billing", keys=["order.#"], prefetch=10, max_attempts=3)
     assert_type(subscription, GroupSubscription)
     async with subscription as messages:
@@ -106,6 +117,47 @@ class Order:
 
 class OrderDict(TypedDict):
     order_id: int
+
+
+class OrderStruct(msgspec.Struct):
+    order_id: int
+
+
+class OrderModel(pydantic.BaseModel):
+    order_id: int
+
+
+@pydantic.dataclasses.dataclass
+class OrderModelDataclass:
+    order_id: int
+
+
+async def typed(backend: MemoryBackend, full: FullBackend, order_dict: OrderDict) -> None:
+    order = Order(1)
+    await backend.publish("a", order)
+    await backend.publish("a", order_dict)
+    await backend.publish("a", OrderStruct(order_id=1))
+    await backend.publish("a", OrderModel(order_id=1))
+    await backend.publish("a", OrderModelDataclass(order_id=1))
+    await backend.publish_many([("a", order), ("a", OrderModel(order_id=1)), ("a", {}), Publication("a", {})])
+    await full.publish("a", order)
+    await full.publish_many([("a", order)])
+
+
+class Msgpack:
+    """A codec of the application's own."""
+
+    def encode(self, payload: dict[str, Any]) -> bytes:
+        return msgspec.msgpack.encode(payload)
+
+    def decode(self, body: bytes) -> dict[str, Any]:
+        return msgspec.msgpack.decode(body, type=dict[str, Any])
+
+
+codecs: list[Codec] = [Msgpack(), JSONCodec(), JSONCodec(types=True)]
+MemoryBackend(codec=Msgpack())
+MemoryBackend.from_env(codec=Msgpack(), middleware=[], environ={})
+RecordingBackend(codec=Msgpack(), middleware=[])
 
 
 async def takes_a_dict(message: dict[str, Any]) -> None: ...
@@ -168,6 +220,7 @@ RetryPolicy(backoff=lambda attempt: attempt * 2.0)
 async def testing(backend: RecordingBackend, clock: ManualClock) -> None:
     assert_type(backend.published, list[Publication])
     assert_type(backend.assert_published("a", {"n": 1}, headers={"h": "v"}, times=1), Publication)
+    assert_type(backend.assert_published("a", Order(1)), Publication)
     assert_type(backend.payloads("order.#"), list[dict[str, Any]])
     backend.assert_not_published()
     backend.fail_next(AbeError("no"))

@@ -1,15 +1,20 @@
 """Test entry points: the loader finds a test's backend as it finds an installed provider."""
 
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import Distribution, DistributionFinder, EntryPoint, EntryPoints
 from os import PathLike
 from typing import Any, cast
 from uuid import uuid4
 
+from abe.backends.message_queue.base.middleware import Middleware
 from abe.backends.message_queue.base.protocol import MessageQueueBackend
 from abe.backends.message_queue.loader import ENTRY_POINT_GROUP
+from abe.codec import Codec
+from abe.errors import ConfigurationError
+from abe.testing.recording import RecordingBackend
 
 
 class _TestEntryPoint(EntryPoint):
@@ -65,7 +70,8 @@ def registered_backend(name: str, backend: type[MessageQueueBackend] | MessageQu
 
     Args:
         name: What ``QUEUE_BACKEND``, or the argument of `load_backend`, says.
-        backend: A class, whose `from_env` the loader calls; or an instance, which the loader then returns each time.
+        backend: A class, whose `from_env` the loader calls; or an instance, which the loader then returns each time. A `RecordingBackend`
+            takes on the codec and the middleware that `load_backend` is given; another instance has its own, and refuses them.
     """
     loaded = backend if isinstance(backend, type) else _class_of(backend)
     # The last distribution of several that have a name for an entry point is the one that the loader takes.
@@ -77,10 +83,26 @@ def registered_backend(name: str, backend: type[MessageQueueBackend] | MessageQu
         sys.meta_path.remove(finder)
 
 
+def _handed_out(
+    backend: MessageQueueBackend,
+    *,
+    codec: Codec | None = None,
+    middleware: Sequence[Middleware] = (),
+    environ: Mapping[str, str] | None = None,
+) -> MessageQueueBackend:
+    if isinstance(backend, RecordingBackend):
+        return backend.loaded(codec=codec, middleware=middleware)
+    if codec is not None or middleware:
+        raise ConfigurationError(
+            f"the test registered an instance of {type(backend).__name__}, which has its codec and middleware already: register the class"
+        )
+    return backend
+
+
 def _class_of(backend: MessageQueueBackend) -> type[MessageQueueBackend]:
     base = type(backend)
     members = {
-        "from_env": staticmethod(lambda: backend),
+        "from_env": staticmethod(partial(_handed_out, backend)),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
     }

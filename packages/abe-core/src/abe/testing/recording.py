@@ -1,19 +1,48 @@
 """A backend that records what is published, and delivers what a test feeds it."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from abe.backends.message_queue.base.clock import Clock
-from abe.backends.message_queue.base.middleware import Middleware, Publication
-from abe.backends.message_queue.base.names import matches
+from abe.backends.message_queue.base.middleware import Middleware, Publication, PublishNext
+from abe.backends.message_queue.base.names import check_seconds, matches
 from abe.backends.message_queue.base.protocol import MessageQueueBackend
 from abe.backends.message_queue.service.memory import MemoryBackend
-from abe.codec import Codec
-from abe.errors import AbeError, PartialPublishError
+from abe.codec import Codec, JSONCodec
+from abe.errors import AbeError
 from abe.settings import QueueSettings
 from abe.testing.memory import fresh_namespace
-from abe.types import MessageQueuePayload
+from abe.types import MessageQueuePayload, Publishable
+
+
+class _Recorder(Middleware):
+    """Stands last before the broker, and lets nothing through."""
+
+    def __init__(self) -> None:
+        self.layers: Sequence[Middleware] = ()
+        self.record: PublishNext
+
+    async def publish(self, publication: Publication, forward: PublishNext) -> None:
+        send = self.record
+        for layer in reversed(self.layers):
+            send = partial(layer.publish, forward=send)
+        await send(publication)
+
+
+class _Exchangeable:
+    """A codec that can be exchanged for another."""
+
+    def __init__(self, codec: Codec | None) -> None:
+        self.codec: Codec = codec or JSONCodec()
+
+    def encode(self, payload: Any) -> bytes:
+        return self.codec.encode(payload)
+
+    def decode(self, body: bytes) -> MessageQueuePayload:
+        return self.codec.decode(body)
 
 
 class RecordingBackend(MemoryBackend):
@@ -24,14 +53,21 @@ class RecordingBackend(MemoryBackend):
 
     Args:
         codec: Payload to bytes and back.
-        middleware: Wraps each publish, the first outermost.
+        middleware: Wraps each publish, the first outermost. What it makes of a publication is recorded.
         clock: What leases, delays and backoffs are measured by; None: real time.
     """
 
     def __init__(
         self, *, codec: Codec | None = None, middleware: Sequence[Middleware] = (), clock: Clock | None = None
     ) -> None:
-        super().__init__(QueueSettings(namespace=fresh_namespace()), codec=codec, middleware=middleware, clock=clock)
+        self._exchangeable, self._recorder = _Exchangeable(codec), _Recorder()
+        super().__init__(
+            QueueSettings(namespace=fresh_namespace()),
+            codec=self._exchangeable,
+            middleware=[*middleware, self._recorder],
+            clock=clock,
+        )
+        self._recorder.record = self._record
         self.published: list[Publication] = []
         """What was published, the earliest first. Payloads are copies, as they would have been sent."""
         self._errors: deque[AbeError] = deque()
@@ -47,60 +83,35 @@ class RecordingBackend(MemoryBackend):
         """Make an instance; the environment has no say."""
         return cls(codec=codec, middleware=middleware)
 
-    async def publish(
-        self,
-        key: str,
-        payload: MessageQueuePayload,
-        *,
-        headers: Mapping[str, str] | None = None,
-        id: str | None = None,
-        delay: float | None = None,
-        mandatory: bool = False,
-        group: str | None = None,
-        timeout: float | None = None,
-    ) -> None:
-        """Check the message as every backend does, and record it; see `TransportBackend.publish`."""
+    def loaded(self, *, codec: Codec | None = None, middleware: Sequence[Middleware] = ()) -> Self:
+        """Return this instance, with what the application under test gave `load_backend` in place of what it gave before."""
+        self._exchangeable.codec = codec or self._exchangeable.codec
+        self._recorder.layers = middleware
+        return self
+
+    async def _record(self, publication: Publication) -> None:
         self._here()
-        envelope = self._envelope(key, payload, headers, id, delay, group)
+        p = publication
+        envelope = self._envelope(p.key, p.payload, p.headers, p.id, p.delay, p.group)
+        check_seconds("timeout", p.timeout)
         if self._errors:
             raise self._errors.popleft()
-        copy = self._codec.decode(envelope.body)
+        copy = self._exchangeable.decode(envelope.body)
         self.published.append(
-            Publication(key, copy, envelope.headers, envelope.id, envelope.delay, mandatory, envelope.group, timeout)
+            replace(
+                p, payload=copy, headers=envelope.headers, id=envelope.id, delay=envelope.delay, group=envelope.group
+            )
         )
-
-    async def publish_many(self, items: Iterable[Publication | tuple[str, MessageQueuePayload]]) -> None:
-        """Check and record messages; see `TransportBackend.publish_many`."""
-        publications = [item if isinstance(item, Publication) else Publication(*item) for item in items]
-        for p in publications:
-            self._envelope(p.key, p.payload, p.headers, p.id, p.delay, p.group)
-        failures: list[tuple[int, AbeError]] = []
-        for index, p in enumerate(publications):
-            try:
-                await self.publish(
-                    p.key,
-                    p.payload,
-                    headers=p.headers,
-                    id=p.id,
-                    delay=p.delay or None,
-                    mandatory=p.mandatory,
-                    group=p.group,
-                    timeout=p.timeout,
-                )
-            except AbeError as exc:
-                failures.append((index, exc))
-        if failures:
-            raise PartialPublishError(failures, len(publications))
 
     def fail_next(self, *errors: AbeError) -> None:
         """Let the next publishes raise these errors, one each, and record nothing."""
         self._errors.extend(errors)
 
     async def feed(
-        self, key: str, payload: MessageQueuePayload, *, headers: Mapping[str, str] | None = None, id: str | None = None
+        self, key: str, payload: Publishable, *, headers: Mapping[str, str] | None = None, id: str | None = None
     ) -> None:
         """Give each group a copy of a message; while there is no group, the first one to come gets it."""
-        await super().publish(key, payload, headers=headers, id=id)
+        await self._forward(Publication(key, self._copy(payload), headers, id))
 
     def payloads(self, key: str = "#") -> list[MessageQueuePayload]:
         """Return what was published under `key`, a key or a key pattern; everything, when left out."""
@@ -109,7 +120,7 @@ class RecordingBackend(MemoryBackend):
     def assert_published(
         self,
         key: str,
-        payload: MessageQueuePayload | None = None,
+        payload: Publishable | None = None,
         *,
         headers: Mapping[str, str] | None = None,
         times: int | None = None,
@@ -118,7 +129,7 @@ class RecordingBackend(MemoryBackend):
 
         Args:
             key: Its key, or a key pattern.
-            payload: All of its payload; None: any.
+            payload: All of its payload, as it is given to `publish`; None: any.
             headers: Headers that it must have; it may have more.
             times: How many there must be; None: at least one.
 
@@ -126,17 +137,18 @@ class RecordingBackend(MemoryBackend):
             AssertionError: There is none, or not that many; the text shows what there is.
         """
         wanted = dict(headers or {})
+        expected_payload = None if payload is None else self._copy(payload)
         found = [
             publication
             for publication in self.published
             if matches(key, publication.key)
-            and (payload is None or publication.payload == payload)
+            and (payload is None or publication.payload == expected_payload)
             and wanted.items() <= dict(publication.headers or {}).items()
         ]
         if times == 0:
             raise ValueError("to assert that nothing was published, call assert_not_published")
         if not found or times not in (None, len(found)):
-            what = _describe(key, payload, headers)
+            what = _describe(key, expected_payload, headers)
             expected = "at least once" if times is None else f"{times} times"
             raise AssertionError(
                 f"{what} should have been published {expected}, and was {len(found)} times.\n{self._list()}"
@@ -152,6 +164,10 @@ class RecordingBackend(MemoryBackend):
         if self.payloads(key):
             what = "nothing" if key == "#" else f"nothing with the key {key!r}"
             raise AssertionError(f"{what} should have been published.\n{self._list()}")
+
+    def _copy(self, payload: Publishable) -> MessageQueuePayload:
+        """Return a payload as a consumer would get it."""
+        return self._exchangeable.decode(self._exchangeable.encode(payload))
 
     def _list(self) -> str:
         if not self.published:

@@ -12,7 +12,7 @@ from abe.backends.message_queue.base.capabilities import Capabilities
 from abe.backends.message_queue.base.middleware import Publication
 from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.base.transport import DeadLetter, GroupStats
-from abe.types import MessageQueueBackendProtocol, MessageQueuePayload
+from abe.types import MessageQueueBackendProtocol, Publishable
 
 MessageQueueBackend = MessageQueueBackendProtocol
 QueueBackend = MessageQueueBackendProtocol
@@ -60,7 +60,7 @@ class FullBackend(Protocol):
     async def publish(
         self,
         key: str,
-        payload: MessageQueuePayload,
+        payload: Publishable,
         *,
         headers: Mapping[str, str] | None = None,
         id: str | None = None,
@@ -69,7 +69,7 @@ class FullBackend(Protocol):
         group: str | None = None,
         timeout: float | None = None,
     ) -> None: ...
-    async def publish_many(self, items: Iterable[Publication | tuple[str, MessageQueuePayload]]) -> None: ...
+    async def publish_many(self, items: Iterable[Publication | tuple[str, Publishable]]) -> None: ...
     def consume(
         self,
         *,

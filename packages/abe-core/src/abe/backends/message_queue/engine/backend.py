@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import ClassVar, Final, Self, TypeVar
+from typing import ClassVar, Final, Self, TypeVar, cast
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.capabilities import Capabilities
@@ -37,7 +37,7 @@ from abe.errors import (
     UnsupportedCapabilityError,
 )
 from abe.settings import QueueSettings
-from abe.types import MessageQueuePayload
+from abe.types import MessageQueuePayload, Publishable
 
 _T = TypeVar("_T")
 _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=1.0)
@@ -122,7 +122,7 @@ class TransportBackend(ABC):
     async def publish(
         self,
         key: str,
-        payload: MessageQueuePayload,
+        payload: Publishable,
         *,
         headers: Mapping[str, str] | None = None,
         id: str | None = None,
@@ -137,7 +137,7 @@ class TransportBackend(ABC):
 
         Args:
             key: What it is about: 1 to 200 bytes of UTF-8, words separated by dots.
-            payload: A JSON object. It is taken as it is now.
+            payload: A JSON object; or a dataclass, msgspec Struct, attrs or Pydantic instance, which becomes one. It is taken as it is now.
             headers: Strings that travel beside it.
             id: The message's id, for publishing it again after `PublishUnknownError`; made up when left out.
             delay: Seconds before which it must not be delivered.
@@ -155,6 +155,8 @@ class TransportBackend(ABC):
             BackendClosedError: The backend was closed.
         """
         if self._send is not None:
+            if not isinstance(payload, dict):
+                payload = self._codec.decode(self._envelope(key, payload, headers, id, delay, group).body)
             return await self._send(Publication(key, payload, headers, id, delay or 0.0, mandatory, group, timeout))
         check_seconds("timeout", timeout)
         session = self._here()
@@ -163,7 +165,7 @@ class TransportBackend(ABC):
             self._judge(outcome, key, mandatory or group is not None)
         return None
 
-    async def publish_many(self, items: Iterable[Publication | tuple[str, MessageQueuePayload]]) -> None:
+    async def publish_many(self, items: Iterable[Publication | tuple[str, Publishable]]) -> None:
         """Publish messages, each confirmed on its own, in few round trips.
 
         Args:
@@ -173,7 +175,10 @@ class TransportBackend(ABC):
             PayloadError: One of them is not JSON; the text says which. Nothing was sent. Likewise `InvalidNameError`.
             PartialPublishError: Some were not published; it says which, and why. The others were.
         """
-        publications = [item if isinstance(item, Publication) else Publication(*item) for item in items]
+        publications = [
+            item if isinstance(item, Publication) else Publication(item[0], cast("MessageQueuePayload", item[1]))
+            for item in items
+        ]
         results: Sequence[BaseException | None]
         send = self._send
         if send is None and any(item.timeout is not None for item in publications):
@@ -186,7 +191,8 @@ class TransportBackend(ABC):
                 exc.args = (f"message #{index}: {exc}",)
                 raise
         if send is not None:
-            results = await asyncio.gather(*(send(item) for item in publications), return_exceptions=True)
+            plain = (self._plain(item, envelope) for item, envelope in zip(publications, envelopes, strict=True))
+            results = await asyncio.gather(*map(send, plain), return_exceptions=True)
         else:
             session = self._here()
             results = await session.publisher.publish_many(envelopes)
@@ -312,6 +318,14 @@ class TransportBackend(ABC):
             raise UnsupportedCapabilityError(f"{type(self).__name__} keeps no dead letters")
         return DeadLetters(self._steps, self._group(group))
 
+    def _plain(self, item: Publication, envelope: Envelope) -> Publication:
+        """Return a publication as middleware knows it: its payload is a dict."""
+        return (
+            item
+            if isinstance(cast("object", item.payload), dict)
+            else replace(item, payload=self._codec.decode(envelope.body))
+        )
+
     async def _forward(self, publication: Publication) -> None:
         p = publication
         envelope = self._envelope(p.key, p.payload, p.headers, p.id, p.delay, p.group)
@@ -323,7 +337,7 @@ class TransportBackend(ABC):
     def _envelope(
         self,
         key: str,
-        payload: MessageQueuePayload,
+        payload: Publishable,
         headers: Mapping[str, str] | None,
         id: str | None,
         delay: float | None,
