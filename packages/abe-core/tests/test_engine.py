@@ -262,6 +262,75 @@ class TestPublisher:
         assert all(isinstance(outcome, PublishUnknownError) for outcome in outcomes[:3]), "they were on their way"
         assert all(isinstance(outcome, BackendClosedError) for outcome in outcomes[3:]), "they were not"
 
+    async def test_what_was_confirmed_stays_so_when_the_rest_of_its_batch_fails_for_good(self) -> None:
+        refused = PermissionDeniedError("no")
+        transport = ScriptedTransport([None, BackendConnectionError("gone"), None], refused)
+        outcomes = await publisher_on(transport).publish_many([envelope(number) for number in range(3)])
+        assert outcomes == [None, refused, None]
+
+    async def test_what_was_confirmed_stays_so_when_it_is_closed_before_the_rest_is(self) -> None:
+        transport = ScriptedTransport([None, BackendConnectionError("gone"), None], asyncio.Event())
+        publisher = publisher_on(transport, timeout=60)
+        many = asyncio.create_task(publisher.publish_many([envelope(number) for number in range(3)]))
+        while len(transport.sends) < 2:  # noqa: ASYNC110 - the scripted transport tells nobody
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await publisher.close(0.01)
+            first, second, third = await many
+        assert (first, third) == (None, None)
+        assert isinstance(second, PublishUnknownError)
+
+    async def test_whoever_waits_for_room_while_it_is_closed_is_told(self) -> None:
+        publisher = publisher_on(ScriptedTransport(asyncio.Event()), count=1, timeout=60)
+        tasks = [asyncio.create_task(publisher.publish(envelope(number))) for number in range(3)]
+        await turns()
+        async with asyncio.timeout(5):
+            await publisher.close(0.01)
+            outcomes = await asyncio.gather(*tasks[1:], return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [BackendClosedError] * 2
+        tasks[0].cancel()
+
+    async def test_the_wait_for_room_is_part_of_the_time(self) -> None:
+        publisher = publisher_on(ScriptedTransport(asyncio.Event()), count=1, timeout=60)
+        first = asyncio.create_task(publisher.publish(envelope(1)))
+        await turns()
+        outcome = await within(publisher.publish(envelope(2), 0.01))
+        assert isinstance(outcome, PublishRejectedError)
+        first.cancel()
+
+    @pytest.mark.parametrize(("flights", "expected"), [(1, PublishRejectedError), (2, PublishUnknownError)])
+    async def test_a_time_of_ones_own_ends_whether_or_not_the_message_could_leave(
+        self, flights: int, expected: type[AbeError]
+    ) -> None:
+        transport = ScriptedTransport(asyncio.Event(), asyncio.Event())
+        transport.batching = Batching(messages=3, bytes=100, flights=flights)
+        publisher = publisher_on(transport, timeout=60)
+        first = asyncio.create_task(publisher.publish(envelope(1)))
+        await turns()
+        outcome = await within(publisher.publish(envelope(2), 0.05))
+        assert type(outcome) is expected
+        assert ("id2" in transport.ids) == (expected is PublishUnknownError)
+        first.cancel()
+
+    async def test_one_that_left_its_batch_in_time_takes_no_other_with_it(self) -> None:
+        gate = asyncio.Event()
+        transport = ScriptedTransport(gate)
+        publisher = publisher_on(transport, timeout=60)
+        first = asyncio.create_task(publisher.publish(envelope(1)))
+        await turns()
+        hasty = asyncio.create_task(publisher.publish(envelope(2), 0.01))
+        await turns()
+        third = asyncio.create_task(publisher.publish(envelope(3)))
+        assert isinstance(await within(hasty), PublishRejectedError)
+        gate.set()
+        assert await within(asyncio.gather(first, third)) == [None, None]
+        assert transport.ids == ["id1", "id3"]
+
+    async def test_a_fault_in_the_transport_is_the_outcome_of_a_lone_publish_too(self) -> None:
+        outcome = await within(publisher_on(ScriptedTransport(TypeError("a fault"))).publish(envelope(1)))
+        assert isinstance(outcome, PublishUnknownError)
+        assert isinstance(outcome.__cause__, TypeError)
+
 
 class ScriptedReceiver:
     """A broker's side of a group that holds what it was given, and notes what it is asked."""
@@ -322,8 +391,10 @@ class ScriptedReceiver:
             raise self.failures.popleft()
 
 
-def delivery(number: int, attempt: int = 1, body: bytes = b"{}", fault: str | None = None) -> Delivery:
-    return Delivery(number, body, None, attempt, fault)
+def delivery(
+    number: int, attempt: int = 1, body: bytes = b"{}", fault: str | None = None, uncertain: int = 0
+) -> Delivery:
+    return Delivery(number, body, None, attempt, fault, uncertain=uncertain)
 
 
 def settler_on(
@@ -441,6 +512,32 @@ class TestSettler:
         assert lost.lost
         assert "1 of 2 acknowledgements were not carried out" in caplog.text
 
+    async def test_what_will_never_be_carried_out_is_told_at_once(self, manual_clock: ManualClock) -> None:
+        receiver, refused = ScriptedReceiver(), list[AbeError]()
+        settler = settler_on(receiver, manual_clock, refused=refused.append)
+        receiver.failures.append(PermissionDeniedError("no"))
+        settler.ack(delivery(1))
+        await within(settler.drain())
+        assert [type(error) for error in refused] == [PermissionDeniedError]
+
+    async def test_a_batch_that_fails_for_good_fails_for_the_one_that_is_to_blame(
+        self, manual_clock: ManualClock
+    ) -> None:
+        class Picky(ScriptedReceiver):
+            async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
+                if 3 in receipts:
+                    raise AbeError("a script failed")
+                return await super().ack(receipts, verify=verify)
+
+        receiver, refused = Picky(), list[AbeError]()
+        settler = settler_on(receiver, manual_clock, refused=refused.append)
+        waiters = [settler.submit(delivery(number), None) for number in range(8)]
+        await within(settler.drain())
+        outcomes = [waiter.result() for waiter in waiters]
+        assert [number for number, outcome in enumerate(outcomes) if outcome is not None] == [3]
+        assert refused == []
+        assert sorted(receipt for receipts, _ in receiver.acks for receipt in receipts) == [0, 1, 2, 4, 5, 6, 7]
+
 
 class TestLeaseKeeper:
     async def test_leases_are_renewed_every_third(self, manual_clock: ManualClock) -> None:
@@ -489,6 +586,8 @@ def inbox_on(
     *,
     prefetch: int = 8,
     max_delay: float | None = 60,
+    alone: bool = False,
+    codec: JSONCodec | None = None,
     left: Callable[[Inbox], object] = lambda _: None,
 ) -> Inbox:
     return Inbox(
@@ -498,7 +597,8 @@ def inbox_on(
         max_attempts=3,
         max_delay=max_delay,
         lease=30,
-        codec=JSONCodec(),
+        alone=alone,
+        codec=codec or JSONCodec(),
         clock=clock,
         close_timeout=1,
         left=left,
@@ -533,8 +633,177 @@ class TestGroupSubscription:
         assert (await within(subscription.receive())).attempt == 1
         await subscription.aclose()
 
+    async def test_a_suspect_is_tried_alone_and_what_was_beside_it_comes_back(self, manual_clock: ManualClock) -> None:
+        made: list[tuple[bool, ScriptedReceiver]] = []
+        scripts = [
+            [delivery(1), delivery(2, attempt=4), delivery(3)],
+            [delivery(2, attempt=4), delivery(3)],
+            [delivery(4)],
+        ]
+
+        async def start(alone: bool) -> Inbox:
+            receiver = ScriptedReceiver(*scripts[len(made)])
+            made.append((alone, receiver))
+            return inbox_on(receiver, manual_clock, alone=alone, prefetch=1 if alone else 8)
+
+        subscription = GroupSubscription(start)
+        first = await within(subscription.receive())
+        waiting = asyncio.create_task(subscription.receive())
+        await turns()
+        assert not waiting.done(), "something is in hand still"
+        assert [(item.receipt, item.verb) for item in made[0][1].settled] == [(2, Verb.RELEASE), (3, Verb.RELEASE)]
+        await within(first.ack())
+        suspect = await within(waiting)
+        assert (suspect.id, suspect.attempt) == ("2", 4)
+        await within(suspect.ack())
+        third = await within(subscription.receive())
+        fourth = await within(subscription.receive())
+        assert (third.id, fourth.id) == ("3", "4")
+        assert [alone for alone, _ in made] == [False, True, False]
+        await within(third.ack())
+        await within(subscription.aclose())
+
+    async def test_a_suspect_waits_no_longer_than_a_lease_for_what_is_in_hand(self, manual_clock: ManualClock) -> None:
+        scripts = [[delivery(1), delivery(2, attempt=4)], [delivery(2, attempt=4)]]
+
+        async def start(alone: bool) -> Inbox:
+            return inbox_on(ScriptedReceiver(*scripts.pop(0)), manual_clock, alone=alone, prefetch=1 if alone else 8)
+
+        subscription = GroupSubscription(start)
+        first = await within(subscription.receive())
+        waiting = asyncio.create_task(subscription.receive())
+        await turns()
+        await manual_clock.advance(31)
+        assert (await within(waiting)).id == "2"
+        await within(first.ack())
+        await within(subscription.aclose())
+
+    async def test_uncertain_attempts_are_made_certain_before_a_suspect_is_tried(
+        self, manual_clock: ManualClock
+    ) -> None:
+        receiver = ScriptedReceiver(delivery(1, attempt=9, uncertain=8), delivery(2, attempt=6, uncertain=2))
+        inbox = inbox_on(receiver, manual_clock, alone=True, prefetch=1)
+        waiting = asyncio.create_task(inbox.receive())
+        await turns(60)
+        assert [(item.receipt, item.verb, item.attempts) for item in receiver.settled] == [
+            (1, Verb.RELEASE, 3),  # it begins its one try with the limit used up
+            (2, Verb.RELEASE, 4),  # it had its try: what comes next is its burial
+        ]
+        waiting.cancel()
+        await within(inbox.close())
+
+    async def test_when_settling_is_refused_for_good_everybody_is_told_and_nothing_more_is_handed_out(
+        self, manual_clock: ManualClock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        receiver = ScriptedReceiver(*(delivery(number) for number in range(4)))
+        inbox = inbox_on(receiver, manual_clock)
+        message = await within(inbox.receive())
+        receiver.failures.append(PermissionDeniedError("no right to settle"))
+        message._source.ack_soon(message)  # type: ignore[attr-defined]
+        await turns()
+        assert inbox.take() is None
+        with pytest.raises(PermissionDeniedError):
+            await within(inbox.receive())
+        assert "refuses to settle" in caplog.text
+        await within(inbox.close())
+
 
 class TestInbox:
+    async def test_a_message_that_is_dropped_unsettled_is_delivered_again(
+        self, manual_clock: ManualClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr("abe.backends.message_queue.engine.in_flight._DROPPED", 0.0)
+        receiver = ScriptedReceiver(delivery(1), delivery(2))
+        inbox = inbox_on(receiver, manual_clock, prefetch=2)
+        kept = await within(inbox.receive())
+        await within(inbox.receive())
+        gc.collect()
+        while not receiver.settled:  # noqa: ASYNC110 - the scripted receiver tells nobody
+            await asyncio.sleep(0)
+        assert [(item.receipt, item.verb) for item in receiver.settled] == [(2, Verb.RETRY)]
+        assert "dropped" in caplog.text
+        assert kept.attempt == 1
+        await within(inbox.close())
+
+    async def test_a_message_that_is_settled_twice_is_settled_when_both_return(self, manual_clock: ManualClock) -> None:
+        receiver, gate = ScriptedReceiver(delivery(1)), asyncio.Event()
+        carry_out = receiver.ack
+
+        async def slow(receipts: Sequence[Receipt], *, verify: bool) -> Failures:
+            await gate.wait()
+            return await carry_out(receipts, verify=verify)
+
+        receiver.ack = slow  # type: ignore[method-assign]
+        inbox = inbox_on(receiver, manual_clock)
+        message = await within(inbox.receive())
+        first, second = asyncio.create_task(message.ack()), asyncio.create_task(message.ack())
+        await turns()
+        assert not first.done()
+        assert not second.done()
+        receiver.lost = {1}
+        gate.set()
+        outcomes = await within(asyncio.gather(first, second, return_exceptions=True))
+        assert [type(outcome) for outcome in outcomes] == [LeaseLostError] * 2
+        await within(inbox.close())
+
+    async def test_whatever_a_codec_raises_concerns_that_message(self, manual_clock: ManualClock) -> None:
+        class Codec(JSONCodec):
+            def decode(self, body: bytes) -> dict[str, Any]:
+                if body == b"bad":
+                    raise KeyError("secret")
+                return super().decode(body)
+
+        receiver = ScriptedReceiver(delivery(1, body=b"bad"), delivery(2))
+        inbox = inbox_on(receiver, manual_clock, codec=Codec())
+        assert (await within(inbox.receive())).id == "2"
+        await turns()
+        assert [(item.receipt, item.reason) for item in receiver.settled] == [(1, "undecodable")]
+        assert "secret" not in receiver.settled[0].error
+        await within(inbox.close())
+
+    async def test_a_fault_in_the_transport_does_not_end_the_group(
+        self, manual_clock: ManualClock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        receiver = ScriptedReceiver()
+        fault: Any = KeyError("a fault")
+        receiver.errors.append(fault)
+        receiver.waiting.append(delivery(1))
+        inbox = inbox_on(receiver, manual_clock)
+        waiting = asyncio.create_task(inbox.receive())
+        await turns()
+        await manual_clock.advance(5)
+        assert (await within(waiting)).id == "1"
+        assert "a bug of the provider" in caplog.text
+        await within(inbox.close())
+
+    async def test_what_was_settled_while_leases_were_renewed_is_not_called_lost(
+        self, manual_clock: ManualClock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        receiver = ScriptedReceiver(delivery(1))
+        inbox = inbox_on(receiver, manual_clock)
+        message = await within(inbox.receive())
+        await within(message.ack())
+        inbox._lose([1])
+        assert "lost" not in caplog.text
+        await within(inbox.close())
+
+    async def test_closing_takes_its_time_and_no_more_whatever_the_broker_does(self, manual_clock: ManualClock) -> None:
+        class Silent(ScriptedReceiver):
+            async def settle(self, settlements: Sequence[Settlement]) -> Failures:
+                await asyncio.Event().wait()
+                return {}
+
+            async def close(self) -> None:
+                await asyncio.Event().wait()
+
+        inbox = inbox_on(Silent(delivery(1)), manual_clock)
+        await within(inbox.receive())
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await within(inbox.close(0.2))
+        assert loop.time() - began >= 0.2
+        assert inbox.closed
+
     async def test_an_error_text_with_half_a_character_is_carried(self, manual_clock: ManualClock) -> None:
         receiver = ScriptedReceiver(delivery(1), delivery(2))
         inbox = inbox_on(receiver, manual_clock)
@@ -865,7 +1134,7 @@ class TestSession:
         for group in ("a", "b", "c"):
             await join(group)
 
-        async def fails() -> None:
+        async def fails(_: float | None) -> None:
             raise ZeroDivisionError
 
         next(iter(session.inboxes)).close = fails  # type: ignore[method-assign]

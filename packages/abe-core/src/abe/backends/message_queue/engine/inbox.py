@@ -172,9 +172,13 @@ class Inbox:
                 await asyncio.wait([retiring, late], return_when=asyncio.FIRST_COMPLETED)
                 late.cancel()
 
-    async def close(self) -> None:
-        """Stop, carry out what was decided, give back the rest, and leave."""
-        await asyncio.shield(self._close_once())
+    async def close(self, timeout: float | None = None) -> None:
+        """Stop, carry out what was decided, give back the rest, and leave.
+
+        Args:
+            timeout: Seconds within which it is done, whatever the broker does; None: `close_timeout`.
+        """
+        await asyncio.shield(self._close_once(self._close_timeout if timeout is None else timeout))
 
     def close_soon(self) -> None:
         """Close without waiting, from any thread; nothing happens when the event loop is closed, or about to be."""
@@ -182,7 +186,7 @@ class Inbox:
         def close() -> None:
             # Nobody but an event loop that ends cancels this task before `close` does: a new task would never be run.
             if not self._keeping.cancelling():
-                self._close_once()
+                self._close_once(self._close_timeout)
 
         try:
             self._loop.call_soon_threadsafe(close)
@@ -237,11 +241,11 @@ class Inbox:
         self._buffer.clear()
         await self._in_flight.give_back_all(unread)
 
-    def _close_once(self) -> asyncio.Task[None]:
+    def _close_once(self, timeout: float) -> asyncio.Task[None]:
         if self._closing is None:
             self._in_flight.closing = True
             self._make_space()
-            self._closing = self._loop.create_task(self._close())
+            self._closing = self._loop.create_task(self._close(timeout))
         return self._closing
 
     async def _retire(self) -> None:
@@ -250,11 +254,10 @@ class Inbox:
             await self._space
         await self.close()
 
-    async def _close(self) -> None:
-        """Close within `close_timeout`, whatever the broker does."""
+    async def _close(self, timeout: float) -> None:
         began = self._loop.time()
         try:
-            async with asyncio.timeout_at(began + _SETTLING * self._close_timeout):
+            async with asyncio.timeout_at(began + _SETTLING * timeout):
                 await self.stop()
                 await self._settler.drain()
                 await self._in_flight.give_back_all(list(self._live.values()))
@@ -271,7 +274,7 @@ class Inbox:
             self._settler.abandon()
             await asyncio.wait([self._fetching, self._keeping])
             try:
-                async with asyncio.timeout_at(began + self._close_timeout):
+                async with asyncio.timeout_at(began + timeout):
                     await self._receiver.close()
             except (AbeError, TimeoutError) as exc:
                 _log.debug("the receiver could not unsubscribe: %r", exc)

@@ -155,27 +155,32 @@ class Publisher:
         batch = self._current
         if batch is None:
             batch = self._current = _Batch(self._loop.time() + self._timeout)
-            if self._flying < self._limits.flights and not self._scheduled:
-                self._scheduled = True
-                self._loop.call_soon(self._fly)
-        future: asyncio.Future[AbeError | None] = self._loop.create_future()
-        batch.envelopes.append(envelope)
-        batch.futures.append(future)
-        batch.size += size
+            self._schedule()
+        future = self._add(batch, envelope, size)
         if len(batch.futures) >= self._limits.messages or batch.size >= self._limits.bytes:
             self._ready.append(batch)
             self._current = None
         return future
 
-    async def _publish_by(self, deadline: float, envelope: Envelope, size: int) -> AbeError | None:
-        """Publish in a batch that has an end of its own, and leave when that has come even if no connection was free for it."""
-        if self._current is not None:
-            self._ready.append(self._current)
-        batch = self._current = _Batch(deadline)
+    def _add(self, batch: _Batch, envelope: Envelope, size: int) -> asyncio.Future[AbeError | None]:
+        future: asyncio.Future[AbeError | None] = self._loop.create_future()
+        batch.envelopes.append(envelope)
+        batch.futures.append(future)
+        batch.size += size
+        return future
+
+    def _schedule(self) -> None:
         if self._flying < self._limits.flights and not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._fly)
-        future = self._enqueue(envelope, size)
+
+    async def _publish_by(self, deadline: float, envelope: Envelope, size: int) -> AbeError | None:
+        """Publish in a batch that has an end of its own, and leave when that has come even if no connection was free for it."""
+        batch = _Batch(deadline)
+        future = self._add(batch, envelope, size)
+        self._ready += [batch] if self._current is None else [self._current, batch]
+        self._current = None
+        self._schedule()
         await asyncio.wait([future], timeout=max(0.0, deadline - self._loop.time()))
         if future.done():
             return future.result()

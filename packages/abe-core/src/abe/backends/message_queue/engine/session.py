@@ -1,7 +1,9 @@
 """What a backend has while it is open in one event loop."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Collection, Mapping
+from typing import Final
 
 from abe.backends.message_queue.base.clock import pause
 from abe.backends.message_queue.base.names import check_patterns
@@ -10,6 +12,11 @@ from abe.backends.message_queue.engine.inbox import Inbox
 from abe.backends.message_queue.engine.publisher import Publisher
 from abe.errors import BackendClosedError, ConfigurationError
 from abe.settings import QueueSettings
+
+_log: Final = logging.getLogger("abe.engine")
+
+_FINISHING: Final = 0.9
+"""The part of the time to close that is for what is under way; the rest is for disconnecting."""
 
 
 class Session:
@@ -106,16 +113,21 @@ class Session:
         return joined
 
     async def _close(self) -> None:
+        """Close within `close_timeout`, whatever the broker does."""
         self._ended.set()
-        ways = [self.publisher.close(self._close_timeout), *(inbox.close() for inbox in self.inboxes)]
+        began, part = self.loop.time(), _FINISHING * self._close_timeout
+        ways = [self.publisher.close(part), *(inbox.close(part) for inbox in self.inboxes)]
         if self._joining:
-            ways.append(_done(set(self._joining), self._close_timeout))
+            ways.append(_done(set(self._joining), part))
         try:
             # Each to its end: one that fails must not have the others lose their connection.
             outcomes = await asyncio.gather(*ways, return_exceptions=True)
         finally:
             try:
-                await self.transport.close()
+                async with asyncio.timeout_at(began + self._close_timeout):
+                    await self.transport.close()
+            except TimeoutError:
+                _log.warning("the broker did not answer while the connection was closed: it is given up")
             finally:
                 self._end_calls()
         for outcome in outcomes:
