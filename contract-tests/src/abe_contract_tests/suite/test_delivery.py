@@ -325,7 +325,6 @@ TOPIC_PATTERNS = (
         ["*.*"],
         ["#.b.#"],
         ["*.#"],
-        ["a*"],
         ["order.*"],
         ["order.#"],
     ),
@@ -393,6 +392,6 @@ async def test_a_publisher_learns_of_patterns_that_another_process_changed(contr
 async def test_a_pattern_list_that_could_match_nothing_is_refused(contract: Contract) -> None:
     backend = contract.backend()
     async with contract.within():
-        for keys in ([], [""], "order.*"):
+        for keys in ([], [""], "order.*", ["order*"], ["order.>"]):
             with pytest.raises(ValueError, match="key"):
                 await backend.declare("g", keys=keys)
