@@ -2,7 +2,10 @@
 
 import sys
 import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -34,6 +37,34 @@ class TestServer:
             assert isinstance(service, ProcessService)
             assert list(tmp_path.iterdir()) == [service.directory]
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("server", ["moto", "ministack"])
+    def test_it_loses_and_doubles_nothing_of_what_is_asked_at_the_same_time(self, server: str) -> None:
+        with sqs_service(environ=PROCESSES | {"ABE_TEST_SQS_SERVER": server}) as service:
+            queue = {"QueueUrl": ask(service.url, "CreateQueue", {"QueueName": "q"})[0]["QueueUrl"]}
+            waiting, count, hands = range(300), 600, 12
+            for n in waiting[::10]:
+                entries = [{"Id": str(each), "MessageBody": str(each)} for each in waiting[n : n + 10]]
+                ask(service.url, "SendMessageBatch", queue | {"Entries": entries})
+
+            def send(part: int) -> None:
+                for n in range(len(waiting) + part, count, hands):
+                    ask(service.url, "SendMessage", queue | {"MessageBody": str(n)})
+
+            def take(_: int) -> list[str]:
+                taken: list[str] = []
+                while found := ask(service.url, "ReceiveMessage", queue | {"WaitTimeSeconds": 1})[0].get("Messages"):
+                    for message in cast("list[dict[str, str]]", found):
+                        taken.append(message["Body"])
+                        ask(service.url, "DeleteMessage", queue | {"ReceiptHandle": message["ReceiptHandle"]})
+                return taken
+
+            with ThreadPoolExecutor(2 * hands) as pool:
+                sending = [pool.submit(send, part) for part in range(hands)]
+                taken = Counter(body for each in pool.map(take, range(hands)) for body in each)
+                for each in sending:
+                    each.result()
+        assert taken == Counter(map(str, range(count)))
 
     def test_a_server_that_the_caller_names_is_that_one(self) -> None:
         environ = PROCESSES | {"ABE_TEST_SQS_SERVER": "moto"}

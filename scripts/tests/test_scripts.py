@@ -214,7 +214,7 @@ class TestWholeRun:
 
     def run(self, tree: Path, make: str) -> subprocess.CompletedProcess[str]:
         write_executable(tree / "scripts/ci/apt-install", "#!/bin/sh\necho installed: $*\n")
-        targets = 'for word; do case $word in -* | *=*) ;; *) target=$word ;; esac; done'
+        targets = "for word; do case $word in -* | *=*) ;; *) target=$word ;; esac; done"
         write_executable(tree / "bin/make", f"#!/bin/sh\n{targets}\n{make}\n")
         return run("bash", tree / ".ci/run", cwd=tree, PATH=f"{tree / 'bin'}:{os.environ['PATH']}")
 

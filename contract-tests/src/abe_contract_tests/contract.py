@@ -28,7 +28,10 @@ DEFAULT_BOUND: Final = 10.0
 """Seconds that a wait may take where a test does not say; nothing in the contract takes longer on a healthy machine."""
 
 DEFAULT_LEASE: Final = 1.0
-"""Short, so that waiting for a lease to run out is quick; long enough for a busy machine to renew it in time."""
+"""Short, so that waiting for a lease to run out is quick; long enough to be renewed in time, on a machine that is not too busy."""
+
+LONGEST_LEASE: Final = 5.0
+"""However busy the machine is."""
 
 UNDECLARED: Final = Capabilities(
     groups=False,
@@ -53,9 +56,9 @@ _SETTLE_STEP: Final = 0.02
 class Contract:
     """One test's view of the provider under test, in a fresh random namespace. The fixture ``contract`` makes it and cleans up."""
 
-    def __init__(self, harness: Harness, *, lease: float = DEFAULT_LEASE) -> None:
+    def __init__(self, harness: Harness) -> None:
         self.harness: Final = harness
-        self.lease: Final = lease
+        self.lease: Final = _lease()
         """The lease that the backends are configured with, in seconds."""
         self.namespace: Final = f"contract-{token_hex(6)}"
         self.broker: Final = harness.broker_version()
@@ -241,6 +244,11 @@ class Contract:
         await self.harness.clean(self.namespace)
         if problems:
             raise ExceptionGroup("closing the backends of the test failed", problems)
+
+
+def _lease() -> float:
+    # Half a lease is left when it is renewed at the latest, and a machine that is twice as slow as usual needs less than that.
+    return min(max(DEFAULT_LEASE, DEFAULT_LEASE * round(slowness() / 2)), LONGEST_LEASE)
 
 
 class _Collector(logging.Handler):

@@ -252,11 +252,17 @@ class ProcessService(Service):
 
 def _stopped(group: int) -> bool:
     """Return whether every thread of a process group has stopped; true where there is no Linux to tell."""
-    for path in Path("/proc").glob("[0-9]*/task/[0-9]*/stat"):
-        try:
-            state, _, its_group, *_ = path.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended meanwhile
-        if int(its_group) == group and state not in _STANDING:
-            return False
-    return True
+    return all(state in _STANDING for process in Path("/proc").glob("[0-9]*") for state in _threads(process, group))
+
+
+def _threads(process: Path, group: int) -> list[str]:
+    """Return the states of a process's threads, if it is of that group."""
+    try:
+        _, _, its_group, *_ = (process / "stat").read_text().rpartition(")")[2].split()
+        if int(its_group) != group:
+            return []
+        stats = [(thread / "stat").read_text() for thread in (process / "task").iterdir()]
+    except (FileNotFoundError, ProcessLookupError):
+        # It, or a thread of it, ended meanwhile. Where threads come and go the group has not stopped: it is looked at again.
+        return ["R"] if process.exists() and process.name == str(group) else []
+    return [stat.rpartition(")")[2].split()[0] for stat in stats]

@@ -20,9 +20,10 @@ _IMAGE: Final = "motoserver/moto:5.2.5"
 _PROBE_TIMEOUT: Final = 2.0
 _VERSION_HEADER: Final = "X-Moto-Version"
 _MOTO: Final = f"""
-import sys
+import functools, sys, threading
 from moto import __version__
 from moto.server import main
+from moto.sqs.models import Queue, SQSBackend
 from werkzeug.serving import WSGIRequestHandler
 
 def send_response(self, code, message=None):
@@ -31,6 +32,33 @@ def send_response(self, code, message=None):
     self.send_header("{_VERSION_HEADER}", __version__)
 
 WSGIRequestHandler.send_response = send_response
+
+# moto answers each request in a thread and locks nothing: of two that receive at once both get the same message, and a message that is
+# sent while another one is deleted is gone. One request has the turn; a poll that waits passes it on.
+turn = threading.Condition()
+
+def in_turn(method):
+    @functools.wraps(method)
+    def call(*arguments, **named):
+        with turn:
+            return method(*arguments, **named)
+    return call
+
+for name, method in list(vars(SQSBackend).items()):
+    if callable(method) and not name.startswith("_"):
+        setattr(SQSBackend, name, in_turn(method))
+
+add_message = Queue.add_message
+
+def add_and_tell(self, message):
+    with turn:
+        add_message(self, message)
+        turn.notify_all()
+
+Queue.add_message = add_and_tell
+# Not for a whole second: messages become visible by time too.
+Queue.wait_for_messages = lambda self, timeout: turn.wait(0.05)
+
 main(sys.argv[1:])
 """
 

@@ -39,25 +39,26 @@ KEYS = (
 async def test_every_group_gets_every_message_from_every_publisher(contract: Contract) -> None:
     first, second, third = contract.backend(), contract.backend(), contract.backend()
     accounts = {group: contract.accounting() for group in ("a", "b", "c")}
+    count = contract.many(400)
     oracle = await contract.oracle()
 
     async def publish(account_id: int) -> None:
         backend = (first, second)[account_id % 2]
-        for n in range(account_id * 50, account_id * 50 + 50):
+        for n in range(account_id, count, 8):
             await backend.publish("order.created", {"n": n}, id=f"id-{n}")
             for account in accounts.values():
                 account.record(f"id-{n}", "ok")
 
     async def drain(group: str) -> None:
         async with third.consume(group=group) as subscription:
-            missing = 400
+            missing = count
             while missing:
                 message = await subscription.receive()
                 accounts[group].delivered(message)
                 missing -= accounts[group].deliveries[message.id] == 1
                 await message.ack()
             await until_empty(oracle, group)
-            assert subscription.take() is None
+            assert contract.capabilities.spurious_duplicates or subscription.take() is None
 
     async with contract.within(20):
         for group in accounts:
@@ -68,7 +69,7 @@ async def test_every_group_gets_every_message_from_every_publisher(contract: Con
             for group in accounts:
                 tasks.create_task(drain(group))
     for account in accounts.values():
-        assert len(account.deliveries) == 400
+        assert len(account.deliveries) == count
         account.check(duplicates_allowed=contract.capabilities.spurious_duplicates)
 
 
