@@ -119,9 +119,9 @@ async def test_the_loader_returns_the_backend_asked_for(contract: Contract) -> N
         assert type(await loaded(name)) is contract.backend_class
     with contract.environ(QUEUE_BACKEND=name, MESSAGE_QUEUE_BACKEND=name):
         assert type(await loaded()) is contract.backend_class
-    with contract.environ(QUEUE_BACKEND=name, MESSAGE_QUEUE_BACKEND="no-such-provider"):
-        with pytest.raises(ConfigurationError, match="MESSAGE_QUEUE_BACKEND"):
-            await loaded()
+    different = contract.environ(QUEUE_BACKEND=name, MESSAGE_QUEUE_BACKEND="no-such-provider")
+    with different, pytest.raises(ConfigurationError, match="MESSAGE_QUEUE_BACKEND"):
+        await loaded()
     with contract.environ(QUEUE_BACKEND="", MESSAGE_QUEUE_BACKEND=name):
         backend = await loaded()
         assert type(backend) is contract.backend_class
