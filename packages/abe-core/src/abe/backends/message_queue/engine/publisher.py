@@ -95,7 +95,8 @@ class Publisher:
         """
         patience = self._timeout if timeout is None else timeout
         deadline = self._loop.time() + patience
-        if self._full() and not await self._wait_for_room(deadline):
+        crowded = self._count >= self._max_count or self._bytes >= self._max_bytes
+        if crowded and not await self._wait_for_room(deadline):
             return PublishRejectedError(f"too much was on its way to the broker for {patience:g} s: there was no room")
         if self._closed:
             raise BackendClosedError("the backend was closed")
@@ -113,7 +114,8 @@ class Publisher:
         futures: list[asyncio.Future[AbeError | None]] = []
         refusal: AbeError | None = None
         for envelope in envelopes:
-            if refusal is None and self._full() and not await self._wait_for_room(self._loop.time() + self._timeout):
+            crowded = self._count >= self._max_count or self._bytes >= self._max_bytes
+            if crowded and not (refusal or await self._wait_for_room(self._loop.time() + self._timeout)):
                 refusal = PublishRejectedError(
                     f"nothing was confirmed for {self._timeout:g} s: there was no room for it"
                 )

@@ -6,11 +6,10 @@ import weakref
 from collections.abc import Awaitable, Callable
 from traceback import format_exception
 from types import TracebackType
-from typing import Final, Self, cast
+from typing import Final, Self
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.message import Message
-from abe.backends.message_queue.engine.in_flight import InFlight
 from abe.backends.message_queue.engine.inbox import Inbox
 from abe.errors import AbeError, AlreadySettledError, BackendClosedError
 
@@ -88,11 +87,11 @@ class GroupSubscription:
 
     def ack_soon(self, message: Message) -> None:
         """Acknowledge a message of ours with the next batch, without waiting; a failure is logged."""
-        _source(message).ack_soon(message)
+        message._source.ack_soon(message)  # pyright: ignore[reportPrivateUsage]
 
     async def release(self, message: Message) -> None:
         """Give a message back as if it had never been taken; nothing happens when it is settled already."""
-        await _source(message).release(message)
+        await message._source.release(message)  # pyright: ignore[reportPrivateUsage]
 
     async def stop(self) -> None:
         """Take nothing new, and give back what nobody was handed yet."""
@@ -171,10 +170,6 @@ async def _follow(
             tries += 1
             _log.warning("the group cannot be subscribed to, trying again: %s", exc)
             await asyncio.sleep(_RESUBSCRIBE(tries))
-
-
-def _source(message: Message) -> InFlight:
-    return cast("InFlight", message._source)  # pyright: ignore[reportPrivateUsage]
 
 
 async def _fail(message: Message, exc: Exception) -> None:
