@@ -18,7 +18,7 @@ from abe.backends.message_queue.base.transport import Envelope
 from abe.backends.message_queue.engine.ids import next_id
 from abe.codec import Codec
 from abe.errors import AbeError, PayloadError, PayloadTooLargeError, UnsupportedCapabilityError
-from abe.types import MessageQueuePayload
+from abe.types import Publishable
 
 _log: Final = logging.getLogger("abe.engine")
 _MOST_KNOWN_KEYS: Final = 10_000
@@ -42,7 +42,7 @@ class Outgoing:
         self,
         capabilities: Capabilities,
         key: str,
-        payload: MessageQueuePayload,
+        payload: Publishable,
         headers: Mapping[str, str] | None,
         id: str | None,
         delay: float | None,
