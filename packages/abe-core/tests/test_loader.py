@@ -255,6 +255,21 @@ def test_nothing_is_said_about_installing_what_we_do_not_publish(name: str, inst
     assert "entry-point group 'abe.backends.message_queue'" in text
 
 
+@pytest.mark.parametrize("variable", ["QUEUE_BACKEND", "MESSAGE_QUEUE_BACKEND"])
+def test_an_address_in_place_of_a_name_is_not_shown_and_it_is_said_where_it_belongs(
+    variable: str, installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "redis://user:hunter2@host:6379/0")
+    with pytest.raises(BackendNotFoundError, match=r"REDIS_URL\. Did you mean 'redis'\?") as caught:
+        load_backend()
+    assert "hunter2" not in str(caught.value)
+    monkeypatch.setenv("QUEUE_BACKEND", "memory")
+    monkeypatch.setenv("MESSAGE_QUEUE_BACKEND", "redis://user:hunter2@host:6379/0")
+    with pytest.raises(ConfigurationError, match="both set, and they differ") as differ:
+        load_backend()
+    assert "hunter2" not in str(differ.value)
+
+
 @pytest.mark.parametrize(("name", "meant"), [("Rabbit-MQ", "rabbitmq"), ("rabbit", "rabbitmq"), ("SQS", "sqs")])
 def test_what_we_do_publish_is_said_with_the_line_that_installs_it(name: str, meant: str, installed: Installed) -> None:
     with pytest.raises(BackendNotFoundError, match=f"pip install abe-backend-{meant}  "):

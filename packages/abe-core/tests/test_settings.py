@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tokenize
+import traceback
 import warnings
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from pathlib import Path
@@ -327,6 +328,13 @@ def test_an_error_about_a_secret_does_not_show_it() -> None:
     with pytest.raises(ConfigurationError) as caught:
         BrokerSettings.from_env({"BROKER_URL": "broker://here", "BROKER_TOKEN": SECRET})
     assert str(caught.value) == "BROKER_TOKEN (setting 'token') must be a port number"
+
+
+@pytest.mark.parametrize("name", ["QUEUE_NAMESPACE", "QUEUE_GROUPS", "QUEUE_PREFETCH", "QUEUE_LEASE_SECONDS"])
+def test_an_address_in_another_setting_s_place_is_not_shown(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=name) as caught:
+        QueueSettings.from_env({name: f"broker://user:{SECRET}@host"})
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
 def test_an_uncaught_error_about_a_secret_prints_it_nowhere() -> None:

@@ -103,20 +103,25 @@ def seconds(text: str) -> float:
     return float(positive(value))
 
 
+def shown(value: object) -> str:
+    """Return a value for the text of an error. What is an address is not shown: it may hold a password."""
+    return "an address" if "://" in str(value) else repr(value)
+
+
 def group_patterns(text: str) -> Mapping[str, tuple[str, ...]]:
     """Read groups and their key patterns: ``billing=order.*|user.created,shipping``."""
     groups: dict[str, tuple[str, ...]] = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, equals, patterns = map(str.strip, part.partition("="))
         if not name:
-            raise ValueError(f"{_GROUPS}; {part!r} names no group")
+            raise ValueError(f"{_GROUPS}; {shown(part)} names no group")
         if name in groups:
             raise ValueError(
-                f"{_GROUPS}; {name!r} comes twice (a bar separates its patterns: {name}=order.*|user.created)"
+                f"{_GROUPS}; {shown(name)} comes twice (a bar separates its patterns: name=order.*|user.created)"
             )
         groups[name] = tuple(map(str.strip, patterns.split("|"))) if equals else ()
         if "" in groups[name]:
-            raise ValueError(f"{_GROUPS}; {name!r} has an empty pattern (without the '=', it gets every key)")
+            raise ValueError(f"{_GROUPS}; {shown(name)} has an empty pattern (without the '=', it gets every key)")
     return groups
 
 
@@ -182,14 +187,16 @@ def named_groups(value: Any) -> Any:
         try:
             plain_name(name)
         except ValueError as exc:
-            raise ValueError(f"groups whose names are {exc}; {name!r} is none") from None
+            raise ValueError(f"groups whose names are {exc}; {shown(name)} is none") from None
         if not isinstance(patterns, tuple):
-            raise ValueError(f"a mapping from each group to a tuple of key patterns; that of {name!r} is none")  # noqa: TRY004
+            raise ValueError(f"a mapping from each group to a tuple of key patterns; that of {shown(name)} is none")  # noqa: TRY004
         for pattern in cast("tuple[object, ...]", patterns):
             try:
                 key_pattern(pattern)
             except ValueError as exc:
-                raise ValueError(f"groups and their key patterns; {pattern!r} of {name!r} must be {exc}") from None
+                raise ValueError(
+                    f"groups and their key patterns; {shown(pattern)} of {shown(name)} must be {exc}"
+                ) from None
     return groups
 
 
@@ -333,5 +340,5 @@ class QueueSettings:
 
 
 def _complaint(item: Field[Any], value: Any, exc: ValueError) -> str:
-    given = "" if item.metadata["secret"] else f", not {value!r}"
+    given = "" if item.metadata["secret"] else f", not {shown(value)}"
     return f"{item.metadata['variable']} (setting {item.name!r}) must be {exc}{given}"

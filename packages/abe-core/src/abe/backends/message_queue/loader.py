@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final
@@ -23,6 +24,7 @@ OLDER_ENTRY_POINT_GROUP: Final = "abe.backends.message_queue.service"
 
 VARIABLES: Final = ("QUEUE_BACKEND", "MESSAGE_QUEUE_BACKEND")
 _MEMORY: Final = "memory"
+_NAME: Final = re.compile(r"[\w.-]{1,64}\Z")
 _PUBLISHED: Final = ("rabbitmq", "redis", "sqs")
 """What we publish as ``abe-backend-<name>``. To have anything else installed might install a stranger's package."""
 
@@ -90,7 +92,7 @@ def _wanted(
     named = {variable: (env_text(variable, environ=environ) or "").strip() for variable in VARIABLES}
     named = {variable: text for variable, text in named.items() if text}
     if len({text.casefold() for text in named.values()}) > 1:
-        both = " and ".join(f"{variable}={text!r}" for variable, text in named.items())
+        both = " and ".join(f"{variable}={_shown(text)}" for variable, text in named.items())
         raise ConfigurationError(f"{both} are both set, and they differ: leave one of them out")
     for variable, text in named.items():
         return text, variable
@@ -162,10 +164,11 @@ def _check_takes(name: str, backend: type[MessageQueueBackend], given: Mapping[s
 
 
 def _unknown(name: str, source: str, found: Mapping[str, list[EntryPoint]]) -> str:
-    close = next(iter(difflib.get_close_matches(name.casefold(), sorted({*found, *_PUBLISHED}), n=1)), None)
-    text = (
-        f"there is no message-queue provider {name!r} (asked for by {source}). Installed: {', '.join(found) or 'none'}."
-    )
+    scheme, is_url, _ = name.casefold().partition("://")
+    close = next(iter(difflib.get_close_matches(scheme, sorted({*found, *_PUBLISHED}), n=1)), None)
+    text = f"there is no message-queue provider {_shown(name)} (asked for by {source}). Installed: {', '.join(found) or 'none'}."
+    if is_url:
+        text += " An address goes into the provider's own variables, such as REDIS_URL."
     if close is not None and close != name.casefold():
         text += f" Did you mean {close!r}?"
     if close in _PUBLISHED:
@@ -176,3 +179,8 @@ def _unknown(name: str, source: str, found: Mapping[str, list[EntryPoint]]) -> s
             f"registers a class under its name in the entry-point group {ENTRY_POINT_GROUP!r}"
         )
     return text
+
+
+def _shown(name: str) -> str:
+    """Return a name for a text. What does not look like one may be an address, with a password."""
+    return repr(name) if _NAME.match(name) else "(not shown, as it does not look like a name)"
