@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 from importlib.metadata import version
 from platform import python_version
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +14,7 @@ from aiobotocore.session import AioSession
 from botocore.loaders import Loader
 
 from abe.errors import BackendConnectionError
+from abe_backend_sqs._answers import checked
 from abe_backend_sqs._errors import translated
 from abe_backend_sqs._settings import SqsSettings
 
@@ -146,7 +148,15 @@ class Clients:
         # A session of its own: sessions are not made for several threads, and a cancelled caller leaves its thread behind.
         session: Any = AioSession(profile=self._settings.profile, session_vars=_empty_profile())
         session.register_component("data_loader", _models)
+        session.register(f"before-parse.{service}", _check_form)
         return session.create_client(service, **arguments).__aenter__()
+
+
+def _check_form(operation_model: Any, response_dict: dict[str, Any], **_: object) -> None:
+    """Have the client read only what is an answer."""
+    if response_dict["status_code"] < HTTPStatus.MULTIPLE_CHOICES:
+        service, operation = operation_model.service_model.service_name, operation_model.name
+        response_dict["body"] = checked(service, operation, response_dict["headers"], response_dict["body"])
 
 
 def _empty_profile() -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from abe.errors import (
     PublishRejectedError,
     PublishUnknownError,
 )
+from abe_backend_sqs._answers import FormError
 
 
 class SqsError(AbeError):
@@ -123,7 +124,7 @@ _SKEWED: Final = ("Signature expired", "Signature not yet current")
 """How the text of a refused signature begins where the time is the reason."""
 
 Failure = tuple[type[Exception], ...]
-GARBLED: Final[Failure] = (ResponseParserError, KeyError)
+GARBLED: Final[Failure] = (FormError, ResponseParserError, KeyError)
 """What an answer that is not one of the service's (a proxy's page, a body that is empty) ends in."""
 
 _BY_TYPE: Final[tuple[tuple[type[BaseException], type[AbeError]], ...]] = (

@@ -13,7 +13,6 @@ death; the note of the deliveries, which begin anew. They never lose the body, n
 """
 
 import base64
-import binascii
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ import msgspec
 
 from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Metadata
 from abe.backends.message_queue.base.names import matches
+from abe_backend_sqs._answers import FAULT
 
 VERSION: Final = 1
 LIMIT: Final = 1_048_576
@@ -35,6 +35,9 @@ ATTRIBUTES: Final = 10
 """Attributes of a message. SQS's."""
 
 _META, _DEAD, _ORDER = "abe", "abe-dead", "abe-order"
+_DIGITS: Final = 15
+"""Of a number of SQS's: enough for a time in milliseconds, and exact as a float."""
+_FIELDS: Final = ("DataType", "StringValue", "BinaryValue")
 _PLAIN: Final = ("encoding", "key", "id")
 """What a stranger may say about a message. Ours say it in ``abe``."""
 _MARK: Final = f"[{VERSION},"
@@ -74,10 +77,10 @@ class _Meta(msgspec.Struct, array_like=True, frozen=True):
 
 
 class _Death(msgspec.Struct, array_like=True, frozen=True):
-    attempts: int
+    attempts: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
     reason: str
     error: str
-    at: int
+    at: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -121,15 +124,15 @@ def repack(message: Message, *, attempts: int, due: int = 0) -> Entry:
             return _sized(entry.body, {**entry.attributes, **others}) if others else entry
     if (known := attributes.get(_META)) is not None:
         others[_META] = known
-    return _sized(message.get("Body", ""), others)
+    return _sized(_text_of(message.get("Body")), others)
 
 
 def bury(message: Message, *, attempts: int, reason: str, error: str, at: int) -> Entry:
     """Return the dead letter of a received message. The texts are cut where they would not fit."""
     attributes = {name: value for name, value in _attributes(message).items() if name != _DEAD}
-    if group := message.get("Attributes", {}).get("MessageGroupId"):
+    if group := _system(message, "MessageGroupId"):
         attributes.setdefault(_ORDER, _string(group))  # as `leaving` will, so that there is room for it
-    body = message.get("Body", "")
+    body = _text_of(message.get("Body"))
     room, text = LIMIT - _measure(body, attributes) - len(_DEAD) - len("String"), ""
     for share in (room // 2, room // 12, 0):  # a character may take six bytes in JSON
         text = _legal(_encode(_Death(attempts, _cut(reason, share // 4), _cut(error, share), at)).decode())
@@ -155,9 +158,8 @@ def left(message: Message) -> bool:
 
 def order(message: Message) -> str:
     """Return the message group that a message was in, or that its key makes."""
-    known = message.get("Attributes", {}).get("MessageGroupId") or ""
-    remembered = _attributes(message).get(_ORDER, {}).get("StringValue")
-    return str(remembered or known) or parse(message).metadata.key or str(message["MessageId"])
+    known = _value(_attributes(message), _ORDER) or _system(message, "MessageGroupId")
+    return known or parse(message).metadata.key or str(message.get("MessageId", "none"))
 
 
 def wants(patterns: Sequence[str], message: Message) -> bool:
@@ -172,24 +174,37 @@ def ours(message: Message) -> bool:
 
 
 def parse(message: Message) -> Parsed:
-    """Read a message, whatever it is."""
-    attributes, text = _attributes(message), str(message.get("Body", ""))
-    header = attributes.get(_META, {}).get("StringValue")
+    """Read a message, whatever it is: what is wrong with it is its fault, and nobody else's."""
+    try:
+        return _parse(message)
+    except Exception as exc:  # noqa: BLE001 - whatever there may be in one message, the others of the answer are to be read
+        # The text may hold parts of the message, which are not for logs.
+        return _faulty(message, f"the message cannot be read ({type(exc).__name__})")
+
+
+def _parse(message: Message) -> Parsed:
+    attributes, text = _attributes(message), _text_of(message.get("Body"))
+    if (broken := _system(message, FAULT)) is not None:
+        return _faulty(message, f"the message is not of its form: {broken}")
+    header = _value(attributes, _META)
     if header is None:
         try:
-            body = _from_text(text, attributes.get("encoding", {}).get("StringValue") == "base64")
-        except binascii.Error as exc:
-            return Parsed(_stranger(message), text.encode(), 0, 0, f"the body is not base64: {exc}")
-        return Parsed(_stranger(message), body, 0, 0, None)
+            body = _from_text(text, _value(attributes, "encoding") == "base64")
+        except ValueError:
+            return _faulty(message, "the body is not base64, which it is said to be")
+        return Parsed(_foreign(message), body, 0, 0, None)
     if not header.startswith(_MARK):
-        fault = "the envelope is of a version that is not known here"
-        return Parsed(_stranger(message), text.encode(), 0, 0, fault)
+        return _faulty(message, "the envelope is of a version that is not known here")
     try:
         meta = _decode_meta(header)
         body = _from_text(text, meta.encoded)
-    except (msgspec.MsgspecError, binascii.Error, ValueError) as exc:
-        return Parsed(_stranger(message), text.encode(), 0, 0, f"the envelope cannot be read: {exc}")
+    except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
+        return _faulty(message, f"the envelope cannot be read: {exc}")
     return Parsed(Metadata(meta.id, meta.key, meta.published_at, meta.headers), body, meta.attempts, meta.due, None)
+
+
+def _faulty(message: Message, fault: str) -> Parsed:
+    return Parsed(_foreign(message), _text_of(message.get("Body")).encode(errors="replace"), 0, 0, fault)
 
 
 def delivery(message: Message, parsed: Parsed) -> Delivery:
@@ -200,20 +215,23 @@ def delivery(message: Message, parsed: Parsed) -> Delivery:
 
 def received(message: Message) -> int:
     """Return how often SQS has delivered it, this time included."""
-    return int(message.get("Attributes", {}).get("ApproximateReceiveCount", 1))
+    return max(1, _count(_system(message, "ApproximateReceiveCount"), 1))
+
+
+def sent(message: Message) -> int:
+    """Return when it was put into its queue, in milliseconds since the epoch, by the clock of SQS; 0 where it does not say."""
+    return _count(_system(message, "SentTimestamp"), 0)
 
 
 def dead_letter(message: Message) -> DeadLetter:
     """Read a dead letter, whatever it once was: SQS itself moves messages too, as a last resort."""
     parsed = parse(message)
-    text = _attributes(message).get(_DEAD, {}).get("StringValue", "")
     try:
-        death = _decode_death(text)
-    except msgspec.MsgspecError:
-        sent = int(message.get("Attributes", {}).get("SentTimestamp", 0))
-        full = _measure(str(message.get("Body", "")), _attributes(message)) > LIMIT - _NOTE
+        death = _decode_death(_value(_attributes(message), _DEAD) or "")
+    except (msgspec.MsgspecError, RecursionError, ValueError):
+        full = _measure(_text_of(message.get("Body")), _attributes(message)) > LIMIT - _NOTE
         reason = "unknown, as the message leaves no room for it" if full else "moved by SQS"
-        death = _Death(max(1, parsed.attempts + received(message) - 1), reason, "", sent)
+        death = _Death(max(1, parsed.attempts + received(message) - 1), reason, "", sent(message))
     return DeadLetter(
         id=parsed.metadata.id,
         key=parsed.metadata.key,
@@ -263,8 +281,9 @@ def _sized(body: str, attributes: Mapping[str, Mapping[str, Any]]) -> Entry:
     """Return the entry with those of the attributes that fit, by what would be missed most."""
     # botocore's replies hold fields that its requests refuse, so only those of a request are taken.
     clean = {
-        name: {field: value[field] for field in ("DataType", "StringValue", "BinaryValue") if field in value}
+        name: {field: value[field] for field in _FIELDS if value.get(field) is not None}
         for name, value in attributes.items()
+        if any(value.get(field) is not None for field in _FIELDS[1:])
     }
     size = _measure(body, clean)
     if size <= LIMIT and len(clean) <= ATTRIBUTES:
@@ -322,10 +341,31 @@ def _attributes(message: Message) -> Mapping[str, Mapping[str, Any]]:
     return found
 
 
-def _stranger(message: Message) -> Metadata:
+def _value(attributes: Mapping[str, Mapping[str, Any]], name: str) -> str | None:
+    """Return the text of an attribute; None where there is none, or it is binary."""
+    found = attributes.get(name, {}).get("StringValue")
+    return found if isinstance(found, str) else None
+
+
+def _system(message: Message, name: str) -> str | None:
+    """Return what SQS itself says about a message."""
+    found = (message.get("Attributes") or {}).get(name)
+    return None if found is None else str(found)
+
+
+def _count(text: str | None, default: int) -> int:
+    """Read a number of SQS's; one that is none, or that no clock or counter reaches, is the default."""
+    return int(text) if text is not None and text.isdecimal() and len(text) <= _DIGITS else default
+
+
+def _text_of(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _foreign(message: Message) -> Metadata:
+    """Return what a program that is not ours said about its message."""
     attributes = _attributes(message)
-    id = attributes.get("id", {}).get("StringValue") or message.get("MessageId", "")
-    return Metadata(id, attributes.get("key", {}).get("StringValue") or "")
+    return Metadata(_value(attributes, "id") or str(message.get("MessageId", "")), _value(attributes, "key") or "")
 
 
 def _token(text: str) -> str:
