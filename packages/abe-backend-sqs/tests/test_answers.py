@@ -1,6 +1,5 @@
 """Answers that are not of their form: what somebody on the way says in the place of SQS, and messages that nobody can read."""
 
-import asyncio
 import base64
 import json
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from abe.backends.message_queue.base import Envelope
 from abe.errors import BackendConnectionError, PublishUnknownError
 from abe_backend_sqs import _wire
 from abe_backend_sqs._answers import FAULT, FormError, checked
+from abe_contract_tests import bounds
 
 OURS: Mapping[str, str] = {"content-type": "application/x-amz-json-1.0", "x-amzn-requestid": "r"}
 THEIRS: Mapping[str, str] = {"content-type": "text/html"}
@@ -152,7 +152,7 @@ def test_whatever_is_in_a_message_it_can_be_read_moved_and_buried(
 
 async def test_one_message_that_cannot_be_read_does_not_keep_the_others_of_the_answer(lab: Any) -> None:
     """A body beyond ASCII that is said to be base64, for one, ended the poll: nine others lost a lease and an attempt each time."""
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         backend = await lab.backend()
         await backend.declare("g")
         url = await lab.url("group", "g")
@@ -178,7 +178,7 @@ async def test_what_is_no_answer_is_not_taken_for_no_groups(
     lab: Any, operation: str, answer: Callable[[], web.Response]
 ) -> None:
     """Then it would be kept for the first group, and no other would get it."""
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         maker = await lab.backend()
         for group in ("a", "b"):
             await maker.declare(group)
@@ -190,9 +190,9 @@ async def test_what_is_no_answer_is_not_taken_for_no_groups(
 
 
 async def test_what_is_no_answer_leaves_it_unknown_whether_messages_are_stored(lab: Any) -> None:
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         transport = await lab.transport()
-        await transport.declare("g", None)
+        await transport.declare("g", None, change=False)
         for answer in (page, lambda: web.json_response({})):
             lab.gate.times(1, "SendMessageBatch", lambda _, answer=answer: answer())
             (outcome,) = await transport.send([Envelope("id", "k", b"{}", 1)])
@@ -200,9 +200,9 @@ async def test_what_is_no_answer_leaves_it_unknown_whether_messages_are_stored(l
 
 
 async def test_a_poll_that_something_else_answers_fails_and_does_not_ask_again_at_once(lab: Any) -> None:
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         transport = await lab.transport()
-        await transport.declare("g", None)
+        await transport.declare("g", None, change=False)
         receiver = await transport.subscribe("g", 10)
         lab.gate.times(1, "ReceiveMessage", lambda _: page())
         with pytest.raises(BackendConnectionError, match="not one of its own"):

@@ -22,7 +22,7 @@ ATTEMPTS, DUE = 5, 6
 async def taken(lab: Any) -> tuple[SqsReceiver, Any]:
     """Publish a message, and return a receiver that holds it, with the delivery."""
     transport = await lab.transport()
-    await transport.declare("g", None)
+    await transport.declare("g", None, change=False)
     receiver = await transport.subscribe("g", 10)
     await lab.ask("send_message", QueueUrl=await lab.url("group", "g"), MessageBody="{}")
     (delivery,) = await receiver.receive(10)

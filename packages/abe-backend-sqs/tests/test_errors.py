@@ -24,6 +24,7 @@ from abe_backend_sqs._errors import (
     QueueExistsError,
     QueueMissingError,
     SqsError,
+    ThrottledError,
     translate,
     translate_entry,
     translate_send,
@@ -48,21 +49,21 @@ def unreached(error: Exception) -> native.EndpointConnectionError:
     [
         (answered("AccessDenied", 403), PermissionDeniedError),
         (answered("InvalidClientTokenId", 403), PermissionDeniedError),
-        (answered("ThrottlingException"), BackendConnectionError),
+        (answered("ThrottlingException"), ThrottledError),
         (answered("AWS.SimpleQueueService.NonExistentQueue"), QueueMissingError),
         (answered("com.amazonaws.sqs#QueueDoesNotExist"), QueueMissingError),
         (answered("QueueNameExists"), QueueExistsError),
         (answered("ReceiptHandleIsInvalid"), LeaseLostError),
         (answered("InternalError", 500), BackendConnectionError),
         (answered("Whatever"), SqsError),
-        (answered("Whatever", 429), BackendConnectionError),
-        (answered("429", 429), BackendConnectionError),
+        (answered("Whatever", 429), ThrottledError),
+        (answered("429", 429), ThrottledError),
         (answered("Whatever", 408), BackendConnectionError),
         (answered("RequestTimeout"), BackendConnectionError),
         (answered("RequestTimeoutException"), BackendConnectionError),
-        (answered("PriorRequestNotComplete"), BackendConnectionError),
-        (answered("KMSThrottlingException"), BackendConnectionError),
-        (answered("KMS.ThrottlingException"), BackendConnectionError),
+        (answered("PriorRequestNotComplete"), ThrottledError),
+        (answered("KMSThrottlingException"), ThrottledError),
+        (answered("KMS.ThrottlingException"), ThrottledError),
         (answered("KMSAccessDenied"), PermissionDeniedError),
         (answered("RequestExpired"), ClockError),
         (answered("RequestTimeTooSkewed", 403), ClockError),
@@ -107,10 +108,10 @@ def test_each_error_has_its_kind(error: BaseException, kind: type[AbeError]) -> 
         (answered("RequestTimeoutException"), PublishUnknownError),
         (ResponseParserError("no XML"), PublishUnknownError),
         (KeyError("PublishBatchResult"), PublishUnknownError),
-        (answered("429", 429), BackendConnectionError),
-        (answered("PriorRequestNotComplete"), BackendConnectionError),
+        (answered("429", 429), ThrottledError),
+        (answered("PriorRequestNotComplete"), ThrottledError),
         (answered("RequestExpired"), ClockError),
-        (answered("ThrottlingException", 503), BackendConnectionError),
+        (answered("ThrottlingException", 503), ThrottledError),
         (answered("BatchRequestTooLong"), EntryRefusedError),
         (answered("AccessDenied", 403), PermissionDeniedError),
     ],
@@ -137,8 +138,8 @@ def test_the_client_s_error_is_the_cause() -> None:
 
 @pytest.mark.parametrize("code", cast("Any", ThrottledRetryableChecker)._THROTTLED_ERROR_CODES)
 def test_what_the_client_knows_as_throttling_is_tried_again_and_was_not_stored(code: str) -> None:
-    assert type(translate_send(answered(code), "here")) is BackendConnectionError
-    assert type(translate_entry({"Code": code, "SenderFault": True}, "here")) is BackendConnectionError
+    assert type(translate_send(answered(code), "here")) is ThrottledError
+    assert type(translate_entry({"Code": code, "SenderFault": True}, "here")) is ThrottledError
 
 
 @pytest.mark.parametrize("code", cast("Any", TransientRetryableChecker)._TRANSIENT_ERROR_CODES)

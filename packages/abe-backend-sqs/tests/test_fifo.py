@@ -199,7 +199,7 @@ async def test_a_release_that_was_cancelled_and_is_repeated_is_counted_once(
 ) -> None:
     async with bounds.within(20):
         transport = await lab.transport(fifo=True)
-        await transport.declare("g", None)
+        await transport.declare("g", None, change=False)
         await transport.send([Envelope("the-id", "k", b'{"n":1}', 1)])
         receiver = await transport.subscribe("g", 5)
         (delivery,) = await receiver.receive(5)
@@ -319,7 +319,7 @@ async def test_delayed_messages_that_cannot_be_moved_are_complained_about_once(
     monkeypatch.setattr(_later, "pause", pauses)
     async with bounds.within(15):
         transport = await lab.transport(fifo=True)
-        await transport.declare("g", None)
+        await transport.declare("g", None, change=False)
         later = await lab.url("later", "g")
         lab.gate.rules.append(
             lambda name, body: refusal(code, status) if name == "ReceiveMessage" and body["QueueUrl"] == later else None
@@ -339,7 +339,7 @@ async def test_tries_to_move_delayed_messages_are_rare_although_consumers_come_a
 ) -> None:
     async with bounds.within(15):
         transport = await lab.transport(fifo=True)
-        await transport.declare("g", None)
+        await transport.declare("g", None, change=False)
         first = await transport.subscribe("g", 1)
         await first.close()
         second = await transport.subscribe("g", 1)

@@ -23,7 +23,7 @@ Refusal = Callable[..., web.Response]
 async def holding(lab: Any, count: int, **settings: Any) -> tuple[SqsReceiver, Sequence[Delivery]]:
     """Return a receiver that holds that many messages."""
     transport = await lab.transport(**settings)
-    await transport.declare("g", None)
+    await transport.declare("g", None, change=False)
     receiver: SqsReceiver = await transport.subscribe("g", 100)
     for n in range(count):
         await lab.ask("send_message", QueueUrl=await lab.url("group", "g"), MessageBody=f'{{"n":{n}}}')
@@ -96,7 +96,7 @@ async def test_a_fifo_queue_is_not_kept_waiting_for_a_deletion(lab: Any, monkeyp
     monkeypatch.setattr(_handles, "_LINGER", 60)
     async with bounds.within(15):
         transport = await lab.transport(fifo=True)
-        await transport.declare("g", None)
+        await transport.declare("g", None, change=False)
         await transport.send([Envelope(f"id-{n}", f"k.{n}", b"{}", 1) for n in range(12)])
         receiver = await transport.subscribe("g", 12)
         held: list[Delivery] = []
@@ -327,7 +327,7 @@ async def test_what_a_topic_brings_is_deleted_only_by_what_the_registry_says_now
     async with bounds.within(15):
         receiver, _ = await holding(lab, 0, fanout="sns")
         queues = receiver._transport.queues
-        await receiver._transport.declare("g", ("wanted.#",))
+        await receiver._transport.declare("g", ("wanted.#",), change=True)
         now = queues.registry
 
         async def registry(*, since: float | None = None) -> Any:
@@ -376,7 +376,7 @@ async def test_there_are_as_many_polls_as_messages_flow(lab: Any) -> None:
 async def test_stopping_does_not_wait_for_a_group_that_is_being_made_again(lab: Any) -> None:
     async with bounds.within(15):
         transport = await lab.transport()
-        await transport.declare("g", None)
+        await transport.declare("g", None, change=False)
         receiver = await transport.subscribe("g", 10)
         begun = asyncio.Event()
 

@@ -100,7 +100,7 @@ async def test_two_messages_of_one_id_fail_in_part_each_on_its_own(lab: Any, ref
 async def test_what_nobody_sends_again_is_forgotten(lab: Any, refusal: Refusal) -> None:
     async with bounds.within(15):
         transport = await lab.transport(pinned=PINNED, publish_timeout=0.2)
-        await transport.declare("a", ("#",))
+        await transport.declare("a", ("#",), change=True)
         sender = transport.sender
         registry = await transport.queues.registry()
         (error,) = await sender.send([Envelope("id", "k", b"{}", 1)], registry)

@@ -60,7 +60,7 @@ async def test_a_body_that_sqs_refuses_arrives_as_it_was(lab: Any) -> None:
     bodies = [b"\x00\x01", "\uffff".encode(), b"", b"\xff\xfe", b'{"n":1}']
     async with bounds.within(15):
         transport = await lab.transport()
-        await transport.declare("g", None)
+        await transport.declare("g", None, change=False)
         assert not await transport.send([Envelope(f"id-{n}", "k", body, 1) for n, body in enumerate(bodies)])
         receiver = await transport.subscribe("g", 10)
         found: dict[str, bytes] = {}

@@ -120,7 +120,7 @@ def _check_members(operation: str, answer: Mapping[str, Any], own: bool) -> None
     if operation == "ListQueues":
         _check_listing(answer)
     elif operation in ("ListQueueTags", "GetQueueAttributes"):
-        texts = answer.get("Tags" if operation == "ListQueueTags" else "Attributes") or {}
+        texts = cast("dict[str, Any]", answer.get("Tags" if operation == "ListQueueTags" else "Attributes") or {})
         if not all(isinstance(value, str) for value in texts.values()):
             raise FormError(f"the answer to {operation} holds what is no text")
 

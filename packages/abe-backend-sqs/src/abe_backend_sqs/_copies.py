@@ -72,7 +72,7 @@ class Copies:
 
     def replayed(self, group: str, message: Message) -> Copy:
         """Return what a dead letter is replayed as."""
-        entry = _wire.repack(message, attempts=0)
+        entry = _wire.repack(message, attempts=0, only=True)
         if self._fifo:
             # Not the message's own id, with which it was published perhaps a moment ago; and the same if the replay is repeated.
             entry = self._in_order(message, entry, message["MessageId"])

@@ -30,6 +30,10 @@ class QueueMissingError(BackendConnectionError):
     """There is no such queue or topic, or not any more."""
 
 
+class ThrottledError(BackendConnectionError):
+    """SQS is asked too often, or does something for us already."""
+
+
 class QueueExistsError(ConfigurationError):
     """There is a queue of this name, with other attributes."""
 
@@ -101,7 +105,7 @@ _BY_CODE: Final[dict[str, type[AbeError]]] = {
             "TooManyRequestsException",
             "TransactionInProgressException",
         ),
-        BackendConnectionError,
+        ThrottledError,
     ),
     **dict.fromkeys(("RequestExpired", "RequestInTheFuture", "RequestTimeTooSkewed"), ClockError),
     **dict.fromkeys(("QueueDoesNotExist", "NonExistentQueue", "NotFound", "NotFoundException"), QueueMissingError),
@@ -225,7 +229,9 @@ def _answered(exc: native.ClientError) -> type[AbeError]:
         return ClockError
     if (known := _BY_CODE.get(name)) is not None:
         return known
-    return BackendConnectionError if _unfinished(exc) or _status(exc) == HTTPStatus.TOO_MANY_REQUESTS else SqsError
+    if _status(exc) == HTTPStatus.TOO_MANY_REQUESTS:
+        return ThrottledError
+    return BackendConnectionError if _unfinished(exc) else SqsError
 
 
 def _unfinished(exc: native.ClientError) -> bool:

@@ -4,16 +4,17 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from abe.backends.message_queue.base import ExponentialBackoff
 from abe.backends.message_queue.base.names import EVERYTHING
-from abe.errors import BackendConnectionError, ConfigurationError, PermissionDeniedError
+from abe.errors import ConfigurationError, PermissionDeniedError
 from abe_backend_sqs._connection import Clients
 from abe_backend_sqs._errors import CLIENT_ERRORS, QueueExistsError, QueueMissingError, translate, translated
-from abe_backend_sqs._registry import Group, Listing, Registry, common_topic, from_tags, tags, topic
+from abe_backend_sqs._reader import Reader
+from abe_backend_sqs._registry import Group, Registry, tags, topic
 from abe_backend_sqs._settings import SqsSettings
 from abe_backend_sqs._topics import Topics
 from abe_backend_sqs._topology import FIFO, Topology
@@ -24,10 +25,16 @@ _BACKSTOP: Final = 1_000
 """Deliveries after which SQS itself buries a message. We count, and bury sooner."""
 _SKEW: Final = 10.0
 """Seconds that the clocks of processes may be apart."""
-_AT_ONCE: Final = 5
 _TRIES: Final = 4
 _BACKOFF: Final = ExponentialBackoff(initial=0.2, maximum=1.0)
-_PAGE: Final = 1_000
+
+
+class Declared(NamedTuple):
+    """What declaring a group has led to."""
+
+    patterns: tuple[str, ...]
+    propagation: float
+    """Seconds until every publisher must know."""
 
 
 class Queues:
@@ -40,39 +47,31 @@ class Queues:
 
     def __init__(self, settings: SqsSettings, clients: Clients) -> None:
         self.names = Topology(settings.namespace, fifo=settings.fifo)
+        self.reader = Reader(settings, clients, self.names)
         self._settings = settings
         self._clients = clients
         self._urls: dict[str, str] = {}
-        self._registry: Registry | None = None
         self._topics: Topics | None = Topics(settings, clients) if settings.fanout == "sns" else None
-        self._lost_topics: set[str] = set()
         self._known_by: dict[str, tuple[float, float]] = {}
         """Of each group: since when it is what it is, and by when, by the monotonic clock, every publisher knows."""
-        self._changes = 0
-        self._reading: asyncio.Lock = asyncio.Lock()
         self.patterns: dict[str, tuple[str, ...]] = {}
         """Those of the groups that were declared here, as we last knew them."""
         self.deletions: Counter[str] = Counter()
         """How many times groups were deleted through this object."""
-        if settings.pinned is not None:
-            self._registry = Registry(dict(settings.pinned), {}, 0.0, {})
 
     async def registry(self, *, since: float | None = None) -> Registry:
         """Return the groups, as read no longer ago than the setting says, or than `since` by the monotonic clock."""
-        if (found := self._fresh(since)) is not None:
-            return found
-        async with self._reading:
-            return self._fresh(since) or await self._read()
+        found = await self.reader.registry(since)
+        self.patterns.update((group, found.groups[group]) for group in self.patterns if group in found.groups)
+        return found
 
     def forget(self, name: str | None = None) -> None:
         """Look again next time, for the groups and for the queue of that name. A topic that is gone is not published to any more."""
         if name is not None:
             self._urls.pop(name, None)
-        if name is not None and name.startswith("arn:"):
-            self._lost_topics.add(name)
-        if self._settings.pinned is None:
-            self._registry = None
-            self._changes += 1
+            if name.startswith("arn:"):
+                self.reader.lose_topic(name)
+        self.reader.forget()
 
     async def url(self, name: str) -> str:
         """Return the address of a queue.
@@ -109,88 +108,152 @@ class Queues:
                 raise ConfigurationError(
                     f"there is no queue {name!r} in SQS, and SQS_ENSURE is false: have it made"
                 ) from exc
-        attributes = {"VisibilityTimeout": str(self._settings.visibility), "MessageRetentionPeriod": str(_RETENTION)}
-        if dead is not None:
-            policy = {"deadLetterTargetArn": await self._arn(await self.ensure(dead)), "maxReceiveCount": _BACKSTOP}
-            attributes["RedrivePolicy"] = json.dumps(policy)
-        if name.endswith(FIFO):
-            attributes["FifoQueue"] = "true"
-        client = await self._clients.calls()
-        try:
-            with translated(self._settings.address):
-                # With its attributes, in one request: one that is made and not described yet would keep messages for four days.
-                reply = await client.create_queue(QueueName=name, Attributes=attributes)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-                self._urls[name] = reply["QueueUrl"]
-        except QueueExistsError:  # made meanwhile by a process with another lease
-            return await self.url(name)
+        await self._create(name, await self._attributes(name, dead))
         return self._urls[name]
 
-    async def declare(self, group: str, patterns: tuple[str, ...] | None) -> float:
-        """Make the group exist, with these patterns, and return the seconds until every publisher must know.
+    async def declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> Declared:
+        """Make the group exist; see `Transport.declare`.
 
         Raises:
-            ConfigurationError: The groups are pinned, or queues are made by somebody else, and neither knows this one.
+            ConfigurationError: The groups are pinned, or queues are made by somebody else, and neither knows this one. Or a queue of this
+                name is there that would not keep what it is given.
         """
         registry = await self.registry(since=time.monotonic())
-        known = registry.groups.get(group)
-        wanted = patterns or known or EVERYTHING
-        if known != wanted and self._settings.pinned is not None:
-            raise ConfigurationError(
-                f"SQS_GROUPS has no group {group!r} with the key patterns {list(wanted)}: all groups must be in it"
-            )
-        self.patterns[group] = wanted
+        if self._settings.pinned is not None:
+            self._check_pinned(registry, group, patterns if change else None)
+        self.patterns.setdefault(group, patterns or EVERYTHING)
         try:
-            return await self._declare(registry, group, wanted)
+            return await self._declare(registry, group, patterns, change=change)
         except QueueMissingError:  # deleted by another process since we knew its address: the next try makes it
             for name in self._of(group):
                 self.forget(name)
             raise
 
-    async def _declare(self, registry: Registry, group: str, wanted: tuple[str, ...]) -> float:
+    def _check_pinned(self, registry: Registry, group: str, patterns: tuple[str, ...] | None) -> None:
+        known = registry.groups.get(group)
+        if known is None or known != (patterns or known):
+            wanted = f" with the key patterns {list(patterns)}" if patterns else ""
+            raise ConfigurationError(f"SQS_GROUPS has no group {group!r}{wanted}: all groups must be in it")
+
+    async def _declare(
+        self, registry: Registry, group: str, patterns: tuple[str, ...] | None, *, change: bool
+    ) -> Declared:
         queue, dead, *others = self._of(group)
+        present = registry.present.get(group)
         await self.ensure(dead)
-        url = await self.ensure(queue, dead=dead)
         for name in others:
             await self.ensure(name)
-        known = registry.subscriptions.get(group, "")
-        subscription = known or await self._subscription(registry, url)
-        since = registry.since.get(group, 0.0)
-        if registry.groups.get(group) == wanted and subscription == known:
-            if registry.listing is not None and not registry.listing.settled and self._settings.ensure:
-                with suppress(PermissionDeniedError):  # tidying up is for whoever may
-                    await self._change(_nothing)
-            return self._ignorance(group, since)
+        if present is None:
+            # One that was deleted underneath gets the patterns again that it had, as far as we know.
+            made = await self._make(group, patterns or registry.groups.get(group) or EVERYTHING)
+        else:
+            await self.ensure(queue, dead=dead)
+            since, subscription = registry.since.get(group, 0.0), registry.subscriptions.get(group, "")
+            made = Group(group, present, since, subscription)
+        wanted = patterns if change and patterns else made.patterns
+        subscription = made.subscription or await self._subscription(registry, self._urls[queue])
+        if (wanted, subscription) != (made.patterns, made.subscription):
+            made = await self._tag(made._replace(patterns=wanted, subscription=subscription))
+        elif self._settings.pinned is None and self._settings.ensure:
+            await self._tidy(queue)
+        self.patterns[group] = made.patterns
+        return Declared(made.patterns, self._propagation(group, made.since))
+
+    async def _make(self, group: str, wanted: tuple[str, ...]) -> Group:
+        """Make the queue by which the group exists, and return what it is now: another process may have made it meanwhile.
+
+        With its tags, in one request: of several who make it with different patterns, one does.
+        """
+        queue, dead, *_ = self._of(group)
+        made = Group(group, wanted, int(time.time() * 1000) / 1000)
+        if self._settings.pinned is not None:
+            await self.ensure(queue, dead=dead)
+            return made._replace(since=0.0)
+        try:
+            url = await self.url(queue)
+        except QueueMissingError:
+            if self._settings.ensure:
+                await self._revise(queue)  # before it: one of this name may have been there, with other tags
+                await self._create(queue, await self._attributes(queue, dead), tags(made))
+            url = await self.ensure(queue, dead=dead)
+        found = await self.reader.group(url)
+        return found or await self._tag(made)
+
+    async def _tag(self, made: Group) -> Group:
+        """Say in the tags of its queue what the group is from now on, so that every publisher that looks sees it."""
+        queue = self.names.queue(made.name)
         if not self._settings.ensure:
             raise ConfigurationError(
-                f"the queue {queue!r} is not tagged as group {group!r} with the key patterns "
-                f"{list(wanted)}, and SQS_ENSURE is false: have it tagged, or set SQS_GROUPS"
+                f"the queue {queue!r} is not tagged as group {made.name!r} with the key patterns "
+                f"{list(made.patterns)}, and SQS_ENSURE is false: have it tagged, or set SQS_GROUPS"
             )
-        client = await self._clients.calls()
+        client, url = await self._clients.calls(), await self.url(queue)
+        since = 0.0
 
         async def tag() -> None:
             nonlocal since
             since = int(time.time() * 1000) / 1000
             with translated(self._settings.address):
                 # In one call, and by count: what is left of longer lists means nothing.
-                await client.tag_queue(QueueUrl=url, Tags=tags(Group(group, wanted, since, subscription)))
+                await client.tag_queue(QueueUrl=url, Tags=tags(made._replace(since=since)))
 
-        await self._change(tag)
-        return self._ignorance(group, since)
+        await self._change(queue, tag)
+        return made._replace(since=since)
+
+    async def _tidy(self, queue: str) -> None:
+        """Leave one revision of a group where a change was interrupted, or two were made at once."""
+        listing = (await self.reader.list()).of(self.names.mark_of(queue))
+        if len(listing) > 1:
+            with suppress(PermissionDeniedError):  # this is for whoever may
+                await self._change(queue, _nothing)
 
     async def delete(self, group: str) -> None:
-        """Delete the group's queues, first the one by which it exists."""
-        if self._settings.pinned is not None or not self._settings.ensure:
-            raise ConfigurationError(
-                f"group {group!r} is not ours to delete: its queues are made by others (SQS_ENSURE, SQS_GROUPS)"
-            )
+        """Delete the group's queues: its revisions first, by whose absence publishers know that it is not to come back, then the one by
+        which it exists."""
+        self._check_deletable(f"group {group!r} is")
         self.deletions[group] += 1
         registry = await self.registry(since=time.monotonic())
-        for name in self._of(group):
-            with suppress(QueueMissingError):
-                await self._delete(await self.url(name))
-            self.forget(name)
+        queue, *_ = names = self._of(group)
+        for _ in range(2):  # somebody may be changing it
+            for url in (await self.reader.list()).of(self.names.mark_of(queue)):
+                await self._delete(url)
+            for name in names:
+                with suppress(QueueMissingError):
+                    await self._delete(await self.url(name))
+                self.forget(name)
+            names = ()
         if self._topics is not None and (subscription := registry.subscriptions.get(group)):
             await self._topics.unsubscribe(subscription)
+
+    async def delete_all(self) -> None:
+        """Delete every queue of the namespace, and its topic."""
+        self._check_deletable("the namespace is")
+        registry = await self.registry(since=time.monotonic())
+        client = await self._clients.calls()
+        found: list[str] = []
+        with translated(self._settings.address):
+            page: Mapping[str, Any] = {"NextToken": None}
+            while "NextToken" in page:
+                more = {"NextToken": page["NextToken"]} if page["NextToken"] else {}
+                page = await client.list_queues(QueueNamePrefix=self.names.all, MaxResults=1_000, **more)
+                found += page.get("QueueUrls", ())
+        for url in sorted(found, key=lambda url: self.names.mark(url.rpartition("/")[2]) is None):  # revisions first
+            if self.names.owns(url.rpartition("/")[2]):
+                await self._delete(url)
+        self.deletions.update(registry.groups)
+        self._urls.clear()
+        self.reader.forget()
+        if self._topics is not None:
+            for subscription in registry.subscriptions.values():
+                await self._topics.unsubscribe(subscription)
+            if used := next(map(topic, registry.subscriptions.values()), ""):
+                await self._topics.delete(used)
+
+    def _check_deletable(self, what: str) -> None:
+        if self._settings.pinned is not None or not self._settings.ensure:
+            raise ConfigurationError(
+                f"{what} not ours to delete: its queues are made by others (SQS_ENSURE, SQS_GROUPS)"
+            )
 
     async def group_counts(self, group: str) -> tuple[int, int, int]:
         """Return how many messages of the group wait, are held and are delayed."""
@@ -219,7 +282,7 @@ class Queues:
         waiting, held, delayed = (int(found.get("Attributes", {}).get(kind, 0)) for kind in kinds)
         return waiting, held, delayed
 
-    def _ignorance(self, group: str, since: float) -> float:
+    def _propagation(self, group: str, since: float) -> float:
         """Return for how long a publisher may still go by what it read before a group's tags were set by a request that began at that time.
 
         They are set by now, and perhaps only since now: the request may have taken as long as it is given.
@@ -232,13 +295,6 @@ class Queues:
             known = self._known_by[group] = since, now + ttl
         return max(0.0, known[1] - now)
 
-    def _fresh(self, since: float | None) -> Registry | None:
-        found = self._registry
-        if found is None or self._settings.pinned is not None:
-            return found
-        oldest = time.monotonic() - self._settings.registry_ttl if since is None else since
-        return found if found.looked_at > oldest else None
-
     async def _subscription(self, registry: Registry, url: str) -> str:
         if self._topics is None or not self._settings.ensure:
             return ""
@@ -250,84 +306,67 @@ class Queues:
         names = self.names
         return names.queue(group), names.dead(group), *([names.later(group)] if self._settings.fifo else ())
 
-    async def _read(self) -> Registry:
-        started, changes, known = time.monotonic(), self._changes, self._registry
-        listing = await self._list()
-        if known is not None and listing.settled and listing == known.listing:
-            members: Sequence[Group] = known.members
-        else:
-            members = await self._members(listing.queues)
-        arn = common_topic(members, time.time() - self._settings.topic_after)
-        registry = Registry.of(members, started, arn if arn not in self._lost_topics else "", listing)
-        if changes == self._changes:  # else it may be from before a change of ours
-            self._registry = registry
-        self.patterns.update((group, found) for group, found in registry.groups.items() if group in self.patterns)
-        return registry
+    async def _change(self, queue: str, change: Callable[[], Awaitable[object]]) -> None:
+        """Change a group so that every publisher that looks from now on sees it; `_reader` has the other side.
 
-    async def _list(self) -> Listing:
-        client = await self._clients.calls()
-        found: list[str] = []
-        with translated(self._settings.address):
-            page: Mapping[str, Any] = {"NextToken": None}
-            while "NextToken" in page:
-                more = {"NextToken": page["NextToken"]} if page["NextToken"] else {}
-                page = await client.list_queues(QueueNamePrefix=self.names.listed, MaxResults=_PAGE, **more)
-                found += [url for url in page.get("QueueUrls", ()) if url.endswith(FIFO) is self._settings.fifo]
-        names = {url: url.rpartition("/")[2] for url in found}
-        return Listing(
-            frozenset(url for url, name in names.items() if name.startswith(self.names.prefix)),
-            frozenset(url for url, name in names.items() if self.names.is_revision(name)),
-        )
+        1. Have two revisions of it, with which nobody relies on anything that was read. (One alone would be relied on.)
+        2. Change it.
+        3. Add another revision, and remove those that were there after the change.
+        4. If others did the same beside this, begin again without a change: somebody has to be the last, and to leave but one.
 
-    async def _members(self, urls: Collection[str]) -> Sequence[Group]:
-        client = await self._clients.calls()
-        asking = asyncio.Semaphore(_AT_ONCE)
-
-        async def ask(url: str) -> Group | None:
-            async with asking:
-                for tries in range(1, _TRIES + 1):
-                    try:
-                        with translated(self._settings.address):
-                            return from_tags((await client.list_queue_tags(QueueUrl=url)).get("Tags", {}))
-                    except QueueMissingError:
-                        return None  # deleted since it was listed
-                    except BackendConnectionError:  # five a second are all that SQS answers in an account
-                        if tries == _TRIES:
-                            raise
-                        await asyncio.sleep(_BACKOFF(tries))
-            return None
-
-        return [each for each in await asyncio.gather(*map(ask, urls)) if each is not None]
-
-    async def _change(self, change: Callable[[], Awaitable[object]]) -> None:
-        """Change the groups so that every publisher that looks from now on sees it. (Tags are too expensive to be read each time.)
-
-        A publisher relies on the tags that it read for as long as it lists the one revision that it listed before. So there are two
-        during the change, with which nobody relies on anything, and one that nobody listed before after it. Whoever is ended in between
-        leaves two, until the next change.
+        Whoever is ended in between leaves two, until the next change or `_tidy`.
         """
         removed: set[str] = set()
+        mark = self.names.mark_of(queue)
         for tries in range(1, _TRIES + 1):
-            if not (await self._list()).revisions:
-                await self._revise()  # one alone would be relied on
-            await self._revise()
+            if not (await self.reader.list()).of(mark):
+                await self._revise(queue)
+            await self._revise(queue)
             await change()
-            before = (await self._list()).revisions
-            await self._revise()
+            before = (await self.reader.list()).of(mark)
+            await self._revise(queue)
             for url in before:
                 await self._delete(url)
             removed |= before
-            if len((await self._list()).revisions - removed) == 1:
+            if len((await self.reader.list()).of(mark) - removed) == 1:
                 break
-            change = _nothing  # others made changes beside ours: somebody has to be the last, and to leave but one
+            change = _nothing
             await asyncio.sleep(_BACKOFF(tries))
         self.forget()
 
-    async def _revise(self) -> None:
+    async def _revise(self, queue: str) -> None:
+        await self._create(
+            self.names.revision(queue), {"FifoQueue": "true"} if self._settings.fifo else {}, remember=False
+        )
+
+    async def _attributes(self, name: str, dead: str | None) -> dict[str, str]:
+        """Return what a queue is made with. One that is made first and described later would lose messages after four days in between."""
+        found = {"VisibilityTimeout": str(self._settings.visibility), "MessageRetentionPeriod": str(_RETENTION)}
+        if dead is not None:
+            policy = {"deadLetterTargetArn": await self._arn(await self.ensure(dead)), "maxReceiveCount": _BACKSTOP}
+            found["RedrivePolicy"] = json.dumps(policy)
+        if name.endswith(FIFO):
+            found["FifoQueue"] = "true"
+        return found
+
+    async def _create(
+        self,
+        name: str,
+        attributes: Mapping[str, str],
+        labels: Mapping[str, str] | None = None,
+        *,
+        remember: bool = True,
+    ) -> None:
         client = await self._clients.calls()
-        kind = {"Attributes": {"FifoQueue": "true"}} if self._settings.fifo else {}
-        with translated(self._settings.address):
-            await client.create_queue(QueueName=self.names.revision(), **kind)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        more: dict[str, Any] = {"tags": labels} if labels else {}
+        with suppress(QueueExistsError), translated(self._settings.address):
+            # Where it exists, a process with another lease made it meanwhile.
+            reply = await client.create_queue(QueueName=name, Attributes=attributes, **more)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+            if remember:
+                self._urls[name] = reply["QueueUrl"]
+            return
+        if remember:
+            self._urls[name] = await self._look_up(name)
 
     async def _delete(self, url: str) -> None:
         client = await self._clients.calls()

@@ -218,7 +218,7 @@ class SqsReceiver:
         """Return what was published to all groups and that this one does not want, by that registry."""
         if not (patterns := registry.groups.get(self._group)):
             return []
-        return [each for each in messages if _wire.ours(each) and not _wire.wants(patterns, each)]
+        return [each for each in messages if _wire.published(each) and not _wire.wants(patterns, each)]
 
     async def _put_off(self, receipts: Sequence[Receipt]) -> None:
         """Hide again what is not due, so that it is seen before it is; the last stretch is a delay of SQS's own, which no attempt is."""

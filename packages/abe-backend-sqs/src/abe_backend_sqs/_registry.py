@@ -65,15 +65,14 @@ def from_tags(found: Mapping[str, str]) -> Group | None:
 class Listing(NamedTuple):
     """What one look at the names of queues tells about the groups."""
 
-    queues: frozenset[str]
-    """The addresses of the groups' queues."""
-    revisions: frozenset[str]
-    """The addresses of the queues that are revisions."""
+    queues: Mapping[str, str]
+    """The addresses of the groups' queues, by name."""
+    revisions: Mapping[str, frozenset[str]]
+    """The addresses of the queues that are revisions, by what those of one group have in common."""
 
-    @property
-    def settled(self) -> bool:
-        """Whether nobody is changing the groups: then what the tags say stays the same as long as the listing does."""
-        return len(self.revisions) == 1
+    def of(self, mark: str) -> frozenset[str]:
+        """Return the revisions of a group."""
+        return self.revisions.get(mark, frozenset())
 
 
 class Registry(NamedTuple):
@@ -92,13 +91,22 @@ class Registry(NamedTuple):
     """The ARN of the topic that reaches every group; empty where there is none."""
     listing: "Listing | None" = None
     """What was listed before the tags were read."""
+    missing: frozenset[str] = frozenset()
+    """Those of the groups whose queues were deleted underneath, and may be made again by their consumers."""
 
     @classmethod
-    def of(cls, members: Iterable[Group], looked_at: float, topic: str, listing: "Listing") -> Self:
+    def of(
+        cls, members: Iterable[Group], looked_at: float, topic: str, listing: "Listing", missing: Iterable[str] = ()
+    ) -> Self:
         """Return what the tags say."""
         found = tuple(sorted(members))
         patterns, since = {each.name: each.patterns for each in found}, {each.name: each.since for each in found}
-        return cls(patterns, since, looked_at, {}, found, topic, listing)
+        return cls(patterns, since, looked_at, {}, found, topic, listing, frozenset(missing))
+
+    @property
+    def present(self) -> Mapping[str, tuple[str, ...]]:
+        """The groups whose queues are there."""
+        return {name: patterns for name, patterns in self.groups.items() if name not in self.missing}
 
     @property
     def subscriptions(self) -> Mapping[str, str]:

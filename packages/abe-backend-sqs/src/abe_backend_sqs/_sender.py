@@ -66,7 +66,8 @@ class Sender:
         if self._settings.max_backlog is None:
             return await self._fan_out(envelopes, registry, None)
         async with self._counting:
-            return await self._fan_out(envelopes, registry, await self._rooms(registry, self._settings.max_backlog))
+            wanting = {group for envelope in envelopes for group in _groups(envelope, registry)}
+            return await self._fan_out(envelopes, registry, await self._rooms(wanting, self._settings.max_backlog))
 
     async def post(self, name: str, entries: Sequence[Entry]) -> Sequence[AbeError | None]:
         """Put messages into a queue, and return each one's outcome. Messages keep their order where the queue has one."""
@@ -99,7 +100,7 @@ class Sender:
         outcomes: list[AbeError | None] = [None] * len(envelopes)
         queues: dict[str, list[tuple[int, Entry]]] = {}
         for position, envelope in enumerate(envelopes):
-            groups = registry.route(envelope.key)
+            groups = _groups(envelope, registry)
             entry = self._entry(envelope, held=not registry.groups)
             outcomes[position] = error = _too_large(entry) or self._refusal(envelope, registry, groups, room)
             if error is None:
@@ -113,7 +114,7 @@ class Sender:
         names = self._queues.names
         if not registry.groups:
             return [names.held]
-        if self._settings.fanout == "sns" and len(groups) == len(registry.groups):
+        if self._settings.fanout == "sns" and len(groups) == len(registry.groups) and envelope.group is None:
             topic = registry.topic
             if topic and not envelope.delay and entry.size <= SNS_LIMIT:
                 return [topic]
@@ -134,22 +135,34 @@ class Sender:
     def _refusal(
         self, envelope: Envelope, registry: Registry, groups: Sequence[str], room: dict[str, int] | None
     ) -> AbeError | None:
+        if envelope.group is not None and not groups:
+            return UnroutableError(f"there is no group {envelope.group!r}")
         if not registry.groups:
             return None
         if not groups:
             return UnroutableError(f"no group wants the key {envelope.key!r}")
         if room is None:
             return None
-        if any(room[group] <= 0 for group in groups):
+        having = self._having(envelope)  # by an earlier try: there it takes no room any more
+        names = self._queues.names
+        left = [each for each in groups if names.queue(each) not in having and names.later(each) not in having]
+        if any(room[group] <= 0 for group in left):
+            if having:
+                return PublishUnknownError("some groups have the message, and another has max_backlog messages waiting")
             return BackpressureError("a group that wants the message has max_backlog messages waiting")
-        for group in groups:
+        for group in left:
             room[group] -= 1
         return None
 
-    async def _rooms(self, registry: Registry, most: int) -> dict[str, int]:
-        groups = list(registry.groups)
-        counts = await asyncio.gather(*map(self._queues.group_counts, groups))
-        return {group: most - waiting - delayed for group, (waiting, _, delayed) in zip(groups, counts, strict=True)}
+    async def _rooms(self, groups: Collection[str], most: int) -> dict[str, int]:
+        async def room(group: str) -> int:
+            try:
+                waiting, _, delayed = await self._queues.group_counts(group)
+            except QueueMissingError:
+                return most  # what is sent to it fails by itself
+            return most - waiting - delayed
+
+        return dict(zip(groups, await asyncio.gather(*map(room, groups)), strict=True))
 
     async def _post_all(
         self,
@@ -250,6 +263,13 @@ class Sender:
         for request in requests:
             request["Message"] = request.pop("MessageBody")
         return lambda: topics.publish_batch(TopicArn=name, PublishBatchRequestEntries=requests)
+
+
+def _groups(envelope: Envelope, registry: Registry) -> Sequence[str]:
+    """Return the groups that get a message."""
+    if envelope.group is None:
+        return registry.route(envelope.key)
+    return (envelope.group,) if envelope.group in registry.groups else ()
 
 
 def _is_topic(name: str) -> bool:

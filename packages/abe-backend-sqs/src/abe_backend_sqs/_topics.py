@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final, cast
 
 from abe_backend_sqs._connection import Clients
@@ -57,6 +58,12 @@ class Topics:
                 return reply["SubscriptionArn"]
         except QueueMissingError:
             return ""
+
+    async def delete(self, topic: str) -> None:
+        """Delete a topic."""
+        sns = await self._clients.topics()
+        with suppress(QueueMissingError), translated(self._settings.address):
+            await sns.delete_topic(TopicArn=topic)
 
     async def unsubscribe(self, subscription: str) -> None:
         """End a subscription; a no-op when there is none."""

@@ -15,6 +15,7 @@ FIFO: Final = ".fifo"
 _ROOM: Final = 34
 """Characters of a namespace or group in a queue's name, which has 80 at most."""
 _HASH: Final = 24
+_MARK: Final = 16
 
 
 class Topology:
@@ -34,13 +35,32 @@ class Topology:
         """Queue: the group's messages."""
         return f"{self.prefix}{_part(group)}{self._suffix}"
 
-    def revision(self) -> str:
-        """Queue, always empty: its name alone, which is another one each time, says whether the groups are what they were."""
-        return f"{self.listed}s-{token_hex(8)}{self._suffix}"
+    def revision(self, queue: str) -> str:
+        """Queue, always empty: its name alone, which is another one each time, says whether a group is what it was."""
+        return f"{self.listed}s-{_mark(queue)}{token_hex(8)}{self._suffix}"
 
-    def is_revision(self, name: str) -> bool:
-        """Whether it is the name of a revision; a stranger's queue may have one that begins like it."""
-        return re.fullmatch(rf"{re.escape(self.listed)}s-[0-9a-f]{{16}}{re.escape(self._suffix)}", name) is not None
+    def mark(self, name: str) -> str | None:
+        """Return which group's revision it is, as `mark_of` says; None for the name of any other queue."""
+        found = re.fullmatch(
+            rf"{re.escape(self.listed)}s-([0-9a-f]{{16}})[0-9a-f]{{16}}{re.escape(self._suffix)}", name
+        )
+        return found[1] if found else None
+
+    def mark_of(self, queue: str) -> str:
+        """Return what the names of the revisions of a group's queue have in common."""
+        return _mark(queue)
+
+    def owns(self, name: str) -> bool:
+        """Whether a queue is one of this namespace, and of this kind: another namespace's name may begin like it."""
+        if name.startswith(f"{self._namespace}-later-"):
+            return bool(self._suffix)
+        begins = name.startswith((self.prefix, f"{self.listed}s-", f"{self._namespace}-dead-"))
+        return name == self.held or (begins and name.endswith(FIFO) is bool(self._suffix))
+
+    @property
+    def all(self) -> str:
+        """What the names of all queues of the namespace begin with, and perhaps others."""
+        return f"{self._namespace}-"
 
     @property
     def topic(self) -> str:
@@ -54,6 +74,11 @@ class Topology:
     def later(self, group: str) -> str:
         """Queue: what waits for its time, beside a FIFO queue, which can delay no single message."""
         return f"{self._namespace}-later-{_part(group)}"
+
+
+@lru_cache(maxsize=10_000)
+def _mark(queue: str) -> str:
+    return hashlib.sha256(queue.encode()).hexdigest()[:_MARK]
 
 
 @lru_cache(maxsize=10_000)

@@ -4,30 +4,34 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Collection, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Generator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, ExponentialBackoff, GroupStats
 from abe.backends.message_queue.base import Transport as TransportProtocol
 from abe.backends.message_queue.base.clock import pause
-from abe.backends.message_queue.base.names import EVERYTHING
-from abe.errors import AbeError, BackendConnectionError, ConfigurationError
+from abe.errors import AbeError, BackendConnectionError, ConfigurationError, GroupMissingError
 from abe_backend_sqs import _wire
+from abe_backend_sqs._browser import Browser
 from abe_backend_sqs._connection import Clients
 from abe_backend_sqs._copies import Copies
-from abe_backend_sqs._drawer import Drawer
 from abe_backend_sqs._errors import QueueMissingError, translated
 from abe_backend_sqs._later import Later
 from abe_backend_sqs._polls import Poll
 from abe_backend_sqs._queues import Queues
 from abe_backend_sqs._receiver import SqsReceiver
+from abe_backend_sqs._registry import Registry
 from abe_backend_sqs._sender import Sender
 from abe_backend_sqs._settings import SqsSettings
 from abe_backend_sqs._wire import Entry, Message
 
 _log: Final = logging.getLogger("abe.sqs")
 _BACKOFF: Final = ExponentialBackoff(initial=0.1, maximum=5.0)
+_CLOCKS: Final = 5_000
+"""Milliseconds that clocks may be apart."""
+_LOOKS: Final = 5
+"""Looks at parked messages, some of which others have out of sight."""
 
 _lingering: Final[set[asyncio.Task[None]]] = set()
 """What outlives its transport for as long as its last poll, held so that it is not collected."""
@@ -64,7 +68,7 @@ class SqsTransport:
         if self._opened:
             return
         if self.settings.pinned is None:
-            await self.queues.registry()
+            await self.queues.reader.open()
         else:  # it is known without asking; the address of one of its queues is not
             with suppress(QueueMissingError):  # whoever needs it makes it, or says that it is missing
                 await self.queues.url(self.queues.names.queue(self.settings.pinned[0][0]))
@@ -73,6 +77,7 @@ class SqsTransport:
     async def close(self) -> None:
         """Disconnect; polls that are under way are waited for in the background, so that what they bring is given back."""
         self._closed.set()
+        await self.queues.reader.close()
         if not self._background:
             await self.clients.close()
             return
@@ -97,94 +102,85 @@ class SqsTransport:
             await asyncio.wait([looking], timeout=self.settings.publish_timeout / 4)
         return outcomes
 
-    async def declare(self, group: str, patterns: tuple[str, ...] | None) -> None:
-        """Make the group known, wait until every publisher knows it, and move the held messages that it wants."""
-        ignorance = await self.queues.declare(group, patterns)
-        if ignorance:
+    async def declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> tuple[str, ...]:
+        """Make the group known, wait until every publisher knows it, and move the parked messages that it wants."""
+        declared = await self.queues.declare(group, patterns, change=change)
+        if declared.propagation:
             self._fresh.add(group)
-        if group in self._waited and patterns is None:
+        if group in self._waited and not change:
             # Groups of the settings are declared on the way to the first publish, which needs none to wait; who subscribes does.
             self._waited.discard(group)
-        elif ignorance:
-            self._check_patience()
-            await asyncio.sleep(ignorance)
+        elif declared.propagation:
+            self._check_timeout()
+            await asyncio.sleep(declared.propagation)
         if group not in self._fresh:  # whoever made it may have been ended before the rest
             self._look_at_held(thorough=False)
-            return
-        wanted = (await self.queues.registry()).groups.get(group, patterns or EVERYTHING)
-        await self._move_held({group: wanted}, thorough=self._thorough)
-        self._fresh.discard(group)
+            return declared.patterns
+        # Others may have made it at the same moment: what everybody reads by now is what it is.
+        wanted = (await self.queues.registry()).groups.get(group, declared.patterns)
+        looking = self._look_at_held(thorough=self._thorough)
+        # However many are parked, it goes on beside what comes next.
+        await asyncio.wait([looking], timeout=self.settings.publish_timeout / 4)
+        return wanted
 
     async def restore(self, group: str) -> None:
         """Make a group again that was deleted underneath, with the patterns that it had when we last knew."""
-        known = await self.groups()
-        await self.declare(group, None if group in known else self.queues.patterns.get(group))
+        await self.declare(group, self.queues.patterns.get(group), change=False)
 
     async def delete_group(self, group: str) -> None:
         """Delete the group's queues."""
         await self.queues.delete(group)
 
+    async def delete_namespace(self) -> None:
+        """Delete all queues."""
+        await self.queues.delete_all()
+
     async def groups(self) -> Mapping[str, tuple[str, ...]]:
         """Read the registry."""
-        return (await self.queues.registry(since=time.monotonic())).groups
+        return (await self.queues.registry(since=time.monotonic())).present
 
     async def subscribe(self, group: str, prefetch: int) -> SqsReceiver:
         """Make a consumer. SQS knows none: each message's receipt is its own."""
         name = self.queues.names.queue(group)
-        url = await self.queues.url(name)
+        with _existing(group):
+            url = await self.queues.url(name)
         await self.clients.polls()
         self._check_open()
         return SqsReceiver(self, group, name, url)
 
     async def stats(self, group: str) -> GroupStats:
         """Count, approximately. A message that waits for its retry counts as in flight, as SQS hides both alike."""
-        try:
-            (waiting, held, later), dead = await asyncio.gather(
-                self.queues.group_counts(group), self.queues.counts(self.queues.names.dead(group))
-            )
-        except QueueMissingError:
-            return GroupStats(waiting=0, in_flight=0, delayed=0, dead=0, oldest=None)
+        with _existing(group):
+            waiting, held, later = await self.queues.group_counts(group)
+        dead = (0, 0, 0)
+        with suppress(QueueMissingError):  # lost: it is made again when a message dies
+            dead = await self.queues.counts(self.queues.names.dead(group))
         return GroupStats(waiting=waiting, in_flight=held, delayed=later, dead=sum(dead), oldest=None)
 
-    async def dead_letters(self, group: str, limit: int) -> Sequence[DeadLetter]:
-        """Take all of them for a moment: a queue has no order that could be read from one end."""
-        letters: list[DeadLetter] = []
-        async with self._dead(group) as drawer:
-            async for batch in drawer.take():
-                letters += map(_wire.dead_letter, batch)
-        return sorted(letters, key=lambda letter: letter.dead_at)[:limit]
+    async def dead_letters(self, group: str) -> AsyncGenerator[Sequence[DeadLetter]]:
+        """Take them out of sight page by page, and put them all back at the end: a queue has no order that could be read from one end."""
+        async with self._dead(group) as browser, aclosing(browser.pages()) as pages:
+            async for page in pages:
+                yield sorted(map(_wire.dead_letter, page), key=lambda letter: letter.dead_at)
 
-    async def find_dead_letter(self, group: str, id: str) -> DeadLetter | None:
-        """Look through them until it comes."""
-        async with self._dead(group) as drawer:
-            async for batch in drawer.take():
-                for letter in map(_wire.dead_letter, batch):
-                    if letter.id == id:
-                        return letter
-        return None
-
-    async def replay(self, group: str, ids: Collection[str] | None) -> int:
+    async def replay(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
         """Copy them back, then delete them."""
-        replayed = 0
-        async with self._dead(group) as drawer:
-            async for chosen in _chosen(drawer, ids):
+        async with aclosing(self._chosen(group, ids)) as pages:
+            async for browser, chosen in pages:
                 copies = [self.copies.replayed(group, message).entry for message in chosen]
-                results = await self.sender.post(self.queues.names.queue(group), copies)
+                results = await self.sender.post(self.queues.names.queue(group), copies) if copies else ()
                 stored = [message for message, result in zip(chosen, results, strict=True) if result is None]
-                await drawer.delete(stored)
-                replayed += len(stored)
+                await browser.delete(stored)
+                yield len(stored)
                 if error := next(filter(None, results), None):
                     raise error
-        return replayed
 
-    async def purge(self, group: str, ids: Collection[str] | None) -> int:
+    async def purge(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
         """Delete them one by one: SQS's own purge takes what comes meanwhile, too."""
-        removed = 0
-        async with self._dead(group) as drawer:
-            async for chosen in _chosen(drawer, ids):
-                await drawer.delete(chosen)
-                removed += len(chosen)
-        return removed
+        async with aclosing(self._chosen(group, ids)) as pages:
+            async for browser, chosen in pages:
+                await browser.delete(chosen)
+                yield len(chosen)
 
     def later(self, group: str) -> Later:
         """Return what moves the group's delayed messages to its FIFO queue."""
@@ -201,61 +197,101 @@ class SqsTransport:
         if self._closed.is_set():
             raise BackendConnectionError("the connection to SQS was closed")
 
-    def _check_patience(self) -> None:
-        ttl, patience = self.settings.registry_ttl, self.settings.publish_timeout
-        if ttl >= patience:
+    def _check_timeout(self) -> None:
+        ttl, timeout = self.settings.registry_ttl, self.settings.publish_timeout
+        if ttl >= timeout:
             raise ConfigurationError(
-                f"SQS_REGISTRY_TTL_SECONDS ({ttl:g}) must be less than QUEUE_PUBLISH_TIMEOUT_SECONDS ({patience:g}): "
+                f"SQS_REGISTRY_TTL_SECONDS ({ttl:g}) must be less than QUEUE_PUBLISH_TIMEOUT_SECONDS ({timeout:g}): "
                 f"declaring a new group takes that long"
             )
 
-    def _dead(self, group: str) -> Drawer:
-        return Drawer(self, self.queues.names.dead(group), thorough=self._thorough)
+    @asynccontextmanager
+    async def _dead(self, group: str) -> AsyncGenerator[Browser]:
+        with _existing(group):
+            await self.queues.counts(self.queues.names.queue(group))
+        async with Browser(self, self.queues.names.dead(group), thorough=self._thorough) as browser:
+            yield browser
+
+    async def _chosen(
+        self, group: str, ids: Collection[str] | None
+    ) -> AsyncGenerator[tuple[Browser, Sequence[Message]]]:
+        """Go through the dead letters with these ids (None: all), page by page.
+
+        Those that were dead when it began: one that is replayed, and dies again before we are through, is not met again. It is told by
+        when it was put into the queue; and as clocks may differ, one of an id that was chosen before is another only where it was
+        put there long before.
+        """
+        done: set[str] = set()
+        async with self._dead(group) as browser, aclosing(browser.pages()) as pages:
+            async for page in pages:
+                chosen: list[Message] = []
+                for message in page:
+                    letter, sent = _wire.dead_letter(message), _wire.sent(message)
+                    same = _wire.identity(message) or letter.id
+                    new = sent > browser.started or (same in done and sent > browser.started - _CLOCKS)
+                    if not new and (ids is None or letter.id in ids):
+                        chosen.append(message)
+                        done.add(same)
+                yield browser, chosen
 
     def _look_at_held(self, *, thorough: bool) -> asyncio.Task[None]:
-        """Hand held messages to the groups that there are, in the background, until it succeeds."""
+        """Hand parked messages to the groups that there are, in the background, until it succeeds."""
         self._looks.add(thorough)
         if self._handing_over is None or self._handing_over.done():
             self._handing_over = self.in_background(self._hand_over())
         return self._handing_over
 
     async def _hand_over(self) -> None:
-        failures = 0
+        failures = unfinished = 0
         while self._looks:
             thorough = max(self._looks)
             self._looks.clear()  # who asks from now on may have messages that this look misses
             try:
                 registry = await self.queues.registry(since=time.monotonic())
-                oldest_first = sorted(registry.groups, key=lambda group: registry.since.get(group, 0.0))
-                if oldest_first:
-                    await self._move_held({each: registry.groups[each] for each in oldest_first}, thorough=thorough)
+                groups = {name: registry.present[name] for name in sorted(registry.present, key=_by_age(registry))}
+                complete = not groups or await self._move_held(groups, thorough=thorough)
+                self._fresh.difference_update(groups)
             except AbeError as exc:
                 if not exc.retryable:
-                    _log.debug("held messages are left to those who may look at them: %s", exc)
+                    _log.debug("parked messages are left to those who may look at them: %s", exc)
                     return
                 level = logging.DEBUG if failures else logging.WARNING
-                _log.log(level, "held messages could not be handed out, trying again: %s", exc)
+                _log.log(level, "parked messages could not be handed out, trying again: %s", exc)
                 failures += 1
                 self._looks.add(thorough)
                 if await pause(self._closed, _BACKOFF(failures)):
                     return
+            else:
+                # Somebody else was looking at the rest, and may want other messages.
+                unfinished = 0 if complete else unfinished + 1
+                if 0 < unfinished < _LOOKS:
+                    self._looks.add(thorough)
+                    if await pause(self._closed, _BACKOFF(unfinished)):
+                        return
 
-    async def _move_held(self, groups: Mapping[str, tuple[str, ...]], *, thorough: bool) -> None:
-        """Move each held message to the first of the groups that wants it.
+    async def _move_held(self, groups: Mapping[str, tuple[str, ...]], *, thorough: bool) -> bool:
+        """Move each parked message to the first of the groups that wants it, and return whether all were looked at.
 
         Raises:
             BackendConnectionError: Some could not be moved, and may be next time.
         """
         failed: list[AbeError] = []
-        async with Drawer(self, self.queues.names.held, thorough=thorough) as held:
-            async for batch in held.take():
+        async with (
+            Browser(self, self.queues.names.held, thorough=thorough) as parked,
+            aclosing(parked.pages()) as pages,
+        ):
+            async for page in pages:
+                left: Sequence[Message] = page
                 for group, patterns in groups.items():
-                    wanted = [message for message in batch if _wire.wants(patterns, message)]
+                    wanted = [message for message in left if _wire.wants(patterns, message)]
                     moved = await self._unhold(group, wanted, failed)
-                    await held.delete(moved)
-                    batch = [message for message in batch if message not in moved]
+                    await parked.delete(moved)
+                    left = [message for message in left if message not in moved]
+                if self._closed.is_set():
+                    break
         if failed:
-            raise BackendConnectionError(f"held messages could not be moved: {failed[0]}") from failed[0]
+            raise BackendConnectionError(f"parked messages could not be moved: {failed[0]}") from failed[0]
+        return parked.complete
 
     async def _unhold(self, group: str, messages: Sequence[Message], failed: list[AbeError]) -> Sequence[Message]:
         """Put held messages into the group's queue, with what is left of their delays, and return those that are there."""
@@ -278,22 +314,21 @@ class SqsTransport:
             await self.clients.close()
 
 
-async def _chosen(drawer: Drawer, ids: Collection[str] | None) -> AsyncIterator[Sequence[Message]]:
-    """Take out dead letters with these ids (None: all), each id once: one that is replayed may be back before we are through."""
-    left = None if ids is None else set(ids)
-    async for batch in drawer.take():
-        if left is None:
-            yield batch
-            continue
-        chosen: list[Message] = []
-        for message in batch:
-            if (id := _wire.dead_letter(message).id) in left:
-                left.discard(id)
-                chosen.append(message)
-        if chosen:
-            yield chosen
-        if not left:
-            return
+def _by_age(registry: Registry) -> Callable[[str], float]:
+    return lambda group: registry.since.get(group, 0.0)
+
+
+@contextmanager
+def _existing(group: str) -> Generator[None]:
+    """Say that there is no such group where its queue is missing.
+
+    Raises:
+        GroupMissingError: So it is.
+    """
+    try:
+        yield
+    except QueueMissingError as exc:
+        raise GroupMissingError(f"there is no group {group!r}") from exc
 
 
 if TYPE_CHECKING:

@@ -2,10 +2,11 @@
 
 The body is the payload's text, or its base64 where SQS would refuse the text. The message attribute ``abe`` is a JSON
 array ``[1, id, key, milliseconds]``, then as far as needed: headers or null, the deliveries so far, the time in
-milliseconds before which it must not be delivered, and 1 for a body in base64 (2 for an empty one, which SQS does not
-carry). A stranger writes a body alone, or with the attributes ``key``, ``id`` (without it SQS's own is the message's) and
-``encoding``, which may be ``base64``. A dead letter has the attribute ``abe-dead`` besides: ``[attempts, reason, error,
-milliseconds]``. A message that leaves a FIFO queue has the message group that it had there as ``abe-order``.
+milliseconds before which it must not be delivered, 1 for a body in base64 (2 for an empty one, which SQS does not
+carry), and 1 for what is meant for one group alone. A stranger writes a body alone, or with the attributes ``key``,
+``id`` (without it SQS's own is the message's) and ``encoding``, which may be ``base64``. A dead letter has the attribute
+``abe-dead`` besides: ``[attempts, reason, error, milliseconds]``. A message that leaves a FIFO queue has the message
+group that it had there as ``abe-order``.
 
 SQS takes ten attributes, and 1 MiB with them. What is published leaves room for ours; a stranger's message may leave none. Then its
 copies lose, in this order: the texts of the reason and the error; attributes that mean nothing here; the message group; the note of the
@@ -74,6 +75,7 @@ class _Meta(msgspec.Struct, array_like=True, frozen=True):
     attempts: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
     due: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
     encoded: int = 0
+    only: int = 0
 
 
 class _Death(msgspec.Struct, array_like=True, frozen=True):
@@ -98,6 +100,8 @@ class Parsed(NamedTuple):
     due: int
     """Milliseconds since the epoch; 0: at once."""
     fault: str | None
+    only: bool = False
+    """Whether it is meant for the group that has it, whatever that group's patterns say."""
 
 
 def pack(envelope: Envelope, *, attempts: int = 0, due: int = 0) -> Entry:
@@ -106,12 +110,15 @@ def pack(envelope: Envelope, *, attempts: int = 0, due: int = 0) -> Entry:
     size = len(text) if encoded else len(envelope.body)
     headers = None if envelope.headers is None else dict(envelope.headers)
     fields: list[object] = [VERSION, envelope.id, envelope.key, envelope.published_at, headers, attempts, due, encoded]
+    fields.append(int(envelope.group is not None))
     value, length = _noted(fields)
     return Entry(text, {_META: value}, size + length)
 
 
-def repack(message: Message, *, attempts: int, due: int = 0) -> Entry:
+def repack(message: Message, *, attempts: int, due: int = 0, only: bool = False) -> Entry:
     """Return an entry that says what a received message says, but for the deliveries so far and the time it is due.
+
+    With `only` it is meant for the group that it goes to, whatever that group's patterns say.
 
     A message that cannot be read stays what it is, and so does a stranger's that leaves no room: they have no place for either.
     """
@@ -119,7 +126,9 @@ def repack(message: Message, *, attempts: int, due: int = 0) -> Entry:
     others = {name: value for name, value in attributes.items() if name not in (_META, _DEAD, _ORDER)}
     if parsed.fault is None:
         id, key, published_at, headers = parsed.metadata
-        entry = pack(Envelope(id, key, parsed.body, published_at, headers), attempts=attempts, due=due)
+        group = "" if only or parsed.only else None
+        copy = Envelope(id, key, parsed.body, published_at, headers, group=group)
+        entry = pack(copy, attempts=attempts, due=due)
         if entry.size <= LIMIT:
             return _sized(entry.body, {**entry.attributes, **others}) if others else entry
     if (known := attributes.get(_META)) is not None:
@@ -168,9 +177,10 @@ def wants(patterns: Sequence[str], message: Message) -> bool:
     return any(matches(pattern, key) for pattern in patterns)
 
 
-def ours(message: Message) -> bool:
-    """Whether we wrote it, and can read it: what a stranger put into a queue is meant for that queue."""
-    return _META in _attributes(message) and parse(message).fault is None
+def published(message: Message) -> bool:
+    """Whether it was published to whoever wants its key. What was put into one queue alone is meant for that queue."""
+    parsed = parse(message)
+    return _META in _attributes(message) and parsed.fault is None and not parsed.only
 
 
 def parse(message: Message) -> Parsed:
@@ -200,7 +210,8 @@ def _parse(message: Message) -> Parsed:
         body = _from_text(text, meta.encoded)
     except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
         return _faulty(message, f"the envelope cannot be read: {exc}")
-    return Parsed(Metadata(meta.id, meta.key, meta.published_at, meta.headers), body, meta.attempts, meta.due, None)
+    metadata = Metadata(meta.id, meta.key, meta.published_at, meta.headers)
+    return Parsed(metadata, body, meta.attempts, meta.due, None, bool(meta.only))
 
 
 def _faulty(message: Message, fault: str) -> Parsed:
@@ -221,6 +232,17 @@ def received(message: Message) -> int:
 def sent(message: Message) -> int:
     """Return when it was put into its queue, in milliseconds since the epoch, by the clock of SQS; 0 where it does not say."""
     return _count(_system(message, "SentTimestamp"), 0)
+
+
+def identity(message: Message) -> str:
+    """Return what stays the same when a message is copied, whether it can be read or not."""
+    text = f"{_text_of(message.get('Body'))}\0{_value(_attributes(message), _META)}"
+    return "" if parse(message).fault is None else hashlib.sha256(text.encode(errors="replace")).hexdigest()
+
+
+def size(message: Message) -> int:
+    """Return how many bytes a message takes."""
+    return _measure(_text_of(message.get("Body")), _attributes(message))
 
 
 def dead_letter(message: Message) -> DeadLetter:
@@ -304,8 +326,8 @@ def _measure(body: str, attributes: Mapping[str, Mapping[str, Any]]) -> int:
     """Return the size as SQS counts it."""
     return len(body.encode()) + sum(
         len(name.encode())
-        + sum(len(value[field].encode()) for field in ("DataType", "StringValue") if field in value)
-        + len(value.get("BinaryValue", b""))
+        + sum(len((value.get(field) or "").encode()) for field in _FIELDS[:2])
+        + len(value.get("BinaryValue") or b"")
         for name, value in attributes.items()
     )
 
@@ -349,7 +371,8 @@ def _value(attributes: Mapping[str, Mapping[str, Any]], name: str) -> str | None
 
 def _system(message: Message, name: str) -> str | None:
     """Return what SQS itself says about a message."""
-    found = (message.get("Attributes") or {}).get(name)
+    given: Mapping[str, object] = message.get("Attributes") or {}
+    found = given.get(name)
     return None if found is None else str(found)
 
 
