@@ -127,6 +127,9 @@ class Connection:
             return
         if self._watch is not None:
             self._watch.stop()
+        mute = self._watch is not None and self._watch.waited > _GOODBYE
+        if mute:  # first: aiormq would say goodbye, and wait for an answer
+            self._abort()
         closing = asyncio.ensure_future(self._native.close())
         closing.add_done_callback(_retrieved)
         try:

@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from abe.backends.message_queue.base import Delivery, Failures, Metadata, Receipt, Settlement, Verb
@@ -69,6 +68,7 @@ class RabbitMQReceiver:
         self._ready: deque[Delivery] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._stopping = False
+        self._answered = True
         self._look_at = 0.0
         self._sample_every = consumer_timeout * _WARN_AT / _SAMPLES
         self._samples: deque[int] = deque(maxlen=_SAMPLES)
@@ -228,7 +228,9 @@ class RabbitMQReceiver:
             return
         consumer, self._consumer = self._consumer, ""
         with translated(self.group):
+            self._answered = False
             await finished(channel.native.basic_cancel(consumer))
+            self._answered = True
         unread = [Settlement(delivery.receipt, Verb.RELEASE) for delivery in self._ready if not delivery.lost]
         self._ready.clear()
         if unread:
@@ -241,7 +243,7 @@ class RabbitMQReceiver:
             self._timer.cancel()
         try:
             await self.stop()
-            channel = self._channel
+            channel = self._channel if self._answered else None
             if channel is not None and channel.held and channel.closed is None:
                 base = self._generation << _TAG_BITS
                 await self.settle([Settlement(base | tag, Verb.RELEASE) for tag in channel.held])
@@ -251,9 +253,9 @@ class RabbitMQReceiver:
             channel, self._channel = self._channel, None
             if channel is not None and channel.closed is None:
                 channel.ended = None
-                with translated(self.group), suppress(TimeoutError):
-                    async with asyncio.timeout(_GOODBYE):  # a broker that is silent is left to its connection
-                        await finished(channel.close())
+                closing = self._drop(channel, "the channel was closed")
+                if self._answered:  # a broker that is silent is left to its connection
+                    await asyncio.wait([closing], timeout=_GOODBYE)
 
     async def _settle_down(self, channel: Channel) -> None:
         """Have every acknowledgement arrive.
@@ -343,11 +345,12 @@ class RabbitMQReceiver:
         """The broker ended the consumer: its queue was deleted or moved. Everything begins anew."""
         self._drop(channel, "the broker cancelled the consumer")
 
-    def _drop(self, channel: Channel, reason: str) -> None:
+    def _drop(self, channel: Channel, reason: str) -> "asyncio.Task[None]":
         channel.lose(reason)
         task = self._loop.create_task(_close(channel))
         _closing.add(task)
         task.add_done_callback(_closing.discard)
+        return task
 
     def _watch(self) -> None:
         """Warn before RabbitMQ loses patience with somebody who holds a message for long."""

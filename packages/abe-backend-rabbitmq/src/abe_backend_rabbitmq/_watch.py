@@ -54,7 +54,8 @@ class Watch:
         self._loop = asyncio.get_running_loop()
         self._looked_at = self._loop.time()
         self._silent = 0.0
-        self._waited = 0.0
+        self.waited = 0.0
+        """Seconds for which a question has been without an answer."""
         self._asked_at = self._looked_at
         self._question: asyncio.Task[object] | None = None
         self._timer = self._loop.call_later(self._beat, self._look)
@@ -72,14 +73,14 @@ class Watch:
         self._silent = 0.0 if self._heard.heard >= before else self._silent + passed
         pending = self._question is not None and not self._question.done()
         if not pending or not self._reading() or self._heard.answered >= before:
-            self._waited = 0.0
+            self.waited = 0.0
         else:
-            self._waited += passed
+            self.waited += passed
         if self._silent > self._limit:
             self._give_up(f"nothing was heard of it for {self._silent:.0f} s")
             return
-        if self._waited > self._limit:
-            self._give_up(f"it has not answered for {self._waited:.0f} s")
+        if self.waited > self._limit:
+            self._give_up(f"it has not answered for {self.waited:.0f} s")
             return
         if not pending and self._reading() and now - self._asked_at >= self._every:
             self._asked_at = now
