@@ -40,7 +40,11 @@ def warn_of_misspelt(known: Sequence[str], environ: Mapping[str, str]) -> None:
     for name in environ:
         if name in known or not environ[name] or _FOREIGN.match(name):
             continue
-        close = next((meant for meant in unset if _is_close(name, meant)), None)
+        given = name.upper()
+        near = [
+            meant for meant in unset if given[0] == meant[0] or given[-1] == meant[-1]
+        ]  # most are told apart by this
+        close = next((meant for meant in near if _is_close(given, meant)), None)
         if close is None and name.startswith("QUEUE_"):
             close = next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.7)), "")
         if close is not None:
@@ -48,9 +52,8 @@ def warn_of_misspelt(known: Sequence[str], environ: Mapping[str, str]) -> None:
             warn(f"the variable {name} is set, and is no setting of the message queue{hint}")
 
 
-def _is_close(name: str, meant: str) -> bool:
+def _is_close(given: str, meant: str) -> bool:
     """Whether the two differ in one place only, and in little: a letter or a few, two letters swapped, the unit, or the case."""
-    given = name.upper()
     start = _in_common(given, meant)
     end = _in_common(given[start:][::-1], meant[start:][::-1])
     ours, theirs = given[start : len(given) - end], meant[start : len(meant) - end]
