@@ -4,6 +4,7 @@ import datetime
 import decimal
 import enum
 import json
+import logging
 import math
 import struct
 import sys
@@ -11,10 +12,12 @@ import traceback
 import uuid
 import warnings
 import zoneinfo
+from collections import ChainMap, UserDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import InitVar, dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import attrs
 import msgspec
@@ -427,6 +430,30 @@ class Order:
     pair: tuple[int, str] = (1, "a")
     tags: set[str] = field(default_factory=lambda: {"x", "y"})
     note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Odd:
+    """A dataclass with more than fields."""
+
+    log: ClassVar[logging.Logger] = logging.getLogger("a logger is no JSON")
+    seed: InitVar[int]
+    a: int = 1
+    b: int = field(default=2, init=False, repr=False)
+
+    def __post_init__(self, seed: int) -> None:
+        """Take no notice of the seed."""
+
+
+def test_only_the_fields_of_a_dataclass_are_written() -> None:
+    assert CODEC.decode(CODEC.encode(Odd(seed=5, a=3))) == {"a": 3, "b": 2}
+
+
+@pytest.mark.parametrize("payload", [MappingProxyType({"a": 1}), UserDict({"a": 1}), ChainMap({"a": 1}, {"b": 2})])
+def test_another_mapping_is_an_object_too(payload: Any) -> None:
+    assert CODEC.decode(CODEC.encode(payload)) == dict(payload)
+    with pytest.raises(PayloadError, match="a mappingproxy"):
+        CODEC.encode({"a": MappingProxyType({})})
 
 
 class Coded(msgspec.Struct, rename="camel", tag=True, omit_defaults=True):

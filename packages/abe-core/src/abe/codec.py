@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from abe.errors import DecodeError, PayloadError
-from abe.payloads import encode_typed, explain, is_typed
+from abe.payloads import encode_typed, explain, is_other_mapping, is_typed
 from abe.types import MessageQueuePayload
 
 
@@ -65,6 +65,8 @@ class JSONCodec:
         except Exception as exc:  # noqa: BLE001 - comparing calls the payload's own methods
             failure = exc
         # Outside of the handler: the parser's error may hold the payload, and must not be this one's context.
+        if is_other_mapping(payload):
+            return self.encode(dict(payload))
         if self._types or is_typed(payload):
             return encode_typed(payload)
         raise PayloadError(explain(payload, failure))

@@ -3,6 +3,7 @@
 No text that is made here shows a value: places and kinds only.
 """
 
+import dataclasses
 import datetime
 import decimal
 import enum
@@ -38,6 +39,11 @@ _DUMP: Final[Mapping[str, Any]] = {"round_trip": True, "warnings": False}
 _FIELD: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}\Z")
 _MSGSPEC: Final = ("Encoding objects of type", "Only dicts with")
 _decode: Final = msgspec.json.Decoder().decode
+
+
+def is_other_mapping(payload: object) -> TypeGuard[Mapping[Any, Any]]:
+    """Whether a payload is a mapping and no dict, such as a MappingProxyType."""
+    return isinstance(payload, Mapping) and not isinstance(payload, dict)
 
 
 def is_typed(payload: object) -> bool:
@@ -203,7 +209,9 @@ def _fields(value: Any, path: str) -> Iterator[tuple[Any, str]]:
     kind = _type(value)
     if hasattr(kind, _MODEL):
         return  # Pydantic's to judge
-    names = getattr(kind, "__struct_fields__", None) or getattr(kind, "__dataclass_fields__", None)
+    names: Iterable[str] = getattr(kind, "__struct_fields__", ())
+    if dataclasses.is_dataclass(value):
+        names = [item.name for item in dataclasses.fields(value)]
     for name in names or [item.name for item in getattr(kind, "__attrs_attrs__", ())]:
         item = getattr(value, name, msgspec.UNSET)
         if item is not msgspec.UNSET:
