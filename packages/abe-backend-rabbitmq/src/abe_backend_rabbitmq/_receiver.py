@@ -331,7 +331,11 @@ class RabbitMQReceiver:
             properties = _wire.copy(header, body, attempt)
         elif settlement.verb is Verb.RELEASE:
             exchange, key = "", self._queue
-            properties = _wire.copy(header, body, attempt - 1 if settlement.attempts is None else settlement.attempts)
+            if settlement.attempts is not None:
+                properties = _wire.copy(header, body, settlement.attempts)
+            else:
+                uncertain = [("abe-uncertain", delivery.uncertain)] if delivery.uncertain else []
+                properties = _wire.copy(header, body, attempt - 1, *uncertain)
         else:
             exchange, key = "", self._transport.topology.dead(self.group)
             properties = _wire.buried(header, body, attempt, settlement.reason, settlement.error)

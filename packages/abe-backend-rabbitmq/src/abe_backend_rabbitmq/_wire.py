@@ -3,7 +3,8 @@
 The body is the message's body. Its properties are the standard ones (content type, delivery mode, message id, timestamp in
 seconds) and headers: ``abe-version``, ``abe-published-at`` in milliseconds, and the application's own under their names. Those whose
 names RabbitMQ or we use, or that are too long for a name, travel together in ``abe-headers`` as JSON. A copy that we move (a retry, a
-dead letter, a message that was held) also has ``abe-key``, and ``abe-attempt``, the deliveries before; a dead letter
+dead letter, a message that was held) also has ``abe-key``, and ``abe-attempt``, the deliveries before (``abe-uncertain`` of them may
+have been lost connections); a dead letter
 ``abe-reason``, ``abe-error`` and ``abe-dead-at`` in milliseconds; a held one ``abe-due`` in milliseconds if it has a delay, and
 ``abe-for``, the groups that are to get it still, if others have it.
 
@@ -39,7 +40,9 @@ _BROKERS: Final = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-cou
 _RESERVED: Final = ("abe-", *_BROKERS)
 _ADDRESSES: Final = ("CC", "BCC")
 """Headers that name more routing keys: RabbitMQ acts on them."""
-_NOT_COPIED: Final = frozenset((b"CC", b"BCC", b"abe-due", b"abe-for", b"abe-reason", b"abe-error", b"abe-dead-at"))
+_NOT_COPIED: Final = frozenset(
+    (b"CC", b"BCC", b"abe-due", b"abe-for", b"abe-reason", b"abe-error", b"abe-dead-at", b"abe-uncertain")
+)
 _BROKERS_BYTES: Final = tuple(name.encode() for name in _BROKERS)
 _MOST_NAMES: Final = 1_000
 _LONGEST_NAME: Final = 128
@@ -131,8 +134,9 @@ def delivery(receipt: int, header: Header, body: bytes, redelivered: bool) -> De
         return Delivery(receipt, body, header, 1, str(exc) if isinstance(exc, DecodeError) else repr(exc))
     version = headers.get("abe-version", VERSION)
     fault = None if version == VERSION else "the envelope is of a version that is not known here"
-    counted = _number(headers, "x-delivery-count")  # by the broker: lost connections too
-    return Delivery(receipt, body, header, attempts(headers), fault, uncertain=counted)
+    # What the broker counts may have been a lost connection; a copy that was only given back says how many of its attempts were so.
+    uncertain = _number(headers, "abe-uncertain") + _number(headers, "x-delivery-count")
+    return Delivery(receipt, body, header, attempts(headers), fault, uncertain=uncertain)
 
 
 def attempts(headers: Mapping[str, Value]) -> int:

@@ -86,9 +86,6 @@ class InFlight:
         """
         if self.live.pop(delivery.receipt, None) is not delivery:
             return None
-        if attempts is None and delivery.uncertain:
-            # Once written down they are certain: lost connections alone must not use up more than there are.
-            attempts = min(delivery.attempt - 1, self._max_attempts)
         return self._settler.submit(delivery, Settlement(delivery.receipt, Verb.RELEASE, attempts=attempts))
 
     async def give_back_all(self, deliveries: Collection[Delivery]) -> None:
