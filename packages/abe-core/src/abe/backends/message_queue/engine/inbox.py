@@ -66,7 +66,7 @@ class Inbox:
     ) -> None:
         self.group = group
         self.alone = alone
-        self.changing = False
+        self.changing: bool = False
         """Whether another inbox must follow: one that is alone where this one is not, and the other way round."""
         self._receiver = receiver
         self._prefetch = prefetch
