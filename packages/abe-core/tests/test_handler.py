@@ -3,8 +3,7 @@
 import contextvars
 import functools
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
@@ -13,8 +12,9 @@ import pydantic
 import pytest
 
 from abe.backends.message_queue.base import Message
-from abe.backends.message_queue.handler import adapt
+from abe.backends.message_queue.handler import CheckedHandler
 from abe.backends.message_queue.retry import Reject
+from abe.backends.message_queue.threads import Threads
 from abe.errors import ConfigurationError
 
 T = TypeVar("T")
@@ -42,18 +42,15 @@ class ModelOrder(pydantic.BaseModel):
     lines: list[str]
 
 
-@pytest.fixture
-def executor() -> Iterator[Callable[[], Executor]]:
-    with ThreadPoolExecutor(2, thread_name_prefix="handler") as pool:
-        yield lambda: pool
-
-
-def no_threads() -> Executor:
-    raise AssertionError("an async handler needs no threads")
-
-
-async def run(handler: Any, executor: Callable[[], Executor] = no_threads) -> object:
-    return await adapt(handler, executor)(Message(PAYLOAD))
+async def run(handler: Any, payload: dict[str, Any] | None = None) -> Any:
+    """Run a handler as a consumer does, on a message with that payload."""
+    checked = CheckedHandler(handler)
+    threads = Threads(2, "group") if checked.in_thread else None
+    try:
+        return await checked.bound(threads, None)(Message(PAYLOAD if payload is None else payload))
+    finally:
+        if threads is not None:
+            threads.close()
 
 
 async def plain(message):  # type: ignore[no-untyped-def]
@@ -129,10 +126,11 @@ async def test_a_handlers_annotation_decides_what_it_gets(handler: Any, expected
 @pytest.mark.parametrize("handler", [data_order, dict_order, struct_order, model_order], ids=lambda f: f.__name__)
 async def test_a_payload_that_does_not_fit_is_rejected_and_the_reason_says_where(handler: Any) -> None:
     with pytest.raises(Reject) as caught:
-        await adapt(handler, no_threads)(Message({"order_id": "seventeen", "lines": []}))
+        await run(handler, {"order_id": "seventeen", "lines": []})
     assert "does not fit" in caught.value.reason
     assert "order_id" in caught.value.reason
-    assert caught.value.__cause__ is not None
+    assert caught.value.__context__ is None, "a validation error shows what it got"
+    assert "seventeen" not in caught.value.reason
 
 
 @pytest.mark.parametrize(
@@ -141,7 +139,7 @@ async def test_a_payload_that_does_not_fit_is_rejected_and_the_reason_says_where
 async def test_what_is_missing_or_of_another_type_does_not_fit(payload: dict[str, Any]) -> None:
     for handler in (data_order, dict_order, struct_order, model_order):
         with pytest.raises(Reject):
-            await adapt(handler, no_threads)(Message(payload))
+            await run(handler, payload)
 
 
 class Handler:
@@ -197,30 +195,28 @@ async def data_id(message: dict[str, Any]) -> object:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_handler_may_be_of_any_kind(kind: str, executor: Callable[[], Executor]) -> None:
-    assert await run(KINDS[kind], executor) == 17
+async def test_a_handler_may_be_of_any_kind(kind: str) -> None:
+    assert await run(KINDS[kind]) == 17
 
 
-async def test_a_synchronous_handler_runs_in_a_thread_with_the_callers_context(
-    executor: Callable[[], Executor],
-) -> None:
+async def test_a_synchronous_handler_runs_in_a_thread_with_the_callers_context() -> None:
     variable = contextvars.ContextVar("variable", default="unset")
     variable.set("ours")
 
     def handler(message: dict[str, Any]) -> object:
         return threading.current_thread().name, variable.get()
 
-    thread, value = await run(handler, executor)  # type: ignore[misc]
-    assert thread.startswith("handler")
+    thread, value = await run(handler)
+    assert thread.startswith("abe-handler")
     assert value == "ours"
 
 
-async def test_an_exception_in_a_thread_is_the_handlers(executor: Callable[[], Executor]) -> None:
+async def test_an_exception_in_a_thread_is_the_handlers() -> None:
     def handler(message: dict[str, Any]) -> None:
         raise KeyError("id")
 
     with pytest.raises(KeyError):
-        await run(handler, executor)
+        await run(handler)
 
 
 async def takes_nothing() -> None: ...
@@ -280,4 +276,4 @@ WRONG = [
 @pytest.mark.parametrize(("handler", "text"), WRONG, ids=[getattr(f, "__name__", type(f).__name__) for f, _ in WRONG])
 def test_what_cannot_be_a_handler_is_refused_by_name_before_anything_runs(handler: Any, text: str) -> None:
     with pytest.raises(ConfigurationError, match=text):
-        adapt(handler, no_threads)
+        CheckedHandler(handler)

@@ -1,5 +1,7 @@
 """What becomes of a message whose handler failed."""
 
+from typing import Any
+
 import pytest
 
 from abe import ConstantBackoff, Reject, Retry, RetryPolicy
@@ -62,9 +64,9 @@ def test_a_policy_allows_at_least_one_attempt(attempts: int) -> None:
         RetryPolicy(max_attempts=attempts)
 
 
-def test_the_default_is_five_attempts_with_growing_pauses() -> None:
+def test_the_default_is_the_backends_number_of_attempts_with_growing_pauses() -> None:
     policy = RetryPolicy()
-    assert policy.max_attempts == 5
+    assert policy.max_attempts is None
     verdict = policy.judge(ValueError(), 10**6)
     assert isinstance(verdict, Retry)
     assert verdict.after is not None
@@ -74,3 +76,80 @@ def test_the_default_is_five_attempts_with_growing_pauses() -> None:
 def test_verdicts_can_be_raised_without_words() -> None:
     assert str(Retry()) == "the handler asked for a retry"
     assert str(Reject()) == "rejected by the handler"
+
+
+LEAVES = [
+    ([Reject("no")], Reject),
+    ([ValueError(), Reject("no")], Reject),
+    ([Retry(after=1), Reject("no")], Reject),
+    ([ExceptionGroup("inner", [ValueError(), Reject("no")]), OSError()], Reject),
+    ([Retry(after=1), ValueError()], Retry),
+    ([ValueError(), OSError()], Retry),
+]
+
+
+@pytest.mark.parametrize(("leaves", "verdict"), LEAVES)
+def test_in_a_group_of_exceptions_a_reject_wins_and_then_a_retry(leaves: list[Exception], verdict: type) -> None:
+    assert isinstance(POLICY.judge(ExceptionGroup("tasks", leaves), 1), verdict)
+
+
+def test_of_several_retries_in_a_group_the_one_that_waits_longest_counts() -> None:
+    group = ExceptionGroup("tasks", [Retry(after=2), ExceptionGroup("inner", [Retry(after=7), Retry()])])
+    verdict = POLICY.judge(group, 1)
+    assert isinstance(verdict, Retry)
+    assert verdict.after == 7
+
+
+def test_the_classifier_is_asked_about_a_group_and_then_about_its_members() -> None:
+    def classify(exc: Exception) -> Retry | Reject | None:
+        return Reject("malformed") if isinstance(exc, KeyError) else None
+
+    def whole(exc: Exception) -> Retry | Reject | None:
+        return Retry(after=3) if isinstance(exc, ExceptionGroup) else Reject("a member")
+
+    group = ExceptionGroup("tasks", [OSError(), ExceptionGroup("inner", [KeyError()])])
+    assert isinstance(RetryPolicy(classify=classify).judge(group, 1), Reject)
+    assert isinstance(RetryPolicy(classify=whole).judge(group, 1), Retry)
+
+
+def test_a_classifier_may_return_the_class() -> None:
+    policy = RetryPolicy(classify=lambda exc: Reject)  # type: ignore[arg-type, return-value]
+    assert isinstance(policy.judge(ValueError(), 1), Reject)
+
+
+async def later(attempt: int) -> float:
+    return 5.0
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"backoff": 5}, "backoff must be a function.*such as ConstantBackoff"),
+        ({"backoff": None}, "backoff must be a function"),
+        ({"backoff": ConstantBackoff}, "ConstantBackoff is a class: give an instance"),
+        ({"backoff": lambda: 5}, "backoff must be a function"),
+        ({"backoff": later}, "not an async one"),
+        ({"classify": Reject("no")}, "classify must be a function"),
+        ({"classify": Reject}, "Reject is a class"),
+        ({"max_attempts": "5"}, "max_attempts must be an integer"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_asked_is_refused_where_the_policy_is_made(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigurationError, match=text):
+        RetryPolicy(**options)
+
+
+@pytest.mark.parametrize("after", ["soon", float("nan"), True, [1]], ids=str)
+def test_a_wait_that_is_none_is_an_error_of_the_policy(after: Any) -> None:
+    with pytest.raises(ValueError, match="no number of seconds"):
+        POLICY.judge(Retry(after=after), 1)
+    with pytest.raises(ValueError, match="no number of seconds"):
+        RetryPolicy(backoff=lambda attempt: after).judge(KeyError(), 1)
+
+
+def test_an_exception_outside_of_exception_is_a_failure_like_others() -> None:
+    policy = RetryPolicy(backoff=ConstantBackoff(1), classify=lambda exc: Reject("never asked"))
+    verdict = policy.judge(SystemExit(1), 1)
+    assert isinstance(verdict, Retry)
+    assert verdict.reason == "SystemExit: 1"

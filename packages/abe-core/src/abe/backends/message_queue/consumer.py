@@ -2,50 +2,92 @@
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Coroutine, Generator, Sequence
 from functools import partial
-from traceback import format_exception
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.consumer import EventConsumer
 from abe.backends.message_queue.base.message import Message
-from abe.backends.message_queue.base.middleware import Middleware
-from abe.backends.message_queue.base.names import DEFAULT_GROUP, check_count, check_seconds
+from abe.backends.message_queue.base.middleware import Middleware, check_middleware
+from abe.backends.message_queue.base.names import (
+    DEFAULT_GROUP,
+    check_count,
+    check_group,
+    check_patterns,
+    check_seconds,
+)
 from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
 from abe.backends.message_queue.base.subscription import Subscription
-from abe.backends.message_queue.handler import Handle, adapt
+from abe.backends.message_queue.failures import Failures
+from abe.backends.message_queue.handler import CheckedHandler, Handle
 from abe.backends.message_queue.minimal import MinimalSubscription
-from abe.backends.message_queue.retry import Reject, Retry, RetryPolicy
+from abe.backends.message_queue.report import reason_of, shown
+from abe.backends.message_queue.retry import RetryPolicy
+from abe.backends.message_queue.threads import Threads
 from abe.backends.message_queue.time_limit import TimeLimit
-from abe.errors import (
-    AbeError,
-    AlreadySettledError,
-    BackendClosedError,
-    ConfigurationError,
-    DecodeError,
-    UnsupportedCapabilityError,
-)
-from abe.types import EventHandlerFunc, EventHandlerProtocol, MessageQueueMessage
+from abe.backends.message_queue.worker import WORKS_FOR, Workers
+from abe.errors import AbeError, BackendClosedError, ConfigurationError, UnsupportedCapabilityError
+from abe.settings import QueueSettings
+from abe.types import EventHandlerFunc, EventHandlerProtocol, MessageQueueBackendProtocol
 
 _log: Final = logging.getLogger("abe.consumer")
 _RECONNECT: Final = ExponentialBackoff(initial=0.1, maximum=10.0)
 _PREFETCH: Final = 4
 """Messages held for each that is handled at once: while one batch travels and another is confirmed, the workers have work."""
 
-_STUBBORN: Final = 5.0
-"""Seconds for which a cancelled handler is waited for."""
+
+class Started:
+    """Says when a consumer has subscribed: from then on every publish that starts reaches its group. Awaiting it is `wait`."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self._error: BaseException | None = None
+
+    def is_set(self) -> bool:
+        """Whether it has subscribed."""
+        return self._event.is_set() and self._error is None
+
+    async def wait(self) -> None:
+        """Wait until it has subscribed.
+
+        Raises:
+            BackendClosedError: It was shut down, or cancelled, before.
+            AbeError: What ended `run` before.
+        """
+        await self._event.wait()
+        if self._error is not None:
+            raise self._error
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self.wait().__await__()
+
+    def _set(self, error: BaseException | None = None) -> None:
+        if not self._event.is_set():
+            self._error = error
+            self._event.set()
+
+
+class _Run:
+    """One call of `run`, from the call on: it can be told to stop before it has had its first turn."""
+
+    def __init__(self) -> None:
+        self.stopping = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.started = Started()
+        self.begun = False
 
 
 class AsyncLoopConsumer:
     """Runs a handler over a group's messages, by a fixed set of workers.
 
-    A message is acknowledged after its handler returned, and never before. A handler's exception is logged, and the message is tried
-    again after the policy's backoff, or moved to the dead letters. A fatal error of the backend (credentials, configuration) ends `run`. A
-    backend that offers only the three methods of the protocol is run one message at a time, without retries; it says so in the log.
+    A message is acknowledged after its handler returned, and never before. Whatever a handler raises, ``SystemExit`` included, is logged,
+    and the message is tried again after the policy's backoff, or moved to the dead letters; the others go on. Only ``KeyboardInterrupt``
+    ends the consumer, when its message is settled: it is the process that is to end. So does a fatal error of the backend (credentials,
+    configuration), which `run` logs and raises. Each message has a context of its own: what a handler sets in a ContextVar ends with it.
+
+    A backend that offers only the three methods of the protocol is run one message at a time, without retries; it says so in the log.
 
     To add behaviour around the handler, pass middleware, or override `handle`.
 
@@ -53,18 +95,19 @@ class AsyncLoopConsumer:
         backend: Where messages come from.
         group: The group to consume; None: ``default``.
         concurrency: Messages handled at once.
-        retry: What becomes of failed messages; None: five attempts with exponential backoff.
+        retry: What becomes of failed messages; None: the backend's number of attempts, with exponential backoff.
         timeout: Seconds that a handler may take; it is cancelled then, and the message fails. A synchronous handler's thread cannot be
-            stopped: the message fails, and the thread runs on.
+            stopped: the message fails, the thread runs on, and until it returns there is one thread fewer. With none left nothing is taken.
         grace: Seconds that handlers get to finish in `shutdown`.
         ordered_by_key: Handle messages of one key one after the other, in the order received, while other keys run beside them. A message
             that has to be retried lets its successors pass.
         middleware: Wraps the handler, the first outermost.
         keys: The key patterns that the group wants; None: see ``consume``.
         prefetch: Messages held at most; None: four times the concurrency.
+        handler: What `run` is to run, when it is given none.
 
     Raises:
-        ConfigurationError: An argument is out of range.
+        ConfigurationError: An argument is out of range, or the handler cannot be one.
     """
 
     def __init__(
@@ -80,7 +123,9 @@ class AsyncLoopConsumer:
         middleware: Sequence[Middleware] = (),
         keys: Sequence[str] | None = None,
         prefetch: int | None = None,
+        handler: EventHandlerFunc | EventHandlerProtocol | None = None,
     ) -> None:
+        _check_backend(backend)
         check_count("concurrency", concurrency)
         if prefetch is not None:
             check_count("prefetch", prefetch)
@@ -95,17 +140,15 @@ class AsyncLoopConsumer:
         self._timeout = timeout
         self._grace = grace
         self._ordered = ordered_by_key
-        self._middleware = middleware
+        self._middleware = check_middleware(middleware)
         self._keys = keys
         self._prefetch = _PREFETCH * concurrency if prefetch is None else prefetch
-        self._running = False
-        self._left = False
-        self._stopping = asyncio.Event()
-        self._stopped = asyncio.Event()
-        self._workers: list[asyncio.Task[None]] = []
-        if not isinstance(backend, FullBackend) and (
-            retry or concurrency > 1 or ordered_by_key or keys is not None or prefetch is not None
-        ):
+        self._handler = None if handler is None else CheckedHandler(handler)
+        self._latest = _Run()
+        if isinstance(backend, FullBackend):
+            check_group(group)
+            self._keys = None if keys is None else check_patterns(keys)
+        elif retry or concurrency > 1 or ordered_by_key or keys is not None or prefetch is not None:
             raise UnsupportedCapabilityError(
                 f"{type(backend).__name__} has only the three methods of the protocol: "
                 "retry, concurrency, ordered_by_key, keys and prefetch need more"
@@ -123,248 +166,194 @@ class AsyncLoopConsumer:
         """
         await handler(message)
 
-    async def run(self, handler: EventHandlerFunc | EventHandlerProtocol) -> None:
+    @property
+    def started(self) -> Started:
+        """Says when the group is subscribed to: ``await consumer.started``. It raises what ended `run` before that."""
+        return self._latest.started
+
+    def run(self, handler: EventHandlerFunc | EventHandlerProtocol | None = None) -> Coroutine[Any, Any, None]:
         """Handle messages until cancelled, or until `shutdown` is done.
 
-        While the broker cannot be reached it tries again, with backoff.
+        While the broker cannot be reached it tries again, with backoff. What ends it otherwise is logged as an error, and raised.
+
+        Args:
+            handler: The handler; None: the constructor's.
 
         Raises:
-            ConfigurationError: The handler cannot be one; the text says why. Or the broker refuses us.
+            ConfigurationError: The handler cannot be one; the text says why, and is logged at the call already. Or the broker refuses us.
             AbeError: Another error that a retry does not help.
         """
-        if self._running:
-            raise RuntimeError("this consumer is running already: make another one to run two")
-        if self._left:
-            return  # its `async with` was left before this task had its first turn
-        executors: list[Executor] = []
-        limited = adapt(handler, partial(self._threads, executors))
-        limit = None
-        if self._timeout is not None:
-            limit = TimeLimit(self._timeout)
-            limited = partial(limit.run, limited)
-        overridden = type(self).handle is not AsyncLoopConsumer.handle
-        call: Handle = partial(self.handle, handler=limited) if overridden else limited
-        for layer in reversed(self._middleware):
-            call = partial(layer.handle, forward=call)
-        self._running = True
-        self._stopping, self._stopped = asyncio.Event(), asyncio.Event()
+        # Not an async function: what is called before the task's first turn, `shutdown` above all, holds for it too.
+        if self._latest.ended.is_set() or (self._latest.stopping.is_set() and not self._latest.begun):
+            self._latest = _Run()
         try:
-            await self._run(call)
-        finally:
-            if limit is not None:
-                limit.close()
-            for executor in executors:
-                executor.shutdown(wait=False, cancel_futures=True)
-            self._running = False
-            self._stopped.set()
+            checked = self._checked(handler)
+        except ConfigurationError as exc:
+            _log.error("the consumer of group %r cannot run: %s", self._group or DEFAULT_GROUP, exc)
+            return self._refused(self._latest, exc)
+        return self._run(self._latest, checked)
 
     async def shutdown(self) -> None:
         """Take nothing new, let the handlers that run finish within the grace period, acknowledge, and return when `run` has ended.
 
-        What is not finished by then is cancelled, and given back. Called by a handler, it returns at once: the handler has to
-        finish first.
+        What is not finished by then is cancelled, and given back. Called by a handler, or by what it has started, it returns at once: the
+        handler has to finish first.
         """
-        self._stopping.set()
-        if self._running and asyncio.current_task() not in self._workers:
-            await self._stopped.wait()
+        run = self._latest
+        run.stopping.set()
+        if not run.begun:
+            run.started._set(BackendClosedError("the consumer was shut down before it had subscribed"))  # pyright: ignore[reportPrivateUsage]
+        elif WORKS_FOR.get() is not run:
+            await run.ended.wait()
 
     async def __aenter__(self) -> Self:
-        self._left = False
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._left = True
         await self.shutdown()
 
-    def _threads(self, executors: list[Executor]) -> Executor:
-        executors.append(ThreadPoolExecutor(self._concurrency, thread_name_prefix="abe-handler"))
-        return executors[-1]
+    def _checked(self, handler: EventHandlerFunc | EventHandlerProtocol | None) -> CheckedHandler:
+        if handler is not None:
+            return CheckedHandler(handler)
+        if self._handler is None:
+            raise ConfigurationError("there is no handler: give one to run(), or to the constructor")
+        return self._handler
 
-    async def _run(self, call: Handle) -> None:
-        subscription = await self._subscribe()
-        if subscription is None:
-            return
-        _log.info("consuming group %r, %d messages at once", self._group or DEFAULT_GROUP, self._concurrency)
+    async def _refused(self, run: _Run, error: ConfigurationError) -> None:
+        if not run.begun:
+            run.started._set(error)  # pyright: ignore[reportPrivateUsage]
+            run.ended.set()
+        raise error
+
+    async def _run(self, run: _Run, handler: CheckedHandler) -> None:
+        if run.begun:
+            raise RuntimeError("this consumer is running already: make another one to run two")
+        if run.stopping.is_set():
+            return  # `shutdown` came before this task had its first turn
+        run.begun = True
+        error: BaseException = BackendClosedError("the consumer has ended before it had subscribed")
         try:
-            await self._work(subscription, call)
+            await self._consume(run, handler)
+        except Exception as exc:
+            error = exc
+            told = "the consumer of group %r has ended: %s"
+            _log.error(told, self._group or DEFAULT_GROUP, reason_of(exc), exc_info=shown(exc)[0])
+            raise
+        finally:
+            run.started._set(error)  # pyright: ignore[reportPrivateUsage]
+            run.ended.set()
+
+    async def _consume(self, run: _Run, handler: CheckedHandler) -> None:
+        limit = None if self._timeout is None else TimeLimit(self._timeout)
+        threads = Threads(self._concurrency, self._group or DEFAULT_GROUP) if handler.in_thread else None
+        call = self._wrapped(handler.bound(threads, limit))
+        stopping = asyncio.create_task(run.stopping.wait())
+        try:
+            while (subscription := await self._subscribe(stopping)) is not None:
+                run.started._set()  # pyright: ignore[reportPrivateUsage]
+                await self._work(run, subscription, call, threads, stopping)
+                if threads is None or not threads.exhausted:
+                    return
+                # Other consumers have the messages meanwhile.
+                await asyncio.wait(
+                    [stopping, waiting := asyncio.create_task(threads.available())],
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                waiting.cancel()
+        finally:
+            stopping.cancel()
+            if limit is not None:
+                limit.close()
+            if threads is not None:
+                threads.close()
+
+    def _wrapped(self, limited: Handle) -> Handle:
+        overridden = type(self).handle is not AsyncLoopConsumer.handle
+        call: Handle = partial(self.handle, handler=limited) if overridden else limited
+        for layer in reversed(self._middleware):
+            call = partial(layer.handle, forward=call)
+        return call
+
+    async def _work(
+        self,
+        run: _Run,
+        subscription: Subscription,
+        call: Handle,
+        threads: Threads | None,
+        stopping: "asyncio.Task[Any]",
+    ) -> None:
+        group = self._group or DEFAULT_GROUP
+        failures = Failures(self._policy, self._max_attempts, self._max_delay, stopping)
+        workers = Workers(
+            subscription,
+            call,
+            failures,
+            threads,
+            concurrency=self._concurrency,
+            ordered=self._ordered,
+            run=run,
+            told_to_stop=run.stopping,
+        )
+        _log.info("consuming group %r, %d messages at once", group, self._concurrency)
+        try:
+            await workers.run(stopping, self._grace)
         finally:
             await subscription.aclose()
-            _log.info("group %r is consumed no more by this consumer", self._group or DEFAULT_GROUP)
+            await failures.close()
+            _log.info("group %r is consumed no more by this consumer", group)
 
-    async def _subscribe(self) -> Subscription | None:
+    @property
+    def _max_attempts(self) -> int:
+        settings = getattr(self._backend, "settings", None)
+        theirs = settings.max_attempts if isinstance(settings, QueueSettings) else QueueSettings().max_attempts
+        return self._policy.max_attempts or theirs
+
+    @property
+    def _max_delay(self) -> float:
+        return (self._backend.capabilities.max_delay or 0.0) if isinstance(self._backend, FullBackend) else 0.0
+
+    async def _subscribe(self, stopping: "asyncio.Task[Any]") -> Subscription | None:
         """Subscribe, however long the broker is away; None when `shutdown` came first."""
-        if not isinstance(self._backend, FullBackend):
+        backend = self._backend
+        if not isinstance(backend, FullBackend):
             _log.warning(
                 "%s has only the three methods of the protocol: messages are handled one at a time, and one whose handler fails "
                 "is logged and not retried",
-                type(self._backend).__name__,
+                type(backend).__name__,
             )
-            return MinimalSubscription(aiter(self._backend.consume(group=self._group)))
-        backend = self._backend
-        stopping = asyncio.create_task(self._stopping.wait())
+            return None if stopping.done() else MinimalSubscription(aiter(backend.consume(group=self._group)))
         tries = 0
-        try:
-            while not stopping.done():
-                subscription = backend.consume(
-                    group=self._group,
-                    keys=self._keys,
-                    prefetch=self._prefetch,
-                    max_attempts=self._policy.max_attempts,
-                )
-                entering = asyncio.create_task(subscription.__aenter__())
-                try:
-                    await asyncio.wait([entering, stopping], return_when=asyncio.FIRST_COMPLETED)
-                    if entering.done():
-                        return entering.result()
-                except AbeError as exc:
-                    if not exc.retryable:
-                        raise
-                    tries += 1
-                    _log.warning("group %r cannot be subscribed to, trying again: %s", self._group, exc)
-                    await asyncio.wait([stopping], timeout=_RECONNECT(tries))
-                finally:
-                    if not entering.done():
-                        entering.cancel()
-                        await subscription.aclose()
-            return None
-        finally:
-            stopping.cancel()
-
-    async def _work(self, subscription: Subscription, call: Handle) -> None:
-        lanes: dict[str, deque[Message]] | None = {} if self._ordered else None
-        self._workers = workers = [
-            asyncio.create_task(self._worker(subscription, call, lanes)) for _ in range(self._concurrency)
-        ]
-        stopping = asyncio.create_task(self._stopping.wait())
-        giving_back: asyncio.Task[None] | None = None
-        try:
-            done, _ = await asyncio.wait([*workers, stopping], return_when=asyncio.FIRST_COMPLETED)
-            # A worker that ended by itself found the subscription closed, or raised something fatal.
-            if all(task.exception() is None for task in done):
-                giving_back = asyncio.create_task(subscription.stop())
-                _, late = await asyncio.wait(workers, timeout=self._grace)
-                if late:
-                    _log.warning(
-                        "%d handlers did not finish within %g s: they are cancelled, their messages go back",
-                        len(late),
-                        self._grace,
-                    )
-        finally:
-            self._stopping.set()
-            for task in (stopping, giving_back, *workers):
-                if task is not None:
-                    task.cancel()  # a stop that waits for the broker goes on within the subscription, which `aclose` bounds
-            if giving_back is not None:
-                await asyncio.gather(giving_back, return_exceptions=True)
-            _, stubborn = await asyncio.wait(workers, timeout=_STUBBORN)
-            if stubborn:
-                _log.error("%d handlers ignore their cancellation and are left behind", len(stubborn))
-            self._workers = []
-        for task in workers:
-            if task.done() and not task.cancelled():
-                task.result()
-
-    async def _worker(self, subscription: Subscription, call: Handle, lanes: dict[str, deque[Message]] | None) -> None:
-        take = subscription.take
-        streak = 0
-        while not self._stopping.is_set():
-            message = take()
-            if message is None:
-                try:
-                    message = await subscription.receive()
-                except BackendClosedError:
-                    return
-            if lanes is None:
-                await self._one(subscription, call, message)
-            else:
-                await self._lane(subscription, call, message, lanes)
-            streak += 1
-            if not streak & 63:
-                await asyncio.sleep(0)  # a handler that never suspends must not keep the loop to itself
-
-    async def _one(self, subscription: Subscription, call: Handle, message: Message) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        before = task.cancelling()
-        try:
-            await call(message)
-        except Exception as exc:  # noqa: BLE001 - whatever a handler raises is its failure, and is logged
-            await self._failed(message, exc)
-        except asyncio.CancelledError:
-            if task.cancelling() > before:
-                raise
-            # Not us: something that the handler waited for was cancelled.
-            await self._failed(message, RuntimeError("something that the handler awaited was cancelled"))
-        else:
-            subscription.ack_soon(message)
-
-    async def _lane(
-        self, subscription: Subscription, call: Handle, message: Message, lanes: dict[str, deque[Message]]
-    ) -> None:
-        try:
-            key = message.key
-        except DecodeError as exc:
-            return await self._failed(message, exc)
-        if key in lanes:
-            lanes[key].append(message)  # whoever handles this key now will come to it
-            return None
-        lane = lanes[key] = deque([message])
-        started = False
-        try:
-            while lane:
-                message = lane.popleft()
-                if message.lease_lost:
-                    continue  # it waited here for too long, and somebody else has it
-                if self._stopping.is_set() and started:
-                    await subscription.release(message)
-                else:
-                    started = True
-                    await self._one(subscription, call, message)
-        finally:
-            del lanes[key]
+        while not stopping.done():
+            subscription = backend.consume(
+                group=self._group, keys=self._keys, prefetch=self._prefetch, max_attempts=self._max_attempts
+            )
+            entering = asyncio.create_task(subscription.__aenter__())
+            try:
+                await asyncio.wait([entering, stopping], return_when=asyncio.FIRST_COMPLETED)
+                if entering.done():
+                    return entering.result()
+            except AbeError as exc:
+                if not exc.retryable:
+                    raise
+                tries += 1
+                _log.warning("group %r cannot be subscribed to, trying again: %s", self._group or DEFAULT_GROUP, exc)
+                await asyncio.wait([stopping], timeout=_RECONNECT(tries))
+            finally:
+                if not entering.done():
+                    entering.cancel()
+                    await subscription.aclose()
         return None
 
-    async def _failed(self, message: MessageQueueMessage, exc: Exception) -> None:
-        if not isinstance(message, Message):
-            _log.error("the handler failed, and the message is not retried: %s", exc, exc_info=exc)
-            return
-        verdict = self._judge(message, exc)
-        error = "".join(format_exception(exc))
-        try:
-            if isinstance(verdict, Reject):
-                _log.error("a message of group %r is rejected: %s", message.group, verdict.reason, exc_info=exc)
-                await message.reject(verdict.reason, error=error)
-            else:
-                _log.error(
-                    "the handler failed on a message of group %r, attempt %d of %d: %s",
-                    message.group,
-                    message.attempt,
-                    self._policy.max_attempts,
-                    verdict.reason,
-                    exc_info=exc,
-                )
-                await message.nack(verdict.after, reason=verdict.reason, error=error)
-        except AlreadySettledError:
-            _log.info("the handler had settled the message before it failed")
-        except AbeError as failure:
-            _log.warning("the failed message could not be given back, its lease will run out: %s", failure)
 
-    def _judge(self, message: Message, exc: Exception) -> Retry | Reject:
-        try:
-            verdict = self._within(self._policy.judge(exc, message.attempt))
-        except Exception as fault:  # noqa: BLE001 - the policy is the application's code: its faults must not stop the others' messages
-            _log.error("the retry policy failed, the default backoff is taken: %s", fault, exc_info=fault)
-            return Retry(reason=f"{type(exc).__name__}: {exc}")
-        return verdict
-
-    def _within(self, verdict: Retry | Reject) -> Retry | Reject:
-        longest = cast("FullBackend", self._backend).capabilities.max_delay or 0.0
-        if isinstance(verdict, Retry) and verdict.after is not None and not 0 <= verdict.after <= longest:
-            _log.warning("a backoff of %r s is not possible, it is brought within 0 to %g s", verdict.after, longest)
-            return Retry(after=longest if verdict.after > longest else 0.0, reason=verdict.reason)
-        return verdict
+def _check_backend(backend: object) -> None:
+    if isinstance(backend, type):
+        raise ConfigurationError(f"{backend.__name__} is a class: give an instance of it, as load_backend() returns")
+    if not isinstance(backend, MessageQueueBackendProtocol):
+        raise ConfigurationError(
+            f"a consumer needs a backend, as load_backend() returns, not {type(backend).__name__}: an address belongs into its settings"
+        )
 
 
 if TYPE_CHECKING:

@@ -2,141 +2,133 @@
 
 A handler is an async function, a function (it runs in a thread), or an object with `handle_event`. Its parameter's annotation decides
 what it gets: the message as it is (``dict``, ``Message``, nothing), or the payload converted and validated (a dataclass, TypedDict,
-msgspec Struct or Pydantic model).
+attrs class, msgspec Struct, Pydantic model, or a union of them). One that asks for a type may have the `Message` too, as a second
+parameter: annotated with it, or called ``message``.
 """
 
-import asyncio
-import contextvars
 import inspect
-import typing
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from concurrent.futures import Executor
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
-import msgspec
-import msgspec.inspect
-
-from abe.backends.message_queue.base.message import Message
-from abe.backends.message_queue.retry import Reject
+from abe.backends.message_queue.conversion import Convert, converter
+from abe.backends.message_queue.signatures import Parameters, name_of, parameters
+from abe.backends.message_queue.threads import ThreadCall, Threads
+from abe.backends.message_queue.time_limit import TimeLimit
 from abe.errors import ConfigurationError
 from abe.types import EventHandlerFunc, EventHandlerProtocol
 
 Handle: TypeAlias = Callable[[Any], Awaitable[object]]
-_OBJECTS: Final = (
-    msgspec.inspect.AnyType,
-    msgspec.inspect.DataclassType,
-    msgspec.inspect.DictType,
-    msgspec.inspect.StructType,
-    msgspec.inspect.TypedDictType,
-)
-_PLAIN: Final = (dict, Message, Mapping, MutableMapping, object, Any, inspect.Parameter.empty)
 
 
-def adapt(handler: EventHandlerFunc | EventHandlerProtocol, executor: Callable[[], Executor]) -> Handle:
-    """Return an async function of one message.
+class CheckedHandler:
+    """An application's handler, checked.
 
     Args:
         handler: The application's.
-        executor: Called for the threads, once a synchronous handler needs them.
 
     Raises:
-        ConfigurationError: It is no handler, does not take exactly one argument, or asks for a type that no payload can become.
+        ConfigurationError: It is no handler, takes something else than a message, or asks for a type that no payload can become.
     """
-    function = handler.handle_event if isinstance(handler, EventHandlerProtocol) else handler
+
+    def __init__(self, handler: EventHandlerFunc | EventHandlerProtocol) -> None:
+        self._function = function = _function(handler)
+        asked = parameters(function)
+        self._convert = _converter(function, asked)
+        self._as_second = asked.message
+        called = getattr(_unbound(function), "__call__", None)  # noqa: B004 - of an object that is callable
+        self.in_thread: bool = not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called))
+        """Whether it is a synchronous one."""
+
+    def bound(self, threads: Threads | None, limit: TimeLimit | None) -> Handle:
+        """Return an async function of one message.
+
+        Args:
+            threads: For a synchronous handler.
+            limit: How long it may take.
+        """
+        call: Callable[[Any], Any] = self._function
+        if self._convert is not None or self._as_second is not None:
+            call = partial(_passed, self._function, self._convert or _as_it_is, self._as_second)
+        if threads is not None:
+            return partial(_in_thread, call, threads, limit)
+        if limit is not None:
+            return partial(limit.run, call)
+        return cast("Handle", call)
+
+
+def _function(handler: object) -> Callable[..., Any]:
+    # Not by isinstance: a mock has every method that it is asked for.
+    named = inspect.getattr_static(handler, "handle_event", None) is not None
+    function: Any = cast("EventHandlerProtocol", handler).handle_event if named else handler
     if not callable(function):
         raise ConfigurationError(
             f"a handler must be a function of one argument or an object with handle_event(), not {type(handler).__name__}"
         )
-    unwrapped = getattr(function, "func", function)  # of a functools.partial
-    called = getattr(unwrapped, "__call__", None)  # noqa: B004 - of an object that is callable
+    unwrapped = _unbound(function)
     if inspect.isclass(unwrapped):
         raise ConfigurationError(
             f"{unwrapped.__name__} is a class: give an instance of it, or a function, as the handler"
         )
+    called = getattr(unwrapped, "__call__", None)  # noqa: B004 - of an object that is callable
     if any(inspect.isgeneratorfunction(what) or inspect.isasyncgenfunction(what) for what in (unwrapped, called)):
         raise ConfigurationError(
-            f"the handler {_name(function)} contains a yield, so that calling it would run nothing: return instead"
+            f"the handler {name_of(function)} contains a yield, so that calling it would run nothing: return instead"
         )
-    convert = _converter(function)
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called):
-        call = cast("Handle", function)
-    else:
-        call = partial(_in_thread, function, executor())
-    if convert is None:
-        return call
-    return partial(_converted, call, convert)
+    return cast("Callable[..., Any]", function)
 
 
-async def _converted(call: Handle, convert: Callable[[Any], object], message: Any) -> object:
-    return await call(convert(message))
+def _unbound(function: Any) -> Any:
+    while isinstance(function, partial):
+        function = function.func  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return function  # pyright: ignore[reportUnknownVariableType]
 
 
-async def _in_thread(function: Callable[[Any], object], executor: Executor, message: Any) -> object:
-    context = contextvars.copy_context()
-    result = await asyncio.get_running_loop().run_in_executor(executor, lambda: context.run(function, message))
+def _converter(function: Callable[..., object], asked: Parameters) -> Convert | None:
+    """Return the converter for the parameter that takes the payload: the first of the possible ones that a payload can become."""
+    problem: TypeError | None = None
+    for wanted in asked.payload:
+        try:
+            return converter(wanted)
+        except TypeError as exc:
+            problem = problem or exc
+    if problem is None:
+        return None
+    raise ConfigurationError(
+        f"the handler {name_of(function)} asks for {asked.payload[0]!r}: annotate it with dict, Message, a dataclass, TypedDict, attrs "
+        f"class, msgspec Struct or Pydantic model, or a union of them ({problem})"
+    ) from problem
+
+
+def _as_it_is(message: Any) -> object:
+    return message
+
+
+def _passed(function: Callable[..., Any], convert: Convert, as_second: str | int | None, message: Any) -> Any:
+    if as_second is None:
+        return function(convert(message))
+    if isinstance(as_second, str):
+        return function(convert(message), **{as_second: message})
+    return function(message, convert(message)) if as_second == 0 else function(convert(message), message)
+
+
+async def _in_thread(
+    function: Callable[[Any], object], threads: Threads, limit: TimeLimit | None, message: Any
+) -> object:
+    if limit is None:
+        return await _call_in_thread(function, threads, _unlimited, message)
+    return await limit.run(partial(_call_in_thread, function, threads, limit.began), message, in_thread=True)
+
+
+async def _call_in_thread(
+    function: Callable[[Any], object], threads: Threads, begun: Callable[[ThreadCall], object], message: Any
+) -> object:
+    result = await threads.run(function, message, begun)
     if inspect.isgenerator(result) or inspect.isasyncgen(result):
         raise TypeError(f"the handler returned a {type(result).__name__}, which nobody runs: its work was not done")
     # A function that returns an awaitable (a lambda around an async one, say) has only begun its work.
     return await result if inspect.isawaitable(result) else result
 
 
-def _converter(function: Callable[..., object]) -> Callable[[Any], object] | None:
-    name = _name(function)
-    try:
-        signature = inspect.signature(function)
-        signature.bind(None)
-    except TypeError as exc:
-        raise ConfigurationError(
-            f"the handler {name} must accept one positional argument, the message: {exc}"
-        ) from None
-    except ValueError:
-        return None  # a builtin without a signature
-    parameter = next(iter(signature.parameters.values()))
-    try:
-        hints = typing.get_type_hints(inspect.unwrap(getattr(function, "func", function)))
-    except NameError as exc:
-        raise ConfigurationError(f"the handler {name} has an annotation that cannot be resolved: {exc}") from exc
-    except TypeError:
-        hints = {}  # a callable object: its annotations are on __call__
-        hints = typing.get_type_hints(type(function).__call__)
-    wanted = hints.get(parameter.name, parameter.annotation)
-    if wanted in _PLAIN or typing.get_origin(wanted) in _PLAIN or isinstance(wanted, typing.TypeVar):
-        return None
-    if hasattr(wanted, "model_validate"):
-        return partial(_validate_model, wanted)
-    try:
-        msgspec.json.schema(wanted)
-        fits = _takes_objects(msgspec.inspect.type_info(wanted))
-    except TypeError:
-        fits = False
-    if not fits:
-        raise ConfigurationError(
-            f"the handler {name} asks for {wanted!r}: annotate it with dict, Message, a dataclass, TypedDict, "
-            f"msgspec Struct or Pydantic model: a payload is always an object"
-        )
-    return partial(_validate, wanted)
-
-
-def _takes_objects(kind: msgspec.inspect.Type) -> bool:
-    if isinstance(kind, msgspec.inspect.UnionType):
-        return any(_takes_objects(member) for member in kind.types)
-    return isinstance(kind, _OBJECTS)
-
-
-def _name(function: Callable[..., object]) -> str:
-    return getattr(function, "__qualname__", repr(function))
-
-
-def _validate(wanted: Any, message: Any) -> object:
-    try:
-        return msgspec.convert(dict(message), wanted)
-    except msgspec.ValidationError as exc:
-        raise Reject(f"the payload does not fit {getattr(wanted, '__name__', wanted)}: {exc}") from exc
-
-
-def _validate_model(wanted: Any, message: Any) -> object:
-    try:
-        return wanted.model_validate(dict(message))
-    except ValueError as exc:  # Pydantic's ValidationError is one
-        raise Reject(f"the payload does not fit {wanted.__name__}: {exc}") from exc
+def _unlimited(call: ThreadCall) -> None:
+    """Nobody measures its time."""

@@ -1,9 +1,14 @@
 """A time limit for handlers, kept by one timer for all of them: ``asyncio.timeout`` for each would cost more than the rest of the loop."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+import math
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, TypeVar
 
+from abe.backends.message_queue.threads import ThreadCall
+
+_T = TypeVar("_T")
 _PRECISION: Final = 0.1
 """A handler is cancelled at most that part of the limit late."""
 
@@ -19,10 +24,16 @@ class TimeLimit:
         self._limit = limit
         self._loop = asyncio.get_running_loop()
         self._deadlines: dict[asyncio.Task[Any], float | None] = {}
+        self._calls: dict[asyncio.Task[Any], ThreadCall] = {}
         self._timer = self._loop.call_later(limit * _PRECISION, self._sweep)
 
-    async def run(self, call: Callable[[Any], Awaitable[object]], message: Any) -> object:
+    async def run(self, call: Callable[[Any], Coroutine[Any, Any, _T]], message: Any, *, in_thread: bool = False) -> _T:
         """Await ``call(message)``.
+
+        Args:
+            call: The handler.
+            message: Its message.
+            in_thread: The time counts from when the call has begun in its thread, of which `began` is told.
 
         Raises:
             TimeoutError: It took longer than the limit.
@@ -30,13 +41,22 @@ class TimeLimit:
         task = asyncio.current_task()
         assert task is not None
         before = task.cancelling()
-        self._deadlines[task] = self._loop.time() + self._limit
+        self._deadlines[task] = math.inf if in_thread else self._loop.time() + self._limit
         try:
             return await call(message)
         finally:
+            if in_thread:
+                self._calls.pop(task, None)
             # None: the sweep has cancelled the task. If nobody else has, that ends here, whatever the handler made of it.
             if self._deadlines.pop(task) is None and task.uncancel() <= before:
                 raise TimeoutError(f"the handler took longer than {self._limit:g} s")
+
+    def began(self, call: ThreadCall) -> None:
+        """A thread was found for the call of this task."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._calls[task] = call
+        self._deadlines[task] = self._loop.time() + self._limit
 
     def close(self) -> None:
         """Watch no longer."""
@@ -45,7 +65,17 @@ class TimeLimit:
     def _sweep(self) -> None:
         now = self._loop.time()
         for task, deadline in self._deadlines.items():
-            if deadline is not None and deadline <= now:
+            if deadline is None or deadline > now:
+                continue
+            call = self._calls.get(task)
+            left = 0.0 if call is None else self._left(call)
+            if left > 0:
+                self._deadlines[task] = now + left
+            else:
                 self._deadlines[task] = None
                 task.cancel()
         self._timer = self._loop.call_later(self._limit * _PRECISION, self._sweep)
+
+    def _left(self, call: ThreadCall) -> float:
+        """On a busy machine a thread may come to its call late."""
+        return self._limit if call.began is None else call.began + self._limit - time.monotonic()

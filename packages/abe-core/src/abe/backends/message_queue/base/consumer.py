@@ -1,6 +1,7 @@
 """What runs a handler over a backend's messages."""
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Coroutine
+from typing import Any, Protocol, runtime_checkable
 
 from abe.types import EventHandlerFunc, EventHandlerProtocol
 
@@ -9,7 +10,7 @@ from abe.types import EventHandlerFunc, EventHandlerProtocol
 class EventConsumer(Protocol):
     """Runs a handler for each message until it is told to stop."""
 
-    async def run(self, handler: EventHandlerFunc | EventHandlerProtocol) -> None:
+    def run(self, handler: EventHandlerFunc | EventHandlerProtocol) -> Coroutine[Any, Any, None]:
         """Handle messages until cancelled, or until `shutdown` is done. May be called again after that."""
         ...
 

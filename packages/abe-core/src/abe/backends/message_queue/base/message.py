@@ -1,9 +1,10 @@
 """The message that an application handles."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from abe.backends.message_queue.base.transport import Delivery, Metadata
+from abe.errors import DecodeError, UnsupportedCapabilityError
 
 
 class MessageSource(Protocol):
@@ -28,6 +29,10 @@ class Message(dict[str, Any]):
     `ack`, `nack` and `reject` settle it. The first settlement wins, the same again does nothing, and the opposite raises
     `AlreadySettledError`. Each returns when the broker has carried it out, and raises `LeaseLostError` when the message was not ours
     any more (somebody else has it, or will get it). A settlement that was cancelled goes on by itself.
+
+    A copy (``copy.copy``, ``copy.deepcopy``, ``pickle``) is a message that tells the same and cannot be settled, as is one that an
+    application makes itself, ``Message(payload)``, to test its handlers. ``dict(message)`` is the payload alone. The ``repr`` tells which
+    message it is, and nothing of its payload.
     """
 
     # Made by the engine with `Message(payload)` and these three assignments: an __init__ would be half of the cost.
@@ -76,6 +81,11 @@ class Message(dict[str, Any]):
         return self._source.group
 
     @property
+    def settled(self) -> bool:
+        """Whether it was acknowledged, failed or rejected already, by whomever."""
+        return self._verdict is not None
+
+    @property
     def lease_lost(self) -> bool:
         """Whether the broker is known to have taken the message from us: stop, the work will be done again."""
         return self._source.lease_lost(self)
@@ -113,3 +123,80 @@ class Message(dict[str, Any]):
             LeaseLostError: The message is not ours any more.
         """
         await self._source.extend(self, seconds)
+
+    def __repr__(self) -> str:
+        try:
+            known = f"id={self.id!r}, key={self.key!r}"
+        except DecodeError:
+            known = "id and key cannot be read"
+        return f"<Message {known}, group={self.group!r}, attempt={self.attempt}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        try:
+            metadata = self._source.metadata(self)
+        except DecodeError:
+            metadata = Metadata("")
+        headers = None if metadata.headers is None else dict(metadata.headers)
+        return _copied, (dict(self), tuple(metadata._replace(headers=headers)), self.group, self.attempt)
+
+    def __getattr__(self, name: str) -> Any:
+        # Asked only for what is not there, so for the three slots of a message that no broker delivered.
+        if name == "_source":
+            return _UNDELIVERED
+        if name == "_delivery":
+            return Delivery("", b"", None, 1)
+        if name == "_verdict":
+            return None
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class _Detached:
+    """The source of a message that no broker waits for."""
+
+    def __init__(self, group: str, metadata: Metadata) -> None:
+        self.group = group
+        self._metadata = metadata
+
+    def metadata(self, message: Message) -> Metadata:
+        return self._metadata
+
+    def lease_lost(self, message: Message) -> bool:
+        return False
+
+    def dropped(self, message: Message) -> None:
+        """Nobody waits for it."""
+
+    def ack_soon(self, message: Message) -> None:
+        raise _unsettled()
+
+    async def release(self, message: Message) -> None:
+        raise _unsettled()
+
+    async def ack(self, message: Message) -> None:
+        raise _unsettled()
+
+    async def nack(self, message: Message, delay: float | None, reason: str, error: str) -> None:
+        raise _unsettled()
+
+    async def reject(self, message: Message, reason: str, error: str) -> None:
+        raise _unsettled()
+
+    async def extend(self, message: Message, seconds: float) -> None:
+        raise _unsettled()
+
+
+_UNDELIVERED: Final = _Detached("", Metadata(""))
+
+
+def _copied(payload: dict[str, Any], metadata: tuple[Any, ...], group: str, attempt: int) -> Message:
+    message = Message(payload)
+    message._delivery = Delivery("", b"", None, attempt)  # pyright: ignore[reportPrivateUsage]
+    message._source = _Detached(group, Metadata(*metadata))  # pyright: ignore[reportPrivateUsage]
+    message._verdict = None  # pyright: ignore[reportPrivateUsage]
+    return message
+
+
+def _unsettled() -> UnsupportedCapabilityError:
+    return UnsupportedCapabilityError(
+        "this is a copy of a message, or one that no broker delivered: settle the message itself"
+    )

@@ -1,10 +1,11 @@
 """What wraps every publish and every handled message."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from abe.backends.message_queue.base.message import Message
+from abe.errors import ConfigurationError
 from abe.types import MessageQueuePayload
 
 
@@ -36,3 +37,22 @@ class Middleware:
     async def handle(self, message: Message, forward: HandleNext) -> None:
         """Around a handler. What it raises is the handler's failure."""
         await forward(message)
+
+
+def check_middleware(middleware: Sequence[Middleware]) -> Sequence[Middleware]:
+    """Return the layers, as a tuple.
+
+    Raises:
+        ConfigurationError: It is not a sequence of instances of `Middleware`; the text says what would be right.
+    """
+    given: Any = middleware
+    if isinstance(given, Middleware):
+        raise ConfigurationError(f"middleware must be a sequence: write [{type(given).__name__}(...)], with brackets")
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+        raise ConfigurationError(f"middleware must be a sequence of Middleware, not {type(given).__name__}")
+    for layer in middleware:
+        if isinstance(layer, type):
+            raise ConfigurationError(f"middleware must be instances: write {layer.__name__}(), not {layer.__name__}")
+        if not isinstance(layer, Middleware):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(f"middleware must be instances of Middleware, not of {type(layer).__name__}")
+    return tuple(middleware)

@@ -12,7 +12,7 @@ from typing import ClassVar, Final, Self, TypeVar, cast
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.capabilities import Capabilities
 from abe.backends.message_queue.base.clock import Clock, MonotonicClock
-from abe.backends.message_queue.base.middleware import Middleware, Publication, PublishNext
+from abe.backends.message_queue.base.middleware import Middleware, Publication, PublishNext, check_middleware
 from abe.backends.message_queue.base.names import (
     check_count,
     check_patterns,
@@ -89,7 +89,7 @@ class TransportBackend(ABC):
         self._codec = codec or JSONCodec()
         self._clock = clock or MonotonicClock()
         self._send: PublishNext | None = None
-        for layer in reversed(middleware):
+        for layer in reversed(check_middleware(middleware)):
             self._send = partial(layer.publish, forward=self._send or self._forward)
         self._outgoing = Outgoing(type(self).__name__, self._codec)
         self._session: Session | None = None

@@ -1,0 +1,147 @@
+"""What a failure says: its reason, its traceback and its log line, without a value of the payload and without failing itself.
+
+A validation error's own text shows the input. It is replaced, wherever it is in a chain or a group of exceptions, by the
+locations and the kinds of what is wrong. What other exceptions say is the application's business.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from traceback import format_exception
+from typing import Any, Final, TypeGuard, cast
+
+import msgspec
+
+_MOST_ERRORS: Final = 10
+"""Errors of one validation that are told."""
+
+_PATH: Final = re.compile(r"^(?P<what>.*?)(?: - at `(?P<where>[$\w.\[\]]*)`)?$", re.DOTALL)
+_HARMLESS: Final = re.compile(
+    r"Expected `[^`]+`|Object missing required field `[^`]+`|Invalid (?:RFC3339 encoded \w+|ISO8601 duration|UUID|base64 encoded string)\Z"
+)
+_QUOTING: Final = {
+    "Invalid enum value": "Invalid enum value",
+    "Invalid value": "Invalid value",
+    "Object contains unknown field": "Object contains an unknown field",
+}
+
+
+def reason_of(exc: BaseException) -> str:
+    """Return the class and the text of an exception, whatever it is; of a validation error, locations and kinds."""
+    return f"{type(exc).__name__}: {_says(exc)}"
+
+
+def text_of(value: object) -> str:
+    """Return what was given as a reason as text: an exception by `reason_of`, anything else by ``str``."""
+    return reason_of(value) if isinstance(value, BaseException) else _text(value)
+
+
+def shown(exc: BaseException) -> tuple[BaseException, str]:
+    """Return the exception for a log record, and its traceback with all of its chain.
+
+    It is the exception itself, or a likeness: where its chain has a validation error, without the input; where it cannot be
+    printed, as its own attributes raise, with nothing but its class.
+    """
+    try:
+        told = exc
+        if any(is_validation_error(member) for member in _chain(exc)):
+            told = _likeness(exc, {})
+        return told, "".join(format_exception(told))
+    except Exception as fault:  # noqa: BLE001 - what an exception's own methods raise; its message must be settled all the same
+        told = RuntimeError(f"{type(exc).__name__} (it cannot be shown: {type(fault).__name__})")
+        return told, f"{told}\n"
+
+
+def is_validation_error(exc: object) -> bool:
+    """Whether the exception is one of msgspec or Pydantic whose text may show the input."""
+    return isinstance(exc, msgspec.ValidationError) or _is_pydantic(exc)
+
+
+def describe_validation(exc: BaseException, names: Collection[str] | None = None) -> str:
+    """Return where a payload does not fit, and how, and nothing of what is there.
+
+    Args:
+        exc: The validation error.
+        names: The fields that the type has: other parts of a location come from the payload, and are left out. None: not known.
+    """
+    if not _is_pydantic(exc):
+        return _describe_msgspec(exc)
+    errors = exc.errors()
+    told = [f"{_location(error['loc'], names)}: {error['type']}" for error in errors[:_MOST_ERRORS]]
+    more = [f"and {len(errors) - len(told)} more"] if len(errors) > len(told) else []
+    return "; ".join(told + more)
+
+
+def _describe_msgspec(exc: BaseException) -> str:
+    found = _PATH.match(_text(exc))
+    what, where = (found["what"], found["where"]) if found else ("", None)
+    if exc.__cause__ is not None:  # the type's own check raised it, and said what it wanted
+        what, where = f"its own check raised {type(exc.__cause__).__name__}", where if where != "$" else None
+    elif not _HARMLESS.match(what):
+        what = next((told for start, told in _QUOTING.items() if what.startswith(start)), "the value is not valid")
+    return f"{what} - at `{where}`" if where else what
+
+
+def _is_pydantic(exc: object) -> TypeGuard[Any]:
+    if type(exc).__name__ != "ValidationError":
+        return False
+    return type(exc).__module__.split(".")[0] in ("pydantic", "pydantic_core") and hasattr(exc, "errors")
+
+
+def _location(parts: tuple[object, ...], names: Collection[str] | None) -> str:
+    return ".".join(str(p) if isinstance(p, int) or names is None or p in names else "*" for p in parts) or "payload"
+
+
+def _says(exc: BaseException) -> str:
+    if is_validation_error(exc):
+        return describe_validation(exc, names=())
+    text = _text(exc)
+    for member in _chain(exc):  # it may quote the validation error that it was raised from
+        if member is not exc and is_validation_error(member):
+            text = text.replace(_text(member), describe_validation(member, names=()))
+    return text
+
+
+def _text(value: object) -> str:
+    try:
+        return str(value)
+    except BaseException as fault:  # noqa: BLE001 - whatever a __str__ of the application raises
+        return f"(its text cannot be shown: {type(fault).__name__})"
+
+
+def _chain(exc: BaseException) -> list[BaseException]:
+    """Return the exception with its causes, contexts and members, each once."""
+    found: dict[int, BaseException] = {}
+    ahead = [exc]
+    while ahead:
+        member = ahead.pop()
+        if id(member) in found:
+            continue
+        found[id(member)] = member
+        ahead.extend(next_ for next_ in (member.__cause__, member.__context__) if next_ is not None)
+        ahead.extend(_members(member))
+    return list(found.values())
+
+
+def _members(exc: BaseException) -> Sequence[BaseException]:
+    return cast("BaseExceptionGroup[BaseException]", exc).exceptions if isinstance(exc, BaseExceptionGroup) else ()
+
+
+def _likeness(exc: BaseException, made: dict[int, BaseException]) -> BaseException:
+    if id(exc) in made:
+        return made[id(exc)]
+    copy: BaseException
+    members = _members(exc)
+    if members:
+        copy = BaseExceptionGroup(getattr(exc, "message", ""), [_likeness(member, made) for member in members])
+    else:
+        # A class of the same name: what reads the record sees the same line as for the exception itself.
+        named = {"__module__": type(exc).__module__, "__qualname__": type(exc).__qualname__}
+        copy = type(type(exc).__name__, (Exception,), named)(_says(exc))
+    made[id(exc)] = copy
+    copy.__traceback__ = exc.__traceback__
+    copy.__cause__ = exc.__cause__ and _likeness(exc.__cause__, made)
+    copy.__context__ = exc.__context__ and _likeness(exc.__context__, made)
+    copy.__suppress_context__ = exc.__suppress_context__
+    for note in getattr(exc, "__notes__", ()):
+        copy.add_note(_text(note))
+    return copy

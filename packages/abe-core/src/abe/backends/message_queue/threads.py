@@ -1,0 +1,188 @@
+"""The threads of synchronous handlers. One that hangs keeps its thread, and nothing is begun, or taken, for a thread that is not there."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextvars import copy_context
+from queue import SimpleQueue
+from typing import Any, Final
+
+_log: Final = logging.getLogger("abe.consumer")
+
+
+class ThreadCall:
+    """A call in a thread.
+
+    Args:
+        function: What to call.
+        message: With what.
+        future: Done when the call has ended; its result is what the call returned, and what it raised.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any], object],
+        message: Any,
+        future: "asyncio.Future[tuple[object, BaseException | None]]",
+    ) -> None:
+        self._function = function
+        self._message = message
+        self._context = copy_context()
+        self.future = future
+        self.began: float | None = None
+        """When the thread came to it, by ``time.monotonic``."""
+        self.abandoned = False
+        """Nobody waits for it any more."""
+
+    def run(self) -> tuple[object, BaseException | None]:
+        """Call, in the thread."""
+        self.began = time.monotonic()
+        try:
+            return self._context.run(self._function, self._message), None
+        except BaseException as exc:  # noqa: BLE001 - to be raised where it is awaited: a future takes no StopIteration
+            return None, exc
+
+
+class Threads:
+    """At most that many calls at once, each in a thread that does not keep the process alive.
+
+    A call that is cancelled goes on in its thread. `ready` keeps as many callers back as there are such threads.
+
+    Args:
+        most: How many threads.
+        group: The group's name, for the log.
+    """
+
+    def __init__(self, most: int, group: str) -> None:
+        self._most = most
+        self._group = group
+        self._loop = asyncio.get_running_loop()
+        self._calls: SimpleQueue[ThreadCall | None] = SimpleQueue()
+        self._started = 0
+        self._busy: set[ThreadCall] = set()
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._kept_back: deque[asyncio.Future[None]] = deque()
+        self._closed = False
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every thread is stuck in a call that nobody waits for."""
+        return len(self._busy) >= self._most and all(call.abandoned for call in self._busy)
+
+    async def run(
+        self, function: Callable[[Any], object], message: Any, begun: Callable[[ThreadCall], object]
+    ) -> object:
+        """Call ``function(message)`` in a thread, in a copy of the context, as soon as one is free.
+
+        Args:
+            function: What to call.
+            message: With what.
+            begun: Told of the call when a thread has been found for it.
+        """
+        while len(self._busy) >= self._most:
+            await self._turn(self._waiting)
+        call = ThreadCall(function, message, self._loop.create_future())
+        self._busy.add(call)
+        try:
+            if self._started < len(self._busy):
+                threading.Thread(target=self._work, name=f"abe-handler_{self._started}", daemon=True).start()
+                self._started += 1
+        except RuntimeError:
+            self._busy.discard(call)  # the process may have no more threads
+            raise
+        self._calls.put(call)
+        begun(call)
+        try:
+            result, exc = await call.future
+        except asyncio.CancelledError:
+            if call in self._busy:
+                call.abandoned = True
+                self._tell()
+            raise
+        if isinstance(exc, StopIteration | KeyboardInterrupt):
+            # The one cannot leave a coroutine; the other is no signal, as signals come to the main thread only.
+            raise RuntimeError(f"the handler raised {type(exc).__name__}") from exc  # noqa: TRY004
+        if exc is not None:
+            raise exc
+        return result
+
+    async def ready(self) -> None:
+        """Wait, one caller for each stuck thread. Returns when a thread was given back, or all of them are stuck."""
+        if not self.exhausted and sum(call.abandoned for call in self._busy) > len(self._kept_back):
+            await self._turn(self._kept_back)
+
+    async def available(self) -> None:
+        """Wait until not all of the threads are stuck."""
+        while self.exhausted:
+            await self._turn(self._kept_back)
+
+    def wake(self) -> None:
+        """Let everybody go who waits in `ready`."""
+        while self._kept_back:
+            _wake(self._kept_back)
+
+    def close(self) -> None:
+        """Let the threads end, each after its call."""
+        self._closed = True
+        for _ in range(self._started):
+            self._calls.put(None)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            outcome = call.run()
+            try:
+                self._loop.call_soon_threadsafe(self._ended, call, outcome)
+            except RuntimeError:
+                return  # the event loop is closed
+            del call, outcome
+
+    def _ended(self, call: ThreadCall, outcome: tuple[object, BaseException | None]) -> None:
+        was_exhausted = self.exhausted
+        self._busy.discard(call)
+        if not call.future.done():
+            call.future.set_result(outcome)
+        if call.abandoned and not self._closed:
+            if was_exhausted:
+                _log.warning("a thread of group %r has come back: messages are taken again", self._group)
+            _wake(self._kept_back)
+        _wake(self._waiting)
+
+    def _tell(self) -> None:
+        stuck = [call for call in self._busy if call.abandoned]
+        since = min((call.began for call in stuck if call.began is not None), default=time.monotonic())
+        seconds = time.monotonic() - since
+        level, then = logging.WARNING, "the others go on"
+        if self.exhausted:
+            level, then = logging.ERROR, "nothing is taken until one returns"
+            self.wake()
+        if not self._closed:
+            _log.log(
+                level,
+                "%d of %d threads of group %r are stuck in handlers that were given up, since %s (%.1f s): %s",
+                len(stuck),
+                self._most,
+                self._group,
+                time.strftime("%H:%M:%S", time.localtime(time.time() - seconds)),
+                seconds,
+                then,
+            )
+
+    async def _turn(self, queue: "deque[asyncio.Future[None]]") -> None:
+        future: asyncio.Future[None] = self._loop.create_future()
+        queue.append(future)
+        try:
+            await future
+        finally:
+            if future in queue:
+                queue.remove(future)
+
+
+def _wake(queue: "deque[asyncio.Future[None]]") -> None:
+    while queue:
+        future = queue.popleft()
+        if not future.done():
+            future.set_result(None)
+            return

@@ -1,0 +1,246 @@
+"""The workers of a consumer: a fixed set of tasks that take messages and hand them to the handler, one each at a time."""
+
+import asyncio
+import logging
+from collections import deque
+from contextlib import suppress
+from contextvars import Context, ContextVar, copy_context
+from typing import Any, Final
+
+from abe.backends.message_queue.base.message import Message
+from abe.backends.message_queue.base.subscription import Subscription
+from abe.backends.message_queue.failures import Failures
+from abe.backends.message_queue.handler import Handle
+from abe.backends.message_queue.threads import Threads
+from abe.errors import BackendClosedError
+
+_log: Final = logging.getLogger("abe.consumer")
+_STUBBORN: Final = 5.0
+"""Seconds for which a cancelled handler is waited for."""
+
+_LAST_WORDS: Final = 2.0
+"""Seconds that the message of a handler which a signal interrupted gets to be settled."""
+
+WORKS_FOR: Final[ContextVar[object]] = ContextVar("abe_works_for", default=None)
+"""The run that the code works for: set in workers, and so in handlers and in what they start."""
+
+
+class Workers:
+    """Handles the messages of a subscription.
+
+    Args:
+        subscription: Where messages come from.
+        call: The handler, with all that is around it.
+        failures: Settles what failed.
+        threads: Those of a synchronous handler.
+        concurrency: How many messages at once.
+        ordered: Whether messages of one key are handled one after the other.
+        run: What `WORKS_FOR` is to say.
+        told_to_stop: Set when nothing new is to be taken.
+    """
+
+    def __init__(
+        self,
+        subscription: Subscription,
+        call: Handle,
+        failures: Failures,
+        threads: Threads | None,
+        *,
+        concurrency: int,
+        ordered: bool,
+        run: object,
+        told_to_stop: asyncio.Event,
+    ) -> None:
+        self._subscription = subscription
+        self._call = call
+        self._failures = failures
+        self._threads = threads
+        self._concurrency = concurrency
+        self._ordered = ordered
+        self._lanes: dict[str, _Lane] = {}
+        self._run = run
+        self._told_to_stop = told_to_stop
+        self._stopping = False
+        self._handled = 0
+        self._cancelled = False
+        self._host: asyncio.Task[Any] | None = None
+
+    async def run(self, stopping: "asyncio.Future[Any]", grace: float) -> None:
+        """Handle messages until `stopping` is done, the subscription is closed, or every thread is stuck.
+
+        Args:
+            stopping: Done when nothing new is to be taken.
+            grace: Seconds that the handlers get to finish then.
+        """
+        self._host = asyncio.current_task()
+        workers = [asyncio.create_task(self._slot()) for _ in range(self._concurrency)]
+        giving_back: asyncio.Task[None] | None = None
+        try:
+            done, _ = await asyncio.wait([*workers, stopping], return_when=asyncio.FIRST_COMPLETED)
+            # A worker that ended by itself found the subscription closed or no threads, or raised something fatal.
+            if all(task.exception() is None for task in done):
+                self._stop()
+                giving_back = asyncio.create_task(self._subscription.stop())
+                _, late = await asyncio.wait(workers, timeout=grace)
+                if late:
+                    told = "%d handlers did not finish within %g s: they are cancelled, their messages go back"
+                    _log.warning(told, len(late), grace)
+        finally:
+            self._stop()
+            self._cancelled = True
+            # A stop that waits for the broker goes on within the subscription, which `aclose` bounds.
+            for task in (*workers, giving_back):
+                if task is not None:
+                    task.cancel()
+            if giving_back is not None:
+                await asyncio.gather(giving_back, return_exceptions=True)
+            _, stubborn = await asyncio.wait(workers, timeout=_STUBBORN)
+            if stubborn:
+                _log.error("%d handlers ignore their cancellation and are left behind", len(stubborn))
+        for task in workers:
+            if task.done() and not task.cancelled():
+                task.result()
+
+    def _stop(self) -> None:
+        self._stopping = True
+        if self._threads is not None:
+            self._threads.wake()
+
+    async def _slot(self) -> None:
+        """Keep a worker at work. What a handler sets in a ContextVar ends with its message, as the worker's task, whose context has
+        it, is then replaced: to make a task, or to drive a coroutine in a context of its own, for each message would cost each of them."""
+        context = copy_context()
+        context.run(WORKS_FOR.set, self._run)
+        lane = _Lane()
+        while await asyncio.create_task(self._worker(context, lane), context=context.copy()):
+            pass
+
+    async def _worker(self, clean: Context, lane: "_Lane") -> bool:
+        """Handle messages until there are no more (False), or until one has changed the context that was `clean` (True)."""
+        task = asyncio.current_task()
+        assert task is not None
+        take = _nothing if self._ordered else self._subscription.take
+        while self._may_begin() if self._threads is None else await self._may_take(self._threads):
+            message = take()
+            if message is None:
+                try:
+                    message = await (self._next_in_order(lane) if self._ordered else self._subscription.receive())
+                except BackendClosedError:
+                    return False
+            await self._one(message, task)
+            self._handled += 1
+            if not self._handled & 63:
+                await asyncio.sleep(0)  # a handler that never suspends must not keep the loop to itself
+            if _is_changed(clean):
+                return True
+        await self._give_back(lane)
+        return False
+
+    async def _next_in_order(self, lane: "_Lane") -> Message:
+        """Return the next message of the worker's own key, or else the first of a key that nobody handles."""
+        while lane.key is not None:
+            if not lane.waiting:
+                del self._lanes[lane.key]
+                lane.key = None
+            elif not (message := lane.waiting.popleft()).lease_lost:
+                return message  # of the others somebody else has one by now
+        while True:
+            message = self._subscription.take() or await self._subscription.receive()
+            try:
+                key = message.key
+            except Exception as exc:  # noqa: BLE001 - an envelope that cannot be read is its message's failure
+                await self._failures.failed(message, exc)
+                continue
+            if key not in self._lanes:
+                lane.key, self._lanes[key] = key, lane
+                return message
+            self._lanes[key].waiting.append(message)  # whoever handles this key now will come to it
+
+    async def _give_back(self, lane: "_Lane") -> None:
+        while lane.waiting:
+            await self._subscription.release(lane.waiting.popleft())
+
+    async def _may_take(self, threads: Threads) -> bool:
+        await threads.ready()
+        return self._may_begin()
+
+    def _may_begin(self) -> bool:
+        return not (self._told_to_stop.is_set() or self._stopping) and (
+            self._threads is None or not self._threads.exhausted
+        )
+
+    async def _one(self, message: Message, task: asyncio.Task[Any]) -> None:
+        exc: BaseException | None = None
+        try:
+            await self._call(message)
+        except BaseException as raised:
+            if isinstance(raised, GeneratorExit) and not _is_running(task):
+                raise  # nobody's failure: this coroutine is closed, as its event loop is gone
+            exc = raised
+        if task.cancelling() or isinstance(exc, asyncio.CancelledError):
+            exc = await self._cancelled_or(exc, task)
+        if exc is None:
+            self._subscription.ack_soon(message)
+        elif isinstance(exc, KeyboardInterrupt):
+            # It is the whole process that is to end. The message has had its attempt, and must not begin the next process with it.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS):
+                    await self._failures.failed(message, exc)
+            raise exc
+        else:
+            await self._failures.failed(message, exc)
+
+    async def _cancelled_or(self, exc: BaseException | None, task: asyncio.Task[Any]) -> BaseException | None:
+        """Tell the end of this worker from what the handler did to itself, which is its message's failure.
+
+        Raises:
+            CancelledError: It is the worker that is cancelled.
+        """
+        pending = False
+        if task.cancelling() and not self._ends():
+            try:
+                await asyncio.sleep(0)  # one that the handler asked for and did not wait to see
+            except asyncio.CancelledError:
+                pending = True
+            if not self._ends():
+                while task.cancelling():
+                    task.uncancel()
+                if pending or isinstance(exc, asyncio.CancelledError):
+                    return RuntimeError("the handler cancelled its own task")
+                return exc
+        if self._ends() and (pending or isinstance(exc, asyncio.CancelledError)):
+            raise asyncio.CancelledError
+        if isinstance(exc, asyncio.CancelledError):
+            return RuntimeError("something that the handler awaited was cancelled")
+        return exc
+
+    def _ends(self) -> bool:
+        return self._cancelled or (self._host is not None and self._host.cancelling() > 0)
+
+
+class _Lane:
+    """The key that a worker is at, and the messages that wait behind it."""
+
+    __slots__ = ("key", "waiting")
+
+    def __init__(self) -> None:
+        self.key: str | None = None
+        self.waiting: deque[Message] = deque()
+
+
+def _nothing() -> None:
+    return None
+
+
+def _is_changed(clean: Context) -> bool:
+    try:
+        return copy_context() != clean  # at once, if nothing was set
+    except Exception:  # noqa: BLE001 - values of the application's are compared
+        return True
+
+
+def _is_running(task: asyncio.Task[Any]) -> bool:
+    try:
+        return asyncio.current_task() is task
+    except RuntimeError:
+        return False
