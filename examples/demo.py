@@ -120,8 +120,19 @@ async def story(backend: FullBackend) -> bool:
 
     bill = AsyncLoopConsumer(backend, "billing", concurrency=2, retry=RETRY)
     ship = AsyncLoopConsumer(backend, "shipping", concurrency=3, retry=RETRY)
-    runs = [asyncio.create_task(bill.run(billing)), asyncio.create_task(ship.run(shipping))]
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(bill.run(billing))
+        tasks.create_task(ship.run(shipping))
+        await asyncio.gather(bill.started.wait(), ship.started.wait())
+        replayed = await trade(backend, billing, shipping)
+        say("operator", "shutting down: nothing new is taken, and who is at work may finish")
+        await asyncio.gather(bill.shutdown(), ship.shutdown())
+    say("operator", "shut down")
+    return await accounts(backend, billing, shipping, replayed)
 
+
+async def trade(backend: FullBackend, billing: Billing, shipping: Shipping) -> int:
+    """Publish orders, and help the one that was refused; return how many dead letters were replayed."""
     for number in range(1, ORDERS):
         currency = "GBP" if number == REFUSED else "EUR"
         await backend.publish("order.created", {"order_id": number, "currency": currency, "cents": number * 1000 + 99})
@@ -142,11 +153,7 @@ async def story(backend: FullBackend) -> bool:
     say("shop", f"order {SLOW}: published")
     await shipping.packing.wait()
     await until_idle(backend, "billing", dead=0)
-    say("operator", "shutting down: nothing new is taken, and who is at work may finish")
-    await asyncio.gather(bill.shutdown(), ship.shutdown())
-    await asyncio.gather(*runs)
-    say("operator", "shut down")
-    return await accounts(backend, billing, shipping, replayed)
+    return replayed
 
 
 async def accounts(backend: FullBackend, billing: Billing, shipping: Shipping, replayed: int) -> bool:

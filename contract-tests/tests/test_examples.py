@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -133,10 +134,17 @@ def test_a_consumer_killed_at_work_loses_nothing(backend: str, request: pytest.F
     assert len(re.findall(r"lost 0", done.stdout)) == 2
 
 
+@pytest.mark.thorough
 @pytest.mark.xdist_group("examples")
-def test_the_readme_s_first_example_runs_as_written(tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("readme", ["README.md", "packages/abe-backend-{}/README.md"])
+@pytest.mark.parametrize("backend", VARIABLES)
+def test_the_readmes_first_example_does_on_its_broker_what_it_says(
+    backend: str, readme: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    service: Service = request.getfixturevalue(backend)
+    text = (ROOT / readme.format(backend)).read_text()
     (tmp_path / "example.py").write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])
-    done = run("-W", "error", str(tmp_path / "example.py"), QUEUE_BACKEND="memory")
+    environ = at(backend, service) | {"QUEUE_BACKEND": backend, "QUEUE_NAMESPACE": f"readme-{uuid4().hex[:8]}"}
+    done = run("-W", "error", str(tmp_path / "example.py"), **environ)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "billing Order(order_id=17, cents=1099)\n"
+    assert done.stdout == ("shipped 1\n" if "{}" in readme else "billing Order(order_id=17, cents=1099)\n")

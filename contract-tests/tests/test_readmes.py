@@ -57,3 +57,5 @@ def test_a_block_runs_as_written(tmp_path: Path, name: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     if name.startswith("abe_backend_"):
         assert done.stdout == "shipped 1\n"
+    if name == "root_0":
+        assert done.stdout == "billing Order(order_id=17, cents=1099)\n"
