@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, Final
 
 from abe.backends.message_queue.base.message import Message
@@ -193,7 +193,8 @@ def _class(instance: object) -> type:
 def _closure(function: Any) -> dict[str, Any]:
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
     found: dict[str, Any] = {}
-    for name, cell in zip(getattr(code, "co_freevars", ()), cells, strict=False):
+    names = code.co_freevars if type(code) is CodeType else ()
+    for name, cell in zip(names, cells, strict=False):
         try:
             found[name] = cell.cell_contents
         except ValueError:
