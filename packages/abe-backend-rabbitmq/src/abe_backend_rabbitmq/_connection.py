@@ -54,7 +54,6 @@ class Connection:
         self._free = asyncio.Event()
         self._free.set()
         self._watch: Watch | None = None
-        self._asking: AbstractChannel | None = None
         self.silent = False
         """Whether it was given up because nothing was heard of it."""
 
@@ -195,10 +194,9 @@ class Connection:
                 pass
 
     async def _ask(self) -> None:
-        """Ask for what costs nothing, and is answered even while queues cannot."""
-        if self._asking is None or self._asking.is_closed:
-            self._asking = await self.plain()
-        await finished(self._asking.flow(active=True))
+        """Ask for what is answered even while queues cannot, a channel, and leave nothing: no task, no channel."""
+        channel = await self.plain()
+        await finished(channel.close())
 
     def _give_up(self, reason: str) -> None:
         self.silent = True
