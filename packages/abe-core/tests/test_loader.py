@@ -18,7 +18,8 @@ from abe.backends.message_queue.base import Middleware
 from abe.backends.message_queue.loader import installed_backends, load_backend
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.codec import JSONCodec
-from abe.errors import AbeError, BackendNotFoundError, ConfigurationError
+from abe.errors import AbeError, BackendNotFoundError, ConfigurationError, PayloadError
+from abe.testing import RecordingBackend
 from abe.testing.plugin import RegisterBackend
 
 
@@ -517,3 +518,32 @@ def test_the_shared_backend_of_a_closed_event_loop_is_let_go(monkeypatch: pytest
     for _ in range(3):
         asyncio.run(use())
     assert sum(loop.is_closed() for loop in abe.backends._shared) <= 1
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"codec": JSONCodec}, r"codec must be an instance: write JSONCodec\(\), not JSONCodec"),
+        ({"codec": "json"}, r"codec must have encode\(\) and decode\(\), as JSONCodec\(\) has, and a str has not"),
+        ({"middleware": Middleware()}, r"write \[Middleware\(...\)\], with brackets"),
+        ({"middleware": [Middleware]}, r"write Middleware\(\), not Middleware"),
+    ],
+)
+@pytest.mark.parametrize("name", ["memory", "recorded", "recording"])
+def test_what_is_no_codec_and_no_middleware_is_refused_where_the_backend_is_made(
+    name: str, given: dict[str, Any], text: str, register_backend: RegisterBackend
+) -> None:
+    register_backend("recorded", RecordingBackend())
+    register_backend("recording", RecordingBackend)
+    with pytest.raises(ConfigurationError, match=text):
+        load_backend(name, **given)
+
+
+async def test_a_codec_that_returns_no_bytes_fails_the_publish_and_nothing_is_sent() -> None:
+    class Text(JSONCodec):
+        def encode(self, payload: Any) -> Any:
+            return super().encode(payload).decode()
+
+    async with MemoryBackend(codec=Text()) as backend:
+        with pytest.raises(PayloadError, match="the codec must return bytes, not str"):
+            await backend.publish("a", {})

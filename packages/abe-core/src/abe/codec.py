@@ -7,7 +7,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from abe.errors import DecodeError, PayloadError
+from abe.errors import ConfigurationError, DecodeError, PayloadError
 from abe.payloads import encode_typed, explain, is_other_mapping, is_typed
 from abe.types import MessageQueuePayload
 
@@ -80,3 +80,20 @@ class JSONCodec:
         except Exception as exc:  # noqa: BLE001 - whatever comes from a broker is a body that can be decoded, or not
             failure = type(exc).__name__
         raise DecodeError(f"the body is not a JSON object ({failure})")
+
+
+def check_codec(codec: Codec | None) -> Codec:
+    """Return the codec; for None, JSON.
+
+    Raises:
+        ConfigurationError: It is none; the text says what would be right.
+    """
+    if codec is None:
+        return JSONCodec()
+    if isinstance(codec, type):
+        raise ConfigurationError(f"codec must be an instance: write {codec.__name__}(), not {codec.__name__}")
+    if not all(callable(getattr(codec, method, None)) for method in ("encode", "decode")):
+        raise ConfigurationError(
+            f"codec must have encode() and decode(), as JSONCodec() has, and a {type(codec).__name__} has not"
+        )
+    return codec

@@ -7,11 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from abe.backends.message_queue.base.clock import Clock
-from abe.backends.message_queue.base.middleware import Middleware, Publication, PublishNext
+from abe.backends.message_queue.base.middleware import Middleware, Publication, PublishNext, check_middleware
 from abe.backends.message_queue.base.names import check_seconds, matches
 from abe.backends.message_queue.base.protocol import MessageQueueBackend
 from abe.backends.message_queue.service.memory import MemoryBackend
-from abe.codec import Codec, JSONCodec
+from abe.codec import Codec, check_codec
 from abe.errors import AbeError
 from abe.settings import QueueSettings
 from abe.testing.memory import fresh_namespace
@@ -36,7 +36,7 @@ class _Exchangeable:
     """A codec that can be exchanged for another."""
 
     def __init__(self, codec: Codec | None) -> None:
-        self.codec: Codec = codec or JSONCodec()
+        self.codec = check_codec(codec)
 
     def encode(self, payload: Any) -> bytes:
         return self.codec.encode(payload)
@@ -64,7 +64,7 @@ class RecordingBackend(MemoryBackend):
         super().__init__(
             QueueSettings(namespace=fresh_namespace()),
             codec=self._exchangeable,
-            middleware=[*middleware, self._recorder],
+            middleware=[*check_middleware(middleware), self._recorder],
             clock=clock,
         )
         self._recorder.record = self._record
@@ -85,8 +85,8 @@ class RecordingBackend(MemoryBackend):
 
     def loaded(self, *, codec: Codec | None = None, middleware: Sequence[Middleware] = ()) -> Self:
         """Return this instance, with what the application under test gave `load_backend` in place of what it gave before."""
-        self._exchangeable.codec = codec or self._exchangeable.codec
-        self._recorder.layers = middleware
+        self._exchangeable.codec = check_codec(codec or self._exchangeable.codec)
+        self._recorder.layers = check_middleware(middleware)
         return self
 
     async def _record(self, publication: Publication) -> None:

@@ -24,7 +24,7 @@ from abe.backends.message_queue.engine.inbox import Inbox
 from abe.backends.message_queue.engine.outgoing import Outgoing
 from abe.backends.message_queue.engine.session import Session
 from abe.backends.message_queue.engine.subscription import GroupSubscription
-from abe.codec import Codec, JSONCodec
+from abe.codec import Codec, check_codec
 from abe.errors import (
     AbeError,
     BackendClosedError,
@@ -86,7 +86,7 @@ class TransportBackend(ABC):
             self.capabilities = replace(self.capabilities, lease=settings.lease)
         self.unroutable: int = 0
         """Messages published here that no group wanted, so far: groups existed, and the message is gone."""
-        self._codec = codec or JSONCodec()
+        self._codec = check_codec(codec)
         self._clock = clock or MonotonicClock()
         self._send: PublishNext | None = None
         for layer in reversed(check_middleware(middleware)):

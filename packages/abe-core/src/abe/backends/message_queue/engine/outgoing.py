@@ -63,6 +63,8 @@ class Outgoing:
             raise
         except Exception as exc:
             raise PayloadError(f"the codec failed on the payload with {type(exc).__name__}") from exc
+        if not isinstance(body, bytes):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PayloadError(f"the codec must return bytes, not {type(body).__name__}")
         if len(body) > capabilities.max_payload_bytes:
             raise PayloadTooLargeError(
                 f"the payload is {len(body)} bytes of {capabilities.max_payload_bytes}: store it elsewhere, and publish where it is"
