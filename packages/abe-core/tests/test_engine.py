@@ -288,7 +288,6 @@ class TestPublisher:
             await publisher.close(0.01)
             outcomes = await asyncio.gather(*tasks[1:], return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [BackendClosedError] * 2
-        tasks[0].cancel()
 
     async def test_the_wait_for_room_is_part_of_the_time(self) -> None:
         publisher = publisher_on(ScriptedTransport(asyncio.Event()), count=1, timeout=60)
@@ -325,6 +324,82 @@ class TestPublisher:
         gate.set()
         assert await within(asyncio.gather(first, third)) == [None, None]
         assert transport.ids == ["id1", "id3"]
+
+    async def test_those_with_a_time_of_their_own_leave_together_with_the_others(self) -> None:
+        gate = asyncio.Event()
+        transport = ScriptedTransport(gate)
+        publisher = publisher_on(transport)
+        times = (None, None, 4, None, 60, 2)
+        tasks = [asyncio.create_task(publisher.publish(envelope(n), time)) for n, time in enumerate(times)]
+        await turns()
+        gate.set()
+        assert await within(asyncio.gather(*tasks)) == [None] * 6
+        assert transport.sends == [["id0"], ["id1", "id2", "id3"], ["id4", "id5"]]
+
+    async def test_those_that_waited_long_for_room_leave_together(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gate = asyncio.Event()
+        transport = ScriptedTransport(gate)
+        publisher = publisher_on(transport, timeout=60, count=3)
+        tasks = [asyncio.create_task(publisher.publish(envelope(number))) for number in range(6)]
+        await turns()
+        loop = asyncio.get_running_loop()
+        now = loop.time
+        with monkeypatch.context() as later:
+            later.setattr(loop, "time", lambda: now() + 30)
+            gate.set()
+            while len(transport.ids) < 6:  # noqa: ASYNC110 - the scripted transport tells nobody
+                await asyncio.sleep(0)
+        assert await within(asyncio.gather(*tasks)) == [None] * 6
+        assert transport.sends[-1] == ["id4", "id5"]
+
+    async def test_the_room_that_a_large_one_leaves_is_for_all_that_fit(self) -> None:
+        gate, second = asyncio.Event(), asyncio.Event()
+        transport = ScriptedTransport(gate, second)
+        publisher = publisher_on(transport, size=50)
+        large = asyncio.create_task(publisher.publish(envelope(0, 50)))
+        await turns()
+        small = [asyncio.create_task(publisher.publish(envelope(number))) for number in range(1, 31)]
+        await turns()
+        gate.set()
+        await turns(60)
+        second.set()
+        assert await within(asyncio.gather(large, *small)) == [None] * 31
+        assert len(transport.sends) < 20
+
+    async def test_one_that_left_is_not_tried_again_and_was_certainly_not_sent(self) -> None:
+        class Away(ScriptedTransport):
+            away = True
+
+            async def send(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
+                sent = await super().send(envelopes)
+                if len(self.sends) > 1 and self.away:
+                    raise BackendConnectionError("refused")
+                return sent
+
+        gate = asyncio.Event()
+        transport = Away(gate)
+        publisher = publisher_on(transport, timeout=60)
+        first = asyncio.create_task(publisher.publish(envelope(1)))
+        await turns()
+        others = [
+            asyncio.create_task(publisher.publish(envelope(number), time)) for number, time in ((2, 0.2), (3, None))
+        ]
+        await turns()
+        gate.set()
+        outcome = await within(others[0])
+        assert type(outcome) is PublishRejectedError
+        assert "within 0.2 s: refused" in str(outcome)
+        transport.away = False
+        assert await within(asyncio.gather(first, others[1])) == [None, None]
+        assert transport.sends[1] == ["id2", "id3"]
+        assert transport.sends[-1] == ["id3"]
+
+    async def test_a_lone_one_that_is_on_its_way_when_it_is_closed_is_told_too(self) -> None:
+        publisher = publisher_on(ScriptedTransport(asyncio.Event()), timeout=60)
+        lone = asyncio.create_task(publisher.publish(envelope(1)))
+        await turns()
+        await within(publisher.close(0.01))
+        assert isinstance(await within(lone), PublishUnknownError)
 
     async def test_a_fault_in_the_transport_is_the_outcome_of_a_lone_publish_too(self) -> None:
         outcome = await within(publisher_on(ScriptedTransport(TypeError("a fault"))).publish(envelope(1)))

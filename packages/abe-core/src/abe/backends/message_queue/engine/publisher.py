@@ -7,6 +7,7 @@ message, and a publisher that is cancelled leaves alone: its batch goes on witho
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
@@ -30,19 +31,25 @@ _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=2.0)
 _AGAIN: Final = (BackendConnectionError, PublishUnknownError)
 """Outcomes that are not final: the message is sent again, with the same id."""
 
-_WAITED: Final = 0.9
-"""Whoever waited for room so long that less than this part of its time is left has an end of its own: a timer for each would be dear."""
+_SLACK: Final = 0.1
+"""The part of its time that a message may lose to a batch that was begun before it, and by which one that was given no time of its own
+may be told late: a timer for each would be dear."""
 
 
 class _Batch:
-    __slots__ = ("deadline", "envelopes", "futures", "sent", "size")
+    """Messages that leave together. Nobody has more time than its deadline; whoever has less leaves by a timer of its own."""
 
-    def __init__(self, deadline: float) -> None:
+    def __init__(self, deadline: float, patience: float) -> None:
         self.envelopes: list[Envelope] = []
         self.futures: list[asyncio.Future[AbeError | None]] = []
         self.size = 0
         self.sent = False
         self.deadline = deadline
+        self.patience = patience
+        self.sending = False
+        self.doubtful: set[int] = set()  # those that an earlier try may have brought to the broker
+        self.error: AbeError | None = None
+        self.bound: asyncio.Timeout | None = None
 
 
 class Publisher:
@@ -76,6 +83,7 @@ class Publisher:
         self._ready: deque[_Batch] = deque()
         self._flying = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._under_way: set[_Batch] = set()
         self._scheduled = False
         self._alone = True
         self._count = 0
@@ -104,21 +112,28 @@ class Publisher:
         self._count += 1
         self._bytes += size
         if self._alone and not self._flying and self._current is None:
-            return await self._publish_alone(envelope, size, deadline)
-        if timeout is None and deadline - self._loop.time() >= _WAITED * patience:
-            return await self._enqueue(envelope, size)
-        return await self._publish_by(deadline, envelope, size)
+            return await self._publish_alone(envelope, size, deadline, patience)
+        batch, future = self._enqueue(envelope, size, deadline, patience)
+        if timeout is not None or batch.deadline - deadline > _SLACK * patience:
+            await asyncio.wait([future], timeout=max(0.0, deadline - self._loop.time()))
+            if not future.done():
+                self._leave(batch, future, patience)
+        return await future
 
     async def publish_many(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
         """Publish messages, and return their outcomes, all in this order."""
         futures: list[asyncio.Future[AbeError | None]] = []
         refusal: AbeError | None = None
+        patience = self._timeout
+        deadline = self._loop.time() + patience
         for envelope in envelopes:
             crowded = self._count >= self._max_count or self._bytes >= self._max_bytes
-            if crowded and not (refusal or await self._wait_for_room(self._loop.time() + self._timeout)):
-                refusal = PublishRejectedError(
-                    f"nothing was confirmed for {self._timeout:g} s: there was no room for it"
-                )
+            if crowded and refusal is None:
+                if not await self._wait_for_room(self._loop.time() + patience):
+                    refusal = PublishRejectedError(
+                        f"nothing was confirmed for {patience:g} s: there was no room for it"
+                    )
+                deadline = self._loop.time() + patience
             if self._closed:
                 refusal = BackendClosedError("the backend was closed before the message could be sent")
             if refusal is not None:
@@ -129,7 +144,7 @@ class Publisher:
             size = len(envelope.body)
             self._count += 1
             self._bytes += size
-            futures.append(self._enqueue(envelope, size))
+            futures.append(self._enqueue(envelope, size, deadline, patience, deadline + _SLACK * patience)[1])
         return await asyncio.gather(*futures)
 
     async def close(self, timeout: float) -> None:
@@ -144,8 +159,9 @@ class Publisher:
             self._finish(batch, [error] * len(batch.futures))
         self._ready.clear()
         self._current = None
-        for task in self._tasks:
-            task.cancel()
+        for batch in self._under_way:
+            if batch.bound is not None and not batch.bound.expired():
+                batch.bound.reschedule(self._loop.time())
         if self._tasks:
             await asyncio.wait(self._tasks)
         self._make_room(len(self._room))
@@ -153,52 +169,48 @@ class Publisher:
     def _full(self) -> bool:
         return (self._count >= self._max_count or self._bytes >= self._max_bytes) and not self._closed
 
-    def _enqueue(self, envelope: Envelope, size: int) -> asyncio.Future[AbeError | None]:
+    def _enqueue(
+        self, envelope: Envelope, size: int, deadline: float, patience: float, latest: float = math.inf
+    ) -> tuple[_Batch, asyncio.Future[AbeError | None]]:
+        """Put a message into the batch that collects, or into a new one if that one's deadline is too early for it, or after `latest`."""
         batch = self._current
-        if batch is None:
-            batch = self._current = _Batch(self._loop.time() + self._timeout)
+        if batch is None or not deadline - _SLACK * patience <= batch.deadline <= latest:
+            if batch is not None:
+                self._ready.append(batch)
+            usual = self._loop.time() + self._timeout  # a shorter time is its owner's alone: others are to join
+            batch = self._current = _Batch(max(deadline, usual), max(patience, self._timeout))
             self._schedule()
-        future = self._add(batch, envelope, size)
-        if len(batch.futures) >= self._limits.messages or batch.size >= self._limits.bytes:
-            self._ready.append(batch)
-            self._current = None
-        return future
-
-    def _add(self, batch: _Batch, envelope: Envelope, size: int) -> asyncio.Future[AbeError | None]:
         future: asyncio.Future[AbeError | None] = self._loop.create_future()
         batch.envelopes.append(envelope)
         batch.futures.append(future)
         batch.size += size
-        return future
+        if len(batch.futures) >= self._limits.messages or batch.size >= self._limits.bytes:
+            self._ready.append(batch)
+            self._current = None
+        return batch, future
 
     def _schedule(self) -> None:
         if self._flying < self._limits.flights and not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._fly)
 
-    async def _publish_by(self, deadline: float, envelope: Envelope, size: int) -> AbeError | None:
-        """Publish in a batch that has an end of its own, and leave when that has come even if no connection was free for it."""
-        batch = _Batch(deadline)
-        future = self._add(batch, envelope, size)
-        self._ready += [batch] if self._current is None else [self._current, batch]
-        self._current = None
-        self._schedule()
-        await asyncio.wait([future], timeout=max(0.0, deadline - self._loop.time()))
-        if future.done():
-            return future.result()
-        if batch.sent:
-            return self._gave_up(True, None)
+    def _leave(self, batch: _Batch, future: "asyncio.Future[AbeError | None]", patience: float) -> None:
+        """Take a message whose time is over out of its batch, or have it not tried again if that is under way."""
         place = batch.futures.index(future)
-        del batch.envelopes[place], batch.futures[place]
-        batch.size -= size
-        self._release(1, size)
-        return self._gave_up(False, None)
+        future.set_result(self._gave_up(batch.sending or place in batch.doubtful, batch.error, patience))
+        if not batch.sent:
+            size = len(batch.envelopes[place].body)
+            del batch.envelopes[place], batch.futures[place]
+            batch.size -= size
+            self._release(1, size)
 
-    async def _publish_alone(self, envelope: Envelope, size: int, deadline: float) -> AbeError | None:
+    async def _publish_alone(self, envelope: Envelope, size: int, deadline: float, patience: float) -> AbeError | None:
+        batch = _Batch(deadline, patience)
+        batch.envelopes.append(envelope)
         self._flying += 1
         try:
             outcomes: list[AbeError | None] = [None]
-            await self._deliver([envelope], deadline, outcomes)
+            await self._deliver(batch, outcomes)
             return outcomes[0]
         finally:
             self._release(1, size)
@@ -225,9 +237,7 @@ class Publisher:
         unknown = PublishUnknownError("the backend was closed before the confirm came")
         outcomes: list[AbeError | None] = [unknown] * len(batch.futures)
         try:
-            await self._deliver(batch.envelopes, batch.deadline, outcomes)
-        except asyncio.CancelledError:
-            outcomes = [unknown if isinstance(outcome, _AGAIN) else outcome for outcome in outcomes]
+            await self._deliver(batch, outcomes)
         finally:
             self._finish(batch, outcomes)
             self._landed()
@@ -237,48 +247,56 @@ class Publisher:
         if (self._ready or self._current is not None) and not self._abandoned.is_set():
             self._fly()
 
-    async def _deliver(self, envelopes: Sequence[Envelope], deadline: float, outcomes: list[AbeError | None]) -> None:
+    async def _deliver(self, batch: _Batch, outcomes: list[AbeError | None]) -> None:
         """Send until every message has an outcome, or the deadline passes. What was confirmed stays so, whatever becomes of the rest."""
-        pending = list(range(len(envelopes)))
-        doubtful: set[int] = set()  # those that an earlier try may have brought to the broker
-        tries, sending = 0, False
-        error: AbeError | None = None
+        pending = list(range(len(batch.envelopes)))
+        self._under_way.add(batch)
         try:
-            async with asyncio.timeout_at(deadline):
-                while self._loop.time() < deadline and not self._abandoned.is_set():
-                    try:
-                        await self._opened()
-                        sending = True
-                        results = await self._transport.send([envelopes[i] for i in pending] if tries else envelopes)
-                    except AbeError as exc:
-                        results = [exc] * len(pending)
-                    except Exception as exc:  # noqa: BLE001 - a fault in a transport is an outcome too: nobody may wait for ever
-                        _log.exception("unexpected exception from the transport (a bug of the provider)")
-                        for index in pending:
-                            outcomes[index] = _unexpected(exc)
-                        pending = []
-                        break
-                    sending = False
-                    for index, result in zip(pending, results or [None] * len(pending), strict=True):
-                        outcomes[index] = result
-                    pending = [i for i in pending if isinstance(outcomes[i], _AGAIN)]
+            async with asyncio.timeout_at(batch.deadline) as batch.bound:
+                tries = 0
+                while pending and self._loop.time() < batch.deadline and not self._abandoned.is_set():
+                    pending = await self._try(batch, pending, outcomes)
                     if not pending:
-                        self._trouble(None)
                         break
-                    error = outcomes[pending[0]]
-                    self._trouble(error)
-                    doubtful.update(i for i in pending if _maybe_accepted(outcomes[i]))
+                    batch.error = outcomes[pending[0]]
                     tries += 1
                     await pause(self._abandoned, _BACKOFF(tries))
+                    pending = [i for i in pending if not (batch.futures and batch.futures[i].done())]
         except TimeoutError:
-            if sending:
-                doubtful.update(pending)
+            if batch.sending:
+                batch.doubtful.update(pending)
+        finally:
+            self._under_way.discard(batch)
         for index in pending:
-            outcomes[index] = self._gave_up(index in doubtful, error)
-        for index in doubtful.difference(pending):
+            outcomes[index] = self._gave_up(index in batch.doubtful, batch.error, batch.patience)
+        for index in batch.doubtful.difference(pending):
             outcome = outcomes[index]
             if outcome is not None and not isinstance(outcome, UnroutableError):
-                outcomes[index] = self._gave_up(True, outcome)  # refused now, but an earlier try may have been accepted
+                # Refused now, but an earlier try may have been accepted.
+                outcomes[index] = self._gave_up(True, outcome, batch.patience)
+
+    async def _try(self, batch: _Batch, pending: list[int], outcomes: list[AbeError | None]) -> list[int]:
+        """Send those once, and return which have no final outcome."""
+        whole = len(pending) == len(batch.envelopes)
+        try:
+            await self._opened()
+            batch.sending = True
+            results = await self._transport.send(batch.envelopes if whole else [batch.envelopes[i] for i in pending])
+        except AbeError as exc:
+            results = [exc] * len(pending)
+        except Exception as exc:  # noqa: BLE001 - a fault in a transport is an outcome too: nobody may wait for ever
+            _log.exception("unexpected exception from the transport (a bug of the provider)")
+            for index in pending:
+                outcomes[index] = _unexpected(exc)
+            batch.sending = False
+            return []
+        batch.sending = False
+        for index, result in zip(pending, results or [None] * len(pending), strict=True):
+            outcomes[index] = result
+        again = [i for i in pending if isinstance(outcomes[i], _AGAIN)]
+        batch.doubtful.update(i for i in again if _maybe_accepted(outcomes[i]))
+        self._trouble(outcomes[again[0]] if again else None)
+        return again
 
     def _trouble(self, error: AbeError | None) -> None:
         """Log when publishing begins to fail, and when it works again; not each try in between."""
@@ -290,9 +308,9 @@ class Publisher:
         else:
             _log.warning("publishing fails, trying again: %s", error)
 
-    def _gave_up(self, unknown: bool, cause: AbeError | None) -> AbeError:
+    def _gave_up(self, unknown: bool, cause: AbeError | None, patience: float) -> AbeError:
         why = f": {cause}" if cause else ""
-        when = "before the backend was closed" if self._abandoned.is_set() else f"within {self._timeout:g} s"
+        when = "before the backend was closed" if self._abandoned.is_set() else f"within {patience:g} s"
         failure: AbeError
         if unknown:
             failure = PublishUnknownError(
@@ -330,7 +348,13 @@ class Publisher:
             except asyncio.CancelledError:
                 self._hand_on(future)
                 raise
+        self._loop.call_soon(self._more_room)
         return True
+
+    def _more_room(self) -> None:
+        # One large message that left makes room for many small ones: those that come in have the next one look.
+        if not self._full():
+            self._make_room(1)
 
     def _hand_on(self, future: "asyncio.Future[None]") -> None:
         if future.done() and not future.cancelled():
