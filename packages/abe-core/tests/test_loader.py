@@ -7,6 +7,7 @@ import types
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from pathlib import Path
 from typing import Any, Self
 
 import pytest
@@ -304,6 +305,22 @@ def test_one_name_of_two_distributions_raises_and_names_both_when_it_is_to_be_lo
     monkeypatch.setenv("QUEUE_BACKEND", "twice")
     with pytest.raises(ConfigurationError, match="abe-twice and fork-of-abe-twice"):
         load_backend()
+
+
+def test_two_installed_distributions_are_told_apart_by_their_real_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, register_backend: RegisterBackend
+) -> None:
+    for distribution in ("abe_redis_fork", "another_fork"):
+        info = tmp_path / f"{distribution}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[{loader.ENTRY_POINT_GROUP}]\nmemory = {HERE}:Stranger\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigurationError, match="abe-core and abe_redis_fork and another_fork"):
+        load_backend("memory")
+    assert "memory" in installed_backends()
+    register_backend("memory", Other)
+    assert type(load_backend("memory")) is Other
 
 
 def test_one_name_of_one_distribution_in_both_groups_is_one_provider(installed: Installed) -> None:
