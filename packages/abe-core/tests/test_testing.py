@@ -1,6 +1,7 @@
 """What the library offers to the tests of applications."""
 
 import asyncio
+import re
 import sys
 import textwrap
 from dataclasses import dataclass, replace
@@ -403,3 +404,14 @@ def test_the_package_of_the_tests_support_is_documented() -> None:
     text = (Path(__file__).parents[3] / "docs" / "TESTING.md").read_text()
     fixtures = ("manual_clock", "memory_backend", "recording_backend", "register_backend", "patched_load_backend")
     assert all(f"`{name}`" in text for name in (*fixtures, *abe.testing.__all__))
+
+
+def test_every_python_example_on_the_page_runs(pytester: pytest.Pytester) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "TESTING.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    for number, block in enumerate(blocks):
+        (pytester.path / ("shop.py" if block.startswith("# shop.py") else f"test_{number}.py")).write_text(block)
+    pytester.makeini(
+        "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\nfilterwarnings = error\npythonpath = ."
+    )
+    pytester.runpytest_subprocess("-p", "no:xdist").assert_outcomes(passed=text.count("def test_"))
