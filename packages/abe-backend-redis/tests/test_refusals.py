@@ -1,0 +1,122 @@
+"""A user with fewer rights than the README's: newer commands are done without, what cannot be done is told at once."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from abe import AsyncLoopConsumer
+from abe.backends.message_queue.base import Delivery, Settlement, Verb
+from abe.errors import PermissionDeniedError
+from abe_contract_tests import bounds
+
+Collect = Callable[..., Awaitable[list[Delivery]]]
+
+NEWER = ("xackdel", "unlink", "scan", "client|id", "client|unblock")
+"""Commands that the provider can do without."""
+
+
+async def user(lab: Any, *rules: str) -> dict[str, Any]:
+    await lab.redis.execute_command("ACL", "SETUSER", "app", "on", ">secret", "~*", "+@all", *rules)
+    return {"username": "app", "password": "secret"}
+
+
+class TestNewerCommands:
+    @pytest.mark.parametrize("name", NEWER)
+    async def test_one_that_is_refused_is_done_without(
+        self, launch: Any, lab_at: Any, name: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        lab = lab_at(launch(server="redis8").url)
+        caplog.set_level(logging.WARNING)
+        backend = await lab.backend(**await user(lab, f"-{name}"))
+        await backend.declare("g")
+        for number in range(100):
+            await backend.publish("k", {"n": number})
+        numbers: list[int] = []
+
+        async def handle(message: dict[str, Any]) -> None:
+            numbers.append(message["n"])
+            if len(numbers) == 100:
+                await consumer.shutdown()
+
+        async with bounds.within(10), AsyncLoopConsumer(backend, "g", concurrency=10) as consumer:
+            await consumer.run(handle)
+        assert sorted(numbers) == list(range(100))
+        stats = await backend.stats("g")
+        assert (stats.waiting, stats.in_flight, stats.dead) == (0, 0, 0)
+        await backend.delete_namespace()
+        assert not await lab.redis.exists(*lab.names.all_of("g"), lab.names.groups, lab.names.version)
+        assert caplog.messages == []
+
+    async def test_xackdel_is_asked_for_once(self, launch: Any, lab_at: Any, collect: Collect) -> None:
+        lab = lab_at(launch(server="redis8").url)
+        transport = await lab.transport(**await user(lab, "-xackdel"))
+        assert transport.has_xackdel
+        await transport.declare("g", None, change=False)
+        receiver = await lab.receiver(transport)
+        await transport.send(lab.envelopes(20))
+        for delivery in await collect(receiver, 20):
+            assert not await receiver.ack([delivery.receipt], verify=False)
+        assert not transport.has_xackdel
+        assert await lab.redis.xlen(lab.names.queue("g")) == 0
+        assert await lab.pending() == 0
+        refused = (await lab.redis.info("errorstats"))["errorstat_NOPERM"]["count"]
+        assert int(refused) == 1
+
+
+class TestForGood:
+    @pytest.mark.parametrize("name", ["xdel", "xack"])
+    @pytest.mark.parametrize("verify", [True, False])
+    async def test_an_acknowledgement_that_is_refused_says_so_at_once(
+        self, launch: Any, lab_at: Any, collect: Collect, name: str, verify: bool
+    ) -> None:
+        lab = lab_at(launch().url)
+        transport = await lab.transport(**await user(lab, f"-{name}"))
+        await transport.declare("g", None, change=False)
+        receiver = await lab.receiver(transport)
+        await transport.send(lab.envelopes(2))
+        held = [delivery.receipt for delivery in await collect(receiver, 2)]
+        with pytest.raises(PermissionDeniedError, match="rights"):
+            await receiver.ack(held, verify=verify)
+
+    @pytest.mark.parametrize(
+        ("name", "verb", "delay"),
+        [("xadd", Verb.DEAD, 0.0), ("xadd", Verb.RETRY, 0.0), ("zadd", Verb.RETRY, 5.0), ("xclaim", Verb.RELEASE, 0.0)],
+    )
+    async def test_a_settlement_that_is_refused_says_so_at_once(
+        self, launch: Any, lab_at: Any, collect: Collect, name: str, verb: Verb, delay: float
+    ) -> None:
+        lab = lab_at(launch().url)
+        rights = await user(lab)
+        transport = await lab.transport(**rights)
+        await transport.declare("g", None, change=False)
+        receiver = await lab.receiver(transport)
+        await transport.send(lab.envelopes(2))
+        held = await collect(receiver, 2)
+        await user(lab, f"-{name}")
+        with pytest.raises(PermissionDeniedError, match="rights"):
+            await receiver.settle([Settlement(delivery.receipt, verb, delay=delay) for delivery in held])
+        assert await lab.pending() == 2
+
+    async def test_the_others_of_a_batch_are_settled_and_not_taken_for_lost(
+        self, launch: Any, lab_at: Any, collect: Collect
+    ) -> None:
+        lab = lab_at(launch().url)
+        transport = await lab.transport(**await user(lab))
+        await transport.declare("g", None, change=False)
+        receiver = await lab.receiver(transport)
+        await transport.send(lab.envelopes(3))
+        first, second, third = await collect(receiver, 3)
+        await user(lab, "-zadd")
+        batch = [
+            Settlement(first.receipt, Verb.RETRY),
+            Settlement(second.receipt, Verb.RETRY, delay=60),
+            Settlement(third.receipt, Verb.DEAD),
+        ]
+        with pytest.raises(PermissionDeniedError):
+            await receiver.settle(batch)
+        await user(lab)
+        assert await receiver.settle(batch) == {}
+        stats = await transport.stats("g")
+        assert (stats.waiting, stats.in_flight, stats.delayed, stats.dead) == (1, 0, 1, 1)
