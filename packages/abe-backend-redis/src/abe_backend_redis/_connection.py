@@ -31,7 +31,7 @@ _DRIVER: Final = DriverInfo(lib_version=redis.__version__)
 PATIENCE: Final = 5.0
 """Seconds without a reply that is due after which a connection counts as dead. Well within the bound that the backend declares."""
 
-_IDLE: Final = 3.0
+IDLE: Final = 3.0
 """Seconds without a word after which Redis is asked for one, so that a connection that went silent is noticed before it is needed."""
 
 Reply: TypeAlias = Any
@@ -62,7 +62,7 @@ class Wire(asyncio.Protocol):
         self._waiting: deque[asyncio.Future[Reply]] = deque()
         self._heard = self._loop.time()
         self._unsent = 0
-        self._look_every = min(patience, _IDLE) / 4
+        self._look_every = min(patience, IDLE) / 4
         self._timer: asyncio.TimerHandle | None = None
         self._login: object = None
         self._transport: asyncio.WriteTransport | None = None
@@ -169,7 +169,7 @@ class Wire(asyncio.Protocol):
             )
             self.close()
             return
-        if not self._waiting and silence > _IDLE:
+        if not self._waiting and silence > IDLE:
             self.call(b"PING").add_done_callback(lambda pong: pong.cancelled() or pong.exception())
         self._timer = self._loop.call_at(now + self._look_every, self._watch, now + self._look_every)
 
@@ -200,7 +200,11 @@ async def _login(settings: RedisSettings, name: str) -> AbstractConnection:
     except (TypeError, ValueError) as exc:  # they name the parameter, and do not show its value
         raise ConfigurationError(f"REDIS_URL has a query parameter that is wrong: {exc}") from exc
     try:
-        await login.connect()  # type: ignore[no-untyped-call]
+        async with asyncio.timeout(settings.connect_timeout):
+            await login.connect()  # type: ignore[no-untyped-call]
+    except TimeoutError:
+        await login.disconnect(nowait=True)
+        raise TimeoutError(f"connecting and logging in did not end within {settings.connect_timeout:g} s") from None
     except BaseException:
         await login.disconnect(nowait=True)
         raise
