@@ -27,10 +27,12 @@ local function there(first, ...) return call('EXISTS', first, ...) > 0 end
 if target == current and not (mine and joining.patterns == target) then return finish() end
 if joining.group and not mine then return {joining.group, ''} end
 if not there(KEYS[4], KEYS[5], KEYS[6]) then return finish() end
-if target == '["#"]' and not there(KEYS[6], KEYS[7], KEYS[8]) then
-  if there(KEYS[4]) then call('RENAME', KEYS[4], KEYS[7]) end
-  if there(KEYS[5]) then call('RENAME', KEYS[5], KEYS[8]) end
-  return finish()
+if target == '["#"]' then
+  for _, move in ipairs({{4, 7}, {6, 8}, {5, 8}}) do
+    local from, to = KEYS[move[1]], KEYS[move[2]]
+    if there(from) and not there(to) then call('RENAME', from, to) end
+  end
+  if not there(KEYS[4], KEYS[5], KEYS[6]) then return finish() end
 end
 
 local function split(text)
@@ -56,45 +58,55 @@ local function match(pattern, words)
   end
   return states[#pattern + 1] or false
 end
+local decided = {}
 local function wants(fields)
   local found = named(fields or {})
-  local key = found.k or ''
-  if found.m then
+  local key = found.m and string.match(found.m, '^%[1,"[^"\\]*","([^"\\]*)",')
+  if found.m and not key then
     local read, meta = pcall(cjson.decode, found.m)
-    if read and type(meta) == 'table' and type(meta[3]) == 'string' then key = meta[3] end
+    key = read and type(meta) == 'table' and type(meta[3]) == 'string' and meta[3]
   end
-  local words = split(key)
-  for _, pattern in ipairs(patterns) do if match(pattern, words) then return true end end
-  return false
+  key = key or found.k or ''
+  if decided[key] == nil then
+    local words = split(key)
+    decided[key] = false
+    for _, pattern in ipairs(patterns) do decided[key] = decided[key] or match(pattern, words) end
+  end
+  return decided[key]
 end
 
 local left, room = MOST, BYTES
 local function looked_at(bytes) left, room = left - 1, room - bytes end
-local function take(found, to) call('ZADD', to, found[2], found[1]) end
 
 local position, skipped = '-', 0
 if mine and joining.patterns == target then position, skipped = joining.position, tonumber(joining.skipped) end
-while left > 0 and room > 0 do -- publishers add nothing to these: places in the set do not move
-  local found = call('ZRANGE', KEYS[6], skipped, skipped, 'WITHSCORES')
-  if not found[1] then break end
-  if wants(unpacked(found[1])) then take(found, KEYS[8]); call('ZREM', KEYS[6], found[1]) else skipped = skipped + 1 end
-  looked_at(#found[1])
+local function each(some, stride, look) -- ten at a time: what is read and not needed any more is bounded too
+  for i = 1, #some, stride do
+    if left <= 0 or room <= 0 then return true end
+    look(some[i], some[i + 1])
+  end
+  return #some > 0
 end
-while left > 0 and room > 0 do
-  local found = call('ZRANGE', KEYS[5], 0, 0, 'WITHSCORES')
-  if not found[1] then break end
-  if wants(unpacked(found[1])) then take(found, KEYS[8]) else take(found, KEYS[6]); skipped = skipped + 1 end
-  call('ZREM', KEYS[5], found[1])
-  looked_at(#found[1])
+local function passed(member, due) -- publishers add nothing to these: their places in the set do not move
+  if wants(unpacked(member)) then call('ZADD', KEYS[8], due, member); call('ZREM', KEYS[6], member) else skipped = skipped + 1 end
+  looked_at(#member)
 end
-while left > 0 and room > 0 do
-  local entry = call('XRANGE', KEYS[4], position, '+', 'COUNT', 1)[1]
-  if not entry then break end
+local function delayed(member, due)
+  if wants(unpacked(member)) then call('ZADD', KEYS[8], due, member)
+  else call('ZADD', KEYS[6], due, member); skipped = skipped + 1 end
+  call('ZREM', KEYS[5], member)
+  looked_at(#member)
+end
+local function waiting(entry)
   if wants(entry[2]) then add(KEYS[7], entry[2]); call('XDEL', KEYS[4], entry[1]) end
   position = '(' .. entry[1]
   looked_at(size(entry[2]))
 end
-if left <= 0 or room <= 0 then
+local function looking() return left > 0 and room > 0 end
+while looking() and each(call('ZRANGE', KEYS[6], skipped, skipped + 9, 'WITHSCORES'), 2, passed) do end
+while looking() and each(call('ZRANGE', KEYS[5], 0, 9, 'WITHSCORES'), 2, delayed) do end
+while looking() and each(call('XRANGE', KEYS[4], position, '+', 'COUNT', 10), 1, waiting) do end
+if not looking() then
   call('HSET', KEYS[3], 'group', group, 'patterns', target, 'position', position, 'skipped', skipped)
   return {group, ''}
 end
