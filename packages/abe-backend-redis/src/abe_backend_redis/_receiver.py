@@ -58,7 +58,8 @@ class RedisReceiver:
         self._reading: asyncio.Future[Reply] | None = None
         self._next_tick = 0.0
         self._next_adoption = 0.0
-        self._adopted: set[bytes] = set()
+        self._on_record: set[bytes] = set()
+        self._off_record: Sequence[bytes] = ()
         self._carried_out: set[Receipt] = set()
         self._stopping = False
 
@@ -211,7 +212,7 @@ class RedisReceiver:
 
     async def _tick(self, wire: Wire, limit: int) -> Sequence[Delivery]:
         keys = [self._stream, self._delayed, self._dead, self._alive]
-        args = [self._consumer, self._lease, limit]
+        args = [self._consumer, self._lease, limit, *self._off_record]
         entries, due, server_time = await self._transport.run("tick", keys, args, wire=wire)
         pause = TICK if due < 0 else min(TICK, due / 1000)
         now = self._loop.time()
@@ -225,8 +226,8 @@ class RedisReceiver:
         """Put consumers on record that hold messages and could not do so themselves: memory was full, or they are foreign."""
         _, _, _, holding = await wire.call(b"XPENDING", self._stream, GROUP)
         names = {name for name, _ in holding or ()} - {RELEASED}
-        strange = [*(names - self._adopted)]
-        self._adopted = names
+        strange = [*(names - self._on_record)]
+        self._on_record, self._off_record = names, ()
         for start in range(0, len(strange), _PAGE):
             scores = ((server_time, name) for name in strange[start : start + _PAGE])
             try:
@@ -234,7 +235,8 @@ class RedisReceiver:
             except ReplyError as exc:
                 if code(exc) != "OOM":
                     raise
-                self._adopted = set()
+                self._on_record, self._off_record = set(), strange[:_PAGE]
+                break
 
     async def _read(self, wire: Wire, limit: int) -> Sequence[tuple[bytes, list[bytes]]]:
         block = max(1, int((self._next_tick - self._loop.time()) * 1000))

@@ -1,5 +1,6 @@
 -- Makes deliverable what is due, and claims what dead consumers hold and closing ones gave back.
--- KEYS: stream, delayed set, dead letters, until when each consumer is heard. ARGV: consumer, its lease in ms, most to claim.
+-- KEYS: stream, delayed set, dead letters, until when each consumer is heard.
+-- ARGV: consumer, its lease in ms, most to claim, consumers that are on no record.
 -- Returns the claimed entries as {id, fields, deliveries}; the ms until the next one is due (-1: none is, 0: call again); the server's time.
 if call('EXISTS', KEYS[1]) == 0 then return redis.error_reply('NOGROUP the stream is gone') end
 local now, me, bytes, moved = clock(), ARGV[1], 0, 0
@@ -38,18 +39,18 @@ end
 claim('released', '0')
 claim(me, ARGV[2])
 -- Each consumer's lease is its own setting, and part of its name.
-local silent = call('ZRANGEBYSCORE', KEYS[4], '-inf', now, 'WITHSCORES', 'LIMIT', 0, full and 1000 or 100)
-for i = 1, #silent, 2 do
-  local owner = silent[i]
+local function look_at(owner, heard)
+  if owner == me then return end
   local lease = string.match(owner, '@(%d+)$') or ARGV[2]
-  if owner ~= me then
-    claim(owner, lease)
-    if silent[i + 1] + lease < now and not call('XPENDING', KEYS[1], 'group', '-', '+', 1, owner)[1] then
-      call('XGROUP', 'DELCONSUMER', KEYS[1], 'group', owner)
-      call('ZREM', KEYS[4], owner)
-    end
+  claim(owner, lease)
+  if heard and heard + lease < now and not call('XPENDING', KEYS[1], 'group', '-', '+', 1, owner)[1] then
+    call('XGROUP', 'DELCONSUMER', KEYS[1], 'group', owner)
+    call('ZREM', KEYS[4], owner)
   end
 end
+local silent = call('ZRANGEBYSCORE', KEYS[4], '-inf', now, 'WITHSCORES', 'LIMIT', 0, full and 1000 or 100)
+for i = 1, #silent, 2 do look_at(silent[i], tonumber(silent[i + 1])) end
+for i = 4, #ARGV do look_at(ARGV[i]) end
 
 local wait, nearest = -1, call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')[2]
 if #claimed >= room or moved >= MOST or bytes >= BYTES then wait = 0
