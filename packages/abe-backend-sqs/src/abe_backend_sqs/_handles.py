@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from abe.backends.message_queue.base import Failures, Receipt
-from abe.errors import AbeError, BackendConnectionError, LeaseLostError
+from abe.errors import AbeError, BackendConnectionError, ConfigurationError, LeaseLostError
 from abe_backend_sqs._errors import CLIENT_ERRORS, EntryRefusedError, QueueMissingError, translate, translate_entry
 from abe_backend_sqs._wire import BATCH
 
@@ -27,17 +27,19 @@ class Handles:
     Args:
         transport: Asks SQS.
         url: The queue's address.
+        current: Returns the newest handle of a delivery.
     """
 
-    def __init__(self, transport: "SqsTransport", url: str) -> None:
+    def __init__(self, transport: "SqsTransport", url: str, current: Callable[[Receipt], str] = str) -> None:
         self._transport = transport
+        self._current = current
         self.url: str = url
 
     async def delete(self, receipts: Sequence[Receipt]) -> dict[Receipt, AbeError]:
         """Delete, and return what went wrong with which."""
 
         def entry(receipt: Receipt) -> dict[str, Any]:
-            return {"ReceiptHandle": receipt}
+            return {"ReceiptHandle": self._current(receipt)}
 
         client = await self._transport.clients.calls()
         return await self._in_batches(receipts, entry, client.delete_message_batch)
@@ -46,7 +48,7 @@ class Handles:
         """Hide each for that many seconds from now, and return what went wrong with which."""
 
         def entry(receipt: Receipt) -> dict[str, Any]:
-            return {"ReceiptHandle": receipt, "VisibilityTimeout": seconds[receipt]}
+            return {"ReceiptHandle": self._current(receipt), "VisibilityTimeout": seconds[receipt]}
 
         client = await self._transport.clients.calls()
         return await self._in_batches(list(seconds), entry, client.change_message_visibility_batch)
@@ -73,16 +75,17 @@ class Handles:
                     error = not_ours()
                 failures.update(dict.fromkeys(some, error))
                 return
-            refused = reply.get("Failed", ())
-            answered = {int(each["Id"]) for each in (*reply.get("Successful", ()), *refused)}
-            for index in set(range(len(some))) - answered:
-                failures[some[index]] = BackendConnectionError(
-                    f"SQS at {address}: the answer leaves out whether it was done"
-                )
-            for failed in refused:
-                error = translate_entry(failed, address)
-                # All that an entry says is the handle: one that SQS does not take, under whatever name, is none any more.
-                failures[some[int(failed["Id"])]] = not_ours() if isinstance(error, EntryRefusedError) else error
+            refused = {each["Id"]: each for each in reply.get("Failed") or ()}
+            done = {each["Id"] for each in reply.get("Successful") or ()}
+            for index, receipt in enumerate(some):
+                id = str(index)
+                if id in refused:
+                    error = translate_entry(refused[id], address)
+                    # All that an entry says is the handle: one that SQS does not take, under whatever name, is none any more.
+                    failures[receipt] = not_ours() if isinstance(error, EntryRefusedError) else error
+                elif id not in done:
+                    text = f"SQS at {address}: the answer leaves out whether it was done"
+                    failures[receipt] = BackendConnectionError(text)
 
         await beside(*(batch(receipts[start : start + BATCH]) for start in range(0, len(receipts), BATCH)))
         return failures
@@ -206,7 +209,14 @@ def insist(failures: Failures) -> Failures:
     Raises:
         BackendConnectionError: Some may succeed later: the call is to be repeated, and leaves out what is done.
     """
+    if any(isinstance(error, ConfigurationError) for error in failures.values()):
+        return failures  # that will not pass, and is to be known at once
     for error in failures.values():
         if error.retryable:
             raise BackendConnectionError(str(error)) from error
     return failures
+
+
+async def nothing() -> dict[Receipt, AbeError]:
+    """Do nothing, which cannot fail."""
+    return {}

@@ -1,30 +1,54 @@
 """What one consumer holds: messages that SQS counts as ours, until their leases run out."""
 
+import logging
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Final
 
-from abe.backends.message_queue.base import Receipt
+from abe.backends.message_queue.base import Receipt, Settlement, Verb
 from abe.errors import AbeError
 from abe_backend_sqs._handles import LONGEST_HIDING, not_ours
-from abe_backend_sqs._wire import Message
+from abe_backend_sqs._wire import Message, received
+
+_log: Final = logging.getLogger("abe.sqs")
 
 _MOST_LOST: Final = 10_000
 """Receipts whose loss is remembered, for verdicts that were under way when it was found out."""
 
+_EVER: Final = 2**53
+
 _uncounted: Final[dict[str, int]] = {}
-"""Deliveries that were no attempts, by message, as far as this process knows: a FIFO queue counts what is given back."""
+"""Deliveries that were no attempts, by message, as far as this process knows: what was given back to a FIFO queue, what was received again
+while we had it, and what nobody took in time."""
 _MOST_UNCOUNTED: Final = 100_000
 
 
 class Held:
     """A message that SQS counts as ours."""
 
-    __slots__ = ("attempt", "deadline", "expires", "message", "released", "replaced", "uncertain", "warned")
+    __slots__ = (
+        "attempt",
+        "count",
+        "deadline",
+        "expires",
+        "handle",
+        "message",
+        "received_again",
+        "released",
+        "replaced",
+        "uncertain",
+        "warned",
+    )
 
     def __init__(self, message: Message, attempt: int, deadline: float) -> None:
         self.message = message
+        self.handle: str = str(message.get("ReceiptHandle", ""))
+        """The newest one. The first is what the engine knows it by."""
+        self.count: int = received(message)
+        """Which delivery of SQS's the newest handle is of."""
+        self.received_again = False
+        """Whether SQS has delivered it to us more often than we have handed it out."""
         self.attempt = attempt
         self.deadline = deadline
         """When its lease runs out unless it is renewed, by the monotonic clock."""
@@ -43,14 +67,24 @@ class Held:
         """The seconds for which it may still be hidden."""
         return int(self.expires - time.monotonic())
 
+    def stays(self, settlement: Settlement, *, fifo: bool) -> bool:
+        """Whether hiding the message does what a settlement says.
+
+        In a FIFO queue a hidden message holds up those behind it, so that only what comes back at once stays; it keeps its place, and a
+        release counts as an attempt. In any other, a release cannot be uncounted, and a delay may be longer than a message can be hidden.
+        """
+        if settlement.verb is Verb.DEAD:
+            return False
+        if fifo:
+            return settlement.verb is Verb.RELEASE or not settlement.delay
+        shown_in_time = self.hideable >= -int(-settlement.delay // 1)
+        return settlement.verb is Verb.RETRY and shown_in_time and not self.received_again
+
     def uncount(self) -> None:
         """Remember that this delivery is no attempt, however often that is said."""
         if not self.released:
             self.released = True
-            while len(_uncounted) >= _MOST_UNCOUNTED:
-                del _uncounted[next(iter(_uncounted))]
-            id = str(self.message["MessageId"])
-            _uncounted[id] = _uncounted.pop(id, 0) + 1
+            uncount(self.message)
 
     def recount(self) -> None:
         """Take that back."""
@@ -65,47 +99,118 @@ class Held:
         _uncounted.pop(str(self.message["MessageId"]), None)
 
 
+def uncount(message: Message) -> None:
+    """Remember that a delivery of a message was no attempt."""
+    while len(_uncounted) >= _MOST_UNCOUNTED:
+        del _uncounted[next(iter(_uncounted))]
+    id = str(message["MessageId"])
+    _uncounted[id] = _uncounted.pop(id, 0) + 1
+
+
 def uncounted(message: Message) -> int:
     """Return how many of a message's deliveries are known to be no attempts."""
     return _uncounted.get(str(message["MessageId"]), 0)
 
 
 class Holding(dict[Receipt, Held]):
-    """What one consumer holds, by receipt."""
+    """What one consumer holds, by the receipt that it was handed out with."""
 
     def __init__(self) -> None:
         super().__init__()
         self.leaving: set[Receipt] = set()
-        """Those with a verdict on its way: renewing them would hide again what it shows."""
+        """Those with a settlement on its way: renewing them would hide again what it shows."""
         self._lost: dict[Receipt, None] = {}
+        self._receipts: dict[str, Receipt] = {}
 
-    def ours(self, receipts: Iterable[Receipt]) -> tuple[list[Receipt], dict[Receipt, AbeError]]:
-        """Return which are still ours, and an error for each of those that are not; neither has what was carried out before."""
+    def __setitem__(self, receipt: Receipt, held: Held) -> None:
+        super().__setitem__(receipt, held)
+        self._receipts[str(held.message["MessageId"])] = receipt
+
+    def handle(self, receipt: Receipt) -> str:
+        """Return the handle by which SQS knows a delivery."""
+        held = self.get(receipt)
+        return str(receipt) if held is None else held.handle
+
+    def ours(self, receipts: Iterable[Receipt]) -> tuple[list[Receipt], list[Receipt], dict[Receipt, AbeError]]:
+        """Return which are still ours, which may be, as their leases ran out with nobody known to have them, and an error for each of those
+        that are not; none of them has what was carried out before."""
         now = time.monotonic()
         ours: list[Receipt] = []
+        doubtful: list[Receipt] = []
         lost: dict[Receipt, AbeError] = {}
         for receipt in receipts:
             held = self.get(receipt)
-            if held is not None and held.deadline > now:
-                ours.append(receipt)
-            elif held is not None or receipt in self._lost:
-                self.lose(receipt)
+            if held is not None:
+                (ours if held.deadline > now else doubtful).append(receipt)
+            elif receipt in self._lost:
                 lost[receipt] = not_ours()
-        return ours, lost
+        return ours, doubtful, lost
+
+    def receive_again(self, message: Message, deadline: float) -> bool:
+        """Take a delivery of a message that is held already for the one that we have, if nobody else had it in between."""
+        receipt = self._receipts.get(str(message["MessageId"]))
+        held = None if receipt is None else self.get(receipt)
+        if receipt is None or held is None:
+            return False
+        count = received(message)
+        if (
+            count > held.count + 1 and not held.replaced
+        ):  # what has a copy in its place is only to be deleted, whoever had it
+            self.lose(receipt)
+            return False
+        if count > held.count:
+            held.handle, held.count, held.deadline = str(message["ReceiptHandle"]), count, deadline
+            held.expires = time.monotonic() + LONGEST_HIDING
+            held.received_again = True
+            uncount(message)
+        return True
 
     def lose(self, receipt: Receipt) -> None:
         """Know that it is not ours any more, and that no verdict has seen to that."""
-        if self.pop(receipt, None) is None:
+        if (held := self.pop(receipt, None)) is None:
             return
+        self._receipts.pop(str(held.message["MessageId"]), None)
         while len(self._lost) >= _MOST_LOST:
             del self._lost[next(iter(self._lost))]
         self._lost[receipt] = None
 
-    def expire(self) -> None:
-        """Let go of those whose leases ran out, and whose verdicts, if there were any, were given up."""
+    def is_lost(self, receipt: Receipt) -> bool:
+        """Whether it is known that it is not ours any more, and that it was not settled."""
+        return receipt in self._lost
+
+    def forget(self, receipt: Receipt) -> Held | None:
+        """Let go of what was carried out."""
+        held = self.pop(receipt, None)
+        if held is not None:
+            self._receipts.pop(str(held.message["MessageId"]), None)
+        return held
+
+    def expire(self, known: Collection[Receipt]) -> None:
+        """Let go of those whose leases ran out, and whose settlements, if there were any, were given up: nobody asks for them any more."""
         now = time.monotonic()
-        for receipt in [each for each, held in self.items() if held.deadline <= now and each not in self.leaving]:
-            self.lose(receipt)
+        for receipt in [each for each, held in self.items() if held.deadline <= now]:
+            if receipt not in self.leaving and receipt not in known:
+                self.lose(receipt)
+
+    def warn(self, left: Mapping[Receipt, int], lease: int, group: str) -> None:
+        """Say once of each message that it can be kept for no longer than a lease.
+
+        Args:
+            left: The seconds for which each may still be hidden.
+            lease: The seconds of a lease.
+            group: Whose they are.
+        """
+        late = [receipt for receipt, seconds in left.items() if seconds < lease and not self[receipt].warned]
+        for receipt in late:
+            self[receipt].warned = True
+        if late:
+            _log.warning(
+                "%d messages of group %r have been held for 12 hours, which is as long as SQS allows: "
+                "unless they are settled within %d seconds, they are delivered again",
+                len(late),
+                group,
+                max(0, min(left[receipt] for receipt in late)),
+            )
 
     @contextmanager
     def being_settled(self, receipts: Iterable[Receipt]) -> Generator[None]:
@@ -116,3 +221,25 @@ class Holding(dict[Receipt, Held]):
             yield
         finally:
             self.leaving.difference_update(receipts)
+
+
+class Settled:
+    """Messages that were done with here, and that SQS may deliver all the same."""
+
+    def __init__(self) -> None:
+        self._most: dict[str, int] = {}
+
+    def add(self, held: Held, *, certain: bool) -> None:
+        """Remember that a message was acknowledged, or that a copy has taken its place.
+
+        Args:
+            held: The message.
+            certain: SQS was told, and said yes. Otherwise somebody else may have it next, and decide; until then it is done.
+        """
+        while len(self._most) >= _MOST_LOST:
+            del self._most[next(iter(self._most))]
+        self._most[str(held.message["MessageId"])] = _EVER if certain else held.count + 1
+
+    def has(self, message: Message) -> bool:
+        """Whether a message that is delivered is only to be deleted."""
+        return received(message) <= self._most.get(str(message["MessageId"]), 0)

@@ -20,6 +20,10 @@ POLLED: Final = ("ApproximateReceiveCount", "SentTimestamp", "MessageGroupId")
 """What SQS itself tells about a message."""
 
 
+_AGAIN: Final = 2
+"""Seconds for which a poll waits for what may come again."""
+
+
 class Poll:
     """A request that is under way, and who gets what it brings."""
 
@@ -79,6 +83,16 @@ class Polls:
         """Ask SQS, and wait until there is something, or the time is up."""
         return await poll(self._transport, self.url, count)
 
+    async def again(self, count: int) -> int:
+        """Ask once more, for what may be delivered to us again, and return how many it brought. Not to be cancelled.
+
+        Raises:
+            AbeError: By the tables of errors.
+        """
+        messages = await poll(self._transport, self.url, count, wait=_AGAIN)
+        await self._take(messages)
+        return len(messages)
+
     async def brought(self, poll: Poll, messages: Sequence[Message]) -> None:
         """Have what a poll brought. One that brings all it may is joined by one more; each that brings less, as SQS likes to, even if
         there is more, leaves one fewer; and one that brings nothing leaves but one."""
@@ -109,8 +123,8 @@ class Polls:
         return poll.count
 
 
-async def poll(transport: "SqsTransport", url: str, count: int) -> Sequence[Message]:
-    """Ask SQS for up to that many messages, and wait until there is one, or the time is up.
+async def poll(transport: "SqsTransport", url: str, count: int, *, wait: int | None = None) -> Sequence[Message]:
+    """Ask SQS for up to that many messages, and wait until there is one, or the time is up: that many seconds, or those of the settings.
 
     Raises:
         AbeError: By the tables of errors.
@@ -121,7 +135,7 @@ async def poll(transport: "SqsTransport", url: str, count: int) -> Sequence[Mess
         reply: Mapping[str, Any] = await client.receive_message(
             QueueUrl=url,
             MaxNumberOfMessages=count,
-            WaitTimeSeconds=settings.wait,
+            WaitTimeSeconds=settings.wait if wait is None else wait,
             VisibilityTimeout=settings.visibility,
             MessageSystemAttributeNames=POLLED,
             MessageAttributeNames=("All",),

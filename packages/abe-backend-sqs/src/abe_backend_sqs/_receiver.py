@@ -13,10 +13,11 @@ from abe.errors import AbeError, LeaseLostError
 from abe_backend_sqs import _wire
 from abe_backend_sqs._copies import LONGEST_DELAY, Copy, delayed
 from abe_backend_sqs._errors import QueueMissingError
-from abe_backend_sqs._handles import LONGEST_HIDING, Deletions, Handles, beside, insist
+from abe_backend_sqs._handles import LONGEST_HIDING, Deletions, Handles, beside, insist, nothing
 from abe_backend_sqs._held import Held, Holding, uncounted
 from abe_backend_sqs._polls import Polls
-from abe_backend_sqs._registry import Registry
+from abe_backend_sqs._revival import Revival
+from abe_backend_sqs._topics import wanted
 from abe_backend_sqs._wire import BATCH, Message
 
 if TYPE_CHECKING:
@@ -56,9 +57,10 @@ class SqsReceiver:
         self._settings = transport.settings
         self._fifo = self._settings.fifo
         self._visibility = self._settings.visibility
-        self._handles = Handles(transport, url)
-        self._polls = Polls(transport, name, url, self._take)
         self._held = Holding()
+        self._handles = Handles(transport, url, self._held.handle)
+        self._polls = Polls(transport, name, url, self._take)
+        self._revival = Revival(self._held, self._polls, transport.in_background)
         self._deletions = Deletions(transport, self._delete, self._more_to_delete)
         self._renewing = asyncio.Lock()
         self._arrived: deque[_Arrival] = deque()
@@ -86,7 +88,8 @@ class SqsReceiver:
         for delivery, held in taken:
             if held.deadline > now:
                 deliveries.append(delivery)
-            else:  # nobody had the time to take it before its lease ran out
+            else:  # nobody had the time to take it before its lease ran out, which is no attempt
+                held.uncount()
                 self._held.lose(delivery.receipt)
         return deliveries
 
@@ -96,27 +99,40 @@ class SqsReceiver:
         return delivery.header
 
     async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
-        """Delete. A handle whose lease has run out is left alone: what it deletes, if anything, may be somebody else's by now."""
-        ours, failures = self._held.ours(receipts)
-        self._held.leaving.update(ours)
-        failures.update(await self._deletions.delete(ours, awaited=verify))
+        """Delete. What may not be ours any more is received again first: by an old handle, SQS may delete what somebody else has by now."""
+        ours, doubtful, failures = self._held.ours(receipts)
+        self._held.leaving.update([*ours, *doubtful])
+        done = self._deletions.delete(ours, awaited=verify) if ours else nothing()
+        for some in await beside(done, self._ack_again(doubtful, verify)):
+            failures.update(some)
         return insist(failures)
 
     async def settle(self, settlements: Sequence[Settlement]) -> Failures:
-        """Carry out verdicts: hide, move, or put a copy in its place."""
-        verdicts = {settlement.receipt: settlement for settlement in settlements}
-        ours, failures = self._held.ours(verdicts)
+        """Carry out settlements: hide, move, or put a copy in its place."""
+        by_receipt = {settlement.receipt: settlement for settlement in settlements}
+        ours, doubtful, failures = self._held.ours(by_receipt)
+        with self._held.being_settled([*ours, *doubtful]):
+            # What is given back is given back by its lease, too.
+            again = await self._revival.of(each for each in doubtful if by_receipt[each].verb is not Verb.RELEASE)
+            failures.update(self._lost(doubtful, again))
+            for done in await beside(*self._settle([*ours, *again], by_receipt)):
+                failures.update(done)
+        return insist(failures)
+
+    def _settle(
+        self, receipts: Sequence[Receipt], by_receipt: Mapping[Receipt, Settlement]
+    ) -> Sequence[Awaitable[Failures]]:
         hidden: dict[Receipt, int] = {}
         released: list[Receipt] = []
         moved: dict[Receipt, Copy] = {}
-        for receipt in ours:
-            held, verdict = self._held[receipt], verdicts[receipt]
-            if not self._stays(held, verdict):
-                moved[receipt] = self._copy(held, verdict)
-            elif verdict.verb is Verb.RELEASE:
+        for receipt in receipts:
+            held, settlement = self._held[receipt], by_receipt[receipt]
+            if not held.stays(settlement, fifo=self._fifo):
+                moved[receipt] = self._copy(held, settlement)
+            elif settlement.verb is Verb.RELEASE:
                 released.append(receipt)
             else:
-                hidden[receipt] = -int(-verdict.delay // 1)
+                hidden[receipt] = -int(-settlement.delay // 1)
         parts: list[Awaitable[Failures]] = []
         if hidden:
             parts.append(self._hide(hidden))
@@ -124,31 +140,29 @@ class SqsReceiver:
             parts.append(self._release(released))
         if moved:
             parts.append(self._move(moved))
-        with self._held.being_settled(ours):
-            for done in await beside(*parts):
-                failures.update(done)
-        return insist(failures)
+        return parts
 
     async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
-        """Hide anew what is still ours, and what arrived and waits to be asked for."""
+        """Hide anew what is still ours, and what arrived and waits to be asked for; receive again what may be."""
         waiting = [arrival.delivery.receipt for arrival in self._arrived]
-        ours, failures = self._held.ours([*receipts, *waiting])
-        self._held.expire()
-        started = time.monotonic()
-        left = {each: self._held[each].hideable for each in ours if each not in self._held.leaving}
-        self._warn(left)
-        ended = [receipt for receipt, seconds in left.items() if seconds <= 0]
-        hiding = {receipt: min(self._visibility, seconds) for receipt, seconds in left.items() if seconds > 0}
-        async with self._renewing:
-            lost = {*failures, *ended, *await self._prolong(hiding, started)}
-        for receipt in lost:
-            self._held.lose(receipt)
+        ours, doubtful, failures = self._held.ours([*receipts, *waiting])
+        self._held.expire({*receipts, *waiting})
+        refused = await self._prolong(ours)
+        doubtful = [each for each in {*doubtful, *refused} if each in self._held and each not in self._held.leaving]
+        again = asyncio.ensure_future(self._revival.of(doubtful))
+        try:
+            while not (await asyncio.wait([again], timeout=self._settings.lease / 3))[0]:
+                await self._prolong([each for each in ours if each in self._held])  # they are not to wait for those
+        finally:
+            again.cancel()
+        lost = {*failures, *self._lost(doubtful, again.result()), *(each for each in ours if self._held.is_lost(each))}
         return lost.intersection(receipts)
 
     async def recover(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
-        """Say whose lease has run out meanwhile. What a lost answer brought comes back when its lease runs out."""
-        _, lost = self._held.ours(receipts)
-        return list(lost)
+        """Say which are lost. What a lost answer brought comes back when its lease runs out."""
+        _, doubtful, lost = self._held.ours(receipts)
+        doubtful = [each for each in doubtful if each not in self._held.leaving]
+        return [*lost, *self._lost(doubtful, await self._revival.of(doubtful))]
 
     async def stop(self) -> None:
         """Take nothing new, and give back what nobody was handed. The polls under way end by themselves, in the background."""
@@ -158,8 +172,34 @@ class SqsReceiver:
     async def close(self) -> None:
         """Give back what is still ours, when what was acknowledged is deleted."""
         self._leave_polls()
+        self._revival.end()
         self._arrived.clear()
         await beside(self._deletions.drain(), self._give_back(list(self._held)))
+
+    async def _ack_again(self, receipts: Sequence[Receipt], verify: bool) -> Failures:
+        if not receipts:
+            return {}
+        done = {each: held for each in receipts if (held := self._held.get(each)) is not None}
+        try:
+            again = await self._revival.of(receipts)
+        except BaseException:
+            self._held.leaving.difference_update(receipts)
+            raise
+        failures = dict(self._lost(receipts, again))
+        self._held.leaving.difference_update(failures)
+        for receipt in failures:
+            if (held := done.get(receipt)) is not None:  # should it come to us next, it was handled
+                self._transport.settled.add(held, certain=False)
+        failures.update(await self._deletions.delete(again, awaited=verify))
+        return failures
+
+    def _lost(self, doubtful: Sequence[Receipt], again: Collection[Receipt]) -> Mapping[Receipt, AbeError]:
+        """Let go of what was not received again; what was carried out meanwhile is not lost."""
+        lost = [each for each in doubtful if each not in again]
+        known = [each for each in lost if each in self._held]
+        for receipt in known:
+            self._held.lose(receipt)
+        return self._held.ours(lost)[2]
 
     def _leave_polls(self) -> None:
         if self._fifo and not self._stopping:
@@ -175,21 +215,27 @@ class SqsReceiver:
         deadline = time.monotonic() + self._visibility - _ON_ITS_WAY
         now = time.time() * 1000
         # One answer may hold a message twice; the later handle is the one that counts.
-        distinct = {message["MessageId"]: message for message in await self._wanted(messages)}
+        if self._settings.fanout == "sns" and messages:
+            messages = await wanted(self._transport.queues, self._handles, self._group, messages)
+        distinct = {message["MessageId"]: message for message in messages}
         early: list[Receipt] = []
+        repeated = [message for message in distinct.values() if self._transport.settled.has(message)]
         for message in distinct.values():
+            if message in repeated or self._held.receive_again(message, deadline):
+                continue
             parsed = _wire.parse(message)
             if parsed.due > now + _LONGEST_WAIT:
                 parsed = parsed._replace(due=0, fault="the time that it waits for comes when SQS has it no more")
             delivery = _wire.delivery(message, parsed)
-            if self._fifo:
-                delivery.attempt = max(1, delivery.attempt - uncounted(message))
+            delivery.attempt = max(1, delivery.attempt - uncounted(message))
             held = self._held[delivery.receipt] = Held(message, delivery.attempt, deadline)
             # One that was put off, and that nobody was there for since it is due, has counted what was no attempt.
             if parsed.due and (parsed.due > now + 500 or _wire.received(message) > 1):
                 early.append(delivery.receipt)
             else:
                 self._arrived.append(_Arrival(delivery, held))
+        if repeated:  # SQS was told that they are done, or would have been
+            await self._handles.delete([message["ReceiptHandle"] for message in repeated])
         if early:
             self._polls.news.set()  # for those that are ready
             try:
@@ -198,27 +244,6 @@ class SqsReceiver:
                 _log.debug("early messages of group %r come back when their leases run out: %s", self._group, exc)
         if self._stopping:
             await self._give_back_arrived()
-
-    async def _wanted(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """Return what the group wants. A topic sends everything to everybody, and publishers learn late that a group's patterns are new."""
-        if self._settings.fanout != "sns" or not messages:
-            return messages
-        queues, came = self._transport.queues, time.monotonic()
-        try:
-            unwanted = self._unwanted(await queues.registry(), messages)
-            if unwanted:  # perhaps they were not, until a moment ago
-                unwanted = self._unwanted(await queues.registry(since=came), messages)
-                await self._handles.delete([message["ReceiptHandle"] for message in unwanted])
-        except AbeError as exc:
-            _log.debug("what group %r wants cannot be found out now, so it gets everything: %s", self._group, exc)
-            return messages
-        return [message for message in messages if message not in unwanted]
-
-    def _unwanted(self, registry: Registry, messages: Sequence[Message]) -> Sequence[Message]:
-        """Return what was published to all groups and that this one does not want, by that registry."""
-        if not (patterns := registry.groups.get(self._group)):
-            return []
-        return [each for each in messages if _wire.published(each) and not _wire.wants(patterns, each)]
 
     async def _put_off(self, receipts: Sequence[Receipt]) -> None:
         """Hide again what is not due, so that it is seen before it is; the last stretch is a delay of SQS's own, which no attempt is."""
@@ -245,7 +270,7 @@ class SqsReceiver:
             _log.debug("messages of group %r could not be given back, their leases will run out: %s", self._group, exc)
 
     async def _give_back(self, receipts: Collection[Receipt]) -> None:
-        ours, _ = self._held.ours([each for each in receipts if each in self._held and each not in self._held.leaving])
+        ours, *_ = self._held.ours([each for each in receipts if each in self._held and each not in self._held.leaving])
         if not ours:
             return
         with self._held.being_settled(ours):
@@ -254,18 +279,6 @@ class SqsReceiver:
             else:
                 copies = {each: self._copy(self._held[each], Settlement(each, Verb.RELEASE)) for each in ours}
                 insist(await self._move(copies))
-
-    def _stays(self, held: Held, verdict: Settlement) -> bool:
-        """Whether hiding the message does what the verdict says.
-
-        In a FIFO queue a hidden message holds up those behind it, so that only what comes back at once stays; it keeps its place, and a
-        release counts as an attempt. In any other, a release cannot be uncounted, and a delay may be longer than a message can be hidden.
-        """
-        if verdict.verb is Verb.DEAD:
-            return False
-        if self._fifo:
-            return verdict.verb is Verb.RELEASE or not verdict.delay
-        return verdict.verb is Verb.RETRY and held.hideable >= -int(-verdict.delay // 1)
 
     def _copy(self, held: Held, verdict: Settlement) -> Copy:
         return self._transport.copies.settled(self._group, held.message, held.attempt, verdict)
@@ -304,10 +317,12 @@ class SqsReceiver:
                     del failures[receipt]
                     error = None
                 if error is None:
-                    del self._held[receipt]
+                    self._held.forget(receipt)
                     held.done()
+                    self._transport.settled.add(held, certain=True)
                 elif isinstance(error, LeaseLostError):
                     self._held.lose(receipt)
+                    self._transport.settled.add(held, certain=False)
                 else:
                     held.uncertain = True
         return failures
@@ -320,7 +335,7 @@ class SqsReceiver:
         for receipt in hiding:
             error = failures.get(receipt)
             if error is None:
-                self._held.pop(receipt, None)
+                self._held.forget(receipt)
             elif isinstance(error, LeaseLostError):
                 self._held.lose(receipt)
         return failures
@@ -340,32 +355,30 @@ class SqsReceiver:
             released[receipt].recount()
         return failures
 
-    async def _prolong(self, hiding: Mapping[Receipt, int], started: float) -> Collection[Receipt]:
-        """Hide for that many seconds what stays ours, and return what does not."""
-        failures = await self._handles.hide(hiding)
-        for receipt, left in hiding.items():
+    async def _prolong(self, receipts: Sequence[Receipt]) -> Collection[Receipt]:
+        """Hide anew what is ours, let go of what SQS lets nobody have for longer, and return what SQS says is not ours."""
+        started = time.monotonic()
+        left = {each: self._held[each].hideable for each in receipts if each not in self._held.leaving}
+        self._held.warn(left, self._visibility, self._group)
+        for receipt, seconds in left.items():
+            if seconds <= 0:
+                self._held.lose(receipt)
+        hiding = {receipt: min(self._visibility, seconds) for receipt, seconds in left.items() if seconds > 0}
+        async with self._renewing:
+            failures = await self._handles.hide(hiding)
+        for receipt, seconds in hiding.items():
             if receipt not in failures and receipt in self._held:
-                self._held[receipt].deadline = started + left
+                self._held[receipt].deadline = started + seconds
         # What was settled while this was on its way is not lost.
         settled = {receipt for receipt in failures if receipt not in self._held or receipt in self._held.leaving}
-        lost = [receipt for receipt, error in failures.items() if not error.retryable and receipt not in settled]
+        refused = [receipt for receipt, error in failures.items() if not error.retryable and receipt not in settled]
+        for receipt in refused:
+            if isinstance(failures[receipt], LeaseLostError):
+                self._held[receipt].deadline = 0.0
+            else:
+                raise failures[receipt]
         insist({receipt: error for receipt, error in failures.items() if error.retryable})
-        return lost
-
-    def _warn(self, left: Mapping[Receipt, int]) -> None:
-        """Say once of each message that it can be kept hidden for no longer than a lease."""
-        late = [receipt for receipt, seconds in left.items() if seconds < self._visibility]
-        late = [receipt for receipt in late if not self._held[receipt].warned]
-        for receipt in late:
-            self._held[receipt].warned = True
-        if late:
-            _log.warning(
-                "%d messages of group %r have been held for 12 hours, which is as long as SQS allows: "
-                "unless they are settled within %d seconds, they are delivered again",
-                len(late),
-                self._group,
-                max(0, min(left[receipt] for receipt in late)),
-            )
+        return refused
 
     async def _reported(self, error: AbeError) -> None:
         """Raise what a poll failed with, unless it can be put right here."""

@@ -1,13 +1,25 @@
 """Fan-out by SNS: one topic for the namespace, to which the queue of each group is subscribed."""
 
 import json
-from collections.abc import Mapping
+import logging
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
+from abe.errors import AbeError
+from abe_backend_sqs import _wire
 from abe_backend_sqs._connection import Clients
 from abe_backend_sqs._errors import QueueMissingError, translated
+from abe_backend_sqs._handles import Handles
+from abe_backend_sqs._registry import Registry
 from abe_backend_sqs._settings import SqsSettings
+from abe_backend_sqs._wire import Message
+
+if TYPE_CHECKING:
+    from abe_backend_sqs._queues import Queues
+
+_log: Final = logging.getLogger("abe.sqs")
 
 SNS_LIMIT: Final = 262_144
 """Bytes of a message, and of a batch of them, that any topic takes. What is larger goes to the queues directly."""
@@ -90,3 +102,24 @@ def allowing(policy: str, *, topic: str, queue: str) -> str:
     }
     document["Statement"] = [*(each for each in others if each.get("Sid") != _STATEMENT), ours]
     return json.dumps(document)
+
+
+async def wanted(queues: "Queues", handles: Handles, group: str, messages: Sequence[Message]) -> Sequence[Message]:
+    """Return what a group wants. A topic sends everything to everybody, and publishers learn late that a group's patterns are new."""
+    came = time.monotonic()
+    try:
+        unwanted = _unwanted(await queues.registry(), group, messages)
+        if unwanted:  # perhaps they were not, until a moment ago
+            unwanted = _unwanted(await queues.registry(since=came), group, messages)
+            await handles.delete([message["ReceiptHandle"] for message in unwanted])
+    except AbeError as exc:
+        _log.debug("what group %r wants cannot be found out now, so it gets everything: %s", group, exc)
+        return messages
+    return [message for message in messages if message not in unwanted]
+
+
+def _unwanted(registry: Registry, group: str, messages: Sequence[Message]) -> Sequence[Message]:
+    """Return what was published to all groups and that this one does not want, by that registry."""
+    if not (patterns := registry.groups.get(group)):
+        return []
+    return [each for each in messages if _wire.published(each) and not _wire.wants(patterns, each)]

@@ -17,6 +17,7 @@ from abe_backend_sqs._browser import Browser
 from abe_backend_sqs._connection import Clients
 from abe_backend_sqs._copies import Copies
 from abe_backend_sqs._errors import QueueMissingError, translated
+from abe_backend_sqs._held import Settled
 from abe_backend_sqs._later import Later
 from abe_backend_sqs._polls import Poll
 from abe_backend_sqs._queues import Queues
@@ -50,6 +51,7 @@ class SqsTransport:
         self.sender = Sender(settings, self.clients, self.queues)
         self.left_behind: defaultdict[str, list[Poll]] = defaultdict(list)
         """Polls of consumers that are gone, by queue."""
+        self.settled: Settled = Settled()
         self._later: dict[str, Later] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._opened = False
