@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from unittest.mock import patch
 
 from abe.backends.message_queue.base import Capabilities, Durability
+from abe.settings import QueueSettings
 from abe.types import MessageQueuePayload
 from abe_contract_tests import timeline
 from abe_contract_tests.accounting import Accounting
@@ -51,6 +52,7 @@ UNDECLARED: Final = Capabilities(
 """What the suite takes for granted of a provider that declares nothing."""
 
 _SETTLE_STEP: Final = 0.02
+_PUBLISH_TIMEOUT: Final = QueueSettings().publish_timeout
 
 
 class Contract:
@@ -99,7 +101,8 @@ class Contract:
 
     def environment(self, **overrides: str) -> Mapping[str, str]:
         """Return the environment variables of this test's backends."""
-        return {**self.harness.environment(self.namespace, lease=self.lease), **overrides}
+        patience = {"QUEUE_PUBLISH_TIMEOUT_SECONDS": f"{_PUBLISH_TIMEOUT * slowness():.1f}"}
+        return {**patience, **self.harness.environment(self.namespace, lease=self.lease), **overrides}
 
     @contextmanager
     def environ(self, **overrides: str) -> Generator[None]:

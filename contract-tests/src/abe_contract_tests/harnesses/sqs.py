@@ -14,6 +14,7 @@ from botocore.exceptions import ClientError
 
 from abe.types import MessageQueueBackendProtocol
 from abe_backend_sqs import SqsBackend
+from abe_contract_tests.bounds import slowness
 from abe_contract_tests.harness import Counts, Evidence, Harness, Oracle
 from abe_contract_tests.services import Service, sqs_service
 
@@ -58,7 +59,7 @@ class _SqsHarness(Harness):
         # Emulators are slow where thousands of messages go through them beside dozens of polls.
         return {
             **_environment(self.service.url, namespace, lease),
-            "QUEUE_PUBLISH_TIMEOUT_SECONDS": "30",
+            "QUEUE_PUBLISH_TIMEOUT_SECONDS": f"{30 * slowness():.0f}",
             **self.variables,
         }
 
@@ -99,7 +100,7 @@ class MiniStackHarness(_SqsHarness):
     name: ClassVar[str] = "sqs-ministack"
     server: ClassVar[Literal["moto", "ministack"]] = "ministack"
     pace: ClassVar[float] = 2.0
-    capacity: ClassVar[int] = 50_000
+    capacity: ClassVar[int] = 2_000
 
 
 class FifoHarness(MiniStackHarness):
