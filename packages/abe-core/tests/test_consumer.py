@@ -563,6 +563,15 @@ class TestOrderedByKey:
             await manual_clock.advance(100)
         assert [message["n"] for message in collector.seen] == [0, 1, 2, 0]
 
+    async def test_an_empty_payload_is_a_message_like_others(self, memory_backend: MemoryBackend) -> None:
+        collector = Collector(wanted=5)
+        await memory_backend.declare()
+        await memory_backend.publish_many([("k", {}) for _ in range(5)])
+        async with running(AsyncLoopConsumer(memory_backend, concurrency=2, ordered_by_key=True), collector):
+            await collector.done.wait()
+            await drained(memory_backend)
+        assert collector.attempts == [1] * 5
+
     async def test_at_shutdown_what_waits_behind_its_key_goes_back(self, memory_backend: MemoryBackend) -> None:
         at_work, finish = asyncio.Event(), asyncio.Event()
         seen: list[int] = []

@@ -109,9 +109,14 @@ class Threads:
             raise exc
         return result
 
+    @property
+    def keeps_back(self) -> bool:
+        """Whether `ready` would wait."""
+        return not self.exhausted and sum(call.abandoned for call in self._busy) > len(self._kept_back)
+
     async def ready(self) -> None:
         """Wait, one caller for each stuck thread. Returns when a thread was given back, or all of them are stuck."""
-        if not self.exhausted and sum(call.abandoned for call in self._busy) > len(self._kept_back):
+        if self.keeps_back:
             await self._turn(self._kept_back)
 
     async def available(self) -> None:

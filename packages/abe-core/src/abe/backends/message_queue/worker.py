@@ -120,7 +120,7 @@ class Workers:
         task = asyncio.current_task()
         assert task is not None
         take = _nothing if self._ordered else self._subscription.take
-        while self._may_begin() if self._threads is None else await self._may_take(self._threads):
+        while self._may_begin() if self._threads is None else await self._may_take(self._threads, lane):
             message = take()
             if message is None:
                 try:
@@ -145,7 +145,9 @@ class Workers:
             elif not (message := lane.waiting.popleft()).lease_lost:
                 return message  # of the others somebody else has one by now
         while True:
-            message = self._subscription.take() or await self._subscription.receive()
+            message = self._subscription.take()
+            if message is None:
+                message = await self._subscription.receive()
             try:
                 key = message.key
             except Exception as exc:  # noqa: BLE001 - an envelope that cannot be read is its message's failure
@@ -157,11 +159,17 @@ class Workers:
             self._lanes[key].waiting.append(message)  # whoever handles this key now will come to it
 
     async def _give_back(self, lane: "_Lane") -> None:
-        while lane.waiting:
-            await self._subscription.release(lane.waiting.popleft())
+        if lane.key is not None:
+            del self._lanes[lane.key]
+            lane.key = None
+        waiting, lane.waiting = lane.waiting, deque()
+        # What cannot be given back comes back when its lease runs out.
+        await asyncio.gather(*map(self._subscription.release, waiting), return_exceptions=True)
 
-    async def _may_take(self, threads: Threads) -> bool:
-        await threads.ready()
+    async def _may_take(self, threads: Threads, lane: "_Lane") -> bool:
+        if self._may_begin() and threads.keeps_back:
+            await self._give_back(lane)  # others handle this key meanwhile
+            await threads.ready()
         return self._may_begin()
 
     def _may_begin(self) -> bool:

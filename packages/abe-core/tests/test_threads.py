@@ -1,0 +1,170 @@
+"""Synchronous handlers that hang: their threads are counted, and nothing is begun or taken for a thread that is not there."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from abe import AsyncLoopConsumer, Message, Middleware, RetryPolicy
+from abe.backends.message_queue.base.middleware import HandleNext
+from abe.backends.message_queue.service.memory import MemoryBackend
+
+ONCE = RetryPolicy(max_attempts=1)
+
+
+@asynccontextmanager
+async def running(consumer: AsyncLoopConsumer, handler: Any) -> AsyncIterator[asyncio.Task[None]]:
+    async with asyncio.timeout(20):
+        task = asyncio.create_task(consumer.run(handler))
+        try:
+            yield task
+        finally:
+            await consumer.shutdown()
+            await asyncio.wait([task])
+    task.result()
+
+
+async def until(condition: Any) -> None:
+    while not condition():  # noqa: ASYNC110 - what happens in a thread has no event here
+        await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def release() -> Iterator[threading.Event]:
+    """Set, it ends the hanging handlers."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+class Hanging:
+    """A synchronous handler that hangs on messages below `bad`, until released."""
+
+    def __init__(self, release: threading.Event, bad: int) -> None:
+        self.release = release
+        self.bad = bad
+        self.begun: list[int] = []
+        self.done: list[int] = []
+
+    def __call__(self, message: Message) -> None:
+        self.begun.append(message["n"])
+        if message["n"] < self.bad:
+            self.release.wait()
+        else:
+            self.done.append(message["n"])
+
+
+async def test_with_every_thread_stuck_nothing_is_taken_until_one_returns_and_it_is_said(
+    memory_backend: MemoryBackend, release: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    handler = Hanging(release, bad=2)
+    await memory_backend.declare()
+    await memory_backend.publish_many([("k", {"n": n}) for n in range(10)])
+    async with running(AsyncLoopConsumer(memory_backend, concurrency=2, retry=ONCE, timeout=0.05), handler):
+        await until(lambda: "2 of 2 threads of group 'default' are stuck" in caplog.text)
+        stats = await memory_backend.stats()
+        while stats.in_flight or stats.dead < 2:
+            stats = await memory_backend.stats()
+            await asyncio.sleep(0.001)
+        assert (stats.waiting, stats.dead) == (8, 2), "what was buffered is given back, for others to take"
+        assert sorted(handler.begun) == [0, 1]
+        assert "1 of 2 threads" in caplog.text
+        assert "since " in caplog.text
+        assert "nothing is taken until one returns" in caplog.text
+        release.set()
+        await until(lambda: len(handler.done) == 8)
+        while (await memory_backend.stats()).in_flight:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert sorted(handler.done) == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert (await memory_backend.stats()).dead == 2, "no message that was not begun has timed out"
+    assert "messages are taken again" in caplog.text
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_the_threads_that_are_left_go_on_and_no_message_waits_for_one(
+    memory_backend: MemoryBackend, release: threading.Event, ordered: bool
+) -> None:
+    handler = Hanging(release, bad=1)
+    await memory_backend.declare()
+    await memory_backend.publish_many([(f"k{n % 3}", {"n": n}) for n in range(20)])
+    consumer = AsyncLoopConsumer(
+        memory_backend, concurrency=2, retry=ONCE, timeout=0.2, prefetch=20, ordered_by_key=ordered
+    )
+    async with running(consumer, handler):
+        await until(lambda: len(handler.done) == 19)
+    assert (await memory_backend.stats()).dead == 1
+
+
+async def test_with_every_thread_stuck_a_consumer_can_be_shut_down(
+    memory_backend: MemoryBackend, release: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    handler = Hanging(release, bad=5)
+    await memory_backend.declare()
+    await memory_backend.publish_many([("k", {"n": n}) for n in range(5)])
+    consumer = AsyncLoopConsumer(memory_backend, retry=ONCE, timeout=0.05, grace=30)
+    async with running(consumer, handler):
+        await until(lambda: "nothing is taken" in caplog.text)
+    assert handler.begun == [0]
+    assert (await memory_backend.stats()).waiting == 4
+
+
+async def test_the_limit_counts_from_the_start_of_the_call_in_its_thread(memory_backend: MemoryBackend) -> None:
+    """A thread that comes to its call late, as a busy machine's does, has all of its time."""
+    busy = threading.Event()
+    finished: list[int] = []
+
+    class Twice(Middleware):
+        """Forwards a second time while the thread of the first still runs: there is no other."""
+
+        async def handle(self, message: Message, forward: HandleNext) -> None:
+            first = asyncio.create_task(asyncio.wait_for(forward(message), 0.05))
+            with pytest.raises(TimeoutError):
+                await first
+            asyncio.get_running_loop().call_later(0.4, busy.set)
+            await forward(message)
+
+    def handler(message: Message) -> None:
+        busy.wait()
+        finished.append(message["n"])
+
+    await memory_backend.declare()
+    await memory_backend.publish("k", {"n": 1})
+    consumer = AsyncLoopConsumer(memory_backend, retry=ONCE, timeout=0.2, middleware=[Twice()])
+    async with running(consumer, handler):
+        await until(lambda: len(finished) == 2)
+        while (await memory_backend.stats()).in_flight:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert (await memory_backend.stats()).dead == 0
+
+
+async def test_a_thread_that_hangs_does_not_keep_the_process_alive(
+    memory_backend: MemoryBackend, release: threading.Event
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def handler(message: Message) -> None:
+        threads.append(threading.current_thread())
+
+    await memory_backend.declare()
+    await memory_backend.publish("k", {"n": 1})
+    async with running(AsyncLoopConsumer(memory_backend), handler):
+        await until(lambda: threads)
+    assert threads[0].daemon
+    await asyncio.to_thread(threads[0].join, 10)
+    assert not threads[0].is_alive(), "it ends with its consumer"
+
+
+async def test_a_thread_that_takes_its_time_within_the_limit_succeeds(memory_backend: MemoryBackend) -> None:
+    def handler(message: Message) -> None:
+        time.sleep(0.05)  # what it does takes time
+
+    await memory_backend.declare()
+    await memory_backend.publish("k", {"n": 1})
+    async with running(AsyncLoopConsumer(memory_backend, timeout=30, retry=ONCE), handler):
+        while (stats := await memory_backend.stats()).waiting + stats.in_flight:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert (await memory_backend.stats()).dead == 0
