@@ -142,7 +142,7 @@ async def test_a_receiver_whose_goodbye_is_not_answered_waits_no_second_time(lab
     receiver = await transport.subscribe("g", 10)
     hole.swallow("in", "out", new=True)
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.5):
+        async with asyncio.timeout(0.5):  # noqa: TID251 - a caller gives up
             await receiver.stop()
     async with bounds.within(0.5):
         await receiver.close()

@@ -448,7 +448,7 @@ class TestTimeout:
 
         async def handler(message: Message) -> None:
             try:
-                async with asyncio.timeout(0.01):
+                async with asyncio.timeout(0.01):  # noqa: TID251 - as an application would
                     await asyncio.Event().wait()
             except TimeoutError:
                 await collector(message)

@@ -10,6 +10,7 @@ from abe.backends.message_queue.base import DeadLetter
 from abe.backends.message_queue.base.clock import pause
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.errors import BackendConnectionError, GroupMissingError
+from abe_contract_tests import bounds
 
 
 def letter(number: int) -> DeadLetter:
@@ -133,7 +134,7 @@ async def test_a_group_that_is_deleted_between_declaration_and_subscription_is_d
         return await subscribe(group, prefetch)
 
     transport.subscribe = deleted_first
-    async with asyncio.timeout(5), memory_backend.consume(group="g") as messages:
+    async with bounds.within(5), memory_backend.consume(group="g") as messages:
         await memory_backend.publish("k", {"n": 1})
         assert await anext(messages) == {"n": 1}
     assert missed == 2

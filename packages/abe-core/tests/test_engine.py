@@ -274,7 +274,7 @@ class TestPublisher:
         many = asyncio.create_task(publisher.publish_many([envelope(number) for number in range(3)]))
         while len(transport.sends) < 2:  # noqa: ASYNC110 - the scripted transport tells nobody
             await asyncio.sleep(0)
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             await publisher.close(0.01)
             first, second, third = await many
         assert (first, third) == (None, None)
@@ -284,7 +284,7 @@ class TestPublisher:
         publisher = publisher_on(ScriptedTransport(asyncio.Event()), count=1, timeout=60)
         tasks = [asyncio.create_task(publisher.publish(envelope(number))) for number in range(3)]
         await turns()
-        async with asyncio.timeout(5):
+        async with bounds.within(5):
             await publisher.close(0.01)
             outcomes = await asyncio.gather(*tasks[1:], return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [BackendClosedError] * 2

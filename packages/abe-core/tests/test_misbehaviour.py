@@ -12,6 +12,7 @@ from abe import AsyncLoopConsumer, ConstantBackoff, Message, Middleware, Reject,
 from abe.backends.message_queue.base.middleware import HandleNext
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.testing import ManualClock
+from abe_contract_tests import bounds
 
 ONCE = RetryPolicy(max_attempts=1)
 TWICE = RetryPolicy(max_attempts=2, backoff=ConstantBackoff(1))
@@ -20,7 +21,7 @@ TWICE = RetryPolicy(max_attempts=2, backoff=ConstantBackoff(1))
 @asynccontextmanager
 async def running(consumer: AsyncLoopConsumer, handler: Any) -> AsyncIterator[asyncio.Task[None]]:
     """Run a consumer in the background, shut it down at the end, and let its error out."""
-    async with asyncio.timeout(10):
+    async with bounds.within(10):
         task = asyncio.create_task(consumer.run(handler))
         try:
             yield task
@@ -320,7 +321,7 @@ async def test_a_handler_that_outlives_its_cancellation_settles_its_message_and_
 
     await memory_backend.publish("k", {})
     task = asyncio.create_task(AsyncLoopConsumer(memory_backend).run(handler))
-    async with asyncio.timeout(5):
+    async with bounds.within(5):
         await at_work.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -337,7 +338,7 @@ async def test_a_handler_that_cancels_the_consumers_task_ends_it(memory_backend:
 
     await memory_backend.publish("k", {})
     task = asyncio.create_task(AsyncLoopConsumer(memory_backend, retry=ONCE).run(handler))
-    async with asyncio.timeout(5):
+    async with bounds.within(5):
         with pytest.raises(asyncio.CancelledError):
             await task
     stats = await memory_backend.stats()

@@ -342,7 +342,7 @@ async def test_a_typed_object_that_is_published_comes_back_equal_to_a_handler_of
     async def handler(parcel: Parcel) -> None:
         got.put_nowait(parcel)
 
-    async with asyncio.timeout(10), AsyncLoopConsumer(memory_backend, "g") as consumer, asyncio.TaskGroup() as tasks:
+    async with bounds.within(10), AsyncLoopConsumer(memory_backend, "g") as consumer, asyncio.TaskGroup() as tasks:
         tasks.create_task(consumer.run(handler))
         await memory_backend.publish("a", parcel)
         await memory_backend.publish_many([("a", parcel), Publication("a", {"at": NOW.isoformat(), "weight": "1.10"})])
