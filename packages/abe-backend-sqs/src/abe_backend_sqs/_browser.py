@@ -12,7 +12,7 @@ from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, cast
 
-from abe.errors import BackendConnectionError
+from abe.errors import AbeError, BackendConnectionError
 from abe_backend_sqs import _wire
 from abe_backend_sqs._errors import QueueMissingError, ThrottledError, translated
 from abe_backend_sqs._handles import Handles
@@ -56,6 +56,9 @@ class Browser:
         """The handles of what is out of sight, by message."""
         self._seen: set[str] = set()
         self._handles = Handles(transport, "")
+        self._asking: asyncio.Task[None] | None = None
+        self._brought: list[Message] = []
+        self._error: AbeError | None = None
         self._nothing_new = 0
         self._expected = 0
         self._ended = False
@@ -68,7 +71,7 @@ class Browser:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._taken:
+        if self._taken or self._asking is not None:
             # Whoever is cancelled, or has no more time, does not keep it from being shown.
             await asyncio.shield(self._transport.in_background(self._show()))
 
@@ -128,7 +131,23 @@ class Browser:
         return not self._ended
 
     async def _take(self) -> Sequence[Message]:
-        """Take what the next request brings, and note whether it was the last."""
+        """Take what the next request brings. The request is not cancelled with this: what it brings is to be shown again."""
+        asking = self._asking = self._transport.in_background(self._ask())
+        await asyncio.wait([asking])
+        self._asking = None
+        asking.result()
+        if self._error is not None:
+            raise self._error
+        brought, self._brought = self._brought, []
+        return brought
+
+    async def _ask(self) -> None:
+        try:
+            self._brought += self._new(await self._receive())
+        except AbeError as exc:
+            self._error = exc
+
+    async def _receive(self) -> Mapping[str, Any]:
         client = await self._transport.clients.calls()
         try:
             with translated(self._transport.settings.address):
@@ -145,7 +164,11 @@ class Browser:
             if not self._seen:
                 raise
             self._ended = True  # as many are out of sight as SQS allows: the rest is for the next time
-            return ()
+            return {}
+        return reply
+
+    def _new(self, reply: Mapping[str, Any]) -> Sequence[Message]:
+        """Note what an answer brings, and whether it is the last one; return what was not seen before."""
         if not self._seen:
             self.started = _by_their_clock(reply, self.started)
         found = cast("Sequence[Message]", reply.get("Messages") or ())
@@ -155,10 +178,12 @@ class Browser:
         self._nothing_new = 0 if batch else self._nothing_new + 1
         # What came since is for the next time.
         enough = len(self._seen) >= self._expected and not self._thorough
-        self._ended = not found or enough or self._nothing_new >= _AGAIN
+        self._ended = self._ended or not found or enough or self._nothing_new >= _AGAIN
         return batch
 
     async def _show(self) -> None:
+        if self._asking is not None:
+            await asyncio.wait([self._asking])
         taken, self._taken = self._taken, {}
         shown = await self._handles.hide(dict.fromkeys(taken.values(), 0))
         if shown:
