@@ -166,20 +166,6 @@ class TestAddresses:
             server.close()
             await server.wait_closed()
 
-    @pytest.mark.parametrize("query", ["?nonsense=1", "?socket_timeout=soon", "?ssl_ca_certs=/nowhere/ca.pem"])
-    async def test_a_query_parameter_that_is_wrong_is_named(self, one_server: Any, query: str) -> None:
-        backend = RedisBackend(RedisSettings(url=one_server.url + query))
-        with pytest.raises(ConfigurationError, match=query[1:].partition("=")[0]):
-            await backend.connect()
-        await backend.disconnect()
-
-    async def test_a_database_that_is_not_there_is_not_tried_for_ever(self, one_server: Any) -> None:
-        backend = RedisBackend(RedisSettings(url=one_server.url[:-1] + "99"))
-        with pytest.raises(AbeError, match="out of range") as caught:
-            await backend.publish("k", {})
-        assert not caught.value.retryable
-        await backend.disconnect()
-
 
 class TestTls:
     async def test_a_certificate_that_holds(self, launch: Any, tmp_path: Path) -> None:

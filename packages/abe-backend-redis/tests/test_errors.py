@@ -52,7 +52,7 @@ EXCEPTIONS: list[tuple[BaseException, type[AbeError]]] = [
     (TimeoutError(), BackendConnectionError),
     (socket.gaierror(-2, "Name or service not known"), BackendConnectionError),
     (asyncio.IncompleteReadError(b"", 5), BackendConnectionError),
-    (native.InvalidResponse("Protocol Error"), RedisError),
+    (native.InvalidResponse("Protocol Error"), ConfigurationError),
     (ReplyError("ERR unknown command 'XACKDEL'"), RedisError),
 ]
 

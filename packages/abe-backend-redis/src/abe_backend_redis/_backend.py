@@ -12,6 +12,7 @@ from abe.backends.message_queue.base import (
 )
 from abe.backends.message_queue.engine import TransportBackend
 from abe.codec import Codec
+from abe.errors import ConfigurationError
 from abe.settings import QueueSettings
 from abe_backend_redis._settings import RedisSettings
 from abe_backend_redis._transport import RedisTransport
@@ -54,6 +55,10 @@ class RedisBackend(TransportBackend):
         codec: Codec | None = None,
         middleware: Sequence[Middleware] = (),
     ) -> None:
+        if isinstance(settings, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(
+                "RedisBackend takes RedisSettings(url=...), not a string; RedisBackend.from_env() reads REDIS_URL"
+            )
         super().__init__(settings, codec=codec, middleware=middleware)
 
     def make_transport(self) -> Transport:

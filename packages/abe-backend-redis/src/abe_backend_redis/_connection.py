@@ -7,26 +7,19 @@ So after the login its transport gets this protocol: whole replies by hiredis, e
 import asyncio
 import logging
 import math
-import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeAlias
 
 import hiredis
-import redis
-from redis.asyncio.connection import AbstractConnection, Connection, parse_url
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.driver_info import DriverInfo
+from redis.asyncio.connection import AbstractConnection
 
-from abe.errors import BackendConnectionError, ConfigurationError
+from abe.errors import BackendConnectionError
 from abe_backend_redis._errors import ReplyError, code, translated
+from abe_backend_redis._login import login
 from abe_backend_redis._settings import RedisSettings
 
 _log: Final = logging.getLogger("abe.redis")
-
-_DRIVER: Final = DriverInfo(lib_version=redis.__version__)
-"""Made here once: made by each connection it would read the installed metadata, and block the event loop."""
 
 PATIENCE: Final = 5.0
 """Seconds without a reply that is due after which a connection counts as dead. Well within the bound that the backend declares."""
@@ -73,11 +66,11 @@ class Wire(asyncio.Protocol):
 
         Raises:
             BackendConnectionError: Redis cannot be reached.
+            ConfigurationError: `REDIS_URL` names something else than a Redis that we can use so.
             PermissionDeniedError: It does not let us in.
         """
         wire = cls(settings.address, patience)
-        with translated(settings.address):
-            wire._adopt(await _login(settings, name))
+        wire._adopt(await login(settings, name))
         return wire
 
     @property
@@ -141,11 +134,11 @@ class Wire(asyncio.Protocol):
                 error.__cause__ = exc
                 future.set_exception(error)
 
-    def _adopt(self, login: AbstractConnection) -> None:
+    def _adopt(self, connection: AbstractConnection) -> None:
         """Take over the transport. The two private names are what a newer redis-py could break; a test watches them."""
-        writer = login._writer  # pyright: ignore[reportPrivateUsage]
+        writer = connection._writer  # pyright: ignore[reportPrivateUsage]
         assert writer is not None
-        login._reader = login._writer = None  # pyright: ignore[reportPrivateUsage]
+        connection._reader = connection._writer = None  # pyright: ignore[reportPrivateUsage]
         self._login = writer  # kept: a collected StreamWriter closes its transport
         self._transport = transport = writer.transport
         transport.set_protocol(self)
@@ -172,43 +165,6 @@ class Wire(asyncio.Protocol):
         if not self._waiting and silence > IDLE:
             self.call(b"PING").add_done_callback(lambda pong: pong.cancelled() or pong.exception())
         self._timer = self._loop.call_at(now + self._look_every, self._watch, now + self._look_every)
-
-
-def _prepared(settings: RedisSettings, name: str) -> AbstractConnection:
-    options: dict[str, Any] = dict(parse_url(settings.url))
-    kind: Callable[..., AbstractConnection] = options.pop("connection_class", Connection)
-    options |= {key: value for key in ("username", "password") if (value := getattr(settings, key)) is not None}
-    options |= {
-        "protocol": 2,
-        "client_name": name,
-        "driver_info": _DRIVER,
-        "retry": Retry(NoBackoff(), 0),  # retries are the engine's: a client that repeats a write by itself doubles it
-        "socket_timeout": settings.connect_timeout,
-        "socket_connect_timeout": settings.connect_timeout,
-        "health_check_interval": 0,
-    }
-    options.pop("max_connections", None)
-    for option in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
-        if option in options and not os.path.isfile(options[option]):
-            raise ValueError(f"{option} names no file")
-    return kind(**options)
-
-
-async def _login(settings: RedisSettings, name: str) -> AbstractConnection:
-    try:
-        login = _prepared(settings, name)
-    except (TypeError, ValueError) as exc:  # they name the parameter, and do not show its value
-        raise ConfigurationError(f"REDIS_URL has a query parameter that is wrong: {exc}") from exc
-    try:
-        async with asyncio.timeout(settings.connect_timeout):
-            await login.connect()  # type: ignore[no-untyped-call]
-    except TimeoutError:
-        await login.disconnect(nowait=True)
-        raise TimeoutError(f"connecting and logging in did not end within {settings.connect_timeout:g} s") from None
-    except BaseException:
-        await login.disconnect(nowait=True)
-        raise
-    return login
 
 
 class Link:

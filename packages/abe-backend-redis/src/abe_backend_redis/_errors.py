@@ -55,11 +55,38 @@ _BY_TYPE: Final[tuple[tuple[type[BaseException], type[AbeError]], ...]] = (
 )
 
 _HINTS: Final[dict[type[AbeError], str]] = {
-    PermissionDeniedError: "check the user, the password, and the user's rights",
+    PermissionDeniedError: "check the user, the password, and the user's rights: REDIS_URL, REDIS_USERNAME, REDIS_PASSWORD",
     BackpressureError: "it takes no writes now",
 }
 _FOREIGN_KEYS: Final = "the namespace's keys are used by something else: choose another QUEUE_NAMESPACE"
 _CERTIFICATE: Final = "check ssl_ca_certs in REDIS_URL, and that the certificate is for this host"
+_NO_TLS: Final = "what is there does not answer in TLS: write redis:// in REDIS_URL, or the port that does"
+_TLS_FILES: Final = "check the ssl_ parameters of REDIS_URL: files, key and password, versions"
+_NO_REDIS: Final = "what is there does not speak Redis's protocol: check host and port in REDIS_URL"
+_DATABASE: Final = (
+    "check the database in REDIS_URL: a server has those from 0 to 15, unless its setting 'databases' says otherwise"
+)
+_ADDRESS: Final = "if that is not where it is, correct REDIS_URL"
+_QUERY: Final = "a parameter of REDIS_URL is wrong"
+
+_NO_DATABASE: Final = re.compile(
+    r"DB index is out of range|invalid (first )?DB index|value is out of range|SELECT is not allowed in cluster mode"
+)
+"""What SELECT says, of which redis-py's login leaves out the code."""
+
+_NOT_IN_TLS: Final = (
+    "WRONG_VERSION_NUMBER",
+    "UNKNOWN_PROTOCOL",
+    "HTTP_REQUEST",
+    "RECORD_LAYER_FAILURE",
+    "PACKET_LENGTH_TOO_LONG",
+)
+_BROKEN_TLS: Final = (
+    "UNEXPECTED_EOF_WHILE_READING",
+    "DECRYPTION_FAILED_OR_BAD_RECORD_MAC",
+    "APPLICATION_DATA_AFTER_CLOSE_NOTIFY",
+)
+"""What a connection that breaks says, and a retry may help."""
 
 _IN_SCRIPT: Final = re.compile(r"(?:ERR Error running script .*?)?(?:@user_script: ?\d+: )+-?([A-Z]+) ")
 """How Redis before 7.0 wraps the error of a command within a script, whether the script caught it or not."""
@@ -84,17 +111,31 @@ def is_refused(error: ReplyError) -> bool:
 
 def translate(exc: BaseException, address: str) -> AbeError:
     """Return our error for one of the client's."""
-    kind = _BY_CODE.get(code(exc)) if isinstance(exc, ReplyError) else None
-    if isinstance(
-        exc.__context__, ssl.SSLCertVerificationError
-    ):  # redis-py shows it as a lost connection, which would be tried for ever
-        kind, hint = ConfigurationError, _CERTIFICATE
-    elif kind is ConfigurationError:
-        hint = _FOREIGN_KEYS
-    else:
-        kind = kind or next((ours for theirs, ours in _BY_TYPE if isinstance(exc, theirs)), RedisError)
-        hint = _HINTS.get(kind, "")
+    kind, hint = _permanent(exc) or _by_table(exc)
     return kind(f"redis at {address}: {exc}{hint and f' ({hint})'}")
+
+
+def _by_table(exc: BaseException) -> tuple[type[AbeError], str]:
+    if isinstance(exc, ReplyError) and (kind := _BY_CODE.get(code(exc))):
+        return kind, _FOREIGN_KEYS if kind is ConfigurationError else _HINTS.get(kind, "")
+    kind = next((ours for theirs, ours in _BY_TYPE if isinstance(exc, theirs)), RedisError)
+    return kind, _ADDRESS if kind is BackendConnectionError else _HINTS.get(kind, "")
+
+
+def _permanent(exc: BaseException) -> tuple[type[AbeError], str] | None:
+    """What redis-py shows as a lost connection, or as any reply, and would be tried for ever; with what to do about it."""
+    why = exc.__cause__ or exc.__context__
+    if isinstance(exc, ReplyError) and _NO_DATABASE.match(str(exc)):
+        return ConfigurationError, _DATABASE
+    if isinstance(exc, native.InvalidResponse):
+        return ConfigurationError, _NO_REDIS
+    if isinstance(why, ssl.SSLCertVerificationError):
+        return ConfigurationError, _CERTIFICATE
+    if isinstance(why, ssl.SSLError) and why.reason not in _BROKEN_TLS and not isinstance(why, ssl.SSLEOFError):
+        return ConfigurationError, _NO_TLS if why.reason in _NOT_IN_TLS else _TLS_FILES
+    if isinstance(exc, native.ConnectionError) and isinstance(why, TypeError | ValueError | LookupError):
+        return ConfigurationError, _QUERY
+    return None
 
 
 @contextmanager
