@@ -58,7 +58,7 @@ def converter(wanted: Any) -> Convert | None:
             raise TypeError(str(exc).split("\n")[0]) from other
     if not fits:
         raise TypeError("a payload is always an object")
-    return partial(_converted, partial(msgspec.convert, type=wanted, str_keys=True), _name(wanted), None)
+    return partial(_converted, partial(msgspec.convert, type=wanted, str_keys=True), _name(wanted), ())
 
 
 def _by_pydantic(wanted: Any, *, described: bool = False) -> Convert:
@@ -81,7 +81,7 @@ def _by_pydantic(wanted: Any, *, described: bool = False) -> Convert:
     return partial(_converted, convert, _name(wanted), frozenset(_names(schema)))
 
 
-def _converted(convert: Convert, name: str, names: Collection[str] | None, message: Any) -> object:
+def _converted(convert: Convert, name: str, names: Collection[str], message: Any) -> object:
     try:
         return convert(dict(message))
     except (Reject, Retry):

@@ -5,6 +5,7 @@ locations and the kinds of what is wrong. What other exceptions say is the appli
 """
 
 import re
+import sys
 from collections.abc import Collection, Sequence
 from traceback import format_exception
 from typing import Any, Final, TypeGuard, cast
@@ -61,11 +62,11 @@ def describe_validation(exc: BaseException, names: Collection[str] | None = None
 
     Args:
         exc: The validation error.
-        names: The fields that the type has: other parts of a location come from the payload, and are left out. None: not known.
+        names: The fields that the type has: other parts of a location come from the payload, and are left out. None: those of any model.
     """
     if not _is_pydantic(exc):
         return _describe_msgspec(exc)
-    errors = exc.errors()
+    errors, names = exc.errors(), _fields_of_models() if names is None else names
     told = [f"{_location(error['loc'], names)}: {error['type']}" for error in errors[:_MOST_ERRORS]]
     more = [f"and {len(errors) - len(told)} more"] if len(errors) > len(told) else []
     return "; ".join(told + more)
@@ -87,17 +88,31 @@ def _is_pydantic(exc: object) -> TypeGuard[Any]:
     return type(exc).__module__.split(".")[0] in ("pydantic", "pydantic_core") and hasattr(exc, "errors")
 
 
-def _location(parts: tuple[object, ...], names: Collection[str] | None) -> str:
-    return ".".join(str(p) if isinstance(p, int) or names is None or p in names else "*" for p in parts) or "payload"
+def _location(parts: tuple[object, ...], names: Collection[str]) -> str:
+    return ".".join(str(part) if isinstance(part, int) or part in names else "*" for part in parts) or "payload"
+
+
+def _fields_of_models() -> set[str]:
+    """Return what a location may name whichever model was wanted: an error does not say which it was."""
+    names: set[str] = set()
+    base = getattr(sys.modules.get("pydantic"), "BaseModel", None)
+    ahead: list[Any] = [] if base is None else [base]
+    while ahead:
+        model = ahead.pop()
+        ahead.extend(model.__subclasses__())
+        names.add(model.__name__)
+        for name, field in model.model_fields.items():
+            names.update(alias for alias in (name, field.alias, field.validation_alias) if isinstance(alias, str))
+    return names
 
 
 def _says(exc: BaseException) -> str:
     if is_validation_error(exc):
-        return describe_validation(exc, names=())
+        return describe_validation(exc)
     text = _text(exc)
     for member in _chain(exc):  # it may quote the validation error that it was raised from
         if member is not exc and is_validation_error(member):
-            text = text.replace(_text(member), describe_validation(member, names=()))
+            text = text.replace(_text(member), describe_validation(member))
     return text
 
 

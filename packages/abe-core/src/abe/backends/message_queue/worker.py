@@ -142,8 +142,8 @@ class Workers:
             if not lane.waiting:
                 del self._lanes[lane.key]
                 lane.key = None
-            elif not (message := lane.waiting.popleft()).lease_lost:
-                return message  # of the others somebody else has one by now
+            elif not (waiting := lane.waiting.popleft()).lease_lost:
+                return waiting  # of the others somebody else has one by now
         while True:
             message = self._subscription.take()
             if message is None:
