@@ -11,6 +11,7 @@ import pytest
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
 from abe.errors import AbeError
 from abe_backend_rabbitmq import RabbitMQBackend
+from abe_backend_rabbitmq._watch import Watch
 from abe_contract_tests import bounds
 from abe_contract_tests.services._process import ProcessService
 
@@ -148,3 +149,19 @@ async def test_a_receiver_whose_goodbye_is_not_answered_waits_no_second_time(lab
         await receiver.close()
     async with bounds.within(2.5):
         await transport.close()
+
+
+async def test_a_question_that_is_taken_back_before_it_was_asked_leaves_no_warning() -> None:
+    class Silent:
+        heard = answered = 0.0
+
+    async def ask() -> None:
+        raise AssertionError("asked after all")
+
+    watch = Watch(Silent(), 0.04, ask, lambda: True, lambda _: None)
+    async with bounds.within(5):
+        while watch._question is None:
+            await asyncio.sleep(0)
+    watch.stop()
+    await asyncio.wait([watch._question])
+    assert watch._question.cancelled()

@@ -11,6 +11,7 @@ import pytest
 from abe import AsyncLoopConsumer, ConstantBackoff, Message, Middleware, RetryPolicy
 from abe.backends.message_queue.base.middleware import HandleNext
 from abe.backends.message_queue.service.memory import MemoryBackend
+from abe_contract_tests import bounds
 
 TENANT: contextvars.ContextVar[Any] = contextvars.ContextVar("tenant")
 
@@ -26,7 +27,7 @@ class Odd:
 
 @asynccontextmanager
 async def running(consumer: AsyncLoopConsumer, handler: Any) -> AsyncIterator[asyncio.Task[None]]:
-    async with asyncio.timeout(10):
+    async with bounds.within(10):
         task = asyncio.create_task(consumer.run(handler))
         try:
             yield task
@@ -151,7 +152,7 @@ async def test_the_tools_of_asyncio_work_in_a_handler_that_sets_one(memory_backe
         task = asyncio.current_task()
         assert task is not None
         try:
-            async with asyncio.timeout(0.01):
+            async with asyncio.timeout(0.01):  # noqa: TID251 - as an application would
                 await asyncio.Event().wait()
         except TimeoutError:
             outcomes.append("timeout")

@@ -1,6 +1,5 @@
 """A `Message` is a dict that can be copied, pickled, compared and printed like others."""
 
-import asyncio
 import copy
 import gc
 import pickle
@@ -10,6 +9,7 @@ import pytest
 from abe import Message
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.errors import UnsupportedCapabilityError
+from abe_contract_tests import bounds
 
 COPIES = {
     "copy": copy.copy,
@@ -23,7 +23,7 @@ TOLD = ("id", "key", "headers", "published_at", "attempt", "group", "lease_lost"
 async def delivered(backend: MemoryBackend) -> Message:
     await backend.publish("order.created", {"n": 1, "lines": [{"sku": "tea"}]}, id="seven", headers={"tenant": "acme"})
     subscription = backend.consume(group="billing")
-    async with asyncio.timeout(5):
+    async with bounds.within(5):
         return await subscription.receive()
 
 

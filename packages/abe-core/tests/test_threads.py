@@ -12,13 +12,14 @@ import pytest
 from abe import AsyncLoopConsumer, Message, Middleware, RetryPolicy
 from abe.backends.message_queue.base.middleware import HandleNext
 from abe.backends.message_queue.service.memory import MemoryBackend
+from abe_contract_tests import bounds
 
 ONCE = RetryPolicy(max_attempts=1)
 
 
 @asynccontextmanager
 async def running(consumer: AsyncLoopConsumer, handler: Any) -> AsyncIterator[asyncio.Task[None]]:
-    async with asyncio.timeout(20):
+    async with bounds.within(20):
         task = asyncio.create_task(consumer.run(handler))
         try:
             yield task

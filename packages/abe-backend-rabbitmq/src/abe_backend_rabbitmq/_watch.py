@@ -84,12 +84,12 @@ class Watch:
             return
         if not pending and self._reading() and now - self._asked_at >= self._every:
             self._asked_at = now
-            self._question = self._loop.create_task(_quietly(self._ask()))
+            self._question = self._loop.create_task(_quietly(self._ask))
         self._timer = self._loop.call_later(self._beat, self._look)
 
 
-async def _quietly(question: Awaitable[object]) -> object:
+async def _quietly(ask: Callable[[], Awaitable[object]]) -> object:
     try:
-        return await question
+        return await ask()
     except Exception:  # noqa: BLE001 - what ends the connection is told to those who use it
         return None
