@@ -160,7 +160,7 @@ async def test_a_question_that_is_taken_back_before_it_was_asked_leaves_no_warni
 
     watch = Watch(Silent(), 0.04, ask, lambda: True, lambda _: None)
     async with bounds.within(5):
-        while watch._question is None:
+        while watch._question is None:  # noqa: ASYNC110 - it makes one by its own timer
             await asyncio.sleep(0)
     watch.stop()
     await asyncio.wait([watch._question])
