@@ -18,7 +18,16 @@ from abe.errors import (
     PermissionDeniedError,
     PublishUnknownError,
 )
-from abe_backend_rabbitmq._errors import _BY_TYPE, RabbitMQError, lost, refused, translate, translated, unconfirmed
+from abe_backend_rabbitmq._errors import (
+    _BY_TYPE,
+    RabbitMQError,
+    Refusal,
+    consumer_timeout,
+    lost,
+    refused,
+    translate,
+    translated,
+)
 
 WHERE = "rabbit:5672"
 
@@ -241,13 +250,37 @@ def test_a_settlement_whose_channel_is_gone_has_lost_its_lease() -> None:
 
 
 def test_a_message_without_a_confirm_may_be_in_the_broker() -> None:
-    error = unconfirmed("the connection was lost")
+    error = Refusal("the connection was lost").outcome("e", "k")
     assert type(error) is PublishUnknownError
     assert str(error) == "the connection was lost, before the confirm came"
 
 
-def test_a_message_without_a_confirm_may_be_in_the_broker_even_where_the_user_lacks_a_right() -> None:
-    error = unconfirmed("the broker closed the channel: ACCESS_REFUSED - access to exchange 'e' refused for user 'app'")
-    assert type(error) is PermissionDeniedError
-    assert error.maybe_accepted
-    assert not error.retryable
+@pytest.mark.parametrize(
+    ("text", "denied"),
+    [
+        ("access to exchange 'e' in vhost '/' refused for user 'app'", [("e", "k"), ("e", "other")]),
+        ("write access to exchange 'e' in vhost '/' refused for user 'app'", [("e", "k"), ("e", "other")]),
+        ("access to exchange 'e' refu", [("e", "k"), ("e", "other")]),
+        ("access to exchange 'amq.default' in vhost '/' refused for user 'app'", [("", "k")]),
+        ("access to topic 'k' in exchange 'e' in vhost '/' refused for user 'app'", [("e", "k")]),
+        ("something else", [("e", "k"), ("e", "other"), ("", "k")]),
+    ],
+)
+def test_a_refusal_is_that_of_the_messages_it_names_and_the_others_are_unknown(
+    text: str, denied: list[tuple[str, str]]
+) -> None:
+    refusal = Refusal(f"the broker closed the channel: ACCESS_REFUSED - {text}")
+    for exchange, key in (("e", "k"), ("e", "other"), ("", "k")):
+        error = refusal.outcome(exchange, key)
+        assert type(error) is (PermissionDeniedError if (exchange, key) in denied else PublishUnknownError)
+        assert error.maybe_accepted
+        assert error.retryable is ((exchange, key) not in denied)
+
+
+def test_the_time_that_a_node_gives_its_consumers_is_read_from_its_refusal() -> None:
+    text = (
+        "the broker closed the channel: PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out. "
+        "Timeout value used: 1800000 ms. This timeout value can be configured, see consumers doc guide to learn more"
+    )
+    assert consumer_timeout(text) == 1800.0
+    assert consumer_timeout("the connection was lost") is None

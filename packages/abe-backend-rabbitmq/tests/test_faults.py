@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -594,7 +595,8 @@ class TestConsumerTimeout:
         caplog.set_level(logging.WARNING, "abe.rabbitmq")
         transport = await lab.transport()
         await transport.declare("g", None, change=True)
-        receiver = RabbitMQReceiver(transport, "g", 10, consumer_timeout=1.0)
+        transport.consumer_timeout = 1.0
+        receiver = RabbitMQReceiver(transport, "g", 10)
         await receiver.start()
         try:
             await transport.send(lab.envelopes(2))
@@ -603,6 +605,8 @@ class TestConsumerTimeout:
             async with bounds.within(5):
                 while len(found) < 2:
                     found += await receiver.receive(2)
+                for each in found:
+                    each.begun = True
                 while not caplog.messages:  # noqa: ASYNC110 - a log sets no event
                     await asyncio.sleep(0.01)
                 assert 0.7 < asyncio.get_running_loop().time() - started < 1.2 * bounds.slowness(started)
@@ -618,7 +622,8 @@ class TestConsumerTimeout:
         caplog.set_level(logging.WARNING, "abe.rabbitmq")
         transport = await lab.transport()
         await transport.declare("g", None, change=True)
-        receiver = RabbitMQReceiver(transport, "g", 10, consumer_timeout=0.5)
+        transport.consumer_timeout = 0.5
+        receiver = RabbitMQReceiver(transport, "g", 10)
         await receiver.start()
         loop = asyncio.get_running_loop()
         until = loop.time() + 1.5
@@ -626,6 +631,7 @@ class TestConsumerTimeout:
             while loop.time() < until:
                 await transport.send(lab.envelopes(1))
                 [delivery] = await receiver.receive(1)
+                delivery.begun = True
                 await asyncio.sleep(0.1)  # the handler
                 await receiver.ack([delivery.receipt], verify=False)
         finally:
@@ -647,8 +653,28 @@ class TestConsumerTimeout:
             with pytest.raises(LeaseLostError):
                 await slow.nack()
             found = [await subscription.receive() for _ in range(3)]
-            assert sorted((message["n"], message.attempt) for message in found) == [(0, 2), (1, 2), (2, 2)]
+            assert sorted((message["n"], message.attempt) for message in found) == [(0, 1), (1, 1), (2, 1)]
             for message in found:
                 await message.ack()
         assert (await backend.stats("g")).waiting == 0
         assert any("timed out" in text for text in caplog.messages), caplog.messages
+
+    async def test_what_waits_for_a_slow_handler_is_no_attempt_and_goes_to_it_in_the_end(
+        self, lab: Any, impatient: None
+    ) -> None:
+        backend = await lab.backend(groups={"g": ()})
+        await asyncio.gather(*(backend.publish("k", {"n": number}) for number in range(24)))
+        handled: Counter[int] = Counter()
+        attempts: set[int] = set()
+        async with backend.consume(group="g") as subscription, bounds.within(60):
+            while len(handled) < 24:
+                message = await subscription.receive()
+                attempts.add(message.attempt)
+                await asyncio.sleep(0.2)  # the handler: twenty of them take longer than the node gives
+                with suppress(LeaseLostError):
+                    await message.ack()
+                    handled[message["n"]] += 1
+        assert attempts == {1}
+        assert set(handled.values()) == {1}
+        stats = await backend.stats("g")
+        assert (stats.waiting, stats.dead) == (0, 0)

@@ -162,7 +162,7 @@ async def _odd(lab: Any, transport: Any) -> None:
 async def test_whatever_was_published_before_a_group_existed_reaches_the_first(lab: Any, collect: Any) -> None:
     transport = await lab.transport()
     await _odd(lab, transport)
-    await transport.declare("g", None)
+    await transport.declare("g", None, change=False)
     receiver = await lab.receiver(transport)
     found = await collect(receiver, 4 * len(ODD))
     assert Counter(len(each.body) for each in found) == {0: len(ODD), 400_002: len(ODD), 8: 10, 9: 1, 2: len(ODD)}
@@ -177,7 +177,7 @@ async def test_whatever_comes_can_be_settled_beside_others_and_keeps_no_place(
     lab: Any, collect: Any, verb: Any
 ) -> None:
     transport = await lab.transport()
-    await transport.declare("g", None)
+    await transport.declare("g", None, change=False)
     await _odd(lab, transport)
     receiver = await lab.receiver(transport, prefetch=5)
     left = 4 * len(ODD)

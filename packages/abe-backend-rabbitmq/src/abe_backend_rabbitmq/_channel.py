@@ -13,7 +13,7 @@ from pamqp import frame as pamqp_frame
 from abe.backends.message_queue.base import Delivery
 from abe.errors import AbeError, BackendConnectionError, BackpressureError, UnroutableError
 from abe_backend_rabbitmq import _wire
-from abe_backend_rabbitmq._errors import unconfirmed
+from abe_backend_rabbitmq._errors import Refusal
 from abe_backend_rabbitmq._tap import Tap
 from abe_backend_rabbitmq._wire import Header
 
@@ -91,6 +91,8 @@ class Channel:
         """Why the channel is gone."""
         self.held: dict[int, tuple[Delivery, Header]] = {}
         """What was delivered and is not settled, by tag, the oldest first."""
+        self.lost: Sequence[tuple[Delivery, Header]] = ()
+        """What was held when the channel went."""
         self.ended: Callable[[], object] | None = None
         """Called when the channel is gone. Must not raise."""
         self._deliver: Pushed | None = None
@@ -190,14 +192,22 @@ class Channel:
             return
         self.closed = reason
         pending, self._pending = self._pending, {}
-        unknown = unconfirmed(reason) if pending else None
-        for tag, flight in pending.items():
-            flight.settle(tag, unknown)
-        for delivery, _ in self.held.values():
-            delivery.lost = True
+        if pending:
+            refusal = Refusal(reason)
+            for tag, flight in pending.items():
+                message = flight.messages[tag - flight.first]
+                flight.settle(tag, refusal.outcome(message.exchange, message.key))
+        self.lost = list(self.held.values())
         self.held.clear()
+        for delivery, _ in self.lost:
+            delivery.lost = True
         if self.ended is not None:
             self.ended()
+
+    @property
+    def delivered(self) -> int:
+        """The newest tag: how many messages were delivered."""
+        return self._newest
 
     def take(self, kind: int, data: bytes, position: int, end: int) -> bool:
         """Handle a frame, and return whether it was one of ours."""

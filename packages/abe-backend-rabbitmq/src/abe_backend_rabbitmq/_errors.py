@@ -78,6 +78,8 @@ _INEQUIVALENT: Final = re.compile(
 
 _VALUE: Final = re.compile(r"(?:the value )?'(?P<value>.*?)'(?: of type '\w+')?\Z", re.DOTALL)
 _LIMIT: Final = "x-max-length"
+_EXCHANGE: Final = re.compile(r"access to (?:topic '(?P<topic>.*?)' in )?exchange '(?P<exchange>[^']*)'")
+_TIMED_OUT: Final = re.compile(r"acknowledgement on channel \d+ timed out\. Timeout value used: (\d+) ms")
 _STALE: Final = re.compile("unknown delivery tag|timed out")
 """Preconditions that fail because of what happened, not because of how something is set up."""
 
@@ -138,16 +140,37 @@ def lost() -> LeaseLostError:
     return LeaseLostError("the message is not ours any more: its connection was lost, or it was settled before")
 
 
-def unconfirmed(reason: str) -> AbeError:
-    """Return the outcome of a message whose channel went before its confirm came.
+class Refusal:
+    """What a channel's end means for the messages whose confirms had not come.
 
-    The broker closes the channel when the user may not publish there, and does not say which message it means: those before it may be in.
+    The broker closes the channel when the user may not publish to an exchange, and names that, but not the message: others beside it are
+    unknown, as after any loss; those to that exchange may be in if they went out before.
+
+    Args:
+        reason: Why the channel is gone.
     """
-    if "ACCESS_REFUSED" not in reason:
-        return PublishUnknownError(f"{reason}, before the confirm came")
-    denied = PermissionDeniedError(f"{reason} ({_RIGHTS})")
-    denied.maybe_accepted = True
-    return denied
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+        self._refused = "ACCESS_REFUSED" in reason
+        found = _EXCHANGE.search(reason)
+        self._exchange = found and found["exchange"].replace("amq.default", "")
+        self._topic = found and found["topic"]
+
+    def outcome(self, exchange: str, key: str) -> AbeError:
+        """Return the outcome of one message."""
+        others = self._exchange is not None and self._exchange != exchange
+        if not self._refused or others or (self._topic is not None and self._topic != key):
+            return PublishUnknownError(f"{self._reason}, before the confirm came")
+        denied = PermissionDeniedError(f"{self._reason} ({_RIGHTS})")
+        denied.maybe_accepted = True
+        return denied
+
+
+def consumer_timeout(reason: str) -> float | None:
+    """Return the node's `consumer_timeout` in seconds, if that is why a channel is gone."""
+    found = _TIMED_OUT.search(reason)
+    return int(found[1]) / 1000 if found else None
 
 
 def _was_closed(exc: BaseException) -> bool:

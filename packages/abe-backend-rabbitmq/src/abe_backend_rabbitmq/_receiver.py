@@ -4,15 +4,18 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from abe.backends.message_queue.base import Delivery, Failures, Metadata, Receipt, Settlement, Verb
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
-from abe.errors import AbeError, BackendConnectionError, UnroutableError
+from abe.errors import AbeError, BackendConnectionError
 from abe_backend_rabbitmq import _wire
-from abe_backend_rabbitmq._channel import Channel, Outgoing
+from abe_backend_rabbitmq._channel import Channel, Pushed
 from abe_backend_rabbitmq._connection import finished
-from abe_backend_rabbitmq._errors import ChannelNotFound, RabbitMQError, lost, translated
+from abe_backend_rabbitmq._errors import ChannelNotFound, consumer_timeout, lost, translated
+from abe_backend_rabbitmq._pace import LONG, OVERDUE, TICKS, WAITED, Pace
+from abe_backend_rabbitmq._settlements import Settlements
 from abe_backend_rabbitmq._wire import Header
 
 if TYPE_CHECKING:
@@ -23,9 +26,6 @@ _log: Final = logging.getLogger("abe.rabbitmq")
 TICK: Final = 1.0
 """Seconds after which a `receive` that got nothing returns."""
 
-CONSUMER_TIMEOUT: Final = 1800.0
-"""Seconds for which RabbitMQ by default lets a consumer hold a message: then it closes the channel."""
-
 _UNSURE: Final = 1.0
 """Seconds after which an acknowledgement has surely arrived."""
 
@@ -35,12 +35,8 @@ _GOODBYE: Final = 1.0
 _LOOK_AGAIN: Final = 10.0
 """Seconds after which a consumer that has nothing to do looks again for held messages."""
 
-_PATIENCE: Final = 25.0
-"""Seconds for which a verdict is tried by way of a copy. The engine gives up after 30, and nobody would give the message back then."""
-
-_WARN_AT: Final = 0.8
-_SAMPLES: Final = 24
 _TAG_BITS: Final = 48
+_TAG: Final = (1 << _TAG_BITS) - 1
 _MOST_PREFETCHED: Final = 65_535
 
 
@@ -51,18 +47,18 @@ class RabbitMQReceiver:
         transport: Publishes copies, and opens channels.
         group: The group.
         prefetch: How many messages it holds at most.
-        consumer_timeout: The broker's, in seconds.
     """
 
-    def __init__(
-        self, transport: "RabbitMQTransport", group: str, prefetch: int, consumer_timeout: float = CONSUMER_TIMEOUT
-    ) -> None:
+    def __init__(self, transport: "RabbitMQTransport", group: str, prefetch: int) -> None:
         self.group = group
         self._transport = transport
         self._queue = transport.topology.queue(group)
         self._prefetch = min(prefetch, _MOST_PREFETCHED)
+        self._credit = self._prefetch
         self._loop = asyncio.get_running_loop()
         self._channel: Channel | None = None
+        self._settlements: Settlements | None = None
+        self._deliver: Pushed | None = None
         self._generation = 0
         self._consumer = ""
         self._ready: deque[Delivery] = deque()
@@ -70,13 +66,11 @@ class RabbitMQReceiver:
         self._stopping = False
         self._answered = True
         self._look_at = 0.0
-        self._sample_every = consumer_timeout * _WARN_AT / _SAMPLES
-        self._samples: deque[int] = deque(maxlen=_SAMPLES)
+        self._pace = Pace()
         self._warned = -1
         self._timer: asyncio.TimerHandle | None = None
+        self._adapting: asyncio.Task[None] | None = None
         self._acked_at = -_UNSURE
-        self._failing: dict[int, float] = {}
-        self._requeued: set[Receipt] = set()
 
     @property
     def holding(self) -> int:
@@ -90,30 +84,30 @@ class RabbitMQReceiver:
             self._drop(before, "the consumer began anew")
         self._generation += 1
         self._ready.clear()
-        self._samples.clear()
-        self._failing.clear()
-        self._requeued.clear()
+        self._pace.forget()
         transport = self._transport
         channel = await transport.consume_channel()
-        base = self._generation << _TAG_BITS
+        self._settlements = Settlements(transport, self.group, channel)
+        base, group, losses = self._generation << _TAG_BITS, self.group, transport.losses
         ready, held = self._ready, channel.held
 
         def deliver(tag: int, header: Header, body: bytes, redelivered: bool) -> None:
             delivery = _wire.delivery(base | tag, header, body, redelivered)
+            if delivery.uncertain:
+                losses.take_off(group, delivery, header)
             held[tag] = delivery, header
             ready.append(delivery)
             if self._waiter is not None:
                 self._wake()
 
-        channel.ended = self._wake
+        channel.ended = partial(self._gone, channel)
         channel.native.on_consumer_cancel_callbacks.add(lambda _: self._cancelled(channel))
-        self._channel = channel
-        with translated(transport.settings.namespace):
-            self._consumer = await finished(channel.consume(self._queue, self._prefetch, deliver))
+        self._channel, self._deliver = channel, deliver
+        await self._consume(channel, self._prefetch)
         if self._stopping:  # meanwhile
             await self.stop()
-        elif self._timer is None:
-            self._timer = self._loop.call_later(self._sample_every, self._watch)
+        else:
+            self._tick_later()
 
     async def receive(self, limit: int) -> Sequence[Delivery]:
         """Return what was pushed."""
@@ -163,45 +157,13 @@ class RabbitMQReceiver:
         return failures
 
     async def settle(self, settlements: Sequence[Settlement]) -> Failures:
-        """Carry out verdicts: a copy is published and confirmed, then the message acknowledged; or the broker takes it back."""
-        failures: dict[Receipt, AbeError] = {}
-        copied: list[tuple[Settlement, int]] = []
-        channel = self._channel
-        for settlement in settlements:
-            tag = self._tag(settlement.receipt)
-            if settlement.receipt in self._requeued:
-                self._requeued.discard(settlement.receipt)
-            elif channel is None or tag is None:
-                failures[settlement.receipt] = lost()
-            elif settlement.verb is Verb.RETRY and settlement.delay <= 0:
-                await channel.requeue(tag)
-            else:
-                copied.append((settlement, tag))
-        if copied and channel is not None:
-            try:
-                outcomes = await self._move(copied, channel)
-            except AbeError as exc:
-                if exc.retryable and not self._too_late([tag for _, tag in copied]):
-                    again = {settlement.receipt for settlement, _ in copied}
-                    self._requeued |= {each.receipt for each in settlements} - again - failures.keys()
-                    raise
-                outcomes = [exc] * len(copied)
-            done: list[int] = []
-            for i, (settlement, tag) in enumerate(copied):
-                error = outcomes[i] if outcomes else None
-                self._failing.pop(tag, None)
-                if channel.closed is not None or tag not in channel.held:
-                    failures[settlement.receipt] = lost()
-                elif error is None:
-                    done.append(tag)
-                else:
-                    await channel.requeue(tag)
-                    if settlement.verb is not Verb.RELEASE:
-                        failures[settlement.receipt] = error
+        """Carry out settlements: a copy is published and confirmed, then the message acknowledged; or the broker takes it back."""
+        if self._settlements is None:
+            return {settlement.receipt: lost() for settlement in settlements}
+        try:
+            return await self._settlements.carry_out(settlements, self._tag)
+        finally:
             self._acked_at = self._loop.time()
-            with translated(self.group):
-                await channel.ack(done)
-        return failures
 
     async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
         """Tell which are lost: the connection is the lease."""
@@ -223,14 +185,12 @@ class RabbitMQReceiver:
         """Have nothing more pushed, and give back what nobody was handed yet."""
         self._stopping = True
         self._wake()
+        if self._adapting is not None and not self._adapting.done():
+            await asyncio.wait([self._adapting])
         channel = self._channel
-        if channel is None or channel.closed is not None or not self._consumer:
+        if channel is None or channel.closed is not None:
             return
-        consumer, self._consumer = self._consumer, ""
-        with translated(self.group):
-            self._answered = False
-            await finished(channel.native.basic_cancel(consumer))
-            self._answered = True
+        await self._cancel(channel)
         unread = [Settlement(delivery.receipt, Verb.RELEASE) for delivery in self._ready if not delivery.lost]
         self._ready.clear()
         if unread:
@@ -252,7 +212,6 @@ class RabbitMQReceiver:
         finally:
             channel, self._channel = self._channel, None
             if channel is not None and channel.closed is None:
-                channel.ended = None
                 closing = self._drop(channel, "the channel was closed")
                 if self._answered:  # a broker that is silent is left to its connection
                     await asyncio.wait([closing], timeout=_GOODBYE)
@@ -267,7 +226,9 @@ class RabbitMQReceiver:
         given: list[int] = []
 
         def deliver(tag: int, header: Header, body: bytes, redelivered: bool) -> None:
-            channel.held[tag] = _wire.delivery(tag, header, body, redelivered), header
+            delivery = _wire.delivery(tag, header, body, redelivered)
+            self._transport.losses.take_off(self.group, delivery, header)
+            channel.held[tag] = delivery, header
             given.append(tag)
 
         with translated(self.group):
@@ -285,61 +246,8 @@ class RabbitMQReceiver:
         channel = self._channel
         if channel is None or channel.closed is not None or receipt >> _TAG_BITS != self._generation:
             return None
-        tag = receipt & ((1 << _TAG_BITS) - 1)
+        tag = receipt & _TAG
         return tag if tag in channel.held else None
-
-    async def _move(self, copied: Sequence[tuple[Settlement, int]], channel: Channel) -> Sequence[AbeError | None]:
-        """Publish what takes the messages' places. Queues that it goes to and that were deleted are made again, once."""
-        outcomes: list[AbeError | None] = [lost()] * len(copied)
-        places: Sequence[int] = range(len(copied))
-        for last in (False, True):
-            copies: list[Outgoing] = []
-            sent: list[int] = []
-            for place in places:
-                settlement, tag = copied[place]
-                held = channel.held.get(tag)
-                if held is None:
-                    continue
-                try:
-                    copies.append(await self._copy(settlement, *held))
-                except AbeError:
-                    raise
-                except Exception as exc:  # noqa: BLE001 - it concerns this message, and no other of the batch
-                    _log.exception("a message of group %r cannot be copied: it goes back to its queue", self.group)
-                    outcomes[place] = RabbitMQError(f"the message cannot be copied: {exc!r}")
-                else:
-                    sent.append(place)
-            found = await self._transport.outlet.move(copies)
-            for i, place in enumerate(sent):
-                outcomes[place] = found[i] if found else None
-            missing = [place for place in sent if isinstance(outcomes[place], UnroutableError)]
-            if last or not missing:
-                break
-            self._transport.ladder.forget()
-            await self._transport.restore(self.group)
-            places = missing
-        return outcomes if any(outcomes) else ()
-
-    def _too_late(self, tags: Sequence[int]) -> bool:
-        now = self._loop.time()
-        return any(now - self._failing.setdefault(tag, now) > _PATIENCE for tag in tags)
-
-    async def _copy(self, settlement: Settlement, delivery: Delivery, header: Header) -> Outgoing:
-        body, attempt = delivery.body, delivery.attempt
-        if settlement.verb is Verb.RETRY:
-            exchange, key = await self._transport.ladder.retry(self.group, settlement.delay)
-            properties = _wire.copy(header, body, attempt)
-        elif settlement.verb is Verb.RELEASE:
-            exchange, key = "", self._queue
-            if settlement.attempts is not None:
-                properties = _wire.copy(header, body, settlement.attempts)
-            else:
-                uncertain = [("abe-uncertain", delivery.uncertain)] if delivery.uncertain else []
-                properties = _wire.copy(header, body, attempt - 1, *uncertain)
-        else:
-            exchange, key = "", self._transport.topology.dead(self.group)
-            properties = _wire.buried(header, body, attempt, settlement.reason, settlement.error)
-        return Outgoing(exchange, key, properties, body, _wire.message_id(properties))
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -356,23 +264,103 @@ class RabbitMQReceiver:
         task.add_done_callback(_closing.discard)
         return task
 
-    def _watch(self) -> None:
-        """Warn before RabbitMQ loses patience with somebody who holds a message for long."""
-        self._timer = self._loop.call_later(self._sample_every, self._watch)
-        channel = self._channel
-        if channel is None or not channel.held:
-            self._samples.clear()
+    def _gone(self, channel: Channel) -> None:
+        """The channel is gone: what it held comes again. That is no attempt, but where a handler had it for too long."""
+        limit = consumer_timeout(channel.closed or "")
+        for delivery, header in channel.lost:
+            if not self._pace.handled_for(_tag(delivery), LONG):
+                self._transport.losses.note(self.group, header, delivery.body)
+        if limit is not None:
+            self._transport.consumer_timeout = limit
+        self._wake()
+
+    def _tick_later(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(self._transport.consumer_timeout / TICKS, self._tick)
+
+    def _tick(self) -> None:
+        """See to it that nothing is held for too long: RabbitMQ closes the channel then, and all of it is lost."""
+        self._tick_later()
+        channel, pace = self._channel, self._pace
+        if channel is None or channel.closed is not None:
             return
-        oldest = next(iter(channel.held))
-        if len(self._samples) == _SAMPLES and oldest <= self._samples[0] and oldest != self._warned:
+        settled = channel.delivered - len(channel.held)
+        waiting = next((tag for tag, (delivery, _) in channel.held.items() if not delivery.begun), None)
+        if not self._stopping and (self._adapting is None or self._adapting.done()):
+            if waiting is not None and pace.held_for(waiting, WAITED):
+                self._adapt(channel, pace.settled_in(WAITED, settled))
+            elif self._credit < self._prefetch and pace.settled_in(1, settled) >= self._credit:
+                self._adapt(channel, None)
+        self._warn(channel)
+        pace.tick(channel.delivered, settled, (tag for tag, (delivery, _) in channel.held.items() if delivery.begun))
+
+    def _adapt(self, channel: Channel, pace: int | None) -> None:
+        self._adapting = self._loop.create_task(self._consume_anew(channel, pace))
+
+    async def _consume_anew(self, channel: Channel, pace: int | None) -> None:
+        """Give back what waits for a handler, in its order, and take no more than handlers begin in a while; or all again.
+
+        Args:
+            channel: What consumes.
+            pace: How many messages were settled in that while; None: enough for all that may be held.
+        """
+        try:
+            await self._cancel(channel)
+            if self._stopping or channel.closed is not None:
+                return
+            if pace is not None:
+                await self._take_back(channel)
+            room = self._prefetch - len(channel.held)
+            await self._consume(channel, max(1, room if pace is None else min(room, pace)))
+        except AbeError as exc:
+            _log.debug("group %r could not be consumed anew: %s", self.group, exc)
+            self._drop(channel, "the consumer could not be changed")
+
+    async def _take_back(self, channel: Channel) -> None:
+        """Give back what is not begun. The broker counts it, and we take that off again."""
+        waiting = [tag for tag, (delivery, _) in channel.held.items() if not delivery.begun]
+        _log.debug(
+            "%d messages of group %r have waited for a handler for long: they are taken anew", len(waiting), self.group
+        )
+        for tag in waiting:
+            delivery, header = channel.held[tag]
+            delivery.lost = True
+            self._transport.losses.note(self.group, header, delivery.body)
+            await channel.requeue(tag)
+        self._ready.clear()
+
+    async def _consume(self, channel: Channel, credit: int) -> None:
+        assert self._deliver is not None
+        self._credit = credit
+        with translated(self._transport.settings.namespace):
+            self._consumer = await finished(channel.consume(self._queue, credit, self._deliver))
+
+    async def _cancel(self, channel: Channel) -> None:
+        consumer, self._consumer = self._consumer, ""
+        if consumer:
+            with translated(self.group):
+                self._answered = False
+                await finished(channel.native.basic_cancel(consumer))
+                self._answered = True
+
+    def _warn(self, channel: Channel) -> None:
+        """Say it before RabbitMQ takes a message from its handler."""
+        oldest = next(iter(channel.held), -1)
+        if oldest != self._warned and self._pace.held_for(oldest, OVERDUE) and oldest in channel.held:
             self._warned = oldest
             _log.warning(
-                "a message of group %r has been held for %.0f %% of RabbitMQ's default consumer_timeout: soon the broker closes the "
+                "a message of group %r has been held for %.0f %% of RabbitMQ's consumer_timeout (%g s): soon the broker closes the "
                 "channel, and delivers it again. Raise consumer_timeout, or work in smaller steps",
                 self.group,
-                _WARN_AT * 100,
+                OVERDUE / TICKS * 100,
+                self._transport.consumer_timeout,
             )
-        self._samples.append(next(reversed(channel.held)))
+
+
+def _tag(delivery: Delivery) -> int:
+    assert isinstance(delivery.receipt, int)
+    return delivery.receipt & _TAG
 
 
 _closing: Final[set[asyncio.Task[None]]] = set()

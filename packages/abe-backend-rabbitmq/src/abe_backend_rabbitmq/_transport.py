@@ -17,7 +17,9 @@ from abe_backend_rabbitmq._errors import ChannelNotFound
 from abe_backend_rabbitmq._groups import Groups
 from abe_backend_rabbitmq._ladder import Ladder
 from abe_backend_rabbitmq._letters import DeadLetters, missing
+from abe_backend_rabbitmq._losses import Losses
 from abe_backend_rabbitmq._outlet import Outlet
+from abe_backend_rabbitmq._pace import CONSUMER_TIMEOUT
 from abe_backend_rabbitmq._parked import Parked
 from abe_backend_rabbitmq._receiver import RabbitMQReceiver
 from abe_backend_rabbitmq._registry import Registry, RegistryKeeper
@@ -47,6 +49,9 @@ class RabbitMQTransport:
         if settings.max_backlog is not None:
             self.batching = Batching(messages=250, bytes=512 * 1024, flights=1)
         self.receivers: set[RabbitMQReceiver] = set()
+        self.losses = Losses()
+        self.consumer_timeout = CONSUMER_TIMEOUT
+        """The node's, in seconds, as far as we know."""
         self.control = Control(Link(settings, "abe-control"))
         self.outlet = Outlet(settings, self._prepare)
         self.ladder = Ladder(self.control, self.topology)

@@ -222,8 +222,12 @@ def copy(header: Header, body: bytes, attempt: int, *extra: tuple[str, str | int
     """
     properties = _parsed(header)
     given = properties.headers
-    ours: dict[str, str | int] = {"abe-key": original_key(header, given), "abe-attempt": attempt} | dict(extra)
-    fields = {name.encode(): encoded(value) for name, value in ours.items()}
+    ours: tuple[tuple[str, str | int], ...] = (
+        ("abe-key", original_key(header, given)),
+        ("abe-attempt", attempt),
+        *extra,
+    )
+    fields = {name.encode(): encoded(value) for name, value in ours}
     kept = {
         name: field
         for name, field in properties.fields.items()
@@ -300,6 +304,11 @@ def original_key(header: Header, given: Mapping[str, Value]) -> str:
     """Return the key that a message was published with. Straight to a queue it was published with none."""
     key = given.get("abe-key")
     return key if isinstance(key, str) else header.key if header.exchange else ""
+
+
+def identity(header: Header, body: bytes) -> str:
+    """Return the id of a message, whoever wrote it."""
+    return message_id(header.properties) or stranger_id(header, body)
 
 
 def stranger_id(header: Header, body: bytes) -> str:

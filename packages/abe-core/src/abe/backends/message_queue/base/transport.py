@@ -49,10 +49,10 @@ class Delivery:
     `header` is the metadata as the broker carried it, parsed by `Receiver.metadata` when somebody asks; `fault` says why the
     envelope cannot be read, if so; `lost` becomes true when it turns out that the delivery is not ours any more. `attempt` is 1 for the
     first delivery; `uncertain` of the attempts before this one may have been no more than a connection that was lost, where the broker
-    counts those too.
+    counts those too. `begun` becomes true when a handler gets it: what is not begun, the transport may take back, and say so by `lost`.
     """
 
-    __slots__ = ("attempt", "body", "fault", "header", "lost", "receipt", "uncertain")
+    __slots__ = ("attempt", "begun", "body", "fault", "header", "lost", "receipt", "uncertain")
 
     def __init__(
         self,
@@ -70,6 +70,7 @@ class Delivery:
         self.attempt: int = attempt
         self.fault: str | None = fault
         self.uncertain: int = uncertain
+        self.begun: bool = False
         self.lost: bool = False
 
 

@@ -123,6 +123,7 @@ class Inbox:
                 text = str(exc) if isinstance(exc, DecodeError) else f"the codec failed with {type(exc).__name__}"
                 self._in_flight.bury(delivery, "undecodable", text)
             else:
+                delivery.begun = True
                 message._delivery = delivery  # pyright: ignore[reportPrivateUsage]
                 message._source = self._in_flight  # pyright: ignore[reportPrivateUsage]
                 message._verdict = None  # pyright: ignore[reportPrivateUsage]
