@@ -27,6 +27,7 @@ from abe.backends.message_queue.report import reason_of, shown
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.settings import QueueSettings
 from abe.testing import ManualClock, fresh_memory_backend
+from abe_contract_tests.bounds import within
 
 MARKER = "4111-1111-1111-1111"
 ONCE = RetryPolicy(max_attempts=1)
@@ -34,7 +35,7 @@ ONCE = RetryPolicy(max_attempts=1)
 
 @asynccontextmanager
 async def running(consumer: AsyncLoopConsumer, handler: Any) -> AsyncIterator[asyncio.Task[None]]:
-    async with asyncio.timeout(10):
+    async with within(10):
         task = asyncio.create_task(consumer.run(handler))
         try:
             yield task

@@ -13,6 +13,7 @@ from abe.backends.message_queue.base.middleware import HandleNext
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.testing import ManualClock
 from abe_contract_tests import bounds
+from abe_contract_tests.bounds import within
 
 ONCE = RetryPolicy(max_attempts=1)
 TWICE = RetryPolicy(max_attempts=2, backoff=ConstantBackoff(1))
@@ -379,3 +380,29 @@ async def test_a_log_handler_that_is_given_the_exception_can_print_it(
     await dead_and_handled(memory_backend, raising(Poisonous()))
     (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert record.getMessage().startswith("the handler failed on message")
+
+
+@pytest.mark.parametrize(
+    ("exc", "attempt"),
+    [
+        (SystemExit(1), 2),
+        (Wordless(), 2),
+        (Poisonous(), 2),
+        (BaseException("odd"), 2),
+        (KeyboardInterrupt(), 1),
+        (GeneratorExit(), 1),
+        (asyncio.CancelledError(), 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_what_leaves_the_block_of_a_plain_loop_fails_the_message_unless_it_ends_the_task_or_process(
+    memory_backend: MemoryBackend, manual_clock: ManualClock, exc: BaseException, attempt: int
+) -> None:
+    await memory_backend.publish("k", {})
+    with pytest.raises(type(exc)):
+        async with within(5), memory_backend.consume() as messages:
+            async for _ in messages:
+                raise exc
+    await manual_clock.advance(2)
+    async with within(5), memory_backend.consume() as messages:
+        assert (await anext(messages)).attempt == attempt

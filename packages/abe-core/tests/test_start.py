@@ -12,6 +12,7 @@ from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.errors import BackendClosedError, BackendConnectionError, InvalidNameError, PermissionDeniedError
 from abe.settings import QueueSettings
 from abe.testing import fresh_memory_backend
+from abe_contract_tests.bounds import within
 
 
 async def handler(message: Message) -> None: ...
@@ -41,7 +42,7 @@ class TestStarted:
     async def test_it_says_when_the_group_is_subscribed_to(self, memory_backend: MemoryBackend) -> None:
         consumer = AsyncLoopConsumer(memory_backend, "billing")
         assert not consumer.started.is_set()
-        async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        async with within(5), asyncio.TaskGroup() as group:
             group.create_task(consumer.run(handler))
             await consumer.started
             assert consumer.started.is_set()
@@ -52,7 +53,7 @@ class TestStarted:
 
     async def test_it_may_be_awaited_before_run_is_called(self, memory_backend: MemoryBackend) -> None:
         consumer = AsyncLoopConsumer(memory_backend)
-        async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        async with within(5), asyncio.TaskGroup() as group:
             waiting = [group.create_task(consumer.started.wait()) for _ in range(2)]
             await asyncio.sleep(0)
             group.create_task(consumer.run(handler))
@@ -63,7 +64,7 @@ class TestStarted:
     async def test_it_raises_what_ended_run_before(self, caplog: pytest.LogCaptureFixture, first: str) -> None:
         error = PermissionDeniedError("wrong password")
         consumer = AsyncLoopConsumer(Troubled(error))
-        async with asyncio.timeout(5):
+        async with within(5):
             tasks = [asyncio.create_task(consumer.run(handler)), asyncio.create_task(consumer.started.wait())]
             await asyncio.wait(tasks)
             assert [task.exception() for task in tasks] == [error, error]
@@ -73,7 +74,7 @@ class TestStarted:
 
     async def test_it_raises_when_the_consumer_is_shut_down_before(self) -> None:
         consumer = AsyncLoopConsumer(Troubled(*[BackendConnectionError("no broker")] * 1000))
-        async with asyncio.timeout(5):
+        async with within(5):
             waiting = asyncio.create_task(consumer.started.wait())
             running = asyncio.create_task(consumer.run(handler))
             for _ in range(10):
@@ -85,7 +86,7 @@ class TestStarted:
 
     async def test_it_raises_when_run_is_cancelled_before(self) -> None:
         consumer = AsyncLoopConsumer(Troubled(*[BackendConnectionError("no broker")] * 1000))
-        async with asyncio.timeout(5):
+        async with within(5):
             running = asyncio.create_task(consumer.run(handler))
             await asyncio.sleep(0)
             running.cancel()
@@ -95,7 +96,7 @@ class TestStarted:
     async def test_each_run_has_its_own(self, memory_backend: MemoryBackend) -> None:
         consumer = AsyncLoopConsumer(memory_backend)
         for _ in range(2):
-            async with asyncio.timeout(5):
+            async with within(5):
                 running = asyncio.create_task(consumer.run(handler))
                 assert not consumer.started.is_set()
                 await consumer.started
@@ -108,7 +109,7 @@ class TestWrongFromTheStart:
         self, memory_backend: MemoryBackend, caplog: pytest.LogCaptureFixture
     ) -> None:
         consumer = AsyncLoopConsumer(memory_backend, "billing")
-        async with asyncio.timeout(5):
+        async with within(5):
             running = asyncio.create_task(consumer.run(takes_nothing))  # type: ignore[arg-type]
             (line,) = errors(caplog)
             assert line.startswith("the consumer of group 'billing' cannot run: the handler takes_nothing must accept")
@@ -128,7 +129,7 @@ class TestWrongFromTheStart:
 
         await memory_backend.publish("k", {})
         consumer = AsyncLoopConsumer(memory_backend, handler=sets)
-        async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        async with within(5), asyncio.TaskGroup() as group:
             group.create_task(consumer.run())
             await got.wait()
             await consumer.shutdown()
@@ -141,7 +142,7 @@ class TestWrongFromTheStart:
         self, memory_backend: MemoryBackend, caplog: pytest.LogCaptureFixture
     ) -> None:
         await memory_backend.declare("billing", ["order.*"])
-        async with asyncio.timeout(5):
+        async with within(5):
             with pytest.raises(ConfigurationError, match=r"user\.created"):
                 await AsyncLoopConsumer(memory_backend, "billing", keys=["user.created"]).run(handler)
         (line,) = errors(caplog)
@@ -152,7 +153,7 @@ class TestWrongFromTheStart:
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
         consumer = AsyncLoopConsumer(Troubled(ZeroDivisionError("a bug")))
-        async with asyncio.timeout(5):
+        async with within(5):
             with pytest.raises(ZeroDivisionError):
                 await consumer.run(handler)
         assert errors(caplog) == ["the consumer of group 'default' has ended: ZeroDivisionError: a bug"]
@@ -203,7 +204,7 @@ class TestWrongFromTheStart:
 class TestShutdownBeforeTheFirstTurn:
     async def test_it_holds_for_a_run_that_was_called_before(self, memory_backend: MemoryBackend) -> None:
         consumer = AsyncLoopConsumer(memory_backend)
-        async with asyncio.timeout(5):
+        async with within(5):
             running = asyncio.create_task(consumer.run(handler))
             await consumer.shutdown()
             await running
@@ -211,7 +212,7 @@ class TestShutdownBeforeTheFirstTurn:
 
     async def test_and_not_for_one_that_is_called_after(self, memory_backend: MemoryBackend) -> None:
         consumer = AsyncLoopConsumer(memory_backend)
-        async with asyncio.timeout(5):
+        async with within(5):
             await consumer.shutdown()
             running = asyncio.create_task(consumer.run(handler))
             await consumer.started
@@ -225,7 +226,7 @@ class TestShutdownBeforeTheFirstTurn:
             await consumer.shutdown()
 
         async def main() -> None:
-            async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+            async with within(5), asyncio.TaskGroup() as group:
                 group.create_task(running)
                 await consumer.started
                 await consumer.shutdown()
@@ -235,7 +236,7 @@ class TestShutdownBeforeTheFirstTurn:
 
     async def test_two_runs_at_once_are_refused_whichever_begins_first(self, memory_backend: MemoryBackend) -> None:
         consumer = AsyncLoopConsumer(memory_backend)
-        async with asyncio.timeout(5):
+        async with within(5):
             tasks = [asyncio.create_task(consumer.run(handler)) for _ in range(2)]
             await consumer.started
             await consumer.shutdown()
@@ -250,7 +251,7 @@ class TestShutdownBeforeTheFirstTurn:
                 group.create_task(consumer.shutdown())
 
         await memory_backend.publish("k", {})
-        async with asyncio.timeout(5):
+        async with within(5):
             await consumer.run(stops)
         assert (await memory_backend.stats()).waiting == 0
 
@@ -262,7 +263,7 @@ class TestShutdownBeforeTheFirstTurn:
             asyncio.run_coroutine_threadsafe(consumer.shutdown(), loop).result(5)
 
         await memory_backend.publish("k", {})
-        async with asyncio.timeout(5):
+        async with within(5):
             await consumer.run(stops)
         assert (await memory_backend.stats()).waiting == 0
 
@@ -292,7 +293,7 @@ async def test_a_group_that_is_deleted_while_it_is_subscribed_to_is_made_again(
 
     backend = MemoryBackend(memory_backend.settings)
     consumer = AsyncLoopConsumer(backend, "billing")
-    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+    async with within(5), asyncio.TaskGroup() as group:
         group.create_task(consumer.run(sets))
         await consumer.started
         await backend.publish("k", {})

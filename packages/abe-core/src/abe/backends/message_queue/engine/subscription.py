@@ -4,16 +4,17 @@ import asyncio
 import logging
 import weakref
 from collections.abc import Awaitable, Callable
-from traceback import format_exception
 from types import TracebackType
 from typing import Final, Self
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.engine.inbox import Inbox
+from abe.backends.message_queue.report import shown
 from abe.errors import AbeError, AlreadySettledError, BackendClosedError
 
 _log: Final = logging.getLogger("abe.engine")
+_ENDS: Final = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt)
 _RESUBSCRIBE: Final = ExponentialBackoff(initial=0.1, maximum=5.0)
 
 
@@ -46,7 +47,8 @@ class GroupSubscription:
     ) -> None:
         current, self._current = self._current, None
         try:
-            if isinstance(exc, Exception) and current is not None:
+            # What ends the task or the process says nothing about the message; sys.exit() does: its next delivery would do it again.
+            if current is not None and exc is not None and not isinstance(exc, _ENDS):
                 await _fail(current, exc)
         finally:
             await self.aclose()
@@ -172,10 +174,9 @@ async def _follow(
             await asyncio.sleep(_RESUBSCRIBE(tries))
 
 
-async def _fail(message: Message, exc: Exception) -> None:
-    error = "".join(format_exception(exc))
+async def _fail(message: Message, exc: BaseException) -> None:
     try:
-        await message.nack(reason=f"{type(exc).__name__} in the consuming block", error=error)
+        await message.nack(reason=f"{type(exc).__name__} in the consuming block", error=shown(exc)[1])
     except AlreadySettledError:
         return
     except AbeError as failure:
