@@ -256,7 +256,8 @@ class TestRestartedNode:
 
 class TestFrozenNode:
     async def test_publish_says_unknown_and_the_backend_lives_on(self, lab: Any, victim: ProcessService) -> None:
-        backend = await lab.backend(groups={"g": ()}, publish_timeout=0.5, connect_timeout=0.5)
+        short = 0.5 * bounds.slowness()
+        backend = await lab.backend(groups={"g": ()}, publish_timeout=short, connect_timeout=short)
         await backend.publish("k", {"n": 0})
         async with frozen(victim):
             loop = asyncio.get_running_loop()
@@ -280,15 +281,17 @@ class TestFrozenNode:
                 seen.add((await anext(subscription))["n"])
 
     async def test_no_message_is_lost_over_a_pause_under_load(self, lab: Any, victim: ProcessService) -> None:
+        short = 0.4 * bounds.slowness()
+
         async def freeze(traffic: Traffic) -> None:
             for _ in range(2):
                 await traffic.some()
                 async with frozen(victim):
-                    await asyncio.sleep(1.0)  # the fault itself: longer than publish_timeout
+                    await asyncio.sleep(2.5 * short)  # the fault itself: longer than publish_timeout
             await traffic.some()
 
         patient = await lab.backend(groups={"g": ()})
-        backend = await lab.backend(publish_timeout=0.4, connect_timeout=0.4)
+        backend = await lab.backend(publish_timeout=short, connect_timeout=short)
         await Traffic(backend, patient).run(freeze)
 
     async def test_a_missed_heartbeat_ends_the_connection(

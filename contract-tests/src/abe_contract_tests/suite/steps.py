@@ -80,6 +80,19 @@ async def expect_counts(contract: Contract, oracle: Oracle, group: str, **expect
     assert last == expected, f"group {group!r}"
 
 
+async def expect_at_most(contract: Contract, oracle: Oracle, group: str, limit: int) -> None:
+    """Fail unless consumers hold a message, and no more than that many, now; before long, where the broker is approximate."""
+
+    async def within_limit() -> bool:
+        return 0 < (await oracle.counts(group)).in_flight <= limit
+
+    if not contract.harness.approximate:
+        assert await within_limit(), f"group {group!r}: {await oracle.counts(group)}"
+        return
+    async with contract.within(5):
+        await until(within_limit)
+
+
 async def until_in_flight(oracle: Oracle, group: str, count: int) -> None:
     """Return when consumers hold exactly that many messages of the group."""
 
