@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
@@ -753,6 +754,114 @@ class TestGroupSubscription:
         await within(first.ack())
         await within(subscription.aclose())
 
+    async def test_a_suspect_is_given_back_before_what_is_in_hand_can_kill_it_and_what_came_before_it_is_handed_out(
+        self, manual_clock: ManualClock
+    ) -> None:
+        receiver = ScriptedReceiver(delivery(1), delivery(2), delivery(3, attempt=4), delivery(4))
+        inbox = inbox_on(receiver, manual_clock, prefetch=20)
+        first = await within(inbox.receive())
+        await turns()
+        assert [(item.receipt, item.verb) for item in receiver.settled] == [(3, Verb.RELEASE), (4, Verb.RELEASE)]
+        assert receiver.stopped, "it must not come back here"
+        assert first.id == "1"
+        assert (await within(inbox.receive())).id == "2"
+        with pytest.raises(BackendClosedError):
+            await within(inbox.receive())
+        assert inbox.changing
+        await within(inbox.close())
+
+    async def test_one_that_is_stopped_between_two_inboxes_ends_and_subscribes_no_more(
+        self, manual_clock: ManualClock
+    ) -> None:
+        receiver, starts = ScriptedReceiver(delivery(1), delivery(2, attempt=4)), 0
+
+        async def start(_: bool) -> Inbox:
+            nonlocal starts
+            starts += 1
+            if starts == 1:
+                return inbox_on(receiver, manual_clock)
+            raise BackendConnectionError("away")
+
+        for in_hand in (True, False):
+            starts = 0
+            receiver = ScriptedReceiver(delivery(1), delivery(2, attempt=4))
+            subscription = GroupSubscription(start)
+            message = await within(subscription.receive())
+            if not in_hand:
+                await within(message.ack())
+            waiting = asyncio.create_task(subscription.receive())
+            await turns(60)
+            assert starts == (1 if in_hand else 2)
+            await within(subscription.stop())
+            for task in (waiting, asyncio.create_task(subscription.receive())):
+                with pytest.raises(BackendClosedError):
+                    await within(task)
+            if in_hand:
+                await within(message.ack())
+            await turns(60)
+            assert starts == (1 if in_hand else 2)
+            await within(subscription.aclose())
+
+    async def test_inboxes_that_were_followed_are_not_kept(self, manual_clock: ManualClock) -> None:
+        made: list[weakref.ref[Inbox]] = []
+
+        async def start(alone: bool) -> Inbox:
+            receiver = ScriptedReceiver(delivery(len(made), attempt=1 if alone else 4))
+            inbox = inbox_on(receiver, manual_clock, alone=alone, prefetch=1)
+            made.append(weakref.ref(inbox))
+            return inbox
+
+        subscription = GroupSubscription(start)
+        for _ in range(6):
+            await within((await within(subscription.receive())).ack())
+        await turns(60)
+        gc.collect()
+        assert len(made) > 10
+        assert sum(inbox() is not None for inbox in made) <= 3
+        await within(subscription.aclose())
+
+    async def test_a_change_that_failed_is_begun_anew_and_the_first_inbox_still_closes(
+        self, manual_clock: ManualClock
+    ) -> None:
+        made: list[Inbox] = []
+
+        async def start(_: bool) -> Inbox:
+            if made:
+                raise PermissionDeniedError("no")
+            made.append(inbox_on(ScriptedReceiver(delivery(1), delivery(2, attempt=4)), manual_clock))
+            return made[0]
+
+        subscription = GroupSubscription(start)
+        message = await within(subscription.receive())
+        for _ in range(2):
+            waiting = asyncio.create_task(subscription.receive())
+            await turns()
+            await manual_clock.advance(31)
+            with pytest.raises(PermissionDeniedError):
+                await within(waiting)
+        await within(message.ack())
+        while not made[0].closed:  # noqa: ASYNC110 - an inbox tells nobody
+            await asyncio.sleep(0)
+        await turns()
+        assert not [task for task in asyncio.all_tasks() if "_retire" in repr(task)]
+        await within(subscription.aclose())
+
+    async def test_a_change_does_not_wait_for_a_message_that_the_transport_saw_go(
+        self, manual_clock: ManualClock
+    ) -> None:
+        lost = delivery(1)
+        scripts = [[delivery(2, attempt=4), lost], [delivery(2, attempt=4)]]
+
+        async def start(alone: bool) -> Inbox:
+            return inbox_on(ScriptedReceiver(*scripts.pop(0)), manual_clock, alone=alone, prefetch=1 if alone else 8)
+
+        subscription = GroupSubscription(start)
+        await subscription.__aenter__()
+        await turns()
+        lost.lost = True
+        assert (await within(subscription.receive())).id == "2"
+        await within(subscription.aclose())
+
     async def test_uncertain_attempts_are_made_certain_before_a_suspect_is_tried(
         self, manual_clock: ManualClock
     ) -> None:
@@ -878,6 +987,61 @@ class TestInbox:
         await within(inbox.close(0.2))
         assert loop.time() - began >= 0.2
         assert inbox.closed
+
+    async def test_what_is_settled_after_closing_failed_is_told_so_and_the_broker_is_left_alone(
+        self, manual_clock: ManualClock
+    ) -> None:
+        class Silent(ScriptedReceiver):
+            async def receive(self, limit: int) -> Sequence[Delivery]:
+                return await super().receive(limit) if self.waiting else await self._never()
+
+            async def stop(self) -> None:
+                await self._never()
+
+            async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
+                return await self._never()
+
+            async def settle(self, settlements: Sequence[Settlement]) -> Failures:
+                return await self._never()
+
+            async def _never(self) -> Any:
+                await asyncio.Event().wait()
+
+        before = asyncio.all_tasks()
+        left = list[Inbox]()
+        inbox = inbox_on(Silent(*map(delivery, range(6))), manual_clock, left=left.append)
+        message, other = await within(inbox.receive()), await within(inbox.receive())
+        await turns()
+        stopping = asyncio.create_task(inbox.stop())
+        await within(inbox.close(0.2))
+        assert left == [inbox]
+        with pytest.raises(LeaseLostError, match="closed"):
+            await within(message.ack())
+        with pytest.raises(LeaseLostError, match="closed"):
+            await within(other.nack(0))
+        await within(stopping)
+        assert asyncio.all_tasks() == before, "nothing goes on behind its back"
+
+    async def test_a_receiver_that_fails_to_close_is_not_kept_in_the_list(self, manual_clock: ManualClock) -> None:
+        class Bad(ScriptedReceiver):
+            async def close(self) -> None:
+                raise ZeroDivisionError
+
+        left = list[Inbox]()
+        inbox = inbox_on(Bad(), manual_clock, left=left.append)
+        with pytest.raises(ZeroDivisionError):
+            await within(inbox.close())
+        assert left == [inbox]
+
+    async def test_one_of_two_deliveries_under_the_same_receipt_takes_no_other_with_it(
+        self, manual_clock: ManualClock
+    ) -> None:
+        # A broker that names the message, not the delivery, gave it to us again after its lease ran out unnoticed.
+        receiver = ScriptedReceiver(delivery(1, attempt=1, body=b"bad"), delivery(1, attempt=2))
+        inbox = inbox_on(receiver, manual_clock)
+        assert (await within(inbox.receive())).attempt == 2
+        await within(inbox.close())
+        assert [(item.receipt, item.verb) for item in receiver.settled] == [(1, Verb.RELEASE)]
 
     async def test_an_error_text_with_half_a_character_is_carried(self, manual_clock: ManualClock) -> None:
         receiver = ScriptedReceiver(delivery(1), delivery(2))

@@ -71,9 +71,16 @@ class InFlight:
                 "%d leases of group %r were lost: these messages will be delivered again", len(lost), self.group
             )
 
+    def forget(self, delivery: Delivery) -> bool:
+        """Take a delivery out of what is ours; return whether it was. Another one may have its receipt by now."""
+        ours = self.live.get(delivery.receipt) is delivery
+        if ours:
+            del self.live[delivery.receipt]
+        return ours
+
     def bury(self, delivery: Delivery, reason: str, error: str) -> None:
         """Have a delivery that no handler is to see moved to the dead letters."""
-        if self.live.pop(delivery.receipt, None) is delivery:
+        if self.forget(delivery):
             _log.error("a message of group %r goes to its dead letters (%s): %s", self.group, reason, error)
             self._settler.submit(delivery, Settlement(delivery.receipt, Verb.DEAD, reason=reason, error=_text(error)))
 
@@ -84,7 +91,7 @@ class InFlight:
             delivery: Which.
             attempts: How many attempts count from now on, of one whose attempts are uncertain; None: those that did.
         """
-        if self.live.pop(delivery.receipt, None) is not delivery:
+        if not self.forget(delivery) or delivery.lost:
             return None
         return self._settler.submit(delivery, Settlement(delivery.receipt, Verb.RELEASE, attempts=attempts))
 
@@ -184,14 +191,13 @@ class InFlight:
         return Settlement(delivery.receipt, Verb.RETRY, delay=delay, reason=reason, error=error)
 
     def _retry_dropped(self, delivery: Delivery) -> None:
-        if self.closing or self.live.get(delivery.receipt) is not delivery:
+        if self.closing or not self.forget(delivery):
             return
         _log.warning(
             "a message of group %r was taken and dropped without being settled (attempt %d): it is delivered again",
             self.group,
             delivery.attempt,
         )
-        del self.live[delivery.receipt]
         delay = min(_RETRY(delivery.attempt), self._max_delay or 0.0)
         self._settler.submit(delivery, self._failure(delivery, delay, "dropped without being settled", ""))
 
@@ -202,12 +208,11 @@ class InFlight:
             if delivery.lost:
                 raise LeaseLostError(f"{verdict}: it was asked for before, and could not be carried out")
             return
-        if self.live.get(delivery.receipt) is not delivery:
+        if not self.forget(delivery):
             delivery.lost = True
             raise LeaseLostError(
                 f"{verdict}: the message is not ours any more: its lease was lost, or its subscription was closed"
             )
-        del self.live[delivery.receipt]
         error = await self._settler.submit(delivery, settlement)
         if error is not None:
             raise error

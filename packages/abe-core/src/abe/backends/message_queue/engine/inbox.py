@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
@@ -32,8 +32,9 @@ class Inbox:
     The next ones are asked for, half of the bound at a time, while the buffered ones are handled.
 
     A message whose attempts are used up without a settlement is a suspect: it may have killed its consumers, or have been beside one
-    that did. An inbox that meets one ends (`changing`), and is followed by one that holds a single message at a time (`alone`), which
-    tries the suspect once more with nothing beside it; what comes back even then is buried. Its first unsuspected message ends it too.
+    that did. An inbox that is given one gives it back at once, before something in hand can kill it, hands out what came before it, and
+    ends (`changing`). It is followed by one that holds a single message at a time (`alone`), which tries the suspect once more with
+    nothing beside it; what comes back even then is buried. Its first unsuspected message ends it too.
 
     Args:
         receiver: The broker's side.
@@ -89,12 +90,14 @@ class Inbox:
         self._error: BaseException | None = None
         self._shut = False
         self._stopping = False
+        self._halting: asyncio.Task[None] | None = None
+        self._giving_back: asyncio.Task[None] | None = None
+        self._retiring: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._keeping = self._loop.create_task(self._keeper.run())
         self._fetching = self._loop.create_task(self._fetch())
         for task in (self._keeping, self._fetching):
             task.add_done_callback(self._ended)
-        self._stopped: asyncio.Task[None] | None = None
 
     @property
     def closed(self) -> bool:
@@ -106,8 +109,7 @@ class Inbox:
         while self._buffer and not self._shut:
             delivery = self._buffer.popleft()
             if delivery.lost:
-                if self._live.get(delivery.receipt) is delivery:  # the transport saw it go: it takes no place any more
-                    del self._live[delivery.receipt]
+                self._in_flight.forget(delivery)  # the transport saw it go
                 continue
             if delivery.fault is not None:
                 self._in_flight.bury(delivery, "undecodable", delivery.fault)
@@ -160,17 +162,21 @@ class Inbox:
 
     async def stop(self) -> None:
         """Take nothing new, and give back what nobody was handed yet."""
-        await asyncio.shield(self._stop_once())
+        stopping = self._stop_once()
+        await asyncio.wait([stopping])
+        if not stopping.cancelled():  # closing ended it
+            stopping.result()
 
     async def hand_over(self) -> None:
         """Stop, and close once everything that was handed out is settled. Return when another inbox may follow: where this one is alone,
         at once; else when it is closed, or has had a lease's time for that."""
         await self.stop()
-        retiring = self._loop.create_task(self._retire())
+        if self._retiring is None:
+            self._retiring = self._loop.create_task(self._retire())
         if not self.alone:
             async with asyncio.TaskGroup() as group:
                 late = group.create_task(sleep(self._clock, self._timeout))
-                await asyncio.wait([retiring, late], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([self._retiring, late], return_when=asyncio.FIRST_COMPLETED)
                 late.cancel()
 
     async def close(self, timeout: float | None = None) -> None:
@@ -201,10 +207,6 @@ class Inbox:
             text = "its consumers died or let its lease run out, each time, the last time with nothing else in hand"
             self._in_flight.bury(suspect, "max_attempts", text)
             return False
-        if not self.alone:
-            self._buffer.appendleft(suspect)
-            self._change()
-            return False
         if suspect.uncertain:
             # It comes back with a count that is certain, so that the try that follows it, and no lost connection before, is its last.
             self._in_flight.give_back(suspect, certain + 1 if certain == self._max_attempts else self._max_attempts)
@@ -215,30 +217,38 @@ class Inbox:
         """End this inbox, for another that is alone, or that is not."""
         if not self.changing:
             self.changing = True
-            self._shut = not self.alone
             if not self.alone:
                 _log.warning(
                     "a message of group %r has used up its attempts without a settlement: it is tried with nothing else in hand",
                     self.group,
                 )
-            self._stop_once()
+            self._halt_once()
 
-    def _stop_once(self) -> asyncio.Task[None]:
-        if self._stopped is None:
-            self._stopped = self._loop.create_task(self._stop())
-        return self._stopped
+    def _halt_once(self) -> asyncio.Task[None]:
+        if self._halting is None:
+            self._halting = self._loop.create_task(self._halt())
+        return self._halting
 
-    async def _stop(self) -> None:
+    async def _halt(self) -> None:
+        """Take nothing new from the broker."""
         self._stopping = True
         self._make_space()
         self._wake(len(self._waiters))
         try:
             await self._receiver.stop()
-        except AbeError as exc:
-            _log.debug("the receiver could not be told to stop: %s", exc)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, what we hold must go back
+            _log.warning("the receiver of group %r could not be told to stop: %r", self.group, exc)
             self._fetching.cancel()
         await asyncio.wait([self._fetching])
-        unread = [delivery for delivery in self._buffer if not delivery.lost]
+
+    def _stop_once(self) -> asyncio.Task[None]:
+        if self._giving_back is None:
+            self._giving_back = self._loop.create_task(self._stop())
+        return self._giving_back
+
+    async def _stop(self) -> None:
+        await asyncio.wait([self._halt_once()])
+        unread = list(self._buffer)
         self._buffer.clear()
         await self._in_flight.give_back_all(unread)
 
@@ -270,16 +280,18 @@ class Inbox:
                 exc,
             )
         finally:
-            self._fetching.cancel()
-            self._keeping.cancel()
             self._settler.abandon()
-            await asyncio.wait([self._fetching, self._keeping])
+            ending = [self._fetching, self._keeping, self._halt_once(), self._stop_once()]
+            for task in ending:
+                task.cancel()
+            await asyncio.wait(ending, timeout=max(0.0, began + timeout - self._loop.time()))
             try:
                 async with asyncio.timeout_at(began + timeout):
                     await self._receiver.close()
             except (AbeError, TimeoutError) as exc:
                 _log.debug("the receiver could not unsubscribe: %r", exc)
-            self._left(self)
+            finally:
+                self._left(self)
 
     async def _fetch(self) -> None:
         failures = 0
@@ -309,8 +321,22 @@ class Inbox:
                 failures = 0
                 if deliveries:
                     self._live.update({delivery.receipt: delivery for delivery in deliveries})
-                    self._buffer.extend(deliveries)
+                    place = None if self.alone else self._suspect(deliveries)
+                    self._buffer.extend(deliveries[:place])
                     self._wake(1)
+                    if place is not None:
+                        self._change()
+                        for delivery in deliveries[place:]:
+                            self._in_flight.give_back(delivery)
+                        return
+
+    def _suspect(self, deliveries: Sequence[Delivery]) -> int | None:
+        """Where the first is that is to be tried alone, if there is one."""
+        most = self._max_attempts
+        for place, delivery in enumerate(deliveries):
+            if delivery.attempt > most >= delivery.attempt - 1 - delivery.uncertain and delivery.fault is None:
+                return place
+        return None
 
     def _receipts(self) -> list[Receipt]:
         return self._in_flight.receipts()

@@ -168,8 +168,7 @@ class Settler:
         call: Callable[[Sequence[_Item]], Awaitable[Failures]],
         items: Sequence[_Item],
     ) -> None:
-        closed = LeaseLostError("the subscription was closed before the broker could be told")
-        failures: Failures = {delivery.receipt: closed for delivery, _ in batch}
+        failures: Failures = dict.fromkeys((delivery.receipt for delivery, _ in batch), _closed())
         try:
             failures = await self._carry_out(call, items, list(failures))
         finally:
@@ -190,6 +189,8 @@ class Settler:
         A batch that fails as a whole and for good is halved until what it fails for stands alone: one settlement keeps no other from
         being carried out. What will always fail is told to `refused`.
         """
+        if self._abandoned:
+            return dict.fromkeys(receipts, _closed())
         failures: Failures
         error: AbeError | None
         try:
@@ -223,3 +224,7 @@ class Settler:
                     raise
                 _log.debug("settlement failed, trying again: %s", exc)
                 await sleep(self._clock, pause)
+
+
+def _closed() -> LeaseLostError:
+    return LeaseLostError("the subscription was closed before the broker could be told")

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -32,7 +32,9 @@ class GroupSubscription:
         self._start = start
         self._starting: asyncio.Task[Inbox] | None = None
         self._inbox: Inbox | None = None
-        self._before: list[Inbox] = []
+        self._before: Inbox | None = None
+        self._inboxes: list[Inbox] = []  # those that are not closed yet, the newest last
+        weakref.finalize(self, _close_soon, self._inboxes).atexit = False
         self._current: Message | None = None
         self._waiting = False
         self._stopped = False
@@ -100,6 +102,10 @@ class GroupSubscription:
         self._stopped = True
         if self._inbox is not None:
             await self._inbox.stop()
+        elif self._before is not None:
+            if self._starting is not None:
+                self._starting.cancel()  # nothing follows any more
+            await self._before.stop()
 
     async def aclose(self) -> None:
         """Give back everything that is not settled, and leave the group."""
@@ -107,8 +113,7 @@ class GroupSubscription:
         if self._starting is not None and not self._starting.done():
             self._starting.cancel()
             await asyncio.wait([self._starting])
-        inboxes = self._before if self._inbox is None else [*self._before, self._inbox]
-        await asyncio.gather(*(inbox.close() for inbox in inboxes))
+        await asyncio.gather(*(inbox.close() for inbox in self._inboxes))
 
     async def _receive(self) -> Message:
         while True:
@@ -119,24 +124,23 @@ class GroupSubscription:
                 if not inbox.changing or self._stopped:
                     raise
                 if self._inbox is inbox:
-                    self._before = [*(before for before in self._before if not before.closed), inbox]
-                    self._inbox = self._starting = None
+                    self._before, self._inbox, self._starting = inbox, None, None
 
     async def _started(self) -> Inbox:
         """Return the inbox. Concurrent callers share one attempt to get it; cancelling a caller does not cancel it."""
-        if self._closed:
+        if self._closed or (self._stopped and self._before is not None):
             raise BackendClosedError("the subscription was closed")
         failed = self._starting is not None and self._starting.done() and self._inbox is None
         if self._starting is None or failed:
-            before = self._before[-1] if self._before else None
-            self._starting = asyncio.get_running_loop().create_task(_subscribe(self._start, before, weakref.ref(self)))
+            starting = _subscribe(self._start, self._before, weakref.ref(self))
+            self._starting = asyncio.get_running_loop().create_task(starting)
             # If everybody who waits is cancelled, nobody looks at a failure: that is no error.
             self._starting.add_done_callback(lambda task: task.cancelled() or task.exception())
-        starting = self._starting
-        await asyncio.wait([starting])
-        if starting.cancelled():
+        task = self._starting
+        await asyncio.wait([task])
+        if task.cancelled():
             raise BackendClosedError("the subscription was closed")
-        return starting.result()
+        return task.result()
 
 
 async def _subscribe(
@@ -152,10 +156,16 @@ async def _subscribe(
         await inbox.close()
     else:
         subscription._inbox = inbox  # pyright: ignore[reportPrivateUsage]
-        weakref.finalize(subscription, inbox.close_soon).atexit = False
+        inboxes = subscription._inboxes  # pyright: ignore[reportPrivateUsage]
+        inboxes[:] = [*(other for other in inboxes if not other.closed), inbox]
         if subscription._stopped:  # pyright: ignore[reportPrivateUsage]
             await inbox.stop()
     return inbox
+
+
+def _close_soon(inboxes: Sequence[Inbox]) -> None:
+    for inbox in inboxes:
+        inbox.close_soon()
 
 
 async def _follow(
