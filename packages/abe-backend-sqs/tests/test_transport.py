@@ -106,7 +106,8 @@ async def test_queues_that_others_made_serve_from_publish_to_dead_letter(lab: An
     prefix = lab.namespace.replace("-", "--")
     async with bounds.within(15):
         for kind in ("group", "dead"):
-            await lab.ask("create_queue", QueueName=f"{prefix}-{kind}-g")
+            kept = {"MessageRetentionPeriod": "1209600"}
+            await lab.ask("create_queue", QueueName=f"{prefix}-{kind}-g", Attributes=kept)
         pinned = (("g", ("#",)),) if known_by == "SQS_GROUPS" else None
         if pinned is None:
             await lab.ask("tag_queue", QueueUrl=await lab.url("group", "g"), Tags=tags(Group("g", ("#",), 0.0)))

@@ -1,7 +1,6 @@
 """The queues of one namespace, looked up, made, described, deleted; and the groups that they are."""
 
 import asyncio
-import json
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -11,18 +10,15 @@ from typing import Any, Final, NamedTuple
 from abe.backends.message_queue.base import ExponentialBackoff
 from abe.backends.message_queue.base.names import EVERYTHING
 from abe.errors import ConfigurationError, PermissionDeniedError
+from abe_backend_sqs._attributes import Attributes
 from abe_backend_sqs._connection import Clients
 from abe_backend_sqs._errors import CLIENT_ERRORS, QueueExistsError, QueueMissingError, translate, translated
 from abe_backend_sqs._reader import Reader
 from abe_backend_sqs._registry import Group, Registry, tags, topic
 from abe_backend_sqs._settings import SqsSettings
 from abe_backend_sqs._topics import Topics
-from abe_backend_sqs._topology import FIFO, Topology
+from abe_backend_sqs._topology import Topology
 
-_RETENTION: Final = 14 * 86_400
-"""Seconds that SQS keeps a message at most."""
-_BACKSTOP: Final = 1_000
-"""Deliveries after which SQS itself buries a message. We count, and bury sooner."""
 _SKEW: Final = 10.0
 """Seconds that the clocks of processes may be apart."""
 _TRIES: Final = 4
@@ -50,7 +46,10 @@ class Queues:
         self.reader = Reader(settings, clients, self.names)
         self._settings = settings
         self._clients = clients
+        self._described = Attributes(settings, clients)
         self._urls: dict[str, str] = {}
+        self._checked: set[str] = set()
+        """The names of queues that are known to be what they must be."""
         self._topics: Topics | None = Topics(settings, clients) if settings.fanout == "sns" else None
         self._known_by: dict[str, tuple[float, float]] = {}
         """Of each group: since when it is what it is, and by when, by the monotonic clock, every publisher knows."""
@@ -69,6 +68,7 @@ class Queues:
         """Look again next time, for the groups and for the queue of that name. A topic that is gone is not published to any more."""
         if name is not None:
             self._urls.pop(name, None)
+            self._checked.discard(name)
             if name.startswith("arn:"):
                 self.reader.lose_topic(name)
         self.reader.forget()
@@ -89,27 +89,38 @@ class Queues:
         Raises:
             QueueMissingError: There is no such group.
         """
-        return await (self.url(name) if name.startswith(self.names.prefix) else self.ensure(name))
+        if name.startswith(self.names.prefix):
+            return await self.url(name)
+        return await self.ensure(
+            name, check=name == self.names.held
+        )  # the others were checked when the group was declared
 
-    async def ensure(self, name: str, *, dead: str | None = None) -> str:
-        """Have a queue, and return its address.
+    async def ensure(self, name: str, *, dead: str | None = None, ours: bool = False, check: bool = True) -> str:
+        """Have a queue that can keep what is promised, and return its address.
 
         Args:
             name: Its name.
             dead: The name of the queue of its dead letters.
+            ours: Whether one that is there may be changed.
+            check: Whether one that is there is looked at.
 
         Raises:
-            ConfigurationError: There is none, and none may be made.
+            ConfigurationError: There is none, and none may be made. Or there is one that cannot.
         """
+        dead_url = None if dead is None else await self.ensure(dead, ours=ours)
         try:
-            return await self.url(name)
+            url = await self.url(name)
         except QueueMissingError as exc:
             if not self._settings.ensure:
                 raise ConfigurationError(
                     f"there is no queue {name!r} in SQS, and SQS_ENSURE is false: have it made"
                 ) from exc
-        await self._create(name, await self._attributes(name, dead))
-        return self._urls[name]
+            await self._create(name, await self._described.new(name, dead_url))
+            url = self._urls[name]
+        if check and name not in self._checked:
+            await self._described.check(name, url, dead_url, ours=ours and self._settings.ensure)
+            self._checked.add(name)
+        return url
 
     async def declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> Declared:
         """Make the group exist; see `Transport.declare`.
@@ -140,14 +151,15 @@ class Queues:
     ) -> Declared:
         queue, dead, *others = self._of(group)
         present = registry.present.get(group)
-        await self.ensure(dead)
-        for name in others:
-            await self.ensure(name)
+        # What has our tags is ours, and what belongs to it.
+        ours = present is not None and self._settings.pinned is None
+        for name in (dead, *others):
+            await self.ensure(name, ours=ours)
         if present is None:
             # One that was deleted underneath gets the patterns again that it had, as far as we know.
             made = await self._make(group, patterns or registry.groups.get(group) or EVERYTHING)
         else:
-            await self.ensure(queue, dead=dead)
+            await self.ensure(queue, dead=dead, ours=ours)
             since, subscription = registry.since.get(group, 0.0), registry.subscriptions.get(group, "")
             made = Group(group, present, since, subscription)
         wanted = patterns if change and patterns else made.patterns
@@ -170,12 +182,12 @@ class Queues:
             await self.ensure(queue, dead=dead)
             return made._replace(since=0.0)
         try:
-            url = await self.url(queue)
+            await self.url(queue)
         except QueueMissingError:
             if self._settings.ensure:
                 await self._revise(queue)  # before it: one of this name may have been there, with other tags
-                await self._create(queue, await self._attributes(queue, dead), tags(made))
-            url = await self.ensure(queue, dead=dead)
+                await self._create(queue, await self._described.new(queue, await self.ensure(dead)), tags(made))
+        url = await self.ensure(queue, dead=dead)
         found = await self.reader.group(url)
         return found or await self._tag(made)
 
@@ -242,6 +254,7 @@ class Queues:
                 await self._delete(url)
         self.deletions.update(registry.groups)
         self._urls.clear()
+        self._checked.clear()
         self.reader.forget()
         if self._topics is not None:
             for subscription in registry.subscriptions.values():
@@ -339,16 +352,6 @@ class Queues:
             self.names.revision(queue), {"FifoQueue": "true"} if self._settings.fifo else {}, remember=False
         )
 
-    async def _attributes(self, name: str, dead: str | None) -> dict[str, str]:
-        """Return what a queue is made with. One that is made first and described later would lose messages after four days in between."""
-        found = {"VisibilityTimeout": str(self._settings.visibility), "MessageRetentionPeriod": str(_RETENTION)}
-        if dead is not None:
-            policy = {"deadLetterTargetArn": await self._arn(await self.ensure(dead)), "maxReceiveCount": _BACKSTOP}
-            found["RedrivePolicy"] = json.dumps(policy)
-        if name.endswith(FIFO):
-            found["FifoQueue"] = "true"
-        return found
-
     async def _create(
         self,
         name: str,
@@ -364,6 +367,7 @@ class Queues:
             reply = await client.create_queue(QueueName=name, Attributes=attributes, **more)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
             if remember:
                 self._urls[name] = reply["QueueUrl"]
+                self._checked.add(name)  # were it another's, its attributes would have to be the same
             return
         if remember:
             self._urls[name] = await self._look_up(name)
@@ -377,12 +381,6 @@ class Queues:
         client = await self._clients.calls()
         with translated(self._settings.address):
             return (await client.get_queue_url(QueueName=name))["QueueUrl"]
-
-    async def _arn(self, url: str) -> str:
-        client = await self._clients.calls()
-        with translated(self._settings.address):
-            found = await client.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])
-            return found["Attributes"]["QueueArn"]
 
 
 async def _nothing() -> None:
