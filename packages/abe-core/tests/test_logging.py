@@ -268,17 +268,16 @@ def test_a_level_that_is_none_is_an_invalid_log_level_wherever_it_is_given(level
             give()
 
 
-def test_a_file_that_is_enabled_must_be_somewhere() -> None:
-    with pytest.raises(ConfigurationError, match="log_file or log_dir must be a path when enable_file is true"):
-        LoggingConfig(enable_file=True)
-
-
-def test_a_file_that_is_not_named_is_app_log_in_its_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("log_dir", [None, "logs", "elsewhere"])
+def test_a_file_that_is_not_named_is_app_log_in_its_folder(
+    log_dir: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     setup_logging_from_config(
-        LoggingConfig(format="%(message)s", enable_file=True, log_dir=str(tmp_path / "logs"), enable_console=False)
+        LoggingConfig(format="%(message)s", enable_file=True, log_dir=log_dir, enable_console=False)
     )
     logging.getLogger("shop").info("sold")
-    assert (tmp_path / "logs/app.log").read_text() == "sold\n"
+    assert (tmp_path / (log_dir or "logs") / "app.log").read_text() == "sold\n"
 
 
 def test_without_backups_the_file_is_never_rotated(tmp_path: Path) -> None:
@@ -448,7 +447,8 @@ def test_the_dict_config_is_what_logging_takes_and_changes_nothing_by_itself(tmp
     assert list(tmp_path.iterdir()) == []
     assert settings["disable_existing_loggers"] is False
     assert list(settings["formatters"]) == [settings["handlers"]["file"]["formatter"]] == ["default"]
-    assert settings["root"] == {"level": "WARNING", "handlers": ["file"]}
+    assert settings["root"] == {"level": "WARNING", "handlers": ["file"], "propagate": False}
+    assert settings["loggers"].pop("") is settings["root"]
     assert settings["loggers"] == {
         "abe.redis": {"level": "DEBUG", "propagate": False, "handlers": ["file"]},
         "shop": {"level": 15, "propagate": False, "handlers": ["file"]},
@@ -520,6 +520,19 @@ def test_a_path_that_names_no_file_is_refused(log_file: str, tmp_path: Path) -> 
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigurationError, match="the log file"):
         create_log_file_path(str(tmp_path), log_file)
+
+
+@pytest.mark.parametrize("where", [("root",), ("loggers", "")])
+def test_the_root_logger_is_changed_in_either_of_its_places(where: tuple[str, ...], console: Console) -> None:
+    settings = get_logging_dict_config(LoggingConfig(format="%(message)s"))
+    place: Any = settings
+    for step in where:
+        place = place[step]
+    place["level"] = "ERROR"
+    logging.config.dictConfig(settings)
+    logging.getLogger("shop").warning("not shown")
+    logging.getLogger("shop").error("shown once")
+    assert console.getvalue() == "shown once\n"
 
 
 def test_a_logger_is_the_standard_one_with_nothing_added() -> None:

@@ -14,6 +14,7 @@ Level: TypeAlias = int | str
 """A level's number, or its name in either case."""
 
 DEFAULT_FILE: Final = "app.log"
+DEFAULT_FOLDER: Final = "logs"
 DEFAULT_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -129,10 +130,10 @@ class LoggingConfig:
     """Of ``%(asctime)s``, for ``time.strftime``. None: ISO 8601 with milliseconds."""
 
     log_file: str | None = None
-    """The file's path, below `log_dir` where that is given. Used when `enable_file` is true."""
+    """The file's path, below `log_dir` where that is given. None: ``app.log``. Used when `enable_file` is true."""
 
     log_dir: str | None = None
-    """The folder that the file must stay in; made when it is missing. Without a `log_file`, the file is ``app.log`` in it."""
+    """The folder that the file must stay in; made when it is missing. None: where `log_file` says; without one, ``logs``."""
 
     max_bytes: int = 10 * 1024 * 1024
     """The size at which the file is rotated."""
@@ -147,7 +148,7 @@ class LoggingConfig:
     """Whether the log goes to standard error."""
 
     enable_file: bool = False
-    """Whether the log goes to a file: `log_file`, or ``app.log`` in `log_dir`."""
+    """Whether the log goes to a file."""
 
     use_json_formatter: bool = False
     """Whether each line is a JSON object. Needs the extra ``abe-core[json-logs]``."""
@@ -181,10 +182,6 @@ class LoggingConfig:
                 raise
             except ValueError as exc:
                 raise ConfigurationError(f"logging setting {name} must be {exc}, not {value!r}") from None
-        if self.enable_file and self.log_file is None and self.log_dir is None:
-            raise ConfigurationError(
-                "logging setting log_file or log_dir must be a path when enable_file is true, not None"
-            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values as a plain dict that JSON can hold, and that `from_dict` reads."""

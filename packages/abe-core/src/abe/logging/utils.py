@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from abe.errors import ConfigurationError
-from abe.logging.settings import DEFAULT_FILE, Level, LoggingConfig, level_name, level_number
+from abe.logging.settings import DEFAULT_FILE, DEFAULT_FOLDER, Level, LoggingConfig, level_name, level_number
 from abe.settings import env_flag
 
 __all__ = [
@@ -49,7 +49,7 @@ def setup_logging_from_config(config: LoggingConfig | None = None) -> None:
     config = config or LoggingConfig()
     settings = get_logging_dict_config(config)
     if config.enable_file:
-        path = _make_folder(_path(config.log_dir, config.log_file or DEFAULT_FILE))
+        path = _make_folder(_file(config))
         try:
             path.open("a").close()
         except OSError as exc:
@@ -74,7 +74,7 @@ def get_logging_dict_config(config: LoggingConfig) -> dict[str, Any]:
         handlers["file"] = {
             "class": "logging.handlers.RotatingFileHandler",
             "formatter": "default",
-            "filename": str(_path(config.log_dir, config.log_file or DEFAULT_FILE)),
+            "filename": str(_file(config)),
             "maxBytes": config.max_bytes,
             "backupCount": config.backup_count,
             "encoding": config.encoding,
@@ -82,13 +82,16 @@ def get_logging_dict_config(config: LoggingConfig) -> dict[str, Any]:
     # With no handler at all, logging would print warnings on stderr by its last resort.
     handlers = handlers or {"nowhere": {"class": "logging.NullHandler"}}
     names = list(handlers)
+    root = {"level": _named(config.level), "handlers": names, "propagate": config.propagate}
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"default": _formatter(config)},
         "handlers": handlers,
-        "root": {"level": _named(config.level), "handlers": names},
-        "loggers": {
+        "root": root,
+        # The same once more, where others look for it: whoever changes one of them changes both.
+        "loggers": {"": root}
+        | {
             name: {
                 "level": _named(level),
                 "propagate": config.propagate,
@@ -184,7 +187,7 @@ def _set_debug(names: list[str]) -> None:
 
 def _formatter(config: LoggingConfig) -> dict[str, Any]:
     if not config.use_json_formatter:
-        return {"format": config.format, "datefmt": config.date_format}
+        return {"format": config.format, "datefmt": config.date_format, "style": "%"}
     try:
         importlib.import_module(_JSON_MODULE)
     except ImportError as exc:
@@ -196,6 +199,12 @@ def _formatter(config: LoggingConfig) -> dict[str, Any]:
 
 def _named(level: Level) -> Level:
     return level_name(level_number(level, "logging"))
+
+
+def _file(config: LoggingConfig) -> Path:
+    if config.log_file is None:
+        return _path(config.log_dir or DEFAULT_FOLDER, DEFAULT_FILE)
+    return _path(config.log_dir, config.log_file)
 
 
 def _path(log_dir: str | None, log_file: str) -> Path:
