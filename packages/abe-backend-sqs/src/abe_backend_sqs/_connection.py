@@ -28,8 +28,15 @@ _CALLS: Final = 64
 _POLLS: Final = 1_000
 """Connections of the client that polls: all consumers of a process together."""
 
-_ANSWER: Final = 10.0
-"""Seconds beyond a poll's own time after which a connection that says nothing is dead."""
+_ANSWER: Final = 4.0
+"""Seconds beyond a poll's own time after which a connection that says nothing is dead. With the default of `wait` it is noticed, and
+work goes on over another one, within the 15 s that the capabilities declare."""
+
+_SHARE: Final = 0.4
+"""Of `publish_timeout`: what opening a connection, and an answer, may take each, so that a first try leaves time for a second."""
+
+_LEAST: Final = 2.0
+"""Seconds that an answer is waited for at least."""
 
 _IDLE: Final = 3.0
 """Seconds for which a connection without a request is kept."""
@@ -64,7 +71,7 @@ class Clients:
             ConfigurationError: There is no region, no such profile, or they are malformed.
             BackendConnectionError: It was closed.
         """
-        client: SQSClient = await self._client("calls", _CALLS, self._settings.publish_timeout + 1)
+        client: SQSClient = await self._client("calls", _CALLS, self._answer)
         return client
 
     async def polls(self) -> "SQSClient":
@@ -82,7 +89,7 @@ class Clients:
         Raises:
             ConfigurationError: As above.
         """
-        client: SNSClient = await self._client("topics", _CALLS, self._settings.publish_timeout + 1)
+        client: SNSClient = await self._client("topics", _CALLS, self._answer)
         return client
 
     async def close(self) -> None:
@@ -101,6 +108,10 @@ class Clients:
         self._thread.shutdown(wait=False)
         if cancelled is not None:
             raise cancelled
+
+    @property
+    def _answer(self) -> float:
+        return max(_SHARE * self._settings.publish_timeout, _LEAST)
 
     async def _client(self, name: str, connections: int, read_timeout: float) -> Any:
         task = self._made.get(name)
@@ -121,7 +132,7 @@ class Clients:
         service, endpoint = ("sns", settings.topic_endpoint_url) if name == "topics" else ("sqs", settings.endpoint_url)
         config = AioConfig(
             connector_args={"keepalive_timeout": _IDLE},
-            connect_timeout=settings.connect_timeout,
+            connect_timeout=min(settings.connect_timeout, self._answer),
             read_timeout=read_timeout,
             max_pool_connections=connections,
             parameter_validation=False,

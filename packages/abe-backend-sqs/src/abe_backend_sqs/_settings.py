@@ -134,10 +134,10 @@ class SqsSettings(QueueSettings):
     wait: int = setting(
         "SQS_WAIT_SECONDS",
         integer(1),
-        default=_LONGEST_POLL,
+        default=8,
         check=_wait,
-        help="How long a poll waits for messages, in whole seconds up to 20. Longer polls cost less; "
-        "what one brings after a consumer has stopped is given back when it ends.",
+        help="How long a poll waits for messages, in whole seconds up to 20. Longer polls cost less; a connection that went silent is "
+        "noticed 4 s after that, and what a poll brings after a consumer has stopped is given back when it ends.",
     )
     pollers: int = setting(
         "SQS_MAX_POLLERS",
@@ -202,7 +202,7 @@ class SqsSettings(QueueSettings):
         seconds,
         default=5.0,
         check=positive,
-        help="How long opening a connection may take, in seconds.",
+        help="How long opening a connection may take, in seconds; at most four tenths of QUEUE_PUBLISH_TIMEOUT_SECONDS.",
     )
 
     def __post_init__(self) -> None:
