@@ -25,6 +25,7 @@ from abe.errors import (
     ConfigurationError,
     PermissionDeniedError,
     PublishRejectedError,
+    PublishUnknownError,
 )
 from abe_backend_rabbitmq import RabbitMQBackend, RabbitMQSettings
 from abe_backend_rabbitmq._connection import Link, finished
@@ -633,6 +634,45 @@ class TestRights:
                 await call
         async with owner.consume(group="g") as subscription, bounds.within(5):
             assert await subscription.receive() == {"n": 1}
+
+    async def test_who_may_not_know_the_groups_is_told_that_others_may_have_what_one_refused(
+        self, lab: Any, user: Callable[..., Awaitable[str]]
+    ) -> None:
+        owner = await lab.transport(max_backlog=3)
+        for group in ("free", "full"):
+            await owner.declare(group, None, change=True)
+        publisher = await lab.transport(url=await user(*self.documented(1)), max_backlog=3)
+        assert await publisher.send(lab.envelopes(3)) == ()
+        [envelope] = lab.envelopes(1)
+        for _ in range(3):  # what may be there is not sent again
+            assert [type(outcome) for outcome in await publisher.send([envelope])] == [PublishUnknownError]
+        for group in ("free", "full"):
+            assert (await owner.stats(group)).waiting == 3
+
+    async def test_a_queue_with_a_limit_of_the_operator_s_is_asked_alone_after_it_refused(
+        self, lab: Any, shell: RabbitMQShell, collect: Any
+    ) -> None:
+        transport = await lab.transport()
+        for group in ("free", "full"):
+            await transport.declare(group, None, change=True)
+        await shell.evaluate(
+            f'rabbit_policy:set(<<"/">>, <<"{lab.namespace}">>, <<"^{lab.names.queue("full")}$">>, '
+            '[{<<"max-length">>, 1}], 0, <<"queues">>, <<"abe">>).'
+        )
+        [envelope] = lab.envelopes(1)
+        async with bounds.within(10):
+            while not (outcomes := await transport.send(lab.envelopes(1))):  # the queue learns of it, and fills up
+                pass
+        assert [type(outcome) for outcome in outcomes] == [PublishUnknownError]
+        for _ in range(4):
+            assert [type(outcome) for outcome in await transport.send([envelope])] == [PublishUnknownError]
+        receiver = await lab.receiver(transport, "free")
+        async with bounds.within(10):
+            ids: list[str] = []
+            while (await transport.stats("free")).waiting or not ids:
+                ids += [receiver.metadata(each).id for each in await receiver.receive(1000)]
+        assert ids.count(envelope.id) <= 2
+        await shell.evaluate(f'rabbit_policy:delete(<<"/">>, <<"{lab.namespace}">>, <<"abe">>).')
 
     @pytest.mark.parametrize("missing", ["configure", "write", "read"])
     async def test_each_right_that_is_missing_is_told(

@@ -18,6 +18,7 @@ from abe.errors import (
     ConfigurationError,
     GroupMissingError,
     LeaseLostError,
+    PublishUnknownError,
     UnroutableError,
 )
 from abe_backend_rabbitmq._transport import RabbitMQTransport
@@ -164,6 +165,74 @@ class TestBacklog:
         await receiver.ack([delivery.receipt for delivery in held], verify=True)
         assert await transport.send(lab.envelopes(1)) == ()
 
+    async def test_what_a_full_group_refuses_is_nowhere_and_what_only_some_took_goes_to_the_full_one_alone(
+        self, lab: Any, collect: Collect
+    ) -> None:
+        transport = await lab.transport(max_backlog=5)
+        for group in ("free", "full", "other"):
+            await transport.declare(group, ("other",) if group == "other" else None, change=True)
+        sent = lab.envelopes(8)
+        assert await transport.send(sent[:5]) == ()
+        got: dict[str, list[str]] = {"free": [], "full": []}
+        receivers = {group: await lab.receiver(transport, group, prefetch=1) for group in got}
+
+        async def drain(group: str, count: int) -> None:
+            receiver = receivers[group]
+            for _ in range(count):
+                [delivery] = await collect(receiver, 1)
+                got[group].append(receiver.metadata(delivery).id)
+                await receiver.ack([delivery.receipt], verify=True)
+
+        await drain("free", 5)
+        outcomes = await transport.send(sent[5:])
+        assert [type(outcome) for outcome in outcomes] == [PublishUnknownError, BackpressureError, BackpressureError]
+        assert "'full'" in str(outcomes[0])
+        assert "'free'" not in str(outcomes[0])
+        for _ in range(3):
+            outcomes = await transport.send(sent[5:])
+            assert [type(outcome) for outcome in outcomes] == [
+                PublishUnknownError,
+                BackpressureError,
+                BackpressureError,
+            ]
+        await drain("full", 2)
+        async with bounds.within(10):
+            left = sent[5:7]
+            while outcomes := await transport.send(left):  # the queue says late that there is room again
+                left = [each for each, outcome in zip(left, outcomes, strict=True) if outcome is not None]
+        for group, receiver in receivers.items():
+            while (await transport.stats(group)).waiting or receiver.holding:
+                await drain(group, 1)
+        assert got == {group: [envelope.id for envelope in sent[:7]] for group in receivers}
+        assert transport._sender._partial == {}
+
+    async def test_a_message_that_no_group_wants_is_not_refused_for_one_that_is_full(self, lab: Any) -> None:
+        transport = await lab.transport(max_backlog=1)
+        assert await transport.send(lab.envelopes(1, "early")) == ()  # parked
+        await transport.declare("g", ("k",), change=True)
+        outcomes = await transport.send([lab.envelope("k"), lab.envelope("other"), lab.envelope("k")])
+        assert [type(outcome) for outcome in outcomes] == [type(None), UnroutableError, BackpressureError]
+
+
+class TestOneGroup:
+    @pytest.mark.parametrize("delay", [0.0, 0.1])
+    @pytest.mark.parametrize("max_backlog", [None, 100])
+    async def test_only_that_group_gets_it_whatever_it_wants(
+        self, lab: Any, collect: Collect, delay: float, max_backlog: int | None
+    ) -> None:
+        transport = await lab.transport(max_backlog=max_backlog)
+        missing = lab.envelope("k", delay=delay)._replace(group="g")
+        (outcome,) = await transport.send([missing])
+        assert str(outcome) == "there is no group 'g'"
+        await transport.declare("g", ("nothing",), change=True)
+        await transport.declare("h", None, change=True)
+        envelope = lab.envelope("k", delay=delay, headers={"a": "b"})._replace(group="g")
+        assert await transport.send([envelope, lab.envelope("nothing")]) == ()
+        receiver = await lab.receiver(transport)
+        found = [receiver.metadata(each) for each in await collect(receiver, 2)]
+        assert {each.key: each.headers for each in found} == {"k": {"a": "b"}, "nothing": None}
+        assert (await transport.stats("h")).waiting == 1
+
 
 class TestHeld:
     async def test_the_first_group_gets_what_was_published_before_it(self, lab: Any, collect: Collect) -> None:
@@ -240,6 +309,15 @@ class TestHeld:
 
 
 class TestDelayed:
+    async def test_who_knows_old_groups_finds_the_one_that_wants_it(self, lab: Any, collect: Collect) -> None:
+        transport, other = await lab.transport(), await lab.transport()
+        await transport.declare("g", ("a",), change=True)
+        (outcome,) = await transport.send([lab.envelope("b", delay=0.1)])
+        assert isinstance(outcome, UnroutableError)
+        await other.declare("h", ("b",), change=True)
+        assert await transport.send([lab.envelope("b", delay=0.1)]) == ()
+        await collect(await lab.receiver(transport, "h"), 1)
+
     async def test_not_before_and_soon_after(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport()
         await transport.declare("g", None, change=True)
@@ -427,7 +505,7 @@ class TestLeaving:
         receipts = [delivery.receipt for delivery in held]
         assert set(await receiver.recover(receipts)) == set(receipts)
         again = await collect(receiver, 3)
-        assert {delivery.attempt for delivery in again} == {2}
+        assert {delivery.attempt for delivery in again} == {1}
         assert set(await receiver.ack(receipts, verify=False)) == set(receipts)  # and costs the new channel nothing
         assert not await receiver.ack([delivery.receipt for delivery in again], verify=True)
 

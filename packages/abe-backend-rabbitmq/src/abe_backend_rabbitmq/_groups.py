@@ -239,6 +239,7 @@ class Groups:
         )
         for topic in (names.later, names.delay, names.due):
             await channel.exchange_declare(topic, exchange_type="topic", durable=True)
+        await channel.exchange_bind(destination=names.due, source=names.delay, routing_key=names.pass_by)
         await channel.queue_declare(names.held, durable=True, arguments=dict(names.store_arguments))
         await channel.queue_bind(names.held, names.holding)
         await channel.queue_bind(names.held, names.delay, "*.held")

@@ -56,6 +56,7 @@ class Outlet:
 
         Raises:
             BackendConnectionError: Nothing was published.
+            BackpressureError: Nothing was published: the broker is short of memory or disk.
         """
         channel = await self.open()
         connection = self._owner
@@ -64,10 +65,9 @@ class Outlet:
                 async with asyncio.timeout(self._settings.publish_timeout * _HALF):
                     await connection.unblocked()
             except TimeoutError:
-                full = BackpressureError(
+                raise BackpressureError(
                     f"rabbitmq at {connection.address} takes no messages now: it is short of memory or disk"
-                )
-                return [full] * len(messages)
+                ) from None
         return await self._publish(channel, messages, bounded=True)
 
     async def move(self, messages: Sequence[Outgoing], *, bounded: bool = False) -> Sequence[AbeError | None]:

@@ -13,6 +13,9 @@ LEVELS: Final = 26
 TICK: Final = 0.1
 """Seconds that delays are rounded up to."""
 
+AT_ONCE: Final = ".".join("0" * LEVELS)
+"""The binary digits of no delay at all: straight to the end of the ladder."""
+
 MAX_DELAY: Final = TICK * (2**LEVELS - 1)
 """The longest delay: 77 days."""
 
@@ -110,6 +113,11 @@ class Topology:
     def store_arguments(self) -> Arguments:
         """The arguments of `held`, `registry` and `dead`, where messages are looked at and put back."""
         return {**_QUORUM, "x-delivery-limit": ENDLESS}
+
+    @property
+    def pass_by(self) -> str:
+        """The pattern of those that wait at no level."""
+        return f"*.{AT_ONCE}.*"
 
     def leap(self, level: int) -> str:
         """Return the pattern of those whose ladder begins at the level."""

@@ -2,15 +2,13 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
 from abe.backends.message_queue.base import Transport as TransportProtocol
-from abe.errors import AbeError, BackendConnectionError, PublishUnknownError, UnroutableError
-from abe_backend_rabbitmq import _wire
-from abe_backend_rabbitmq._channel import Channel, Outgoing
+from abe.errors import AbeError, BackendConnectionError
+from abe_backend_rabbitmq._channel import Channel
 from abe_backend_rabbitmq._connection import Link
 from abe_backend_rabbitmq._control import Control
 from abe_backend_rabbitmq._errors import ChannelNotFound
@@ -22,13 +20,12 @@ from abe_backend_rabbitmq._outlet import Outlet
 from abe_backend_rabbitmq._pace import CONSUMER_TIMEOUT
 from abe_backend_rabbitmq._parked import Parked
 from abe_backend_rabbitmq._receiver import RabbitMQReceiver
-from abe_backend_rabbitmq._registry import Registry, RegistryKeeper
+from abe_backend_rabbitmq._registry import RegistryKeeper
+from abe_backend_rabbitmq._sender import Sender
 from abe_backend_rabbitmq._settings import RabbitMQSettings
 from abe_backend_rabbitmq._topology import LEVELS, Topology
 
 _log: Final = logging.getLogger("abe.rabbitmq")
-_STALE: Final = 20
-"""Times that the groups may change under one batch before it counts as failed."""
 
 
 class RabbitMQTransport:
@@ -60,6 +57,7 @@ class RabbitMQTransport:
         self._groups = Groups(self.control, self._keeper, self.ladder, self.topology)
         self._parked = Parked(self.control, self.outlet, self._keeper, self.ladder, self.topology, timeout)
         self._letters = DeadLetters(self.control, self.outlet, self.topology, timeout)
+        self._sender = Sender(settings, self.outlet, self._groups, self.ladder, self.topology, self._prepare)
         self._consuming = Link(settings, "abe-consume")
 
     async def open(self) -> None:
@@ -77,9 +75,7 @@ class RabbitMQTransport:
 
     async def send(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
         """Publish, and wait for the confirms."""
-        if any(envelope.delay for envelope in envelopes):
-            return await self._send_some_later(envelopes)
-        return await self.outlet.publish([self._outgoing(envelope) for envelope in envelopes])
+        return await self._sender.send(envelopes)
 
     async def declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> tuple[str, ...]:
         """Register the group, make its queues and bindings, and move the held messages that it wants.
@@ -164,76 +160,6 @@ class RabbitMQTransport:
 
     async def _prepare(self) -> None:
         await self._groups.prepare(await self.control.connection())
-
-    def _outgoing(self, envelope: Envelope) -> Outgoing:
-        if envelope.group is None:
-            return Outgoing(self.topology.exchange, envelope.key, _wire.pack(envelope), envelope.body, envelope.id)
-        properties = _wire.pack(envelope, ("abe-key", envelope.key))
-        return Outgoing("", self.topology.queue(envelope.group), properties, envelope.body, envelope.id)
-
-    async def _send_some_later(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
-        """Publish when some have a delay: of those, a copy to each group that wants it, as the groups are now."""
-        outcomes: list[AbeError | None] = [None] * len(envelopes)
-        copies = {(i, ""): self._outgoing(each) for i, each in enumerate(envelopes) if not each.delay}
-        waiting = {i for i, each in enumerate(envelopes) if each.delay}
-        done: set[tuple[int, str]] = set()
-        failure: AbeError = BackendConnectionError("the groups change faster than delayed messages can be published")
-        mended = published = False
-        for _ in range(_STALE):
-            try:
-                registry = await self._groups.known()
-                for i in waiting:
-                    try:
-                        later = await self._later(registry, envelopes[i])
-                        copies |= {(i, group): copy for group, copy in later if (i, group) not in done}
-                    except UnroutableError as exc:
-                        outcomes[i] = exc
-                results = await self.outlet.publish(list(copies.values())) if copies else ()
-                published = True
-            except AbeError as exc:
-                if isinstance(exc.__cause__, ChannelNotFound) and not mended:
-                    mended = True  # an exchange of the ladder was deleted
-                    await self._prepare()
-                    continue
-                if not published:
-                    raise
-                failure = exc
-                break
-            waiting = set[int]()
-            for place, (i, group) in enumerate(copies):
-                result = results[place] if results else None
-                if isinstance(result, UnroutableError) and envelopes[i].delay:
-                    waiting.add(i)
-                elif result is None:
-                    done.add((i, group))
-                else:
-                    outcomes[i] = result
-            if not waiting:
-                return outcomes if any(outcomes) else ()
-            copies = {}
-            self._groups.forget()
-        halfway = {i for i, _ in done}
-        for i in waiting:
-            outcomes[i] = PublishUnknownError(f"some groups have it, not all: {failure}") if i in halfway else failure
-        return outcomes
-
-    async def _later(self, registry: Registry, envelope: Envelope) -> Sequence[tuple[str, Outgoing]]:
-        id, key, body, _, _, delay, group = envelope
-        later = self.topology.later
-        if group is not None and group not in registry.groups:
-            raise UnroutableError(f"there is no group {group!r}")
-        if not registry.groups:
-            due = int((time.time() + delay) * 1000) + 1
-            properties = _wire.pack(envelope, ("abe-key", key), ("abe-due", due))
-            return [("", Outgoing(later, f"{registry.version}.held", properties, body, id))]
-        groups = registry.wanting(key) if group is None else [group]
-        if not groups:
-            raise UnroutableError(f"no group wants the key {key!r}")
-        properties = _wire.pack(envelope, ("abe-key", key))
-        words = {group: await self.ladder.digits(group, delay) for group in groups}
-        return [
-            (group, Outgoing(later, f"{registry.version}.{words[group]}", properties, body, id)) for group in groups
-        ]
 
 
 if TYPE_CHECKING:
