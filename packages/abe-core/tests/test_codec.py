@@ -42,8 +42,10 @@ SCALARS = (
     | st.floats(allow_nan=False, allow_infinity=False)
     | TEXT
 )
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner), max_leaves=30)
-PAYLOADS = st.dictionaries(TEXT, VALUES)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4), max_leaves=8
+)
+PAYLOADS = st.dictionaries(TEXT, VALUES, max_size=5)
 
 
 def same(left: Any, right: Any) -> bool:
