@@ -170,7 +170,8 @@ CLAUSES: Final = (
     ),
     Clause(
         "C-ORD-02",
-        "`ordered_by_key`: messages of one key run one after the other in a process while other keys run beside them",
+        "`ordered_by_key`: messages of one key run one after the other in a process while other keys run beside them, also while the "
+        "successors of a busy key are more than the consumer's prefetch (up to about 1,000)",
     ),
     Clause(
         "C-GRP-01",
@@ -301,7 +302,7 @@ CLAUSES: Final = (
         "C-PSN-02",
         "After `max_attempts` a failing message is dead-lettered with body, key, headers, attempts, reason and "
         "times, at least once even under SIGKILL in the middle of the move; a message that kills its process "
-        "counts too; others keep flowing",
+        "counts too, and one whose handler raises SystemExit or cancels itself; others keep flowing",
     ),
     Clause("C-PSN-03", "Dead letters can be listed, shown, replayed to their group and purged, while consumers run"),
     Clause(

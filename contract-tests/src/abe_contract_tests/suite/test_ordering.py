@@ -88,3 +88,36 @@ async def test_messages_of_one_key_run_one_after_the_other_and_other_keys_beside
     assert {key: sorted(ns) for key, ns in seen.items()} == {f"key.{k}": list(range(20)) for k in range(4)}
     if contract.capabilities.ordered:
         assert all(ns == sorted(ns) for ns in seen.values()), dict(seen)
+
+
+@clause("C-ORD-02")
+async def test_other_keys_run_while_the_successors_of_a_busy_key_fill_the_bound(contract: Contract) -> None:
+    backend = contract.backend()
+    hot: list[int] = []
+    cold: list[int] = []
+    go, all_cold = asyncio.Event(), asyncio.Event()
+
+    async def handler(message: Message) -> None:
+        if message.key == "hot":
+            await go.wait()
+            hot.append(message["n"])
+        else:
+            cold.append(message["n"])
+            if len(cold) == 20:
+                all_cold.set()
+
+    async with contract.within(20):
+        await backend.declare("g")
+        await backend.publish_many([("hot", {"n": n}) for n in range(60)])
+        await backend.publish_many([(f"cold.{n % 3}", {"n": n}) for n in range(20)])
+        consumer = AsyncLoopConsumer(backend, "g", concurrency=2, prefetch=8, ordered_by_key=True)
+        consuming = asyncio.create_task(consumer.run(handler))
+        await all_cold.wait()
+        assert not hot
+        go.set()
+        await until_empty(await contract.oracle(), "g")
+        await consumer.shutdown()
+        await consuming
+    assert set(hot) == set(range(60))
+    if contract.capabilities.ordered:
+        assert hot == list(range(60))

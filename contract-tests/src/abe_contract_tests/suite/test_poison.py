@@ -126,6 +126,47 @@ async def test_after_its_last_attempt_a_message_is_a_dead_letter_that_tells_ever
 
 
 @clause("C-PSN-02", capability="dead_letter")
+async def test_whatever_a_handler_does_is_the_failure_of_its_one_message(contract: Contract) -> None:
+    backend = contract.backend()
+    handled: set[int] = set()
+
+    async def handler(message: Message) -> None:
+        if message.key == "exits":
+            raise SystemExit(1)
+        if message.key == "cancels":
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(0)
+        if message.key == "in a group":
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(_rejecting())
+        handled.add(message["n"])
+
+    async with contract.within(15):
+        oracle = await contract.oracle()
+        await backend.declare("g")
+        for n, key in enumerate(("exits", "cancels", "in a group", "good", "good", "good")):
+            await backend.publish(key, {"n": n})
+        retry = RetryPolicy(max_attempts=2, backoff=ConstantBackoff(0))
+        consumer = AsyncLoopConsumer(backend, "g", concurrency=2, retry=retry)
+        running = asyncio.create_task(consumer.run(handler))
+        await until_dead(oracle, "g", 3)
+        await until_empty(oracle, "g")
+        await consumer.shutdown()
+        await running
+        letters = {letter.key: letter for letter in await backend.dead_letters("g").list()}
+    assert handled == {3, 4, 5}
+    assert {key: letter.attempts for key, letter in letters.items()} == {"exits": 2, "cancels": 2, "in a group": 1}
+    assert letters["exits"].reason == "SystemExit: 1"
+    assert letters["in a group"].reason == "no such customer"
+
+
+async def _rejecting() -> None:
+    raise Reject("no such customer")
+
+
+@clause("C-PSN-02", capability="dead_letter")
 @pytest.mark.parametrize("verdict", ["exception", "reject"])
 async def test_a_handler_that_fails_for_good_fills_the_dead_letter(contract: Contract, verdict: str) -> None:
     backend = contract.backend()

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Coroutine, Generator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.consumer import EventConsumer
@@ -22,6 +22,7 @@ from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBa
 from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.failures import Failures
 from abe.backends.message_queue.handler import CheckedHandler, Handle
+from abe.backends.message_queue.look_ahead import LookAhead
 from abe.backends.message_queue.minimal import MinimalSubscription
 from abe.backends.message_queue.report import reason_of, shown
 from abe.backends.message_queue.retry import RetryPolicy
@@ -100,7 +101,8 @@ class AsyncLoopConsumer:
             stopped: the message fails, the thread runs on, and until it returns there is one thread fewer. With none left nothing is taken.
         grace: Seconds that handlers get to finish in `shutdown`.
         ordered_by_key: Handle messages of one key one after the other, in the order received, while other keys run beside them. A message
-            that has to be retried lets its successors pass.
+            that has to be retried lets its successors pass. While messages of a busy key fill what may be held, more are taken, up to
+            about 1,000 in all, so that other keys go on.
         middleware: Wraps the handler, the first outermost.
         keys: The key patterns that the group wants; None: see ``consume``.
         prefetch: Messages held at most; None: four times the concurrency.
@@ -286,13 +288,15 @@ class AsyncLoopConsumer:
     ) -> None:
         group = self._group or DEFAULT_GROUP
         failures = Failures(self._policy, self._max_attempts, self._max_delay, stopping)
+        source: Subscription | LookAhead = subscription
+        if self._ordered:
+            source = LookAhead(subscription, self._prefetch, self._entered, group)
         workers = Workers(
-            subscription,
+            source,
             call,
             failures,
             threads,
             concurrency=self._concurrency,
-            ordered=self._ordered,
             run=run,
             told_to_stop=run.stopping,
         )
@@ -300,7 +304,7 @@ class AsyncLoopConsumer:
         try:
             await workers.run(stopping, self._grace)
         finally:
-            await subscription.aclose()
+            await source.aclose()
             await failures.close()
             _log.info("group %r is consumed no more by this consumer", group)
 
@@ -314,6 +318,18 @@ class AsyncLoopConsumer:
     def _max_delay(self) -> float:
         return (self._backend.capabilities.max_delay or 0.0) if isinstance(self._backend, FullBackend) else 0.0
 
+    def _subscription(self, backend: FullBackend, prefetch: int) -> Subscription:
+        return backend.consume(group=self._group, keys=self._keys, prefetch=prefetch, max_attempts=self._max_attempts)
+
+    async def _entered(self, prefetch: int) -> Subscription:
+        subscription = self._subscription(cast("FullBackend", self._backend), prefetch)
+        try:
+            await subscription.__aenter__()
+        except BaseException:
+            await subscription.aclose()
+            raise
+        return subscription
+
     async def _subscribe(self, stopping: "asyncio.Task[Any]") -> Subscription | None:
         """Subscribe, however long the broker is away; None when `shutdown` came first."""
         backend = self._backend
@@ -326,9 +342,7 @@ class AsyncLoopConsumer:
             return None if stopping.done() else MinimalSubscription(aiter(backend.consume(group=self._group)))
         tries = 0
         while not stopping.done():
-            subscription = backend.consume(
-                group=self._group, keys=self._keys, prefetch=self._prefetch, max_attempts=self._max_attempts
-            )
+            subscription = self._subscription(backend, self._prefetch)
             entering = asyncio.create_task(subscription.__aenter__())
             try:
                 await asyncio.wait([entering, stopping], return_when=asyncio.FIRST_COMPLETED)

@@ -11,6 +11,7 @@ from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.failures import Failures
 from abe.backends.message_queue.handler import Handle
+from abe.backends.message_queue.look_ahead import LookAhead
 from abe.backends.message_queue.threads import Threads
 from abe.errors import BackendClosedError
 
@@ -29,25 +30,23 @@ class Workers:
     """Handles the messages of a subscription.
 
     Args:
-        subscription: Where messages come from.
+        subscription: Where messages come from; a `LookAhead`: those of one key are handled one after the other.
         call: The handler, with all that is around it.
         failures: Settles what failed.
         threads: Those of a synchronous handler.
         concurrency: How many messages at once.
-        ordered: Whether messages of one key are handled one after the other.
         run: What `WORKS_FOR` is to say.
         told_to_stop: Set when nothing new is to be taken.
     """
 
     def __init__(
         self,
-        subscription: Subscription,
+        subscription: Subscription | LookAhead,
         call: Handle,
         failures: Failures,
         threads: Threads | None,
         *,
         concurrency: int,
-        ordered: bool,
         run: object,
         told_to_stop: asyncio.Event,
     ) -> None:
@@ -56,7 +55,7 @@ class Workers:
         self._failures = failures
         self._threads = threads
         self._concurrency = concurrency
-        self._ordered = ordered
+        self._ahead = subscription if isinstance(subscription, LookAhead) else None
         self._lanes: dict[str, _Lane] = {}
         self._run = run
         self._told_to_stop = told_to_stop
@@ -119,15 +118,18 @@ class Workers:
         """Handle messages until there are no more (False), or until one has changed the context that was `clean` (True)."""
         task = asyncio.current_task()
         assert task is not None
-        take = _nothing if self._ordered else self._subscription.take
+        ahead = self._ahead
+        take = _nothing if isinstance(self._subscription, LookAhead) else self._subscription.take
         while self._may_begin() if self._threads is None else await self._may_take(self._threads, lane):
             message = take()
             if message is None:
                 try:
-                    message = await (self._next_in_order(lane) if self._ordered else self._subscription.receive())
+                    message = await (self._subscription.receive() if ahead is None else self._next(ahead, lane))
                 except BackendClosedError:
                     return False
             await self._one(message, task)
+            if ahead is not None:
+                ahead.done(message)
             self._handled += 1
             if not self._handled & 63:
                 await asyncio.sleep(0)  # a handler that never suspends must not keep the loop to itself
@@ -136,22 +138,23 @@ class Workers:
         await self._give_back(lane)
         return False
 
-    async def _next_in_order(self, lane: "_Lane") -> Message:
+    async def _next(self, ahead: LookAhead, lane: "_Lane") -> Message:
         """Return the next message of the worker's own key, or else the first of a key that nobody handles."""
         while lane.key is not None:
             if not lane.waiting:
                 del self._lanes[lane.key]
                 lane.key = None
             elif not (waiting := lane.waiting.popleft()).lease_lost:
-                return waiting  # of the others somebody else has one by now
+                return waiting
+            else:
+                ahead.done(waiting)  # somebody else has it by now
         while True:
-            message = self._subscription.take()
-            if message is None:
-                message = await self._subscription.receive()
+            message = await ahead.receive()
             try:
                 key = message.key
             except Exception as exc:  # noqa: BLE001 - an envelope that cannot be read is its message's failure
                 await self._failures.failed(message, exc)
+                ahead.done(message)
                 continue
             if key not in self._lanes:
                 lane.key, self._lanes[key] = key, lane
@@ -165,6 +168,9 @@ class Workers:
         waiting, lane.waiting = lane.waiting, deque()
         # What cannot be given back comes back when its lease runs out.
         await asyncio.gather(*map(self._subscription.release, waiting), return_exceptions=True)
+        for message in waiting:
+            if self._ahead is not None:
+                self._ahead.done(message)
 
     async def _may_take(self, threads: Threads, lane: "_Lane") -> bool:
         if self._may_begin() and threads.keeps_back:
