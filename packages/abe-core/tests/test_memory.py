@@ -298,6 +298,41 @@ class TestGroups:
             assert await anext(messages) == {"n": 0}
         assert await first(memory_backend, 5) == [{"n": n} for n in range(5)]
 
+    async def test_what_was_delivered_before_its_group_was_deleted_settles_nothing_of_the_new_one(
+        self, memory_backend: MemoryBackend
+    ) -> None:
+        async with bounds.within(5):
+            await memory_backend.publish("a", {"n": 1})
+            async with memory_backend.consume(group="g") as old, memory_backend.consume(group="g") as other:
+                before = await old.receive()
+                await old.stop()
+                await memory_backend.delete_group("g")
+                await memory_backend.declare("g")
+                await memory_backend.publish("a", {"n": 2})
+                message = await other.receive()
+                with pytest.raises(LeaseLostError):
+                    await before.ack()
+                assert (await memory_backend.stats("g")).in_flight == 1
+                await message.ack()
+
+    async def test_replaying_many_dead_letters_lets_others_work(self, memory_backend: MemoryBackend) -> None:
+        async with memory_backend.consume() as messages:
+            await memory_backend.publish_many([("a", {})] * 500)
+            for _ in range(500):
+                await (await messages.receive()).reject()
+        turns = 0
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        beside = asyncio.create_task(others())
+        assert await memory_backend.dead_letters().replay_all() == 500
+        beside.cancel()
+        assert turns >= 4
+
     async def test_dead_letters_are_found_replayed_and_purged_by_id(self, memory_backend: MemoryBackend) -> None:
         async with memory_backend.consume() as messages:
             for id in ("one", "two", "three"):

@@ -220,29 +220,33 @@ class _MemoryTransport:
 
     async def dead_letters(self, group: str) -> AsyncGenerator[Sequence[DeadLetter]]:
         for page in self._pages(group):
-            yield [letter for letter, _ in page]
+            yield [letter for _, (letter, _) in page]
+            await asyncio.sleep(0)  # the others have their turn
 
     async def replay(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
         for page in self._pages(group, ids):
             now = self._clock.time()
             with self._namespace.lock:
                 queue = self._namespace.queue(group)
-                moved = queue.take_dead(page)
+                moved = queue.take_dead(number for number, _ in page)
                 for envelope in moved:
                     queue.put(envelope, now, now)
                 queue.wake()
             yield len(moved)
+            await asyncio.sleep(0)
 
     async def purge(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
         for page in self._pages(group, ids):
             with self._namespace.lock:
-                removed = self._namespace.queue(group).take_dead(page)
+                removed = self._namespace.queue(group).take_dead(number for number, _ in page)
             yield len(removed)
+            await asyncio.sleep(0)
 
-    def _pages(self, group: str, ids: Collection[str] | None = None) -> list[list[Dead]]:
-        """Return the dead letters that are there now: they are in memory anyhow."""
+    def _pages(self, group: str, ids: Collection[str] | None = None) -> list[list[tuple[int, Dead]]]:
+        """Return the dead letters that are there now, each with its number: they are in memory anyhow."""
         with self._namespace.lock:
-            chosen = [dead for dead in self._namespace.queue(group).dead if ids is None or dead[0].id in ids]
+            dead = self._namespace.queue(group).dead
+            chosen = [item for item in dead.items() if ids is None or item[1][0].id in ids]
         return [chosen[start : start + _PAGE] for start in range(0, len(chosen), _PAGE)]
 
     def _wanting(self, envelope: Envelope) -> Sequence[Queue]:

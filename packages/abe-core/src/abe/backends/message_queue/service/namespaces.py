@@ -4,7 +4,7 @@ import heapq
 import math
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 from time import time
@@ -47,17 +47,22 @@ class Held:
 
 
 class Queue:
-    """A group's messages. Every method needs the namespace's lock."""
+    """A group's messages. Every method needs the namespace's lock.
 
-    def __init__(self, patterns: tuple[str, ...]) -> None:
+    Args:
+        patterns: The keys that it wants.
+        number: Returns another number at each call, which no group of that name had before: it names a delivery, or a dead letter.
+    """
+
+    def __init__(self, patterns: tuple[str, ...], number: Callable[[], int]) -> None:
         self.patterns = patterns
         self.ready: deque[Item] = deque()
         self.delayed: list[tuple[float, int, Item]] = []
         self.held: dict[Receipt, Held] = {}
-        self.dead: list[Dead] = []
+        self.dead: dict[int, Dead] = {}
         self.waiting: dict[Waiter, None] = {}
         self._serial = count().__next__
-        self._receipt = count().__next__
+        self._number = number
         self._next_deadline = math.inf
 
     def put(self, envelope: Envelope, due: float, now: float, attempts: int = 0) -> None:
@@ -74,7 +79,7 @@ class Queue:
         while self.ready and len(deliveries) < limit:
             item = self.ready.popleft()
             item.attempts += 1
-            receipt = self._receipt()
+            receipt = self._number()
             self.held[receipt] = Held(item, receiver, deadline)
             deliveries.append(Delivery(receipt, item.envelope.body, item.envelope, item.attempts))
         if deliveries:
@@ -117,14 +122,11 @@ class Queue:
             published_at=envelope.published_at / 1000,
             dead_at=time(),
         )
-        self.dead.append((letter, envelope))
+        self.dead[self._number()] = letter, envelope
 
-    def take_dead(self, chosen: Iterable[Dead]) -> list[Envelope]:
+    def take_dead(self, chosen: Iterable[int]) -> list[Envelope]:
         """Take those of these dead letters that are still there."""
-        wanted = {id(letter) for letter, _ in chosen}
-        taken = [envelope for letter, envelope in self.dead if id(letter) in wanted]
-        self.dead = [dead for dead in self.dead if id(dead[0]) not in wanted]
-        return taken
+        return [self.dead.pop(number)[1] for number in chosen if number in self.dead]
 
     def wake(self, *, everybody: bool = False) -> None:
         """Let as many waiting receivers look as there are messages; everybody, when what they wait for may have come nearer."""
@@ -142,6 +144,7 @@ class Namespace:
         self.lock: threading.RLock = threading.RLock()
         self.queues: dict[str, Queue] = {}
         self.unclaimed: deque[tuple[Envelope, float]] = deque()
+        self._number = count().__next__
         self._routes: dict[str, list[Queue]] = {}
 
     def route(self, key: str) -> list[Queue]:
@@ -159,7 +162,7 @@ class Namespace:
     ) -> tuple[str, ...]:
         queue = self.queues.get(group)
         if queue is None:
-            queue = self.queues[group] = Queue(patterns or EVERYTHING)
+            queue = self.queues[group] = Queue(patterns or EVERYTHING, self._number)
         elif patterns is not None and change:
             queue.patterns = patterns
         self._routes.clear()
