@@ -19,6 +19,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from abe import AsyncLoopConsumer, Reject, Retry
+from abe.backends.message_queue.base import Settlement, Verb
 from abe.errors import (
     AbeError,
     BackendConnectionError,
@@ -634,6 +636,47 @@ class TestRights:
                 await call
         async with owner.consume(group="g") as subscription, bounds.within(5):
             assert await subscription.receive() == {"n": 1}
+
+    @pytest.mark.parametrize("failure", [Reject("no good"), Retry(after=0.2)], ids=["dead letter", "retry"])
+    async def test_a_settlement_that_the_user_may_not_carry_out_ends_the_consumer_and_nothing_is_lost(
+        self, lab: Any, user: Callable[..., Awaitable[str]], failure: Exception
+    ) -> None:
+        owner = await lab.backend(groups={"g": ()})
+        await owner.publish("k", {"n": 1})
+        backend = await lab.backend(url=await user("NS", "^$", "NS"))
+
+        async def handle(payload: dict[str, Any]) -> None:
+            raise failure
+
+        async with bounds.within(20), AsyncLoopConsumer(backend, "g") as consumer:
+            with pytest.raises(PermissionDeniedError, match="refused for user"):
+                await consumer.run(handle)
+        stats = await owner.stats("g")
+        assert (stats.waiting, stats.dead) == (1, 0)
+
+    async def test_a_publisher_that_is_denied_disturbs_no_settlement_beside_it(
+        self, lab: Any, user: Callable[..., Awaitable[str]], collect: Any
+    ) -> None:
+        owner = await lab.transport()
+        await owner.declare("g", None, change=True)
+        await owner.send(lab.envelopes(50))
+        transport = await lab.transport(url=await user("NS", "NS:|amq.default", "NS"))  # to all but the exchange
+        receiver = await lab.receiver(transport)
+        found = await collect(receiver, 50)
+        dead = [Settlement(each.receipt, Verb.DEAD, reason="r", error="e") for each in found]
+
+        async def settle() -> dict[Any, AbeError]:
+            while True:
+                try:
+                    return dict(await receiver.settle(dead))
+                except BackendConnectionError:
+                    await asyncio.sleep(0.01)
+
+        async with bounds.within(20):
+            failures, outcomes = await asyncio.gather(settle(), transport.send(lab.envelopes(5)))
+        assert failures == {}
+        assert [type(outcome) for outcome in outcomes] == [PermissionDeniedError] * 5
+        assert (await owner.stats("g")).dead >= 50
 
     async def test_who_may_not_know_the_groups_is_told_that_others_may_have_what_one_refused(
         self, lab: Any, user: Callable[..., Awaitable[str]]
