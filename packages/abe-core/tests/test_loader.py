@@ -272,6 +272,11 @@ def test_an_address_in_place_of_a_name_is_not_shown_and_it_is_said_where_it_belo
     assert "hunter2" not in str(differ.value)
 
 
+def test_a_name_in_quotation_marks_is_shown_with_them(installed: Installed) -> None:
+    with pytest.raises(BackendNotFoundError, match=r"provider '\"redis\"' .*Did you mean 'redis'"):
+        load_backend('"redis"')
+
+
 @pytest.mark.parametrize(("name", "meant"), [("Rabbit-MQ", "rabbitmq"), ("rabbit", "rabbitmq"), ("SQS", "sqs")])
 def test_what_we_do_publish_is_said_with_the_line_that_installs_it(name: str, meant: str, installed: Installed) -> None:
     with pytest.raises(BackendNotFoundError, match=f"pip install abe-backend-{meant}  "):

@@ -182,9 +182,9 @@ def test_what_a_dict_leaves_out_has_its_default() -> None:
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"levle": "DEBUG"}, "there is no logging setting 'levle': did you mean 'level'?"),
-        ({"xyzzy": 1}, "there is no logging setting 'xyzzy': there are level, format,"),
-        ({1: 1}, "there is no logging setting 1: there are level, format,"),
+        ({"levle": "DEBUG"}, "LoggingConfig has no setting 'levle': did you mean 'level'?"),
+        ({"xyzzy": 1}, "LoggingConfig has no setting 'xyzzy': there are level, format,"),
+        ({1: 1}, "LoggingConfig has no setting 1: there are level, format,"),
         ([("level", "DEBUG")], "the logging settings must be a mapping, not a list"),
         (None, "the logging settings must be a mapping, not a NoneType"),
     ],
@@ -192,6 +192,13 @@ def test_what_a_dict_leaves_out_has_its_default() -> None:
 def test_a_dict_with_something_else_in_it_is_refused(values: Any, text: str) -> None:
     with pytest.raises(ConfigurationError, match=re.escape(text)):
         LoggingConfig.from_dict(values)
+
+
+def test_a_setting_that_there_is_none_of_and_one_without_its_name_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="LoggingConfig has no setting 'max_byte': did you mean 'max_bytes'"):
+        LoggingConfig(max_byte=1)  # type: ignore[call-arg]
+    with pytest.raises(ConfigurationError, match="LoggingConfig takes its settings by name: level, format"):
+        LoggingConfig("DEBUG")  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("level", ["DEBUG", "debug", "Warning", "CRITICAL", 0, 15, logging.ERROR])

@@ -9,7 +9,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, Self, cast
 
@@ -22,6 +22,7 @@ _WILDCARDS: Final = ("*", "#")
 _FOREIGN: Final = {">": "#", "**": "#", "+": "*"}
 """Wildcards of other brokers, and ours for them."""
 
+_ADDRESS: Final = re.compile("://|@")
 _NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?\Z")
 
 
@@ -69,7 +70,7 @@ def env_flag(variable: str, environ: Mapping[str, str] | None = None) -> bool:
     try:
         return text is not None and boolean(text)
     except ValueError as exc:
-        raise ConfigurationError(f"{variable} must be {exc}, not {text!r}") from None
+        raise ConfigurationError(f"{variable} must be {exc}, not {shown(text)}") from None
 
 
 def boolean(text: str) -> bool:
@@ -104,8 +105,8 @@ def seconds(text: str) -> float:
 
 
 def shown(value: object) -> str:
-    """Return a value for the text of an error. What is an address is not shown: it may hold a password."""
-    return "an address" if "://" in str(value) else repr(value)
+    """Return a value for the text of an error. What may be an address is not shown: it may hold a password."""
+    return "what may be an address" if _ADDRESS.search(str(value)) else repr(value)
 
 
 def group_patterns(text: str) -> Mapping[str, tuple[str, ...]]:
@@ -200,6 +201,22 @@ def named_groups(value: Any) -> Any:
     return groups
 
 
+def check_given(settings: type[Any], args: Sequence[object], kwargs: Iterable[object]) -> None:
+    """Check how settings are given: by name, and by names that there are. No value is shown.
+
+    Raises:
+        ConfigurationError: One is given otherwise; the text names the close one.
+    """
+    known = [item.name for item in fields(settings)]
+    if args:
+        raise ConfigurationError(f"{settings.__name__} takes its settings by name: {', '.join(known)}")
+    for name in kwargs:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+            raise ConfigurationError(f"{settings.__name__} has no setting {name!r}: {hint}")
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class QueueSettings:
     """What every backend built on the engine can be told. A provider's settings extend it.
@@ -284,14 +301,7 @@ class QueueSettings:
     if not TYPE_CHECKING:  # the signature is that of the fields
 
         def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-            known = [item.name for item in fields(cls)]
-            if args:
-                raise ConfigurationError(f"{cls.__name__} takes its settings by name: {', '.join(known)}")
-            for name in kwargs:
-                if name not in known:
-                    close = difflib.get_close_matches(name, known, n=1)
-                    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
-                    raise ConfigurationError(f"{cls.__name__} has no setting {name!r}: {hint}")
+            check_given(cls, args, kwargs)
             return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -1,14 +1,13 @@
 """What an application can say about its log: one frozen, checked value."""
 
-import difflib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from abe.errors import ConfigurationError
-from abe.settings import at_least
+from abe.settings import at_least, check_given
 
 Level: TypeAlias = int | str
 """A level's number, or its name in either case."""
@@ -117,7 +116,7 @@ class LoggingConfig:
     nothing by itself: `setup_logging_from_config` puts it into effect.
 
     Raises:
-        ConfigurationError: A value is wrong; the text names the field, and says what would be right.
+        ConfigurationError: A value is wrong; the text names the field, and says what would be right. Or there is no such field.
     """
 
     level: Level = "INFO"
@@ -160,6 +159,12 @@ class LoggingConfig:
     """Whether the loggers in `logger_levels` pass their records on to the root logger's handlers. False: they write
     to the same places themselves, and handlers that others add to the root do not see them."""
 
+    if not TYPE_CHECKING:  # the signature is that of the fields
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+            check_given(cls, args, kwargs)
+            return super().__new__(cls)
+
     def __post_init__(self) -> None:
         self.validate()
         object.__setattr__(self, "logger_levels", MappingProxyType(dict(self.logger_levels)))
@@ -197,9 +202,5 @@ class LoggingConfig:
         """
         if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigurationError(f"the logging settings must be a mapping, not a {type(values).__name__}")
-        for name in values:
-            if name not in _CHECKS:
-                close = difflib.get_close_matches(str(name), _CHECKS, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(_CHECKS)}"
-                raise ConfigurationError(f"there is no logging setting {name!r}: {hint}")
+        check_given(cls, (), values)
         return cls(**values)

@@ -3,7 +3,6 @@
 import difflib
 import inspect
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final
@@ -13,7 +12,7 @@ from abe.backends.message_queue.base.protocol import MessageQueueBackend
 from abe.codec import Codec
 from abe.errors import BackendNotFoundError, ConfigurationError
 from abe.logging.utils import apply_debug_switches
-from abe.settings import env_text
+from abe.settings import env_text, shown
 from abe.spelling import warn
 
 _log: Final = logging.getLogger("abe.loader")
@@ -24,7 +23,6 @@ OLDER_ENTRY_POINT_GROUP: Final = "abe.backends.message_queue.service"
 
 VARIABLES: Final = ("QUEUE_BACKEND", "MESSAGE_QUEUE_BACKEND")
 _MEMORY: Final = "memory"
-_NAME: Final = re.compile(r"[\w.-]{1,64}\Z")
 _PUBLISHED: Final = ("rabbitmq", "redis", "sqs")
 """What we publish as ``abe-backend-<name>``. To have anything else installed might install a stranger's package."""
 
@@ -92,7 +90,7 @@ def _wanted(
     named = {variable: (env_text(variable, environ=environ) or "").strip() for variable in VARIABLES}
     named = {variable: text for variable, text in named.items() if text}
     if len({text.casefold() for text in named.values()}) > 1:
-        both = " and ".join(f"{variable}={_shown(text)}" for variable, text in named.items())
+        both = " and ".join(f"{variable}={shown(text)}" for variable, text in named.items())
         raise ConfigurationError(f"{both} are both set, and they differ: leave one of them out")
     for variable, text in named.items():
         return text, variable
@@ -166,7 +164,7 @@ def _check_takes(name: str, backend: type[MessageQueueBackend], given: Mapping[s
 def _unknown(name: str, source: str, found: Mapping[str, list[EntryPoint]]) -> str:
     scheme, is_url, _ = name.casefold().partition("://")
     close = next(iter(difflib.get_close_matches(scheme, sorted({*found, *_PUBLISHED}), n=1)), None)
-    text = f"there is no message-queue provider {_shown(name)} (asked for by {source}). Installed: {', '.join(found) or 'none'}."
+    text = f"there is no message-queue provider {shown(name)} (asked for by {source}). Installed: {', '.join(found) or 'none'}."
     if is_url:
         text += " An address goes into the provider's own variables, such as REDIS_URL."
     if close is not None and close != name.casefold():
@@ -179,8 +177,3 @@ def _unknown(name: str, source: str, found: Mapping[str, list[EntryPoint]]) -> s
             f"registers a class under its name in the entry-point group {ENTRY_POINT_GROUP!r}"
         )
     return text
-
-
-def _shown(name: str) -> str:
-    """Return a name for a text. What does not look like one may be an address, with a password."""
-    return repr(name) if _NAME.match(name) else "(not shown, as it does not look like a name)"
