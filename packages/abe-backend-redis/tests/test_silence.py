@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from abe.errors import BackendConnectionError
-from abe_backend_redis import _connection, _receiver, _transport
+from abe.errors import AbeError, BackendConnectionError
+from abe_backend_redis import RedisBackend, _connection, _receiver, _transport
 from abe_backend_redis._connection import Wire
 from abe_contract_tests import bounds
 
@@ -171,7 +171,7 @@ async def test_closing_within_a_hole_takes_the_time_that_it_may(tunnel: Tunnel, 
 
 
 async def test_a_receiver_is_stopped_and_closed_within_a_hole(tunnel: Tunnel, one_lab: Any) -> None:
-    transport = await one_lab.transport(url=await tunnel.start())
+    transport = await one_lab.transport(url=await tunnel.start(), connect_timeout=0.3)
     await transport.declare("g", None, change=False)
     receiver = await transport.subscribe("g", 10)
     await receiver.receive(1)
@@ -194,6 +194,22 @@ async def test_connecting_into_a_hole_takes_the_time_that_it_may(tunnel: Tunnel,
         with pytest.raises(BackendConnectionError, match=r"within 0\.3 s"):
             async with bounds.within(1):
                 await one_lab.transport(url=url, connect_timeout=0.3)
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss"])
+async def test_closing_while_connecting_into_a_hole_takes_the_time_that_it_may(
+    tunnel: Tunnel, one_lab: Any, scheme: str
+) -> None:
+    url = (await tunnel.start()).replace("redis", scheme)
+    tunnel.shut()
+    backend = RedisBackend(one_lab.settings(url=url, close_timeout=0.5))
+    calls = [asyncio.create_task(call) for call in (backend.publish("k", {}), backend.ping(), backend.stats("g"))]
+    await asyncio.sleep(0.05)
+    began = time.monotonic()
+    await backend.disconnect()
+    assert time.monotonic() - began < 1.0 * bounds.slowness(began)
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(outcome, AbeError) for outcome in outcomes)
 
 
 async def test_a_loop_that_was_busy_takes_no_server_for_silent(one_lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,7 @@ async def _takes_the_other(settings: RedisSettings) -> bool:
     if parts.scheme == "unix":
         return False
     host, port = parts.hostname or "", parts.port or 6379
-    with suppress(OSError, TimeoutError, EOFError):
+    with suppress(OSError, TimeoutError, EOFError, ValueError):
         async with asyncio.timeout(min(_PROBE, settings.connect_timeout)):
             return await (_is_plain if parts.scheme == "rediss" else _is_tls)(host, port)
     return False

@@ -189,7 +189,7 @@ class RedisTransport:
             known, joining = await asyncio.gather(
                 *wire.call_many((b"HGETALL", self.topology.groups), (b"HGET", self.topology.joining, b"group"))
             )
-        return [group.decode(errors="surrogateescape") for group in (*known[::2], *filter(None, [joining]))]
+        return [group.decode(errors="replace") for group in (*known[::2], *filter(None, [joining]))]
 
     async def _sweep(self, wire: Wire) -> None:
         """Delete what is under the namespace and known to no registry, as after a deletion underneath; where the user may look."""
