@@ -35,6 +35,11 @@ _GOODBYE: Final = 1.0
 _LOOK_AGAIN: Final = 10.0
 """Seconds after which a consumer that has nothing to do looks again for held messages."""
 
+_SOME: Final = 4
+"""Messages that are settled in a tick at least where a consumer is not slow."""
+
+_PAUSE: Final = 0.05
+
 _TAG_BITS: Final = 48
 _TAG: Final = (1 << _TAG_BITS) - 1
 _MOST_PREFETCHED: Final = 65_535
@@ -127,6 +132,8 @@ class RabbitMQReceiver:
         if channel is None or channel.closed is not None:
             reason = "it was not opened" if channel is None else channel.closed
             raise BackendConnectionError(f"the channel that consumes group {self.group!r} is gone: {reason}")
+        if self._credit < self._prefetch:
+            self._take_more(channel)
         if not ready and self._loop.time() >= self._look_at:
             self._look_at = self._loop.time() + _LOOK_AGAIN
             self._transport.look_at_held()
@@ -287,16 +294,20 @@ class RabbitMQReceiver:
             return
         settled = channel.delivered - len(channel.held)
         waiting = next((tag for tag, (delivery, _) in channel.held.items() if not delivery.begun), None)
-        if not self._stopping and (self._adapting is None or self._adapting.done()):
-            if waiting is not None and pace.held_for(waiting, WAITED):
-                self._adapt(channel, pace.settled_in(WAITED, settled))
-            elif self._credit < self._prefetch and pace.settled_in(1, settled) >= self._credit:
-                self._adapt(channel, None)
+        if waiting is not None and pace.held_for(waiting, WAITED):
+            self._adapt(channel, pace.settled_in(WAITED, settled))
         self._warn(channel)
         pace.tick(channel.delivered, settled, (tag for tag, (delivery, _) in channel.held.items() if delivery.begun))
 
+    def _take_more(self, channel: Channel) -> None:
+        """A consumer that was slow holds as many as it may again, once handlers begin them in time."""
+        settled = self._pace.settled_in(1, channel.delivered - len(channel.held))
+        if settled >= max(_SOME, self._prefetch / WAITED):
+            self._adapt(channel, None)
+
     def _adapt(self, channel: Channel, pace: int | None) -> None:
-        self._adapting = self._loop.create_task(self._consume_anew(channel, pace))
+        if not self._stopping and (self._adapting is None or self._adapting.done()):
+            self._adapting = self._loop.create_task(self._consume_anew(channel, pace))
 
     async def _consume_anew(self, channel: Channel, pace: int | None) -> None:
         """Give back what waits for a handler, in its order, and take no more than handlers begin in a while; or all again.
@@ -307,18 +318,22 @@ class RabbitMQReceiver:
         """
         try:
             await self._cancel(channel)
-            if self._stopping or channel.closed is not None:
-                return
             if pace is not None:
                 await self._take_back(channel)
-            room = self._prefetch - len(channel.held)
-            await self._consume(channel, max(1, room if pace is None else min(room, pace)))
+            while not self._stopping and channel.closed is None:
+                room = self._prefetch - len(channel.held)
+                if room > 0:
+                    await self._consume(channel, room if pace is None else max(1, min(room, pace)))
+                    return
+                await asyncio.sleep(_PAUSE)  # what the last consumer held fills it
         except AbeError as exc:
             _log.debug("group %r could not be consumed anew: %s", self.group, exc)
             self._drop(channel, "the consumer could not be changed")
 
     async def _take_back(self, channel: Channel) -> None:
-        """Give back what is not begun. The broker counts it, and we take that off again."""
+        """Give back what is not begun, unless `stop` does. The broker counts it, and we take that off again."""
+        if self._stopping:
+            return
         waiting = [tag for tag, (delivery, _) in channel.held.items() if not delivery.begun]
         _log.debug(
             "%d messages of group %r have waited for a handler for long: they are taken anew", len(waiting), self.group
