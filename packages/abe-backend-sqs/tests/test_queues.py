@@ -373,7 +373,7 @@ class TestDeletedUnderneath:
 
 
 async def _missing(backend: Any) -> bool:
-    reader = backend._session.transport.queues.reader
+    reader = backend._calls.session.transport.queues.reader
     await reader.registry(time.monotonic())
     return bool(reader._missing)
 

@@ -9,7 +9,7 @@ import pytest
 from abe.backends.message_queue.base import DeadLetter
 from abe.backends.message_queue.base.clock import pause
 from abe.backends.message_queue.service.memory import MemoryBackend
-from abe.errors import BackendConnectionError, GroupMissingError
+from abe.errors import BackendClosedError, BackendConnectionError, GroupMissingError
 from abe_contract_tests import bounds
 
 
@@ -41,7 +41,7 @@ class Scripted:
 
 async def scripted(backend: MemoryBackend, name: str, *steps: Any) -> Scripted:
     await backend.connect()
-    session = backend._session
+    session = backend._calls.session
     assert session is not None
     script = Scripted(*steps)
     setattr(session.transport, name, script)
@@ -102,7 +102,7 @@ async def test_a_lost_connection_in_the_middle_says_how_many_were_done(memory_ba
 
 async def test_each_step_has_the_time_of_one_request_and_the_whole_has_more(memory_backend: MemoryBackend) -> None:
     await memory_backend.connect()
-    session = memory_backend._session
+    session = memory_backend._calls.session
     assert session is not None
     object.__setattr__(memory_backend.settings, "publish_timeout", 1.0)
 
@@ -117,11 +117,47 @@ async def test_each_step_has_the_time_of_one_request_and_the_whole_has_more(memo
         await memory_backend.dead_letters().replay_all()
 
 
+async def test_what_was_begun_before_the_backend_was_closed_does_not_go_on_after_it_was_opened_again(
+    memory_backend: MemoryBackend,
+) -> None:
+    script = await scripted(memory_backend, "dead_letters", [letter(1)], [letter(2)])
+    letters = aiter(memory_backend.dead_letters())
+    await anext(letters)
+    await memory_backend.disconnect()
+    await memory_backend.connect()
+    with pytest.raises(BackendClosedError):
+        await anext(letters)
+    assert (len(script.steps), script.closed) == (1, 1)
+
+
+@pytest.mark.parametrize("ending", [BackendConnectionError("gone"), None])
+async def test_a_broker_that_does_not_let_go_of_what_was_looked_through_keeps_nobody(
+    memory_backend: MemoryBackend, ending: Exception | None
+) -> None:
+    await memory_backend.connect()
+    session = memory_backend._calls.session
+    assert session is not None
+    object.__setattr__(memory_backend.settings, "publish_timeout", 0.2)
+
+    async def pages(_: str) -> AsyncGenerator[Any]:
+        try:
+            yield [letter(1)]
+            yield [letter(2)]
+        finally:
+            if ending is not None:
+                raise ending
+            await asyncio.Event().wait()
+
+    session.transport.dead_letters = pages  # type: ignore[method-assign]
+    async with bounds.within(5):
+        assert [each.id for each in await memory_backend.dead_letters().list(1)] == ["1"]
+
+
 async def test_a_group_that_is_deleted_between_declaration_and_subscription_is_declared_again(
     memory_backend: MemoryBackend,
 ) -> None:
     await memory_backend.connect()
-    session = memory_backend._session
+    session = memory_backend._calls.session
     assert session is not None
     transport: Any = session.transport
     subscribe, missed = transport.subscribe, 0

@@ -34,6 +34,7 @@ from abe.errors import (
     BackendClosedError,
     BackendConnectionError,
     BackpressureError,
+    ConfigurationError,
     LeaseLostError,
     PermissionDeniedError,
     PublishRejectedError,
@@ -41,7 +42,7 @@ from abe.errors import (
     UnsupportedCapabilityError,
 )
 from abe.settings import QueueSettings
-from abe.testing import ManualClock
+from abe.testing import ManualClock, fresh_memory_backend
 from abe_contract_tests import bounds
 
 
@@ -1342,7 +1343,7 @@ class TestSession:
         for name in ("declare", "subscribe"):
             with monkeypatch.context() as patch:
                 await memory_backend.connect()
-                session = memory_backend._session
+                session = memory_backend._calls.session
                 assert session is not None
                 patch.setattr(session.transport, name, never)
                 waiting = asyncio.create_task(memory_backend.consume(group="g").receive())
@@ -1351,6 +1352,48 @@ class TestSession:
                 await within(memory_backend.disconnect())
                 with pytest.raises(BackendClosedError):
                     await within(waiting)
+
+    async def test_what_is_asked_while_it_is_closed_does_not_connect_it_again(
+        self, memory_backend: MemoryBackend
+    ) -> None:
+        await memory_backend.connect()
+        session = memory_backend._calls.session
+        assert session is not None
+        closing, gate, opened = asyncio.Event(), asyncio.Event(), list[bool]()
+
+        async def close() -> None:
+            closing.set()
+            await gate.wait()
+
+        async def reopen() -> None:
+            opened.append(True)
+
+        session.transport.close = close  # type: ignore[method-assign]
+        session.transport.open = reopen  # type: ignore[method-assign]
+        disconnecting = asyncio.create_task(memory_backend.disconnect())
+        await within(closing.wait())
+        for call in (memory_backend.ping(), memory_backend.groups(), memory_backend.dead_letters().list()):
+            with pytest.raises(BackendClosedError):
+                await within(call)
+        gate.set()
+        await within(disconnecting)
+        assert not opened
+
+    async def test_groups_of_the_settings_that_have_other_patterns_stop_everything_but_what_mends_that(self) -> None:
+        other = fresh_memory_backend()
+        settings = QueueSettings(namespace=other.settings.namespace, groups={"billing": ("b",)})
+        await other.declare("billing", ["a"])
+        backend = MemoryBackend(settings)
+        for call in (backend.connect(), backend.publish("b", {}), backend.stats("billing")):
+            with pytest.raises(
+                ConfigurationError, match=r"'billing' has the key patterns 'a', and QUEUE_GROUPS asks for 'b'"
+            ):
+                await within(call)
+        await within(backend.declare("billing", ["b"]))
+        await within(backend.publish("b", {}))
+        assert (await within(backend.stats("billing"))).waiting == 1
+        await backend.disconnect()
+        await other.disconnect()
 
     async def test_nobody_goes_on_joining_if_the_transport_fails_to_close(
         self, session: Session, transport: JoiningTransport, join: Callable[[str], asyncio.Task[Inbox]]

@@ -90,7 +90,7 @@ class RecordingBackend(MemoryBackend):
         return self
 
     async def _record(self, publication: Publication) -> None:
-        self._here()
+        self._calls.here()
         p = publication
         envelope = self._envelope(p.key, p.payload, p.headers, p.id, p.delay, p.group)
         check_seconds("timeout", p.timeout)

@@ -2,14 +2,12 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import ClassVar, Final, Self, TypeVar, cast
+from typing import ClassVar, Self, cast
 
-from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.capabilities import Capabilities
 from abe.backends.message_queue.base.clock import Clock, MonotonicClock
 from abe.backends.message_queue.base.middleware import Middleware, Publication, PublishNext, check_middleware
@@ -19,6 +17,7 @@ from abe.backends.message_queue.base.names import (
     check_seconds,
 )
 from abe.backends.message_queue.base.transport import Envelope, GroupStats, Receiver, Transport
+from abe.backends.message_queue.engine.calls import Calls
 from abe.backends.message_queue.engine.dead_letters import DeadLetters
 from abe.backends.message_queue.engine.inbox import Inbox
 from abe.backends.message_queue.engine.outgoing import Outgoing
@@ -30,7 +29,6 @@ from abe.errors import (
     BackendClosedError,
     BackendConnectionError,
     ConfigurationError,
-    EventLoopError,
     GroupMissingError,
     PartialPublishError,
     UnroutableError,
@@ -38,9 +36,6 @@ from abe.errors import (
 )
 from abe.settings import QueueSettings
 from abe.types import MessageQueuePayload, Publishable
-
-_T = TypeVar("_T")
-_BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=1.0)
 
 
 class TransportBackend(ABC):
@@ -92,8 +87,7 @@ class TransportBackend(ABC):
         for layer in reversed(check_middleware(middleware)):
             self._send = partial(layer.publish, forward=self._send or self._forward)
         self._outgoing = Outgoing(type(self).__name__, self._codec)
-        self._session: Session | None = None
-        self._closed = False
+        self._calls = Calls(self.make_transport, settings)
 
     @classmethod
     def from_env(
@@ -159,7 +153,7 @@ class TransportBackend(ABC):
                 payload = self._codec.decode(self._envelope(key, payload, headers, id, delay, group).body)
             return await self._send(Publication(key, payload, headers, id, delay or 0.0, mandatory, group, timeout))
         check_seconds("timeout", timeout)
-        session = self._here()
+        session = self._calls.here()
         outcome = await session.publisher.publish(self._envelope(key, payload, headers, id, delay, group), timeout)
         if outcome is not None:
             self._judge(outcome, key, mandatory or group is not None)
@@ -194,7 +188,7 @@ class TransportBackend(ABC):
             plain = (self._plain(item, envelope) for item, envelope in zip(publications, envelopes, strict=True))
             results = await asyncio.gather(*map(send, plain), return_exceptions=True)
         else:
-            session = self._here()
+            session = self._calls.here()
             results = await session.publisher.publish_many(envelopes)
         failures: list[tuple[int, AbeError]] = []
         for index, result in enumerate(results):
@@ -231,7 +225,7 @@ class TransportBackend(ABC):
             UnsupportedCapabilityError: This backend has no groups, or no patterns.
             BackendClosedError: The backend was closed.
         """
-        if self._closed:
+        if self._calls.closed:
             raise BackendClosedError("the backend was closed; connect() opens it again")
         name, patterns = self._group(group), self._patterns(keys)
         prefetch = check_count("prefetch", self.settings.prefetch if prefetch is None else prefetch)
@@ -245,19 +239,11 @@ class TransportBackend(ABC):
             BackendConnectionError: The broker cannot be reached.
             ConfigurationError: It refuses us, or is configured so that the contract cannot hold.
         """
-        self._closed = False
-        await self._call(_nothing, patient=False)
+        await self._calls.connect()
 
     async def disconnect(self) -> None:
         """Close: finish what is on its way, end the subscriptions, disconnect, each within `close_timeout`. May be called repeatedly."""
-        self._closed = True
-        session = self._session
-        if session is not None and not session.loop.is_closed():
-            if session.loop is not asyncio.get_running_loop():
-                raise EventLoopError("disconnect() must run in the event loop in which the backend was used")
-            await session.close()
-        if self._session is session:
-            self._session = None
+        await self._calls.close()
 
     async def __aenter__(self) -> Self:
         await self.connect()
@@ -274,7 +260,7 @@ class TransportBackend(ABC):
         Raises:
             BackendConnectionError: There is none.
         """
-        await self._call(lambda session: session.transport.ping(), patient=False)
+        await self._calls.call(lambda session: session.transport.ping(), patient=False)
 
     async def declare(self, group: str | None = None, keys: Sequence[str] | None = None) -> None:
         """Make a group exist ahead of its consumers, with exactly these key patterns from now on.
@@ -284,20 +270,20 @@ class TransportBackend(ABC):
             keys: Its key patterns. None: those that it has; everything, for a new group.
         """
         name, patterns = self._group(group), self._patterns(keys)
-        await self._call(lambda session: session.transport.declare(name, patterns, change=True))
+        await self._calls.call(lambda session: session.transport.declare(name, patterns, change=True), groups=False)
 
     async def delete_group(self, group: str | None = None) -> None:
         """End a group: its messages, dead letters included, are gone. A no-op when there is none."""
         name = self._group(group)
-        await self._call(lambda session: session.transport.delete_group(name))
+        await self._calls.call(lambda session: session.transport.delete_group(name), groups=False)
 
     async def delete_namespace(self) -> None:
         """Remove everything that the namespace has in the broker: every group, message and dead letter. A no-op when there is nothing."""
-        await self._call(lambda session: session.transport.delete_namespace())
+        await self._calls.call(lambda session: session.transport.delete_namespace(), groups=False)
 
     async def groups(self) -> Mapping[str, tuple[str, ...]]:
         """Return the groups that exist, each with its key patterns."""
-        return await self._call(lambda session: session.transport.groups())
+        return await self._calls.call(lambda session: session.transport.groups())
 
     async def stats(self, group: str | None = None) -> GroupStats:
         """Count a group's messages.
@@ -306,7 +292,7 @@ class TransportBackend(ABC):
             GroupMissingError: There is no such group.
         """
         name = self._group(group)
-        return await self._call(lambda session: session.transport.stats(name))
+        return await self._calls.call(lambda session: session.transport.stats(name))
 
     def dead_letters(self, group: str | None = None) -> DeadLetters:
         """Return the dead letters of a group, to list, show, replay and purge.
@@ -316,7 +302,7 @@ class TransportBackend(ABC):
         """
         if not self.capabilities.dead_letter:
             raise UnsupportedCapabilityError(f"{type(self).__name__} keeps no dead letters")
-        return DeadLetters(self._steps, self._group(group))
+        return DeadLetters(self._calls.steps, self._group(group))
 
     def _plain(self, item: Publication, envelope: Envelope) -> Publication:
         """Return a publication as middleware knows it: its payload is a dict."""
@@ -330,7 +316,7 @@ class TransportBackend(ABC):
         p = publication
         envelope = self._envelope(p.key, p.payload, p.headers, p.id, p.delay, p.group)
         check_seconds("timeout", p.timeout)
-        outcome = await self._here().publisher.publish(envelope, p.timeout)
+        outcome = await self._calls.here().publisher.publish(envelope, p.timeout)
         if outcome is not None:
             self._judge(outcome, p.key, p.mandatory or p.group is not None)
 
@@ -386,73 +372,4 @@ class TransportBackend(ABC):
             except GroupMissingError as exc:  # deleted in between: to be declared again, as after a lost connection
                 raise BackendConnectionError(f"group {group!r} was deleted while it was being subscribed to") from exc
 
-        return await self._call(join)
-
-    async def _steps(self, start: Callable[[Transport], AsyncGenerator[_T]]) -> AsyncGenerator[_T]:
-        """Go through what a transport does in steps, each within `publish_timeout`.
-
-        The first step is tried again after a lost connection. A later one is not: the transport knows no more where it was.
-        """
-        steps, step = await self._call(partial(_first, start))
-        async with aclosing(steps):
-            while step:
-                yield step[0]
-                step = await self._call(partial(_next, steps), patient=False)
-
-    async def _call(self, operation: Callable[[Session], Awaitable[_T]], *, patient: bool = True) -> _T:
-        """Run an operation on the connected transport, within `publish_timeout`; when patient, again after a lost connection."""
-        session, tries = self._here(), 0
-        error: BackendConnectionError | None = None
-        bound = asyncio.timeout(self.settings.publish_timeout)
-        session.calls.add(bound)
-        try:
-            async with bound:
-                while True:
-                    try:
-                        await session.opened()
-                        return await operation(session)
-                    except BackendConnectionError as exc:
-                        if not patient:
-                            raise
-                        error, tries = exc, tries + 1
-                    await session.pause(_BACKOFF(tries))
-        except TimeoutError as exc:
-            if session.ended:
-                raise BackendClosedError("the backend was closed") from exc
-            why = f": {error}" if error else ""
-            text = f"the broker did not answer within {self.settings.publish_timeout:g} s{why}"
-            raise BackendConnectionError(text) from error or exc
-        finally:
-            session.calls.discard(bound)
-
-    def _here(self) -> Session:
-        """Return what is open in the event loop that runs now, or begin it."""
-        loop, session = asyncio.get_running_loop(), self._session
-        if session is not None and session.loop is loop and (self._closed or not session.ended):
-            return session
-        if self._closed:
-            raise BackendClosedError("the backend was closed; connect() opens it again")
-        if session is not None and session.loop is not loop and not session.loop.is_closed():
-            raise EventLoopError(
-                "the backend belongs to another event loop, or to the process that forked this one: make one backend for each"
-            )
-        session = self._session = Session(self.make_transport(), self.settings)
-        return session
-
-
-async def _nothing(_: Session) -> None:
-    """Nothing but what `_call` does before."""
-
-
-async def _first(
-    start: Callable[[Transport], AsyncGenerator[_T]], session: Session
-) -> tuple[AsyncGenerator[_T], list[_T]]:
-    steps = start(session.transport)
-    return steps, await _next(steps, session)
-
-
-async def _next(steps: AsyncGenerator[_T], _: Session) -> list[_T]:
-    """Return the next step, none at the end."""
-    async for step in steps:
-        return [step]
-    return []
+        return await self._calls.call(join)

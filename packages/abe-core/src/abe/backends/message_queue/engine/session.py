@@ -41,16 +41,25 @@ class Session:
         self._closing: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
 
-    async def opened(self) -> None:
-        """Return once the transport is connected, and the groups of the settings exist."""
+    async def opened(self, *, groups: bool = True) -> None:
+        """Return once the transport is connected, and the groups of the settings exist, if they must.
+
+        Raises:
+            ConfigurationError: One of those groups has other patterns.
+        """
         await self.transport.open()
-        if self._undeclared:
+        if groups and self._undeclared:
             for group, patterns in self._undeclared.items():
-                await self.declare(group, check_patterns(patterns) if patterns else None)
+                await self.declare(group, check_patterns(patterns) if patterns else None, by="QUEUE_GROUPS")
             self._undeclared = {}
 
-    async def declare(self, group: str, patterns: tuple[str, ...] | None) -> None:
+    async def declare(self, group: str, patterns: tuple[str, ...] | None, *, by: str = "keys=") -> None:
         """Make a group exist, with these patterns if it is new.
+
+        Args:
+            group: The group.
+            patterns: Its patterns. None: those that it has.
+            by: What asks for them.
 
         Raises:
             ConfigurationError: It exists, and has other patterns.
@@ -58,8 +67,8 @@ class Session:
         present = await self.transport.declare(group, patterns, change=False)
         if patterns is not None and set(present) != set(patterns):
             raise ConfigurationError(
-                f"group {group!r} has the key patterns {_listed(present)}, and was asked for with {_listed(patterns)}. "
-                f"Patterns belong to the group: leave keys out to take what it has, change them for all of its consumers with "
+                f"group {group!r} has the key patterns {_listed(present)}, and {by} asks for {_listed(patterns)}. "
+                f"Patterns belong to the group: leave them out to take what it has, change them for all of its consumers with "
                 f"declare({group!r}, keys=[...]), or use a group of another name"
             )
 
