@@ -32,7 +32,7 @@ from abe.logging import (
 
 DOCS = Path(__file__).parents[3] / "docs" / "LOGGING.md"
 PROVIDERS = ("abe.memory", "abe.rabbitmq", "abe.redis", "abe.sqs")
-TOUCHED = ("", "abe", "abe.consumer", "abe.kafka", "abe_kafka", "__main__", "shop", *PROVIDERS)
+TOUCHED = ("", "abe", "abe.consumer", "abe.kafka", "abe_kafka", "__main__", "asyncio", "shop", *PROVIDERS)
 
 
 @pytest.fixture(autouse=True)
@@ -203,7 +203,7 @@ def test_a_setting_that_there_is_none_of_and_one_without_its_name_are_refused() 
 
 @pytest.mark.parametrize("level", ["DEBUG", "debug", "Warning", "CRITICAL", 0, 15, logging.ERROR])
 def test_a_level_is_a_name_in_either_case_or_a_number(level: int | str) -> None:
-    LoggingConfig(level=level, logger_levels={"abe": level})
+    LoggingConfig(level=level, logger_levels={"abe": level}).validate()
 
 
 def test_an_application_s_own_level_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,8 +227,8 @@ BAD = [
     ("max_bytes", "10 MB", "positive"),
     ("max_bytes", None, "positive"),
     ("max_bytes", True, "positive"),
-    ("backup_count", -1, "an integer of at least 0"),
-    ("backup_count", 1.0, "an integer of at least 0"),
+    ("backup_count", -1, "non-negative, an integer of at least 0"),
+    ("backup_count", 1.0, "non-negative"),
     ("encoding", "utf-9", "the name of a text encoding"),
     ("encoding", "base64", "the name of a text encoding"),
     ("encoding", None, "the name of a text encoding"),
@@ -247,11 +247,32 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "value", "right"), BAD)
 def test_a_bad_value_is_refused_with_its_name_and_what_would_be_right(name: str, value: Any, right: str) -> None:
+    config = LoggingConfig(**{name: value})
     with pytest.raises(ConfigurationError) as caught:
-        LoggingConfig(**{name: value})
+        config.validate()
     assert str(caught.value).startswith(f"logging setting {name} must be ")
     assert right in str(caught.value)
     assert f"not {value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value", "right"), [*BAD, ("level", "LOUD", "Invalid log level 'LOUD'")])
+@pytest.mark.parametrize("use", [setup_logging_from_config, get_logging_dict_config])
+def test_a_bad_value_is_found_before_anything_is_changed(
+    name: str,
+    value: Any,
+    right: str,
+    use: Callable[[LoggingConfig], object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    handlers, level = logging.getLogger().handlers[:], logging.getLogger().level
+    values = {"enable_file": True, name: value}
+    with pytest.raises(ConfigurationError, match=re.escape(right)):
+        use(LoggingConfig(**values))
+    assert (logging.getLogger().handlers, logging.getLogger().level) == (handlers, level)
+    assert list(tmp_path.iterdir()) == []
+    assert LoggingConfig.from_dict(LoggingConfig(**values).to_dict()).to_dict()[name] == value
 
 
 def test_every_other_setting_has_a_bad_value_above() -> None:
@@ -264,8 +285,8 @@ NO_LEVELS = ["LOUD", "", "10", -1, True, None, 1.5]
 @pytest.mark.parametrize("level", NO_LEVELS)
 def test_a_level_that_is_none_is_an_invalid_log_level_wherever_it_is_given(level: Any) -> None:
     places: dict[str, Callable[[], object]] = {
-        "the logging setting 'level'": lambda: LoggingConfig(level=level),
-        "logger 'abe'": lambda: LoggingConfig(logger_levels={"abe": level}),
+        "the logging setting 'level'": LoggingConfig(level=level).validate,
+        "logger 'abe'": LoggingConfig(logger_levels={"abe": level}).validate,
         "logger 'abe.redis'": lambda: set_logger_level("abe.redis", level),
     }
     for where, give in places.items():
@@ -308,6 +329,14 @@ def test_the_log_goes_to_standard_error(console: Console) -> None:
     logging.getLogger("shop").info("sold %s", 3)
     logging.getLogger("shop").debug("not shown")
     assert console.getvalue() == "INFO shop: sold 3\n"
+
+
+@pytest.mark.parametrize(("levels", "level"), [({}, logging.WARNING), ({"asyncio": "DEBUG"}, logging.DEBUG)])
+def test_what_asyncio_tells_of_itself_is_left_out_unless_it_is_asked_for(
+    levels: dict[str, int | str], level: int
+) -> None:
+    setup_logging_from_config(LoggingConfig(level="DEBUG", logger_levels=levels))
+    assert logging.getLogger("asyncio").level == level
 
 
 def test_without_a_config_the_defaults_are_set_up(console: Console) -> None:

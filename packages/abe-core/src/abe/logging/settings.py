@@ -1,4 +1,4 @@
-"""What an application can say about its log: one frozen, checked value."""
+"""What an application can say about its log: one frozen value, checked before it is used."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -77,6 +77,13 @@ def _size(value: Any) -> None:
         raise ValueError("positive, an integer of at least 1 (backup_count=0 is how a file is never rotated)") from None
 
 
+def _backups(value: Any) -> None:
+    try:
+        at_least(0)(value)
+    except ValueError:
+        raise ValueError("non-negative, an integer of at least 0") from None
+
+
 def _flag(value: Any) -> None:
     if not isinstance(value, bool):
         raise ValueError("True or False")  # noqa: TRY004
@@ -98,7 +105,7 @@ _CHECKS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "log_file": _optional_text,
     "log_dir": _optional_text,
     "max_bytes": _size,
-    "backup_count": at_least(0),
+    "backup_count": _backups,
     "encoding": _encoding,
     "enable_console": _flag,
     "enable_file": _flag,
@@ -112,11 +119,11 @@ _CHECKS: Final[Mapping[str, Callable[[Any], Any]]] = {
 class LoggingConfig:
     """Where an application's log goes, how it looks, and how much of it there is.
 
-    It is checked when it is made, cannot be changed afterwards (``dataclasses.replace`` makes another), and does
-    nothing by itself: `setup_logging_from_config` puts it into effect.
+    It cannot be changed (``dataclasses.replace`` makes another), and does nothing by itself: `setup_logging_from_config` puts it into
+    effect. Its values are checked there, or earlier by `validate`.
 
     Raises:
-        ConfigurationError: A value is wrong; the text names the field, and says what would be right. Or there is no such field.
+        ConfigurationError: There is no field of a name that was given; the text names the close one.
     """
 
     level: Level = "INFO"
@@ -166,23 +173,22 @@ class LoggingConfig:
             return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        self.validate()
-        object.__setattr__(self, "logger_levels", MappingProxyType(dict(self.logger_levels)))
+        if isinstance(self.logger_levels, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            object.__setattr__(self, "logger_levels", MappingProxyType(dict(self.logger_levels)))
 
     def __reduce__(self) -> tuple[Callable[..., "LoggingConfig"], tuple[dict[str, Any]]]:
         # A read-only mapping cannot be copied or pickled as it is, and worker processes are handed their config.
         return type(self).from_dict, (self.to_dict(),)
 
     def validate(self) -> None:
-        """Check every value. Making a config has done it already.
+        """Check every value. Whatever uses a config does it first.
 
         Raises:
             ConfigurationError: A value is wrong; the text names the field, and says what would be right.
         """
-        for name, check in _CHECKS.items():
-            value = getattr(self, name)
+        for name, value in self.to_dict().items():
             try:
-                check(value)
+                _CHECKS[name](value)
             except ConfigurationError:
                 raise
             except ValueError as exc:
@@ -191,14 +197,16 @@ class LoggingConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the values as a plain dict that JSON can hold, and that `from_dict` reads."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return values | {"logger_levels": dict(self.logger_levels)}
+        if isinstance(self.logger_levels, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            values["logger_levels"] = dict(self.logger_levels)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Make a config of a mapping, such as a section of a settings file. What it leaves out has its default.
 
         Raises:
-            ConfigurationError: A value is wrong, or a name is no setting's.
+            ConfigurationError: A name is no setting's.
         """
         if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigurationError(f"the logging settings must be a mapping, not a {type(values).__name__}")

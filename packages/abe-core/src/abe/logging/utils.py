@@ -43,7 +43,7 @@ def setup_logging_from_config(config: LoggingConfig | None = None) -> None:
         config: What is wanted; None: the defaults.
 
     Raises:
-        ConfigurationError: The file cannot be written, JSON is asked for and not installed, or a debug switch is
+        ConfigurationError: A value is wrong, the file cannot be written, JSON is asked for and not installed, or a debug switch is
             neither on nor off. The logging that was there is left as it was.
     """
     config = config or LoggingConfig()
@@ -56,6 +56,8 @@ def setup_logging_from_config(config: LoggingConfig | None = None) -> None:
             raise ConfigurationError(f"logging setting 'log_file': cannot write {path}: {exc.strerror}") from exc
     levels = _switched_on(None)
     logging.config.dictConfig(settings)
+    if "asyncio" not in config.logger_levels:
+        logging.getLogger("asyncio").setLevel(logging.WARNING)
     _set_debug(levels)
 
 
@@ -65,8 +67,9 @@ def get_logging_dict_config(config: LoggingConfig) -> dict[str, Any]:
     The log file's folder must exist when the result is used: `create_log_file_path` makes it. Levels are given by name.
 
     Raises:
-        ConfigurationError: The file would be outside of `log_dir`, or JSON is asked for and not installed.
+        ConfigurationError: A value is wrong, the file would be outside of `log_dir`, or JSON is asked for and not installed.
     """
+    config.validate()
     handlers: dict[str, Any] = {}
     if config.enable_console:
         handlers["console"] = {"class": "logging.StreamHandler", "formatter": "default", "stream": "ext://sys.stderr"}
