@@ -637,3 +637,43 @@ class TestRegistry:
         for _ in range(12):
             assert await transport.groups() == {"g": ("a",)}
         assert await lab.waiting(lab.names.registry) == 1
+
+    async def test_forty_that_start_at_once_on_a_group_are_all_let_in(self, lab: Any) -> None:
+        owner = await lab.transport()
+        await owner.declare("g", ("a.*",), change=False)
+        async with owner._keeper.locked():  # nobody needs the lock
+            transports = await asyncio.gather(*(lab.transport() for _ in range(40)))
+
+            async def join(transport: RabbitMQTransport) -> None:
+                assert await transport.declare("g", None, change=False) == ("a.*",)
+                await lab.receiver(transport, prefetch=1)
+
+            async with bounds.within(20):
+                await asyncio.gather(*(join(transport) for transport in transports))
+        assert await lab.waiting(lab.names.registry) == 1
+
+    async def test_who_asks_for_other_patterns_is_told_those_that_there_are(self, lab: Any) -> None:
+        transports = [await lab.transport() for _ in range(4)]
+        asked = [(f"k{number}",) for number in range(4)]
+        told = await asyncio.gather(
+            *(each.declare("g", keys, change=False) for each, keys in zip(transports, asked, strict=True))
+        )
+        assert len(set(told)) == 1
+        assert told[0] in asked
+        assert await transports[0].declare("g", ("new",), change=True) == ("new",)
+        assert await transports[1].declare("g", ("k1",), change=False) == ("new",)
+        assert await transports[2].groups() == {"g": ("new",)}
+
+    async def test_a_namespace_is_deleted_with_all_it_has(self, lab: Any) -> None:
+        transport, other = await lab.transport(), await lab.transport()
+        await transport.send(lab.envelopes(3))
+        await transport.declare("g", ("a.*",), change=False)
+        await transport.send([lab.envelope("a.b", delay=60)])
+        await transport.delete_namespace()
+        for queue in (lab.names.held, lab.names.registry, lab.names.queue("g"), lab.names.dead("g")):
+            assert await transport.control.count(queue) is None
+        await transport.delete_namespace()
+        assert await other.groups() == {}
+        assert await other.send(lab.envelopes(1)) == ()
+        await other.declare("g", None, change=False)
+        assert (await other.stats("g")).waiting == 1
