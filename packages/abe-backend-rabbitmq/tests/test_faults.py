@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from abe.backends.message_queue.base import Publication
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
 from abe.errors import (
     AbeError,
@@ -236,6 +237,26 @@ class TestRestartedNode:
         async with backend.consume(group="g") as subscription, bounds.within(60):
             assert [(await anext(subscription))["n"] for _ in range(100)] == list(range(100))
         await started
+
+    @pytest.mark.parametrize("crash", [True, False], ids=["killed", "in order"])
+    async def test_what_fell_due_meanwhile_comes_as_soon_as_there_is_a_node(
+        self, lab: Any, victim: ProcessService, shell: RabbitMQShell, crash: bool
+    ) -> None:
+        backend = await lab.backend(groups={"g": ()}, publish_timeout=30.0)
+        async with backend.consume(group="g", prefetch=100) as subscription:
+            await backend.publish_many([Publication("k", {"n": n}, delay=1.0) for n in range(40)])
+            await backend.publish("k", {"n": 40})
+            async with bounds.within(10):
+                await (await subscription.receive()).nack(2.0)
+            await (killed(victim, shell) if crash else asyncio.to_thread(victim.terminate))
+            await asyncio.to_thread(victim.start)
+            async with bounds.within(20):
+                seen = set[int]()
+                while seen != set(range(41)):
+                    message = await subscription.receive()
+                    seen.add(message["n"])
+                    await message.ack()
+        assert (await backend.stats("g")).delayed == 0
 
     async def test_with_no_node_each_call_ends_in_time(
         self, lab: Any, victim: ProcessService, shell: RabbitMQShell
@@ -474,6 +495,62 @@ class TestDeletedUnderneath:
                 await message.nack()
         assert any("deleted underneath" in text for text in caplog.messages), caplog.messages
         assert not [text for text in caplog.messages if "Traceback" in text]
+
+    @pytest.mark.parametrize("deleted_by", ["an operator", "the application"])
+    async def test_consumers_of_a_queue_that_another_process_makes_again_at_once_are_served(
+        self, lab: Any, deleted_by: str
+    ) -> None:
+        """RabbitMQ puts them on the new queue by itself, and throws away what that one sends them."""
+        backend, other = await lab.backend(groups={"g": ()}), await lab.backend()
+        async with backend.consume(group="g") as subscription, bounds.within(20):
+            for number in range(6):
+                await other.publish("k", {"n": number})
+                while (await anext(subscription))["n"] != number:
+                    pass
+                if deleted_by == "an operator":
+                    await (await lab.pika()).queue_delete(lab.names.queue("g"))
+                else:
+                    await other.delete_group("g")
+                await other.declare("g")
+
+    async def test_what_waits_for_its_time_comes_to_the_queue_that_is_made_again(self, lab: Any) -> None:
+        backend = await lab.backend(groups={"g": ()})
+        await backend.publish_many([Publication("k", {"n": n}, delay=1.0) for n in range(40)])
+        await (await lab.pika()).queue_delete(lab.names.queue("g"))
+        await asyncio.sleep(1.2)  # all of them fall due, and the queue is not there
+        await backend.declare("g")
+        async with bounds.within(3), backend.consume(group="g") as subscription:
+            assert {(await anext(subscription))["n"] for _ in range(40)} == set(range(40))
+
+    async def test_the_queue_is_deleted_under_a_consumer_while_messages_wait_for_their_time(self, lab: Any) -> None:
+        backend = await lab.backend(groups={"g": ()})
+        async with backend.consume(group="g") as subscription, bounds.within(10):
+            await backend.publish_many([Publication("k", {"n": n}, delay=1.0) for n in range(40)])
+            await (await lab.pika()).queue_delete(lab.names.queue("g"))
+            assert {(await anext(subscription))["n"] for _ in range(40)} == set(range(40))
+
+    async def test_the_rungs_are_deleted_under_a_consumer(self, lab: Any) -> None:
+        backend = await lab.backend(groups={"g": ()})
+        async with backend.consume(group="g") as subscription, bounds.within(20):
+            for number in range(2):
+                await backend.publish("k", {"n": number}, delay=0.8)
+                assert await anext(subscription) == {"n": number}
+                for level in range(4):
+                    await (await lab.pika()).queue_delete(lab.names.waiting("g", level))
+            await backend.publish("k", {"n": 2}, delay=0.8)
+            assert await anext(subscription) == {"n": 2}
+
+    async def test_a_group_that_is_full_when_messages_fall_due_gets_them_when_there_is_room(self, lab: Any) -> None:
+        backend = await lab.backend(groups={"g": ()}, max_backlog=5)
+        for number in range(5):
+            await backend.publish("k", {"n": number})
+        for number in range(5, 10):
+            await backend.publish("k", {"n": number}, delay=0.2)
+        async with backend.consume(group="g", prefetch=1) as subscription, bounds.within(10):
+            first = await subscription.receive()
+            await asyncio.sleep(1.0)  # those that are due find no room
+            await first.ack()
+            assert {(await anext(subscription))["n"] for _ in range(9)} == set(range(1, 10))
 
     async def test_everything_is_made_again(self, lab: Any, shell: RabbitMQShell) -> None:
         backend = await lab.backend()

@@ -19,12 +19,17 @@ LONGEST_NAME = 255
 def shared(namespace: str) -> list[str]:
     names = Topology(namespace)
     fixed = [names.exchange, names.unwanted, names.nowhere, names.holding, names.held, names.registry, names.lock]
-    return [*fixed, names.later, names.delay, names.due, *(names.rung(level) for level in range(LEVELS))]
+    return [*fixed, names.moving, names.later, names.delay, names.news]
 
 
 def own(namespace: str, group: str) -> list[str]:
     names = Topology(namespace)
-    return [names.queue(group), names.dead(group), *(names.waiting(group, level) for level in range(LEVELS))]
+    return [
+        names.queue(group),
+        names.dead(group),
+        names.look(group),
+        *(names.waiting(group, level) for level in range(LEVELS)),
+    ]
 
 
 def test_the_names_are_the_documented_ones() -> None:
@@ -53,7 +58,7 @@ def test_no_two_names_fall_together(first: tuple[str, str], second: tuple[str, s
 @given(namespace=NAMES, group=NAMES)
 def test_no_name_is_too_long_for_amqp(namespace: str, group: str) -> None:
     assert max(len(name.encode()) for name in shared(namespace) + own(namespace, group)) <= LONGEST_NAME
-    assert len(f"{2**63}.{ladder(MAX_DELAY)[1]}.{group}".encode()) <= LONGEST_NAME
+    assert len(f"{2**63}.{LEVELS}.{group}".encode()) <= LONGEST_NAME
 
 
 def test_an_exchange_of_another_name_is_only_that() -> None:
@@ -62,33 +67,27 @@ def test_an_exchange_of_another_name_is_only_that() -> None:
 
 
 @given(delay=st.floats(min_value=1e-9, max_value=MAX_DELAY), group=NAMES)
-def test_a_message_waits_at_exactly_the_rungs_of_its_delay(delay: float, group: str) -> None:
+def test_a_message_waits_at_one_rung_and_never_for_longer_than_its_delay(delay: float, group: str) -> None:
     names = Topology("shop")
-    level, digits = ladder(delay)
-    key = f"0.{digits}.{group}"
-    begins = [rung for rung in range(LEVELS) if matches(names.leap(rung), key)]
-    assert begins == [level]
-    waited = 0.0
-    for rung in range(level, -1, -1):
-        waits, climbs = matches(names.wait(group, rung), key), matches(names.climb(rung), key)
-        assert waits is not climbs
-        waited += names.waiting_arguments(rung)["x-message-ttl"] / 1000 if waits else 0.0
-    assert matches(names.arrive(group), key)
-    assert delay - 1e-6 <= waited < delay + TICK + 1e-6
+    level = ladder(delay)
+    assert [rung for rung in range(LEVELS) if matches(names.wait(group, rung), f"0.{level}.{group}")] == [level]
+    assert level == 0 or TICK * 2**level <= delay + 1e-6
+    assert level == LEVELS - 1 or delay < TICK * 2 ** (level + 1)
 
 
 @given(groups=st.lists(NAMES, min_size=2, max_size=2, unique=True))
 def test_a_message_waits_in_the_queues_of_its_own_group(groups: list[str]) -> None:
     names = Topology("shop")
-    key = f"0.{ladder(MAX_DELAY)[1]}.{groups[0]}"
-    assert matches(names.arrive(groups[0]), key)
-    assert not matches(names.arrive(groups[1]), key)
+    key = f"0.{ladder(MAX_DELAY)}.{groups[0]}"
     assert not any(matches(names.wait(groups[1], rung), key) for rung in range(LEVELS))
 
 
-@pytest.mark.parametrize(("delay", "ticks"), [(0.1, 1), (0.3, 3), (0.31, 4), (1e-9, 1), (MAX_DELAY, 2**LEVELS - 1)])
-def test_a_delay_is_rounded_up_to_a_tick(delay: float, ticks: int) -> None:
-    assert int(ladder(delay)[1].replace(".", ""), 2) == ticks
+@pytest.mark.parametrize(
+    ("delay", "level"),
+    [(1e-9, 0), (0.1, 0), (0.19, 0), (0.2, 1), (0.8, 3), (1.5, 3), (1.6, 4), (MAX_DELAY, LEVELS - 1)],
+)
+def test_a_delay_begins_at_the_longest_wait_that_it_has(delay: float, level: int) -> None:
+    assert ladder(delay) == level
 
 
 def test_the_backlog_is_one_less_for_the_broker_takes_the_one_that_fills_it() -> None:
@@ -98,7 +97,7 @@ def test_the_backlog_is_one_less_for_the_broker_takes_the_one_that_fills_it() ->
 
 def test_nothing_is_ever_dropped() -> None:
     names = Topology("shop", None, 10)
-    for arguments in (names.queue_arguments("g"), names.waiting_arguments(3), names.store_arguments):
+    for arguments in (names.queue_arguments("g"), names.store_arguments):
         assert arguments["x-queue-type"] == "quorum"
         assert arguments["x-overflow"] == "reject-publish"
         assert arguments.get("x-dead-letter-strategy", "at-least-once") == "at-least-once"

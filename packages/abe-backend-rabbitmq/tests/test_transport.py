@@ -642,7 +642,7 @@ class TestRegistry:
         owner = await lab.transport()
         await owner.declare("g", ("a.*",), change=False)
         async with owner._keeper.locked():  # nobody needs the lock
-            transports = await asyncio.gather(*(lab.transport() for _ in range(40)))
+            transports = await asyncio.gather(*(lab.transport(publish_timeout=10.0) for _ in range(40)))
 
             async def join(transport: RabbitMQTransport) -> None:
                 assert await transport.declare("g", None, change=False) == ("a.*",)

@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 from aiormq.abc import AbstractChannel
 
 from abe.backends.message_queue.base.names import EVERYTHING
-from abe.errors import BackendConnectionError, ConfigurationError
+from abe.errors import BackendConnectionError, ConfigurationError, GroupMissingError
 from abe_backend_rabbitmq._connection import Connection
 from abe_backend_rabbitmq._control import Control
 from abe_backend_rabbitmq._errors import ChannelNotFound
@@ -29,14 +29,24 @@ class Groups:
         keeper: Has the registry.
         ladder: Forgets the rungs of groups that are gone.
         topology: The names.
+        tell: Tells all who consume.
     """
 
-    def __init__(self, control: Control, keeper: RegistryKeeper, ladder: Ladder, topology: Topology) -> None:
+    def __init__(
+        self,
+        control: Control,
+        keeper: RegistryKeeper,
+        ladder: Ladder,
+        topology: Topology,
+        tell: Callable[[str], Awaitable[None]],
+    ) -> None:
         self._control = control
         self._keeper = keeper
         self._ladder = ladder
         self._names = topology
+        self._tell = tell
         self._known: Registry | None = None
+        self._version = 0
         self._patterns: dict[str, tuple[str, ...]] = {}
 
     async def prepare(self, connection: Connection) -> None:
@@ -49,7 +59,7 @@ class Groups:
         self.forget()
 
         async def present(channel: AbstractChannel) -> None:
-            for exchange in (names.exchange, names.later, names.delay, names.due, names.nowhere):
+            for exchange in (names.exchange, names.later, names.delay, names.news, names.nowhere):
                 await channel.exchange_declare(exchange, passive=True)
             for queue in (names.held, names.registry):
                 await channel.queue_declare(queue, passive=True)
@@ -99,6 +109,23 @@ class Groups:
         self._patterns[group] = present[0]
         return present
 
+    async def build(self, group: str, level: int) -> int:
+        """Make the queues that delayed messages of a group wait in, up to a level; return how many levels there are then.
+
+        Raises:
+            GroupMissingError: There is no such group.
+        """
+        return await self._there(lambda: self._keeper.exclusively(partial(self._build, group, level)))
+
+    @property
+    def version(self) -> int:
+        """The newest version of the registry that was seen."""
+        return self._version
+
+    async def now(self) -> Registry:
+        """Return the registry as it is now."""
+        return await self._settled()
+
     async def restore(self, group: str) -> None:
         """Make a group again that was deleted underneath, with the patterns that it had when we last knew."""
         otherwise = self._patterns.get(group, EVERYTHING)
@@ -140,12 +167,31 @@ class Groups:
         entry = registry.groups.get(group)
         given = patterns if change or entry is None else None
         wanted = list(given or (entry.patterns if entry is not None else otherwise))
-        if entry is None or entry.patterns != wanted:
-            registry.groups[group] = Entry(wanted, sorted({*(entry.bound if entry else ()), *wanted}), changing=True)
+        there = await self._control.count(self._names.queue(group)) is not None
+        if entry is None or entry.patterns != wanted or not there:
+            before = entry or Entry([], [])
+            made = before.made if there and entry is not None else registry.version + 1
+            bound = sorted({*before.bound, *wanted})
+            registry.groups[group] = Entry(wanted, bound, changing=True, rungs=before.rungs, made=made)
             await self._change(registry, group)
+            if made == registry.version:
+                await self._tell(f"made {group} {made}")
         else:  # what somebody deleted is made again
             await self._control.call(lambda channel: self._make_group(channel, group, entry))
         return tuple(wanted), True
+
+    async def _build(self, group: str, level: int) -> int:
+        registry = await self._read()
+        entry = registry.groups.get(group)
+        if entry is None:
+            raise missing(group)
+        count = max(entry.rungs, level + 1)
+        await self._control.call(lambda channel: self._make_rungs(channel, group, count))
+        if count > entry.rungs:
+            entry.rungs = count
+            await self._keeper.write(registry)
+        await self._tell(f"rungs {group} {count}")
+        return count
 
     async def _delete(self, group: str) -> None:
         registry = await self._read()
@@ -161,8 +207,8 @@ class Groups:
 
         async def delete(channel: AbstractChannel) -> None:
             # `nowhere` first: whoever finds it missing makes everything again.
-            fixed = (names.nowhere, names.exchange, names.unwanted, names.holding, names.later, names.delay, names.due)
-            for exchange in (*fixed, *(names.rung(level) for level in range(LEVELS))):
+            exchanges = (names.exchange, names.unwanted, names.holding, names.later, names.delay, names.news)
+            for exchange in (names.nowhere, *exchanges):
                 await channel.exchange_delete(exchange)
             for queue in (names.held, names.registry):
                 await channel.queue_delete(queue)
@@ -175,6 +221,7 @@ class Groups:
         registry = await self._there(self._keeper.peek)
         if registry.stale or any(entry.changing for entry in registry.groups.values()):
             registry = await self._keeper.exclusively(self._read)
+        self._version = max(self._version, registry.version)
         return registry
 
     async def _there(self, work: Callable[[], Awaitable[_T]]) -> _T:
@@ -193,6 +240,7 @@ class Groups:
         if registry.stale or any(entry.changing for entry in registry.groups.values()):
             await self._finish(registry)
         self._known = registry
+        self._version = max(self._version, registry.version)
         return registry
 
     async def _change(self, registry: Registry, group: str) -> None:
@@ -222,13 +270,14 @@ class Groups:
                         raise
                     _log.warning("group %r is half made, and stays so until somebody can finish it: %s", group, exc)
                 else:
-                    registry.groups[group] = Entry(entry.patterns, entry.patterns)
+                    registry.groups[group] = Entry(entry.patterns, entry.patterns, rungs=entry.rungs, made=entry.made)
             else:
                 await self._control.call(partial(self._delete_group, group=group))
                 self._ladder.forget(group)
                 del registry.groups[group]
         registry.stale.clear()
         self._known = registry
+        self._version = max(self._version, registry.version)
         await self._keeper.write(registry)
 
     async def _make_namespace(self, channel: AbstractChannel) -> None:
@@ -237,9 +286,9 @@ class Groups:
         await channel.exchange_declare(
             names.unwanted, exchange_type="fanout", durable=True, arguments={"alternate-exchange": names.holding}
         )
-        for topic in (names.later, names.delay, names.due):
+        for topic in (names.later, names.delay):
             await channel.exchange_declare(topic, exchange_type="topic", durable=True)
-        await channel.exchange_bind(destination=names.due, source=names.delay, routing_key=names.pass_by)
+        await channel.exchange_declare(names.news, exchange_type="fanout", durable=True)
         await channel.queue_declare(names.held, durable=True, arguments=dict(names.store_arguments))
         await channel.queue_bind(names.held, names.holding)
         await channel.queue_bind(names.held, names.delay, "*.held")
@@ -289,12 +338,20 @@ class Groups:
         queue = names.queue(group)
         await channel.queue_declare(names.dead(group), durable=True, arguments=dict(names.store_arguments))
         await channel.queue_declare(queue, durable=True, arguments=dict(names.queue_arguments(group)))
-        await channel.queue_bind(queue, names.due, names.arrive(group))
+        await channel.queue_bind(queue, names.delay, names.straight(group))
+        await self._make_rungs(channel, group, entry.rungs)
         for pattern in entry.patterns:
             await channel.queue_bind(queue, names.exchange, pattern)
         for pattern in entry.bound:
             if pattern not in entry.patterns:
                 await channel.queue_unbind(queue, names.exchange, pattern)
+
+    async def _make_rungs(self, channel: AbstractChannel, group: str, count: int) -> None:
+        names = self._names
+        for level in range(count):
+            queue = names.waiting(group, level)
+            await channel.queue_declare(queue, durable=True, arguments=dict(names.store_arguments))
+            await channel.queue_bind(queue, names.delay, names.wait(group, level))
 
     async def _stop_holding(self, channel: AbstractChannel, group: str) -> None:
         """From now on a message that no group wants is returned. This comes last: what was published before is held."""
@@ -307,3 +364,8 @@ class Groups:
         for version in registry.stale:
             await channel.exchange_unbind(destination=names.delay, source=names.later, routing_key=f"{version}.#")
         await channel.exchange_bind(destination=names.delay, source=names.later, routing_key=f"{registry.version}.#")
+
+
+def missing(group: str) -> GroupMissingError:
+    """Return the error of a group that is not there."""
+    return GroupMissingError(f"there is no group {group!r}")

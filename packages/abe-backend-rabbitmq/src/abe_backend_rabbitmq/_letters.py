@@ -4,10 +4,11 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import asynccontextmanager
 
 from abe.backends.message_queue.base import DeadLetter
-from abe.errors import AbeError, GroupMissingError
+from abe.errors import AbeError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._browser import Browser, Found
 from abe_backend_rabbitmq._control import Control, Lock
+from abe_backend_rabbitmq._groups import missing
 from abe_backend_rabbitmq._outlet import Outlet, moved
 from abe_backend_rabbitmq._topology import Topology
 from abe_backend_rabbitmq._wire import Header
@@ -90,11 +91,6 @@ class DeadLetters:
                 raise
             finally:
                 await browser.close()
-
-
-def missing(group: str) -> GroupMissingError:
-    """Return the error of a group that is not there."""
-    return GroupMissingError(f"there is no group {group!r}")
 
 
 def _chosen(page: Sequence[Found], ids: Collection[str] | None) -> Sequence[Found]:

@@ -103,7 +103,9 @@ class Outlet:
         return outcomes if any(outcomes) else ()
 
 
-def moved(exchange: str, key: str, header: Header, body: bytes) -> Outgoing:
+def moved(
+    exchange: str, key: str, header: Header, body: bytes, extra: Sequence[tuple[str, str | int]] = ()
+) -> Outgoing:
     """Return the copy that takes a message elsewhere, as one that was never delivered."""
-    properties = _wire.copy(header, body, 0)
+    properties = _wire.copy(header, body, 0, *extra)
     return Outgoing(exchange, key, properties, body, _wire.message_id(properties))

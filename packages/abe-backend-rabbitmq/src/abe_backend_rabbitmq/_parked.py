@@ -94,8 +94,11 @@ class Parked:
                 done.append(place)
             for group in groups or ():
                 delay = _wire.due(header) / 1000 - time.time()
-                to = await self._ladder.retry(group, delay) if delay > 0 else ("", self._names.queue(group))
-                copies.append(moved(*to, header, body))
+                if delay > 0:
+                    here = await self._ladder.place(group, delay, _wire.due(header))
+                    copies.append(moved(self._names.delay, f"0.{here.key}", header, body, here.headers))
+                else:
+                    copies.append(moved("", self._names.queue(group), header, body))
                 places.append((place, group))
         outcomes = await self._outlet.move(copies, bounded=True)
         left: dict[int, list[str]] = {}

@@ -70,6 +70,7 @@ class RabbitMQReceiver:
         self._waiter: asyncio.Future[None] | None = None
         self._stopping = False
         self._answered = True
+        self._version = 0
         self._look_at = 0.0
         self._pace = Pace()
         self._warned = -1
@@ -91,6 +92,7 @@ class RabbitMQReceiver:
         self._ready.clear()
         self._pace.forget()
         transport = self._transport
+        self._version = transport.version
         channel = await transport.consume_channel()
         self._settlements = Settlements(transport, self.group, channel)
         base, group, losses = self._generation << _TAG_BITS, self.group, transport.losses
@@ -113,6 +115,12 @@ class RabbitMQReceiver:
             await self.stop()
         else:
             self._tick_later()
+
+    def made(self, version: int) -> None:
+        """Take note of the registry's version in which the group's queue was made."""
+        if self._channel is not None and self._version < version:
+            self._version = version
+            self._drop(self._channel, "its queue was deleted and made again")
 
     async def receive(self, limit: int) -> Sequence[Delivery]:
         """Return what was pushed."""
@@ -179,6 +187,7 @@ class RabbitMQReceiver:
     async def recover(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
         """Consume on a new channel; what the old one held is lost."""
         try:
+            await self._transport.look()
             await self.start()
         except BackendConnectionError as exc:
             if not isinstance(exc.__cause__, ChannelNotFound):
@@ -205,7 +214,9 @@ class RabbitMQReceiver:
 
     async def close(self) -> None:
         """Give back everything, and close the channel."""
-        self._transport.receivers.discard(self)
+        if self in self._transport.receivers:
+            self._transport.receivers.discard(self)
+            await self._transport.movers.leave(self.group)
         if self._timer is not None:
             self._timer.cancel()
         try:

@@ -46,6 +46,10 @@ class Entry(msgspec.Struct):
     bound: list[str]
     """What may be bound: `patterns`, and those before them until the change is through."""
     changing: bool = False
+    rungs: int = 0
+    """Levels of the delay ladder for which it has a queue."""
+    made: int = 0
+    """The version in which its queue was made."""
 
 
 class Registry(msgspec.Struct):
@@ -249,7 +253,7 @@ class RegistryKeeper:
     ) -> _Taken:
         """Make a request until the message is not in somebody else's hands."""
         loop = asyncio.get_running_loop()
-        deadline, pause = loop.time() + self._patience / 2, _POLL
+        deadline, pause = loop.time() + self._patience, _POLL
         while True:
             taken = await self._control.call(request, on)
             if taken.newest is not None:

@@ -14,6 +14,7 @@ from abe.errors import (
     AbeError,
     BackendConnectionError,
     BackpressureError,
+    GroupMissingError,
     PermissionDeniedError,
     PublishUnknownError,
     UnroutableError,
@@ -271,12 +272,19 @@ class Sender:
             due = int((time.time() + delay) * 1000) + 1
             properties = _wire.pack(envelope, ("abe-key", key), ("abe-due", due))
             return [("", Outgoing(later, f"{registry.version}.held", properties, body, id))]
-        properties = _wire.pack(envelope, ("abe-key", key))
         copies: list[tuple[str, Outgoing]] = []
         for name in groups:
-            if name not in job.done:
-                words = await self._ladder.digits(name, delay) if delay else f"{AT_ONCE}.{name}"
-                copies.append((name, Outgoing(later, f"{registry.version}.{words}", properties, body, id)))
+            if name in job.done:
+                continue
+            words = f"{AT_ONCE}.{name}"
+            waiting: tuple[tuple[str, int], ...] = ()
+            if delay:
+                try:
+                    _, words, waiting = await self._ladder.place(name, delay)
+                except GroupMissingError:
+                    return None  # it was deleted meanwhile
+            properties = _wire.pack(envelope, ("abe-key", key), *waiting)
+            copies.append((name, Outgoing(later, f"{registry.version}.{words}", properties, body, id)))
         return copies
 
 

@@ -148,8 +148,9 @@ class Settlements:
     async def _copy(self, settlement: Settlement, delivery: Delivery, header: Header) -> Outgoing:
         body, attempt = delivery.body, delivery.attempt
         if settlement.verb is Verb.RETRY:
-            exchange, key = await self._transport.ladder.retry(self._group, settlement.delay)
-            properties = _wire.copy(header, body, attempt)
+            place = await self._transport.place(self._group, settlement.delay)
+            exchange, key = self._transport.topology.delay, f"0.{place.key}"
+            properties = _wire.copy(header, body, attempt, *place.headers)
         elif settlement.verb is Verb.RELEASE:
             exchange, key = "", self._transport.topology.queue(self._group)
             if settlement.attempts is not None:

@@ -3,18 +3,17 @@
 A namespace and a group hold no ``:``, so that no two names fall together. What they are for is told in the README.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, Final
 
 LEVELS: Final = 26
-"""Queues of a delay ladder: level n holds a message for `TICK` times 2**n."""
+"""Queues of a delay ladder: at level n a message waits for `TICK` times 2**n, and then at a lower one, if need be."""
 
 TICK: Final = 0.1
-"""Seconds that delays are rounded up to."""
+"""Seconds of the shortest wait."""
 
-AT_ONCE: Final = ".".join("0" * LEVELS)
-"""The binary digits of no delay at all: straight to the end of the ladder."""
+AT_ONCE: Final = "now"
+"""Stands for the level of those that wait at none."""
 
 MAX_DELAY: Final = TICK * (2**LEVELS - 1)
 """The longest delay: 77 days."""
@@ -62,10 +61,10 @@ class Topology:
         self.later = f"{prefix}:later"
         """Topic: delayed messages, accepted if their first word is the registry's version."""
         self.delay = f"{prefix}:delay"
-        """Topic: where the ladder begins. The first word of a key is the version, or anything; then come `LEVELS` binary digits and the
-        group; or ``held``."""
-        self.due = f"{prefix}:due"
-        """Topic: where the ladder ends; to the group's queue."""
+        """Topic: to the queues where delayed messages wait. The first word of a key is the version, or anything; then come the level and
+        the group; or ``held``."""
+        self.news = f"{prefix}:news"
+        """Fanout: tells everybody who consumes that a group has another rung."""
 
     def queue(self, group: str) -> str:
         """Queue: the group's messages, waiting and in flight."""
@@ -78,10 +77,6 @@ class Topology:
     def look(self, group: str) -> str:
         """Queue, exclusive: whoever has it may look through the group's dead letters."""
         return f"{self._prefix}:lock:dead:{group}"
-
-    def rung(self, level: int) -> str:
-        """Topic: the ladder's exchange for that digit; -1: its end."""
-        return self.due if level < 0 else f"{self._prefix}:delay:{level}"
 
     def waiting(self, group: str, level: int) -> str:
         """Queue: the group's messages that wait for ``TICK * 2 ** level``."""
@@ -99,45 +94,21 @@ class Topology:
         # The broker refuses what comes after the message that goes over the limit.
         return arguments if self._max_backlog is None else {**arguments, "x-max-length": self._max_backlog - 1}
 
-    def waiting_arguments(self, level: int) -> Arguments:
-        """The arguments of `waiting`."""
-        return {
-            **_QUORUM,
-            "x-delivery-limit": ENDLESS,
-            "x-message-ttl": int(TICK * 1000) << level,
-            "x-dead-letter-exchange": self.rung(level - 1),
-            "x-dead-letter-strategy": "at-least-once",
-        }
-
     @property
     def store_arguments(self) -> Arguments:
-        """The arguments of `held`, `registry` and `dead`, where messages are looked at and put back."""
+        """The arguments of the other queues, where messages are looked at and put back."""
         return {**_QUORUM, "x-delivery-limit": ENDLESS}
 
-    @property
-    def pass_by(self) -> str:
-        """The pattern of those that wait at no level."""
-        return f"*.{AT_ONCE}.*"
-
-    def leap(self, level: int) -> str:
-        """Return the pattern of those whose ladder begins at the level."""
-        return f"*.{'0.' * (LEVELS - 1 - level)}1.#"
-
-    def climb(self, level: int) -> str:
-        """Return the pattern of those that skip the level."""
-        return f"*.{'*.' * (LEVELS - 1 - level)}0.#"
+    def straight(self, group: str) -> str:
+        """Return the pattern of a group's messages that wait at no level."""
+        return f"*.{AT_ONCE}.{group}"
 
     def wait(self, group: str, level: int) -> str:
         """Return the pattern of a group's messages that wait at the level."""
-        return f"*.{'*.' * (LEVELS - 1 - level)}1.{'*.' * level}{group}"
-
-    def arrive(self, group: str) -> str:
-        """Return the pattern of a group's messages at the end of the ladder."""
-        return f"*.{'*.' * LEVELS}{group}"
+        return f"*.{level}.{group}"
 
 
-def ladder(delay: float) -> tuple[int, str]:
-    """Return the level at which a delay above 0 begins, and its binary digits as words."""
-    # The tiny number keeps 0.3 from becoming four ticks.
-    ticks = max(1, min(math.ceil(delay / TICK - 1e-9), 2**LEVELS - 1))
-    return ticks.bit_length() - 1, ".".join(f"{ticks:0{LEVELS}b}")
+def ladder(delay: float) -> int:
+    """Return the level at which a delay above 0 begins: the longest wait that is not longer."""
+    # The tiny number keeps 0.8 from being less than eight ticks.
+    return min(max(1, int(delay / TICK + 1e-9)).bit_length(), LEVELS) - 1

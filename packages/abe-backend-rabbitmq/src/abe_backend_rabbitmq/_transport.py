@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Final
 
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
 from abe.backends.message_queue.base import Transport as TransportProtocol
-from abe.errors import AbeError, BackendConnectionError
-from abe_backend_rabbitmq._channel import Channel
+from abe.errors import AbeError, BackendConnectionError, GroupMissingError
+from abe_backend_rabbitmq import _wire
+from abe_backend_rabbitmq._channel import Channel, Outgoing
 from abe_backend_rabbitmq._connection import Link
 from abe_backend_rabbitmq._control import Control
 from abe_backend_rabbitmq._errors import ChannelNotFound
-from abe_backend_rabbitmq._groups import Groups
-from abe_backend_rabbitmq._ladder import Ladder
-from abe_backend_rabbitmq._letters import DeadLetters, missing
+from abe_backend_rabbitmq._groups import Groups, missing
+from abe_backend_rabbitmq._ladder import Ladder, Place
+from abe_backend_rabbitmq._letters import DeadLetters
 from abe_backend_rabbitmq._losses import Losses
+from abe_backend_rabbitmq._mover import Movers
 from abe_backend_rabbitmq._outlet import Outlet
 from abe_backend_rabbitmq._pace import CONSUMER_TIMEOUT
 from abe_backend_rabbitmq._parked import Parked
@@ -51,14 +53,17 @@ class RabbitMQTransport:
         """The node's, in seconds, as far as we know."""
         self.control = Control(Link(settings, "abe-control"))
         self.outlet = Outlet(settings, self._prepare)
-        self.ladder = Ladder(self.control, self.topology)
+        self.ladder = Ladder(self.topology, lambda group, level: self._groups.build(group, level))
         timeout = settings.publish_timeout
         self._keeper = RegistryKeeper(self.control, self.topology, timeout)
-        self._groups = Groups(self.control, self._keeper, self.ladder, self.topology)
+        self._groups = Groups(self.control, self._keeper, self.ladder, self.topology, self._tell)
         self._parked = Parked(self.control, self.outlet, self._keeper, self.ladder, self.topology, timeout)
         self._letters = DeadLetters(self.control, self.outlet, self.topology, timeout)
         self._sender = Sender(settings, self.outlet, self._groups, self.ladder, self.topology, self._prepare)
         self._consuming = Link(settings, "abe-consume")
+        self.movers = Movers(
+            self.control, self.outlet, self.ladder, self.topology, self.consume_channel, self._groups, self._made
+        )
 
     async def open(self) -> None:
         """Connect to publish, and make what every namespace has."""
@@ -66,7 +71,7 @@ class RabbitMQTransport:
 
     async def close(self) -> None:
         """Disconnect."""
-        await self._keeper.close()
+        await asyncio.gather(self._keeper.close(), self.movers.close())
         await asyncio.gather(self.outlet.close(), self._consuming.close(), self.control.close())
 
     async def ping(self) -> None:
@@ -116,6 +121,7 @@ class RabbitMQTransport:
                 raise missing(group) from exc
             raise
         self.receivers.add(receiver)
+        self.movers.join(group)
         return receiver
 
     async def consume_channel(self) -> Channel:
@@ -137,7 +143,7 @@ class RabbitMQTransport:
         return GroupStats(
             waiting=waiting_now,
             in_flight=sum(receiver.holding for receiver in self.receivers if receiver.group == group),
-            delayed=delayed,
+            delayed=delayed + self.movers.held(group),
             dead=await count(names.dead(group)) or 0,
             oldest=None,
         )
@@ -154,9 +160,39 @@ class RabbitMQTransport:
         """Remove them, a page at a time."""
         return self._letters.purge(group, ids)
 
+    async def place(self, group: str, delay: float) -> Place:
+        """Return where a message waits; a group that was deleted underneath is made again."""
+        try:
+            return await self.ladder.place(group, delay)
+        except GroupMissingError:
+            await self._groups.restore(group)
+            return await self.ladder.place(group, delay)
+
+    @property
+    def version(self) -> int:
+        """The newest version of the registry that was seen."""
+        return self._groups.version
+
+    async def look(self) -> None:
+        """Read the registry."""
+        await self._groups.now()
+
     def look_at_held(self) -> None:
         """Hand out held messages, in a while."""
         self._parked.look()
+
+    async def _tell(self, news: str) -> None:
+        """Tell everybody who consumes; nobody needs to listen."""
+        await self.outlet.move([Outgoing(self.topology.news, "", _wire.NEWS, news.encode(), "")])
+
+    def _made(self, group: str, version: int) -> None:
+        """Have those begin anew who have consumed a group's queue since before it was made.
+
+        A consumer of a queue that is deleted and at once made again is neither cancelled nor served by RabbitMQ.
+        """
+        for receiver in self.receivers:
+            if receiver.group == group:
+                receiver.made(version)
 
     async def _prepare(self) -> None:
         await self._groups.prepare(await self.control.connection())

@@ -4,8 +4,8 @@ The body is the message's body. Its properties are the standard ones (content ty
 seconds) and headers: ``abe-version``, ``abe-published-at`` in milliseconds, and the application's own under their names. Those whose
 names RabbitMQ or we use, or that are too long for a name, travel together in ``abe-headers`` as JSON. A copy that we move (a retry, a
 dead letter, a message that was held) also has ``abe-key``, and ``abe-attempt``, the deliveries before (``abe-uncertain`` of them may
-have been lost connections); a dead letter
-``abe-reason``, ``abe-error`` and ``abe-dead-at`` in milliseconds; a held one ``abe-due`` in milliseconds if it has a delay, and
+have been lost connections); a dead letter ``abe-reason``, ``abe-error`` and ``abe-dead-at`` in milliseconds; one that waits ``abe-due``
+and ``abe-until`` in milliseconds, a held one
 ``abe-for``, the groups that are to get it still, if others have it.
 
 Properties are bytes here: the flags and the values, as they stand in a content header after the size of the body.
@@ -41,7 +41,17 @@ _RESERVED: Final = ("abe-", *_BROKERS)
 _ADDRESSES: Final = ("CC", "BCC")
 """Headers that name more routing keys: RabbitMQ acts on them."""
 _NOT_COPIED: Final = frozenset(
-    (b"CC", b"BCC", b"abe-due", b"abe-for", b"abe-reason", b"abe-error", b"abe-dead-at", b"abe-uncertain")
+    (
+        b"CC",
+        b"BCC",
+        b"abe-due",
+        b"abe-until",
+        b"abe-for",
+        b"abe-reason",
+        b"abe-error",
+        b"abe-dead-at",
+        b"abe-uncertain",
+    )
 )
 _BROKERS_BYTES: Final = tuple(name.encode() for name in _BROKERS)
 _MOST_NAMES: Final = 1_000
@@ -55,6 +65,9 @@ _LAST_TIME: Final = 253_402_300_799_999
 """Milliseconds since the epoch, in the year 9999: what is later is no time."""
 _FIELDS: Final = 100
 """Bytes that a dead letter's own fields take beside their texts."""
+
+NEWS: Final = b"\x10\x00\x01"
+"""Properties of what need not be kept: a delivery mode of 1."""
 
 _names: Final[dict[str, bytes]] = {}
 _fields: Final[dict[bytes, str]] = {}
@@ -287,6 +300,16 @@ def dead_letter(header: Header, body: bytes) -> DeadLetter:
 def due(header: Header) -> int:
     """Return when a held message is due, in milliseconds since the epoch; 0: at once."""
     return _number(_parsed(header).headers, "abe-due")
+
+
+def until(header: Header) -> int:
+    """Return when a delayed message leaves its rung, in milliseconds since the epoch; 0: nobody wrote it down."""
+    return _number(_parsed(header).headers, "abe-until")
+
+
+def counted(header: Header) -> int:
+    """Return the attempts that a message had before it was copied."""
+    return _number(_parsed(header).headers, "abe-attempt")
 
 
 def left_to(header: Header) -> Sequence[str]:
