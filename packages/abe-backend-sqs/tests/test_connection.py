@@ -121,3 +121,18 @@ async def test_no_client_is_made_that_nobody_would_close() -> None:
     await clients.close()
     with pytest.raises(BackendConnectionError, match="closed"):
         await clients.calls()
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, replace(SETTINGS, pinned=(("g", ("#",)),))])
+async def test_who_cannot_connect_and_gives_up_leaves_nothing_open(settings: SqsSettings) -> None:
+    """An HTTP session that nobody closes says so on the error stream."""
+    backend = SqsBackend(replace(settings, endpoint_url="http://127.0.0.1:1"))
+    for _ in range(2):
+        with pytest.raises(BackendConnectionError):
+            await backend.connect()
+        session = backend._session
+        assert session is not None
+        clients = session.transport.clients  # type: ignore[attr-defined]
+        for task in clients._made.values():
+            assert not task.result()._endpoint.http_session._sessions
+    await backend.disconnect()

@@ -151,7 +151,7 @@ def test_what_the_client_knows_as_passing_is_tried_again(code: str) -> None:
 @pytest.mark.parametrize("code", ["SignatureDoesNotMatch", "InvalidSignatureException", "IncompleteSignature"])
 def test_the_headers_that_aws_repeats_are_not_shown(code: str) -> None:
     text = "The canonical string should have been 'POST / host:x x-amz-security-token:swordfish-8061'"
-    with pytest.raises(PermissionDeniedError, match="secret access key") as caught, translated("here"):
+    with pytest.raises(PermissionDeniedError, match="AWS_SECRET_ACCESS_KEY") as caught, translated("here"):
         raise answered(code, 403, text)
     assert "swordfish" not in "".join(traceback.format_exception(caught.value))
     assert code in str(caught.value)
@@ -159,3 +159,23 @@ def test_the_headers_that_aws_repeats_are_not_shown(code: str) -> None:
 
 def test_a_clock_that_is_wrong_is_named() -> None:
     assert "clock" in str(translate(answered("RequestTimeTooSkewed", 403), "here"))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (native.NoCredentialsError(), PermissionDeniedError, "AWS_ACCESS_KEY_ID"),
+        (native.NoRegionError(), ConfigurationError, "AWS_REGION"),
+        (native.InvalidRegionError(region_name="eu west"), ConfigurationError, "AWS_REGION"),
+        (native.ProfileNotFound(profile="p"), ConfigurationError, "AWS_PROFILE"),
+        (unreached(socket.gaierror(-2, "no such name")), BackendConnectionError, "AWS_REGION"),
+        (native.SSLError(endpoint_url="https://x", error="WRONG_VERSION_NUMBER"), ConfigurationError, "http://"),
+        (answered("400", 400, "The plain HTTP request was sent to HTTPS port"), ConfigurationError, "https://"),
+        (native.ConnectionClosedError(endpoint_url="http://x"), BackendConnectionError, "https://"),
+        (answered("KmsDisabled"), ConfigurationError, "KmsDisabled"),
+    ],
+)
+def test_the_text_names_what_would_be_right(error: BaseException, kind: type[AbeError], says: str) -> None:
+    found = translate(error, "here")
+    assert type(found) is kind
+    assert says in str(found)

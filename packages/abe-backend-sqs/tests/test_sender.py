@@ -119,7 +119,7 @@ async def test_an_answer_that_names_no_message_leaves_it_unknown(lab: Any, fanou
     async with bounds.within(15):
         maker: SqsBackend = await lab.backend(fanout=fanout)
         await maker.declare("g")
-        backend: SqsBackend = await lab.backend(fanout=fanout, publish_timeout=0.5)
+        backend: SqsBackend = await lab.backend(fanout=fanout, publish_timeout=3.0)
         broken = True
 
         def rule(name: str, _: dict[str, Any]) -> web.Response | None:

@@ -17,7 +17,7 @@ def test_the_sdk_s_variables_are_read_the_particular_before_the_general() -> Non
 
 def test_nothing_needs_to_be_set() -> None:
     settings = SqsSettings.from_env({})
-    assert (settings.region, settings.wait, settings.ensure, settings.pinned) == (None, 20, True, None)
+    assert (settings.region, settings.wait, settings.ensure, settings.pinned) == (None, 8, True, None)
 
 
 def test_groups_are_pinned_as_json() -> None:

@@ -92,6 +92,14 @@ class Clients:
         client: SNSClient = await self._client("topics", _CALLS, self._answer)
         return client
 
+    async def reset(self) -> None:
+        """Close their connections, and leave them as they were when they were made: perhaps nobody will use them, or close them."""
+        for task in self._made.values():
+            if task.done() and not task.cancelled() and task.exception() is None:
+                http = task.result()._endpoint.http_session
+                await http.close()
+                await http.__aenter__()
+
     async def close(self) -> None:
         """Close them, each even if this is cancelled meanwhile: an event loop that ends cancels it."""
         self._closed = True

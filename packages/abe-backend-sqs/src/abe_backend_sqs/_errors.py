@@ -52,6 +52,8 @@ class EntryRefusedError(PublishRejectedError):
     retryable = False
 
 
+_KEY: Final = ("Disabled", "InvalidKeyUsage", "InvalidState", "NotFound", "OptInRequired")
+
 _BY_CODE: Final[dict[str, type[AbeError]]] = {
     **dict.fromkeys(
         (
@@ -110,6 +112,17 @@ _BY_CODE: Final[dict[str, type[AbeError]]] = {
     **dict.fromkeys(("RequestExpired", "RequestInTheFuture", "RequestTimeTooSkewed"), ClockError),
     **dict.fromkeys(("QueueDoesNotExist", "NonExistentQueue", "NotFound", "NotFoundException"), QueueMissingError),
     **dict.fromkeys(("ReceiptHandleIsInvalid", "MessageNotInflight"), LeaseLostError),
+    # What is wrong with the queue's key, or its endpoint, is wrong for every message until somebody mends it.
+    **dict.fromkeys(
+        (
+            *(f"{kms}{what}" for kms in ("KMS", "Kms", "KMS.") for what in _KEY),
+            *(f"{kms}{what}Exception" for kms in ("KMS", "Kms", "KMS.") for what in _KEY),
+            "InvalidAddress",
+            "InvalidSecurity",
+            "UnsupportedOperation",
+        ),
+        ConfigurationError,
+    ),
     **dict.fromkeys(("QueueAlreadyExists", "QueueNameExists"), QueueExistsError),
 }
 
@@ -156,11 +169,26 @@ _UNSENT: Final = (
 )
 """What certainly happened before the request left."""
 
-_HINTS: Final[dict[type[AbeError], str]] = {
-    ClockError: "set this machine's clock right",
-    PermissionDeniedError: "check the credentials, and what they allow",
-    QueueMissingError: "it was deleted, or never made",
-}
+_NO_CREDENTIALS: Final = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; an emulator takes any values"
+_REGION: Final = "set AWS_REGION to a region such as eu-central-1"
+_HINTS: Final[tuple[tuple[type[BaseException], str], ...]] = (
+    (native.NoCredentialsError, _NO_CREDENTIALS),
+    (native.PartialCredentialsError, _NO_CREDENTIALS),
+    (native.NoRegionError, f"{_REGION}, or AWS_PROFILE to a profile that has one"),
+    (native.InvalidRegionError, _REGION),
+    (native.ProfileNotFound, "set AWS_PROFILE to one of those in the SDK's configuration files, or leave it out"),
+    (native.EndpointConnectionError, "check AWS_REGION, or AWS_ENDPOINT_URL_SQS where it is set, and the network"),
+    (native.ConnectTimeoutError, "check AWS_REGION, or AWS_ENDPOINT_URL_SQS where it is set, and the network"),
+    (ClockError, "set this machine's clock right"),
+    (PermissionDeniedError, "check the credentials, and what they allow"),
+    (QueueMissingError, "it was deleted, or never made"),
+)
+"""What may help, by the client's error or by ours; the first that fits."""
+
+_NO_TLS: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE")
+"""What TLS calls an answer that is none of its own."""
+_WANTS_TLS: Final = ("plain http request", "client sent an http request to an https server")
+"""How servers say so."""
 
 CLIENT_ERRORS: Final[Failure] = (native.ClientError, native.BotoCoreError, *GARBLED, OSError)
 """All that the client may raise."""
@@ -182,11 +210,30 @@ def translate(exc: BaseException, address: str) -> AbeError:
             _conceal(exc)
     else:
         kind = next((ours for theirs, ours in _BY_TYPE if isinstance(exc, theirs)), SqsError)
-        if isinstance(exc, native.SSLError) and isinstance(exc.kwargs.get("error"), ClientConnectorCertificateError):
-            kind = ConfigurationError
-    hint = _HINTS.get(kind, "")
+    if hint := _about_tls(exc):
+        kind = ConfigurationError
+    else:
+        hint = _hint(exc, kind)
     what = f"the answer is not one of its own: {exc!r}" if isinstance(exc, GARBLED) else exc
     return kind(f"SQS at {address}: {what}{hint and f' ({hint})'}")
+
+
+def _about_tls(exc: BaseException) -> str:
+    """Return what would be right where one side speaks TLS and the other does not, or where the certificate is not for this address."""
+    if isinstance(exc, native.SSLError):
+        if isinstance(exc.kwargs.get("error"), ClientConnectorCertificateError):
+            return "AWS_ENDPOINT_URL_SQS must name a host of the certificate, and AWS_CA_BUNDLE who signed it, where that is not public"
+        if any(name in str(exc) for name in _NO_TLS):
+            return "what answers there speaks no TLS: let AWS_ENDPOINT_URL_SQS begin with http://"
+    if isinstance(exc, native.ClientError) and any(text in _text(exc).lower() for text in _WANTS_TLS):
+        return "what answers there speaks TLS: let AWS_ENDPOINT_URL_SQS begin with https://"
+    return ""
+
+
+def _hint(exc: BaseException, kind: type[AbeError]) -> str:
+    if isinstance(exc, native.ConnectionClosedError) and str(exc.kwargs.get("endpoint_url", "")).startswith("http:"):
+        return "where it stays so, what answers there may speak TLS: let AWS_ENDPOINT_URL_SQS begin with https://"
+    return next((hint for known, hint in _HINTS if isinstance(exc, known) or issubclass(kind, known)), "")
 
 
 def translate_send(exc: BaseException, address: str) -> AbeError:
@@ -251,7 +298,10 @@ def _unfinished(exc: native.ClientError) -> bool:
 def _conceal(exc: native.ClientError) -> None:
     """Replace the text that AWS sent, which whoever logs the error would show with its cause."""
     response = cast("dict[str, Any]", exc.response)
-    text = "the signature is refused; the secret access key must be the access key's, and nothing may change requests on their way"
+    text = (
+        "the signature is refused; AWS_SECRET_ACCESS_KEY must be the access key's, AWS_REGION the region of the address, and nothing may "
+        "change requests on their way"
+    )
     exc.args = (f"An error occurred ({code(exc)}) when calling the {exc.operation_name} operation: {text}",)
     exc.response = cast("Any", {**response, "Error": {**response["Error"], "Message": text}})
 

@@ -55,6 +55,7 @@ class SqsTransport:
         self._later: dict[str, Later] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._opened = False
+        self._opening = 0
         self._closed = asyncio.Event()
         self._handing_over: asyncio.Task[None] | None = None
         self._looks: set[bool] = set()
@@ -69,12 +70,23 @@ class SqsTransport:
         self._check_open()
         if self._opened:
             return
+        self._opening += 1
+        try:
+            await self._look()
+            self._opened = True
+        finally:
+            self._opening -= 1
+            if not self._opened and not self._opening:
+                await self.queues.reader.close()  # whoever gives up has nothing to close
+                await self.clients.reset()
+
+    async def _look(self) -> None:
         if self.settings.pinned is None:
             await self.queues.reader.open()
-        else:  # it is known without asking; the address of one of its queues is not
-            with suppress(QueueMissingError):  # whoever needs it makes it, or says that it is missing
-                await self.queues.url(self.queues.names.queue(self.settings.pinned[0][0]))
-        self._opened = True
+            return
+        # It is known without asking; the address of one of its queues is not.
+        with suppress(QueueMissingError):  # whoever needs it makes it, or says that it is missing
+            await self.queues.url(self.queues.names.queue(self.settings.pinned[0][0]))
 
     async def close(self) -> None:
         """Disconnect; polls that are under way are waited for in the background, so that what they bring is given back."""
