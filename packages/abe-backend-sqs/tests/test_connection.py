@@ -136,3 +136,12 @@ async def test_who_cannot_connect_and_gives_up_leaves_nothing_open(settings: Sqs
         for task in clients._made.values():
             assert not task.result()._endpoint.http_session._sessions
     await backend.disconnect()
+
+
+async def test_a_backend_whose_connecting_fails_on_the_way_in_is_closed() -> None:
+    """Nobody else would close it: `async with` ends what it has entered only."""
+    backend = SqsBackend(replace(SETTINGS, endpoint_url="http://127.0.0.1:1"))
+    with pytest.raises(BackendConnectionError):
+        async with backend:
+            pass
+    assert backend._session is None

@@ -246,7 +246,11 @@ class TransportBackend(ABC):
         await self._calls.close()
 
     async def __aenter__(self) -> Self:
-        await self.connect()
+        try:
+            await self.connect()
+        except BaseException:
+            await self.disconnect()  # nobody else will
+            raise
         return self
 
     async def __aexit__(
