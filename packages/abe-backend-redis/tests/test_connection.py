@@ -34,7 +34,7 @@ MINIMAL = (
     "-@all",
     "+evalsha", "+script|load", "+xreadgroup", "+xrange", "+xrevrange", "+xadd", "+xdel", "+xack", "+xlen",
     "+xpending", "+xclaim", "+xgroup|create", "+xgroup|createconsumer", "+xgroup|delconsumer", "+xinfo|groups",
-    "+zadd", "+zrem", "+zcard", "+zrange", "+zrangebyscore", "+hget", "+hset", "+hdel", "+hgetall",
+    "+zadd", "+zrem", "+zcard", "+zrange", "+zrangebyscore", "+zscore", "+hget", "+hset", "+hdel", "+hgetall",
     "+get", "+set", "+del", "+rename", "+exists", "+time", "+client|setname", "+select", "+ping",
 )  # fmt: skip
 """What the documented user must be allowed; the README holds the same."""

@@ -68,6 +68,23 @@ class TestOwners:
         assert (again.receipt, again.attempt) == (first.receipt, 2)
 
 
+async def test_a_consumer_that_waits_writes_no_more_than_three_times_a_lease(one_lab: Any) -> None:
+    """Each write goes to the append-only file and to replicas."""
+    transport = await one_lab.transport(lease=300.0)
+    await transport.declare("g", None, change=False)
+    receiver = await one_lab.receiver(transport)
+    await receiver.receive(1)
+
+    async def changes() -> int:
+        return int((await one_lab.redis.info("persistence"))["rdb_changes_since_last_save"])
+
+    before = await changes()
+    for _ in range(10):
+        receiver._next_tick = 0.0
+        await receiver._tick(await receiver._link.get(), 10)
+    assert await changes() == before
+
+
 class TestUnknownConsumers:
     async def test_one_that_is_on_no_record_is_found(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport(lease=0.3)

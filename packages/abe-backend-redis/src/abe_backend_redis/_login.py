@@ -49,6 +49,9 @@ _OURS: Final = (
 )
 """What the provider decides, whatever a URL that is used for other things too says."""
 
+_HUNG_UP: Final = (ssl.SSLError, ConnectionResetError, ConnectionAbortedError, BrokenPipeError, TimeoutError)
+"""Errors of a connection that was made; with others there is none."""
+
 _PROBE: Final = 1.0
 """Seconds for a look whether the other scheme would be right."""
 _PLAIN: Final = re.compile(rb"\+PONG|-(?:NOAUTH|DENIED|NOPERM|LOADING|ERR|MASTERDOWN)\b")
@@ -124,13 +127,17 @@ def _check(given: set[str], *, tls: bool) -> None:
 
 async def _explained(exc: BaseException, settings: RedisSettings) -> AbeError:
     """Return our error for one of redis-py's; where the connection was made and then nobody answered, look why."""
+    secure = settings.url.startswith("rediss:")
     if isinstance(exc, TimeoutError):
         text = f"connecting and logging in did not end within {settings.connect_timeout:g} s"
         error: AbeError = BackendConnectionError(f"redis at {settings.address}: {text}")
+        if not secure:
+            return error  # a server that wants TLS would have hung up
     else:
         error = translate(exc, settings.address)
-    if isinstance(error, BackendConnectionError) and await _takes_the_other(settings):
-        scheme, what = ("redis", "without") if settings.url.startswith("rediss:") else ("rediss", "with")
+    hung_up = not isinstance(why := exc.__cause__ or exc.__context__, OSError) or isinstance(why, _HUNG_UP)
+    if isinstance(error, BackendConnectionError) and hung_up and await _takes_the_other(settings):
+        scheme, what = ("redis", "without") if secure else ("rediss", "with")
         return ConfigurationError(
             f"redis at {settings.address} is there {what} TLS: write {scheme}:// in REDIS_URL, or its other port"
         )

@@ -50,8 +50,8 @@ local function carry_out(id, verb, delay, reason, trace)
       add(KEYS[1], fields)
     end
   end
+  call('XDEL', KEYS[1], id) -- first, as one that is only deleted heals by itself
   call('XACK', KEYS[1], 'group', id)
-  call('XDEL', KEYS[1], id)
 end
 
 for i = 2, #ARGV, 5 do
