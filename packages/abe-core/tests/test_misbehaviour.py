@@ -4,11 +4,12 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
-from abe import AsyncLoopConsumer, ConstantBackoff, Message, Middleware, Reject, Retry, RetryPolicy
+from abe import AsyncLoopConsumer, ConfigurationError, ConstantBackoff, Message, Middleware, Reject, Retry, RetryPolicy
+from abe.backends.message_queue import minimal
 from abe.backends.message_queue.base.middleware import HandleNext
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.testing import ManualClock
@@ -406,3 +407,95 @@ async def test_what_leaves_the_block_of_a_plain_loop_fails_the_message_unless_it
     await manual_clock.advance(2)
     async with within(5), memory_backend.consume() as messages:
         assert (await anext(messages)).attempt == attempt
+
+
+class Minimal:
+    """A provider with the three methods of the protocol, and three messages."""
+
+    def __init__(self, fault: Exception | None = None) -> None:
+        self.fault = fault
+
+    async def publish(self, key: str, payload: dict[str, Any]) -> None: ...
+
+    async def consume(self, *, group: str | None = None) -> AsyncIterator[dict[str, Any]]:
+        for n in range(3):
+            yield {"n": n}
+        if self.fault is not None:
+            raise self.fault
+
+    @classmethod
+    def from_env(cls) -> Self:
+        return cls()
+
+
+BAD: list[Any] = [cancels_itself, cancels_itself_and_returns, in_a_task_group]
+RAISED = [SystemExit(1), GeneratorExit(), Wordless(), Reject("no"), StopAsyncIteration(), BaseException()]
+
+
+@pytest.mark.parametrize("bad", [*BAD, *map(raising, RAISED)], ids=range(len(BAD) + len(RAISED)))
+async def test_with_a_minimal_provider_it_is_logged_and_the_others_are_handled(
+    caplog: pytest.LogCaptureFixture, bad: Any
+) -> None:
+    handled: list[int] = []
+
+    async def handler(message: dict[str, Any]) -> None:
+        if message["n"] == 1:
+            await bad(message)
+        handled.append(message["n"])
+
+    async with within(5):
+        await AsyncLoopConsumer(Minimal()).run(handler)
+    assert {0, 2} <= set(handled)
+    assert caplog.text.count("the handler failed, and the message is not retried") == 1
+
+
+async def test_a_minimal_provider_that_fails_ends_run_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def handler(message: dict[str, Any]) -> None: ...
+
+    async with within(5):
+        with pytest.raises(ZeroDivisionError):
+            await AsyncLoopConsumer(Minimal(ZeroDivisionError())).run(handler)
+    assert "the consumer of group 'default' has ended: ZeroDivisionError" in caplog.text
+
+
+async def test_a_minimal_provider_whose_consume_is_no_async_iterator_is_told_so() -> None:
+    class Wrong(Minimal):
+        async def consume(self, *, group: str | None = None) -> Any:  # type: ignore[override]
+            return [{}]
+
+    async def handler(message: dict[str, Any]) -> None: ...
+
+    async with within(5):
+        with pytest.raises(ConfigurationError, match="must return an async iterator, not a coroutine"):
+            await AsyncLoopConsumer(Wrong()).run(handler)
+
+
+async def test_a_minimal_provider_that_ignores_its_cancellation_does_not_keep_shutdown_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(minimal, "_CLOSING", 0.01)
+    release = asyncio.Event()
+
+    class Stubborn(Minimal):
+        async def consume(self, *, group: str | None = None) -> AsyncIterator[dict[str, Any]]:
+            while not release.is_set():
+                try:
+                    await release.wait()
+                except asyncio.CancelledError:
+                    continue
+            yield {}
+
+    async def handler(message: dict[str, Any]) -> None: ...
+
+    consumer = AsyncLoopConsumer(Stubborn(), grace=0.01)
+    async with within(5):
+        running = asyncio.create_task(consumer.run(handler))
+        await consumer.started
+        for _ in range(10):
+            await asyncio.sleep(0)
+        await consumer.shutdown()
+        await running
+        release.set()
+        for _ in range(10):
+            await asyncio.sleep(0)
+    assert "is left behind" in caplog.text

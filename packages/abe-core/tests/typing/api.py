@@ -1,5 +1,6 @@
 """The public signatures as an application uses them. Only type-checked, never run: a change here is a change for users."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypedDict, assert_type
@@ -164,6 +165,7 @@ async def takes_a_dict(message: dict[str, Any]) -> None: ...
 async def takes_a_message(message: Message) -> None: ...
 async def takes_an_order(order: Order) -> None: ...
 async def takes_a_typed_dict(order: OrderDict) -> object: ...
+async def takes_both(order: Order, message: Message) -> None: ...
 def is_synchronous(message: dict[str, Any]) -> None: ...
 
 
@@ -210,6 +212,12 @@ async def consuming(backend: MessageQueueBackend) -> None:
     await consumer.run(is_synchronous)
     await consumer.run(service)
     await consumer.run(lambda message: message)
+    await consumer.run(takes_both)
+    running = asyncio.create_task(AsyncLoopConsumer(backend, handler=takes_both).run())
+    assert_type(running, asyncio.Task[None])
+    assert_type(await consumer.started, None)
+    assert_type(await consumer.started.wait(), None)
+    assert_type(consumer.started.is_set(), bool)
     assert_type(await consumer.shutdown(), None)
 
 

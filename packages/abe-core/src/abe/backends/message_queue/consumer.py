@@ -21,7 +21,7 @@ from abe.backends.message_queue.base.names import (
 from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
 from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.failures import Failures
-from abe.backends.message_queue.handler import CheckedHandler, Handle
+from abe.backends.message_queue.handler import AnyHandler, CheckedHandler, Handle
 from abe.backends.message_queue.look_ahead import LookAhead
 from abe.backends.message_queue.minimal import MinimalSubscription
 from abe.backends.message_queue.report import reason_of, shown
@@ -31,7 +31,7 @@ from abe.backends.message_queue.time_limit import TimeLimit
 from abe.backends.message_queue.worker import WORKS_FOR, Workers
 from abe.errors import AbeError, BackendClosedError, ConfigurationError, UnsupportedCapabilityError
 from abe.settings import QueueSettings
-from abe.types import EventHandlerFunc, EventHandlerProtocol, MessageQueueBackendProtocol
+from abe.types import MessageQueueBackendProtocol
 
 _log: Final = logging.getLogger("abe.consumer")
 _RECONNECT: Final = ExponentialBackoff(initial=0.1, maximum=10.0)
@@ -125,7 +125,7 @@ class AsyncLoopConsumer:
         middleware: Sequence[Middleware] = (),
         keys: Sequence[str] | None = None,
         prefetch: int | None = None,
-        handler: EventHandlerFunc | EventHandlerProtocol | None = None,
+        handler: AnyHandler | None = None,
     ) -> None:
         _check_backend(backend)
         check_count("concurrency", concurrency)
@@ -173,7 +173,7 @@ class AsyncLoopConsumer:
         """Says when the group is subscribed to: ``await consumer.started``. It raises what ended `run` before that."""
         return self._latest.started
 
-    def run(self, handler: EventHandlerFunc | EventHandlerProtocol | None = None) -> Coroutine[Any, Any, None]:
+    def run(self, handler: AnyHandler | None = None) -> Coroutine[Any, Any, None]:
         """Handle messages until cancelled, or until `shutdown` is done.
 
         While the broker cannot be reached it tries again, with backoff. What ends it otherwise is logged as an error, and raised.
@@ -216,7 +216,7 @@ class AsyncLoopConsumer:
     ) -> None:
         await self.shutdown()
 
-    def _checked(self, handler: EventHandlerFunc | EventHandlerProtocol | None) -> CheckedHandler:
+    def _checked(self, handler: AnyHandler | None) -> CheckedHandler:
         if handler is not None:
             return CheckedHandler(handler)
         if self._handler is None:
@@ -339,7 +339,7 @@ class AsyncLoopConsumer:
                 "is logged and not retried",
                 type(backend).__name__,
             )
-            return None if stopping.done() else MinimalSubscription(aiter(backend.consume(group=self._group)))
+            return None if stopping.done() else MinimalSubscription(backend.consume(group=self._group))
         tries = 0
         while not stopping.done():
             subscription = self._subscription(backend, self._prefetch)

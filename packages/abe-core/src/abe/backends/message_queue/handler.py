@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeAlias, cast
 
+from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.conversion import Convert, converter
 from abe.backends.message_queue.signatures import Parameters, name_of, parameters
 from abe.backends.message_queue.threads import ThreadCall, Threads
@@ -19,6 +20,8 @@ from abe.errors import ConfigurationError
 from abe.types import EventHandlerFunc, EventHandlerProtocol
 
 Handle: TypeAlias = Callable[[Any], Awaitable[object]]
+AnyHandler: TypeAlias = EventHandlerFunc | EventHandlerProtocol | Callable[[Any, Message], object]
+"""What an application may give: a function of what the payload becomes, or of that and its Message, or an object with `handle_event`."""
 
 
 class CheckedHandler:
@@ -31,7 +34,7 @@ class CheckedHandler:
         ConfigurationError: It is no handler, takes something else than a message, or asks for a type that no payload can become.
     """
 
-    def __init__(self, handler: EventHandlerFunc | EventHandlerProtocol) -> None:
+    def __init__(self, handler: AnyHandler) -> None:
         self._function = function = _function(handler)
         asked = parameters(function)
         self._convert = _converter(function, asked)

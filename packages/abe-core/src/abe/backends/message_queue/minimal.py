@@ -4,23 +4,38 @@ Its messages are plain dicts. Asking for the next one is all that it can be told
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterable, AsyncIterator
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Final, Self, cast
 
 from abe.backends.message_queue.base.message import Message
-from abe.errors import BackendClosedError
+from abe.errors import BackendClosedError, ConfigurationError
+
+_log: Final = logging.getLogger("abe.consumer")
+_CLOSING: Final = 5.0
+"""Seconds that a provider gets to end its iterator."""
 
 
 class MinimalSubscription:
     """One message at a time from an async iterator.
 
     Args:
-        iterator: What the provider's `consume` returned.
+        messages: What the provider's `consume` returned.
+
+    Raises:
+        ConfigurationError: It is no async iterator.
     """
 
-    def __init__(self, iterator: AsyncIterator[dict[str, Any]]) -> None:
-        self._iterator = iterator
+    def __init__(self, messages: AsyncIterable[dict[str, Any]]) -> None:
+        given: Any = messages
+        if not isinstance(given, AsyncIterable):
+            if asyncio.iscoroutine(given):
+                given.close()
+            raise ConfigurationError(
+                f"the provider's consume() must return an async iterator, not a {type(given).__name__}: write it as an async generator"
+            )
+        self._iterator: AsyncIterator[dict[str, Any]] = aiter(messages)
         self._asking: asyncio.Future[dict[str, Any]] | None = None
         self._stopped = False
 
@@ -72,11 +87,18 @@ class MinimalSubscription:
         self._stopped = True
         if self._asking is not None:
             self._asking.cancel()
-            await asyncio.wait([self._asking])
+            await asyncio.wait([self._asking], timeout=_CLOSING)
 
     async def aclose(self) -> None:
         """Close the iterator, if it can be."""
         await self.stop()
+        if self._asking is not None and not self._asking.done():
+            _log.warning("the provider does not end its wait for a message, and is left behind")
+            return
         close = getattr(self._iterator, "aclose", None)
         if close is not None:
-            await close()
+            try:
+                async with asyncio.timeout(_CLOSING):
+                    await close()
+            except TimeoutError:
+                _log.warning("the provider did not close its iterator within %g s", _CLOSING)
