@@ -687,6 +687,17 @@ async def within(awaitable: Awaitable[Any]) -> Any:
         return await awaitable
 
 
+async def consumed_with_a_suspect(backend: MemoryBackend, clock: ManualClock) -> GroupSubscription:
+    """Return a consumer that has begun; a suspect comes to it once the lease of a consumer that died has run out."""
+    await backend.declare("g", ["a"])
+    await backend.publish("a", {})
+    dead = await backend.make_transport().subscribe("g", 1)
+    await dead.receive(1)
+    subscription = backend.consume(group="g", keys=["a"], max_attempts=1)
+    await subscription.__aenter__()
+    return subscription
+
+
 class TestGroupSubscription:
     async def test_a_start_that_failed_with_nobody_waiting_is_begun_anew(self, manual_clock: ManualClock) -> None:
         inbox = inbox_on(ScriptedReceiver(delivery(1)), manual_clock)
@@ -861,6 +872,43 @@ class TestGroupSubscription:
         await turns()
         lost.lost = True
         assert (await within(subscription.receive())).id == "2"
+        await within(subscription.aclose())
+
+    async def test_patterns_that_are_changed_under_a_consumer_do_not_end_it(
+        self, memory_backend: MemoryBackend, manual_clock: ManualClock
+    ) -> None:
+        subscription = await consumed_with_a_suspect(memory_backend, manual_clock)
+        await memory_backend.declare("g", ["#"])
+        await manual_clock.advance(31)
+        await within((await within(subscription.receive())).ack())
+        await within(subscription.aclose())
+
+    async def test_a_subscription_ends_with_its_session_also_between_two_inboxes(
+        self, memory_backend: MemoryBackend, manual_clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        subscription = await consumed_with_a_suspect(memory_backend, manual_clock)
+        session = memory_backend._calls.session
+        assert session is not None
+        tried, go_on = asyncio.Event(), asyncio.Event()
+
+        async def away(*_: Any) -> Any:
+            tried.set()
+            await go_on.wait()
+            raise BackendConnectionError("away")
+
+        monkeypatch.setattr(session.transport, "subscribe", away)
+        monkeypatch.setattr("abe.backends.message_queue.engine.subscription._RESUBSCRIBE", lambda _: 0.0)
+        await manual_clock.advance(31)
+        waiting = asyncio.create_task(subscription.receive())
+        await within(tried.wait())
+        disconnecting = asyncio.create_task(memory_backend.disconnect())
+        await turns()
+        connecting = asyncio.create_task(memory_backend.connect())
+        await turns()
+        go_on.set()
+        await within(asyncio.gather(disconnecting, connecting))
+        with pytest.raises(BackendClosedError):
+            await within(waiting)
         await within(subscription.aclose())
 
     async def test_uncertain_attempts_are_made_certain_before_a_suspect_is_tried(

@@ -16,20 +16,18 @@ from abe.backends.message_queue.base.names import (
     check_patterns,
     check_seconds,
 )
-from abe.backends.message_queue.base.transport import Envelope, GroupStats, Receiver, Transport
+from abe.backends.message_queue.base.transport import Envelope, GroupStats, Transport
 from abe.backends.message_queue.engine.calls import Calls
 from abe.backends.message_queue.engine.dead_letters import DeadLetters
 from abe.backends.message_queue.engine.inbox import Inbox
+from abe.backends.message_queue.engine.joining import Joining
 from abe.backends.message_queue.engine.outgoing import Outgoing
-from abe.backends.message_queue.engine.session import Session
 from abe.backends.message_queue.engine.subscription import GroupSubscription
 from abe.codec import Codec, check_codec
 from abe.errors import (
     AbeError,
     BackendClosedError,
-    BackendConnectionError,
     ConfigurationError,
-    GroupMissingError,
     PartialPublishError,
     UnroutableError,
     UnsupportedCapabilityError,
@@ -230,7 +228,17 @@ class TransportBackend(ABC):
         name, patterns = self._group(group), self._patterns(keys)
         prefetch = check_count("prefetch", self.settings.prefetch if prefetch is None else prefetch)
         attempts = check_count("max_attempts", self.settings.max_attempts if max_attempts is None else max_attempts)
-        return GroupSubscription(partial(self._subscribe, name, patterns, prefetch, attempts))
+        inbox = partial(
+            Inbox,
+            group=name,
+            max_attempts=attempts,
+            max_delay=self.capabilities.max_delay,
+            lease=self.capabilities.lease,
+            codec=self._codec,
+            clock=self._clock,
+            close_timeout=self.settings.close_timeout,
+        )
+        return GroupSubscription(Joining(self._calls, name, patterns, prefetch, inbox))
 
     async def connect(self) -> None:
         """Connect now rather than at first use, once and without retries; opens a closed backend again.
@@ -348,32 +356,3 @@ class TransportBackend(ABC):
         if keys is not None and not self.capabilities.key_patterns:
             raise UnsupportedCapabilityError(f"keys={keys!r}: {type(self).__name__} delivers every key to every group")
         return None if keys is None else check_patterns(keys)
-
-    async def _subscribe(
-        self, group: str, patterns: tuple[str, ...] | None, prefetch: int, max_attempts: int, alone: bool
-    ) -> Inbox:
-        prefetch = 1 if alone else prefetch
-
-        async def join(session: Session) -> Inbox:
-            def inbox(receiver: Receiver) -> Inbox:
-                return Inbox(
-                    receiver,
-                    group=group,
-                    prefetch=prefetch,
-                    max_attempts=max_attempts,
-                    alone=alone,
-                    max_delay=self.capabilities.max_delay,
-                    lease=self.capabilities.lease,
-                    codec=self._codec,
-                    clock=self._clock,
-                    close_timeout=self.settings.close_timeout,
-                    left=session.inboxes.discard,
-                )
-
-            await session.declare(group, patterns)
-            try:
-                return await session.join(group, prefetch, inbox)
-            except GroupMissingError as exc:  # deleted in between: to be declared again, as after a lost connection
-                raise BackendConnectionError(f"group {group!r} was deleted while it was being subscribed to") from exc
-
-        return await self._calls.call(join)

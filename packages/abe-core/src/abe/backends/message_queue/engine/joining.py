@@ -1,0 +1,68 @@
+"""How a subscription comes to its inboxes."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from abe.backends.message_queue.base.transport import Receiver
+from abe.backends.message_queue.engine.calls import Calls
+from abe.backends.message_queue.engine.inbox import Inbox
+from abe.backends.message_queue.engine.session import Session
+from abe.errors import BackendClosedError, BackendConnectionError, GroupMissingError
+
+
+class MakesInbox(Protocol):
+    """Makes an inbox of a receiver."""
+
+    def __call__(self, receiver: Receiver, *, prefetch: int, alone: bool, left: Callable[[Inbox], object]) -> Inbox: ...
+
+
+class Joining:
+    """Joins a group for one subscription: at first, and when another inbox follows.
+
+    All of its inboxes are of one session: the subscription ends with that.
+
+    Args:
+        calls: Makes the calls.
+        group: The group.
+        patterns: Its key patterns, if it is new; None: everything. Later on they may have been changed: that ends no subscription.
+        prefetch: Messages held at most.
+        inbox: Makes an inbox.
+    """
+
+    def __init__(
+        self, calls: Calls, group: str, patterns: tuple[str, ...] | None, prefetch: int, inbox: MakesInbox
+    ) -> None:
+        self._calls = calls
+        self._group = group
+        self._patterns = patterns
+        self._prefetch = prefetch
+        self._inbox = inbox
+        self._session: Session | None = None
+
+    async def __call__(self, alone: bool) -> Inbox:
+        """Join; alone: with an inbox that holds a single message at a time.
+
+        Raises:
+            BackendClosedError: The backend was closed, or the session that the subscription began in.
+            ConfigurationError: The group has other patterns.
+        """
+        if self._session not in (None, self._calls.here()):
+            raise BackendClosedError("the backend was closed")
+        prefetch = 1 if alone else self._prefetch
+
+        async def join(session: Session) -> Inbox:
+            inbox = partial(self._inbox, prefetch=prefetch, alone=alone, left=session.inboxes.discard)
+            if self._session is None:
+                await session.declare(self._group, self._patterns)
+            else:
+                await session.transport.declare(self._group, self._patterns, change=False)
+            try:
+                joined = await session.join(self._group, prefetch, inbox)
+            except GroupMissingError as exc:  # deleted in between: to be declared again, as after a lost connection
+                text = f"group {self._group!r} was deleted while it was being subscribed to"
+                raise BackendConnectionError(text) from exc
+            self._session = session
+            return joined
+
+        return await self._calls.call(join)
