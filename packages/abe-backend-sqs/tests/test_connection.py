@@ -130,7 +130,7 @@ async def test_who_cannot_connect_and_gives_up_leaves_nothing_open(settings: Sqs
     for _ in range(2):
         with pytest.raises(BackendConnectionError):
             await backend.connect()
-        session = backend._session
+        session = backend._calls.session
         assert session is not None
         clients = session.transport.clients  # type: ignore[attr-defined]
         for task in clients._made.values():
@@ -144,4 +144,4 @@ async def test_a_backend_whose_connecting_fails_on_the_way_in_is_closed() -> Non
     with pytest.raises(BackendConnectionError):
         async with backend:
             pass
-    assert backend._session is None
+    assert backend._calls.session is None
