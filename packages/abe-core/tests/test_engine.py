@@ -889,24 +889,23 @@ class TestGroupSubscription:
         subscription = await consumed_with_a_suspect(memory_backend, manual_clock)
         session = memory_backend._calls.session
         assert session is not None
-        tried, go_on = asyncio.Event(), asyncio.Event()
+        pausing = asyncio.Event()
 
         async def away(*_: Any) -> Any:
-            tried.set()
-            await go_on.wait()
             raise BackendConnectionError("away")
 
+        def pause(_: int) -> float:
+            pausing.set()
+            return 0.5
+
         monkeypatch.setattr(session.transport, "subscribe", away)
-        monkeypatch.setattr("abe.backends.message_queue.engine.subscription._RESUBSCRIBE", lambda _: 0.0)
+        monkeypatch.setattr("abe.backends.message_queue.engine.subscription._RESUBSCRIBE", pause)
+        object.__setattr__(memory_backend.settings, "publish_timeout", 0.1)
         await manual_clock.advance(31)
         waiting = asyncio.create_task(subscription.receive())
-        await within(tried.wait())
-        disconnecting = asyncio.create_task(memory_backend.disconnect())
-        await turns()
-        connecting = asyncio.create_task(memory_backend.connect())
-        await turns()
-        go_on.set()
-        await within(asyncio.gather(disconnecting, connecting))
+        await within(pausing.wait())
+        await within(memory_backend.disconnect())
+        await within(memory_backend.connect())
         with pytest.raises(BackendClosedError):
             await within(waiting)
         await within(subscription.aclose())
