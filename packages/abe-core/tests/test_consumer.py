@@ -443,6 +443,21 @@ class TestTimeout:
             await drained(memory_backend)
         assert (await memory_backend.stats()).dead == 1
 
+    async def test_one_that_goes_on_after_its_cancellation_is_cancelled_again(
+        self, memory_backend: MemoryBackend, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def handler(message: Message) -> None:
+            for _ in range(3):
+                with suppress(asyncio.CancelledError):
+                    await asyncio.Event().wait()
+
+        await publish(memory_backend, 1)
+        async with running(AsyncLoopConsumer(memory_backend, retry=ONCE, timeout=0.02), handler):
+            await drained(memory_backend)
+        (letter,) = await memory_backend.dead_letters().list()
+        assert letter.reason == "TimeoutError: the handler took longer than 0.02 s"
+        assert caplog.text.count("it is cancelled again") == 1
+
     async def test_a_handlers_own_time_limits_work_inside_of_it(self, memory_backend: MemoryBackend) -> None:
         collector = Collector()
 

@@ -1,6 +1,7 @@
 """A time limit for handlers, kept by one timer for all of them: ``asyncio.timeout`` for each would cost more than the rest of the loop."""
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Callable, Coroutine
@@ -8,6 +9,7 @@ from typing import Any, Final, TypeVar
 
 from abe.backends.message_queue.threads import ThreadCall
 
+_log: Final = logging.getLogger("abe.consumer")
 _T = TypeVar("_T")
 _PRECISION: Final = 0.1
 """A handler is cancelled at most that part of the limit late."""
@@ -23,7 +25,9 @@ class TimeLimit:
     def __init__(self, limit: float) -> None:
         self._limit = limit
         self._loop = asyncio.get_running_loop()
-        self._deadlines: dict[asyncio.Task[Any], float | None] = {}
+        self._deadlines: dict[asyncio.Task[Any], float] = {}
+        self._cancelled: dict[asyncio.Task[Any], int] = {}
+        """How often the sweep has cancelled a task: a handler that goes on all the same is cancelled again."""
         self._calls: dict[asyncio.Task[Any], ThreadCall] = {}
         self._timer = self._loop.call_later(limit * _PRECISION, self._sweep)
 
@@ -47,8 +51,9 @@ class TimeLimit:
         finally:
             if in_thread:
                 self._calls.pop(task, None)
-            # None: the sweep has cancelled the task. If nobody else has, that ends here, whatever the handler made of it.
-            if self._deadlines.pop(task) is None and task.uncancel() <= before:
+            del self._deadlines[task]
+            if self._cancelled and self._take_back(task) and task.cancelling() <= before:
+                # Nobody else has cancelled it, so that ends here, whatever the handler made of it.
                 raise TimeoutError(f"the handler took longer than {self._limit:g} s")
 
     def began(self, call: ThreadCall) -> None:
@@ -65,16 +70,23 @@ class TimeLimit:
     def _sweep(self) -> None:
         now = self._loop.time()
         for task, deadline in self._deadlines.items():
-            if deadline is None or deadline > now:
+            if deadline > now:
                 continue
             call = self._calls.get(task)
             left = 0.0 if call is None else self._left(call)
-            if left > 0:
-                self._deadlines[task] = now + left
-            else:
-                self._deadlines[task] = None
+            self._deadlines[task] = now + (left if left > 0 else self._limit)
+            if left <= 0:
+                self._cancelled[task] = times = self._cancelled.get(task, 0) + 1
+                if times == 2:
+                    _log.warning("a handler goes on after its time limit of %g s: it is cancelled again", self._limit)
                 task.cancel()
         self._timer = self._loop.call_later(self._limit * _PRECISION, self._sweep)
+
+    def _take_back(self, task: asyncio.Task[Any]) -> bool:
+        times = self._cancelled.pop(task, 0)
+        for _ in range(times):
+            task.uncancel()
+        return times > 0
 
     def _left(self, call: ThreadCall) -> float:
         """On a busy machine a thread may come to its call late."""

@@ -60,7 +60,6 @@ class Workers:
         self._run = run
         self._told_to_stop = told_to_stop
         self._stopping = False
-        self._handled = 0
         self._cancelled = False
         self._host: asyncio.Task[Any] | None = None
 
@@ -118,9 +117,10 @@ class Workers:
         """Handle messages until there are no more (False), or until one has changed the context that was `clean` (True)."""
         task = asyncio.current_task()
         assert task is not None
-        ahead = self._ahead
+        ahead, threads, stopped = self._ahead, self._threads, self._told_to_stop.is_set
+        handled = 0
         take = _nothing if isinstance(self._subscription, LookAhead) else self._subscription.take
-        while self._may_begin() if self._threads is None else await self._may_take(self._threads, lane):
+        while not (self._stopping or stopped()) and (threads is None or await self._has_thread(threads, lane)):
             message = take()
             if message is None:
                 try:
@@ -130,10 +130,14 @@ class Workers:
             await self._one(message, task)
             if ahead is not None:
                 ahead.done(message)
-            self._handled += 1
-            if not self._handled & 63:
+            handled += 1
+            if not handled & 63:
                 await asyncio.sleep(0)  # a handler that never suspends must not keep the loop to itself
-            if _is_changed(clean):
+            try:
+                changed = copy_context() != clean  # at once, if nothing was set
+            except Exception:  # noqa: BLE001 - values of the application's are compared
+                changed = True
+            if changed:
                 return True
         await self._give_back(lane)
         return False
@@ -172,16 +176,11 @@ class Workers:
             if self._ahead is not None:
                 self._ahead.done(message)
 
-    async def _may_take(self, threads: Threads, lane: "_Lane") -> bool:
-        if self._may_begin() and threads.keeps_back:
+    async def _has_thread(self, threads: Threads, lane: "_Lane") -> bool:
+        if threads.keeps_back:
             await self._give_back(lane)  # others handle this key meanwhile
             await threads.ready()
-        return self._may_begin()
-
-    def _may_begin(self) -> bool:
-        return not (self._told_to_stop.is_set() or self._stopping) and (
-            self._threads is None or not self._threads.exhausted
-        )
+        return not (threads.exhausted or self._stopping or self._told_to_stop.is_set())
 
     async def _one(self, message: Message, task: asyncio.Task[Any]) -> None:
         exc: BaseException | None = None
@@ -244,13 +243,6 @@ class _Lane:
 
 def _nothing() -> None:
     return None
-
-
-def _is_changed(clean: Context) -> bool:
-    try:
-        return copy_context() != clean  # at once, if nothing was set
-    except Exception:  # noqa: BLE001 - values of the application's are compared
-        return True
 
 
 def _is_running(task: asyncio.Task[Any]) -> bool:
