@@ -16,8 +16,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import cache
-from typing import Final
+from typing import TYPE_CHECKING, Final, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Settings = TypeVar("_Settings", bound="DataclassInstance")
 
 FACTOR_VARIABLE: Final = "ABE_CONTRACT_TIME_FACTOR"
 
@@ -65,6 +71,13 @@ def within(seconds: float | None) -> asyncio.Timeout:
 
     loop.call_later(bound * _NOTICE, stretch)
     return timeout
+
+
+def stretched(settings: _Settings) -> _Settings:
+    """Return settings, a dataclass's, whose time-outs are as long as the machine needs now."""
+    factor = slowness()
+    timeouts = [field.name for field in fields(settings) if field.name.endswith("_timeout")]
+    return replace(settings, **{name: factor * getattr(settings, name) for name in timeouts})
 
 
 class Deadline:

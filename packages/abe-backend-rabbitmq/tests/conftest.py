@@ -37,7 +37,7 @@ class Lab:
 
     def settings(self, **changes: Any) -> RabbitMQSettings:
         defaults: dict[str, Any] = {"url": self.url, "namespace": self.namespace, "publish_timeout": 5.0}
-        return RabbitMQSettings(**defaults | changes)
+        return bounds.stretched(RabbitMQSettings(**defaults | changes))
 
     async def transport(self, **changes: Any) -> RabbitMQTransport:
         transport = RabbitMQTransport(self.settings(**changes))

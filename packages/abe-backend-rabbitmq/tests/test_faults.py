@@ -277,8 +277,7 @@ class TestRestartedNode:
 
 class TestFrozenNode:
     async def test_publish_says_unknown_and_the_backend_lives_on(self, lab: Any, victim: ProcessService) -> None:
-        short = 0.5 * bounds.slowness()
-        backend = await lab.backend(groups={"g": ()}, publish_timeout=short, connect_timeout=short)
+        backend = await lab.backend(groups={"g": ()}, publish_timeout=0.5, connect_timeout=0.5)
         await backend.publish("k", {"n": 0})
         async with frozen(victim):
             loop = asyncio.get_running_loop()
@@ -286,7 +285,8 @@ class TestFrozenNode:
             outcomes = await asyncio.gather(
                 *(backend.publish("k", {"n": n}) for n in range(1, 4)), return_exceptions=True
             )
-            assert 0.4 < loop.time() - started < 1.5 * bounds.slowness(started), outcomes
+            limit = backend.settings.publish_timeout
+            assert 0.8 * limit < loop.time() - started < limit + 1.0 * bounds.slowness(started), outcomes
             assert [type(outcome) for outcome in outcomes] == [PublishUnknownError] * 3
         async with bounds.within(10):
             while True:
@@ -302,17 +302,15 @@ class TestFrozenNode:
                 seen.add((await anext(subscription))["n"])
 
     async def test_no_message_is_lost_over_a_pause_under_load(self, lab: Any, victim: ProcessService) -> None:
-        short = 0.4 * bounds.slowness()
-
         async def freeze(traffic: Traffic) -> None:
             for _ in range(2):
                 await traffic.some()
                 async with frozen(victim):
-                    await asyncio.sleep(2.5 * short)  # the fault itself: longer than publish_timeout
+                    await asyncio.sleep(2.5 * backend.settings.publish_timeout)  # the fault itself
             await traffic.some()
 
         patient = await lab.backend(groups={"g": ()})
-        backend = await lab.backend(publish_timeout=short, connect_timeout=short)
+        backend = await lab.backend(publish_timeout=0.4, connect_timeout=0.4)
         await Traffic(backend, patient).run(freeze)
 
     async def test_a_missed_heartbeat_ends_the_connection(
@@ -333,7 +331,7 @@ class TestFrozenNode:
     async def test_connecting_is_bounded(self, lab: Any, victim: ProcessService) -> None:
         backend = RabbitMQBackend(lab.settings(connect_timeout=0.3, publish_timeout=1.0))
         async with frozen(victim), bounds.within(4):
-            with pytest.raises(BackendConnectionError, match=r"within 0\.3 s: it is silent"):
+            with pytest.raises(BackendConnectionError, match=r"within [\d.]+ s: it is silent"):
                 await backend.connect()
             with pytest.raises(AbeError):
                 await backend.publish("k", {})

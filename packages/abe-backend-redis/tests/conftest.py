@@ -35,9 +35,13 @@ class Lab:
         self._serial = itertools.count()
 
     def settings(self, **changes: Any) -> RedisSettings:
-        return RedisSettings(
-            **{"url": self.url, "namespace": self.namespace, "lease": 5.0, "publish_timeout": 5.0} | changes
-        )
+        defaults: dict[str, Any] = {
+            "url": self.url,
+            "namespace": self.namespace,
+            "lease": 5.0,
+            "publish_timeout": 5.0,
+        }
+        return bounds.stretched(RedisSettings(**defaults | changes))
 
     async def transport(self, **changes: Any) -> RedisTransport:
         transport = RedisTransport(self.settings(**changes))

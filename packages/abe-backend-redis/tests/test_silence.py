@@ -191,7 +191,7 @@ async def test_connecting_into_a_hole_takes_the_time_that_it_may(tunnel: Tunnel,
     url = await tunnel.start()
     tunnel.shut()
     for _ in range(3):
-        with pytest.raises(BackendConnectionError, match=r"within 0\.3 s"):
+        with pytest.raises(BackendConnectionError, match=r"within [\d.]+ s"):
             async with bounds.within(1):
                 await one_lab.transport(url=url, connect_timeout=0.3)
 

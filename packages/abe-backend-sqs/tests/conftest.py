@@ -104,20 +104,18 @@ class Lab:
         self._stack = stack
 
     def settings(self, **changes: Any) -> SqsSettings:
-        return SqsSettings(
-            **{
-                "namespace": self.namespace,
-                "endpoint_url": self.gate.url,
-                "topic_endpoint_url": self.gate.url,
-                "region": REGION,
-                "access_key_id": "test",
-                "secret_access_key": "test",
-                "registry_ttl": 0.1,
-                "topic_after": 0.001,
-                "wait": 1,
-            }
-            | changes
-        )
+        defaults: dict[str, Any] = {
+            "namespace": self.namespace,
+            "endpoint_url": self.gate.url,
+            "topic_endpoint_url": self.gate.url,
+            "region": REGION,
+            "access_key_id": "test",
+            "secret_access_key": "test",
+            "registry_ttl": 0.1,
+            "topic_after": 0.001,
+            "wait": 1,
+        }
+        return bounds.stretched(SqsSettings(**defaults | changes))
 
     async def backend(self, **changes: Any) -> SqsBackend:
         return await self._stack.enter_async_context(SqsBackend(self.settings(**changes)))
