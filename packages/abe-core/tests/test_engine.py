@@ -978,6 +978,17 @@ class TestInbox:
         assert [type(outcome) for outcome in outcomes] == [LeaseLostError] * 2
         await within(inbox.close())
 
+    async def test_what_is_buried_unseen_is_named_in_the_log(
+        self, manual_clock: ManualClock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        inbox = inbox_on(ScriptedReceiver(delivery(7, attempt=5), delivery(8)), manual_clock)
+        await within(inbox.receive())
+        (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+        facts = {name: getattr(record, name) for name in ("message_id", "key", "group", "attempt")}
+        assert facts == {"message_id": "7", "key": "", "group": "g", "attempt": 5}
+        assert "'7'" in record.getMessage()
+        await within(inbox.close())
+
     async def test_whatever_a_codec_raises_concerns_that_message(self, manual_clock: ManualClock) -> None:
         class Codec(JSONCodec):
             def decode(self, body: bytes) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class InFlight:
     def bury(self, delivery: Delivery, reason: str, error: str) -> None:
         """Have a delivery that no handler is to see moved to the dead letters."""
         if self.forget(delivery):
-            _log.error("a message of group %r goes to its dead letters (%s): %s", self.group, reason, error)
+            self._tell(logging.ERROR, delivery, f"goes to the dead letters ({reason}): {error}")
             self._settler.submit(delivery, Settlement(delivery.receipt, Verb.DEAD, reason=reason, error=_text(error)))
 
     def give_back(self, delivery: Delivery, attempts: int | None = None) -> "asyncio.Future[AbeError | None] | None":
@@ -106,15 +106,7 @@ class InFlight:
         Raises:
             DecodeError: It cannot be read.
         """
-        delivery = _delivery(message)
-        if not isinstance(delivery.header, Metadata):
-            try:
-                delivery.header = self._receiver.metadata(delivery)
-            except DecodeError:
-                raise
-            except Exception as exc:
-                raise DecodeError(f"the envelope cannot be read ({type(exc).__name__})") from exc
-        return delivery.header
+        return self._metadata(_delivery(message))
 
     def lease_lost(self, message: Message) -> bool:
         """Whether the message is known not to be ours any more."""
@@ -137,9 +129,7 @@ class InFlight:
                 del self.live[delivery.receipt]
                 self._settler.ack(delivery)
             else:
-                _log.warning(
-                    "a message of group %r was handled, but its lease was lost: it will be handled again", self.group
-                )
+                self._tell(logging.WARNING, delivery, "was handled, but its lease was lost: it will be handled again")
 
     async def ack(self, message: Message) -> None:
         """Acknowledge; see `Message.ack`."""
@@ -184,6 +174,31 @@ class InFlight:
         if delivery.lost:
             raise LeaseLostError("the message is not ours any more: its lease had run out")
 
+    def _metadata(self, delivery: Delivery) -> Metadata:
+        if not isinstance(delivery.header, Metadata):
+            try:
+                delivery.header = self._receiver.metadata(delivery)
+            except DecodeError:
+                raise
+            except Exception as exc:
+                raise DecodeError(f"the envelope cannot be read ({type(exc).__name__})") from exc
+        return delivery.header
+
+    def _tell(self, level: int, delivery: Delivery, what: str) -> None:
+        """Log what becomes of a message, saying which it is."""
+        try:
+            metadata = self._metadata(delivery)
+        except DecodeError:
+            metadata = Metadata("?", "?")
+        facts = {
+            "message_id": metadata.id,
+            "key": metadata.key,
+            "group": self.group,
+            "attempt": delivery.attempt,
+        }
+        told = "message %r (key %r) of group %r, attempt %d, %s"
+        _log.log(level, told, *facts.values(), what, extra=facts)
+
     def _failure(self, delivery: Delivery, delay: float, reason: str, error: str) -> Settlement:
         reason, error = _text(reason), _text(error)
         if delivery.attempt >= self._max_attempts:
@@ -193,11 +208,7 @@ class InFlight:
     def _retry_dropped(self, delivery: Delivery) -> None:
         if self.closing or not self.forget(delivery):
             return
-        _log.warning(
-            "a message of group %r was taken and dropped without being settled (attempt %d): it is delivered again",
-            self.group,
-            delivery.attempt,
-        )
+        self._tell(logging.WARNING, delivery, "was taken and dropped without being settled: it is delivered again")
         delay = min(_RETRY(delivery.attempt), self._max_delay or 0.0)
         self._settler.submit(delivery, self._failure(delivery, delay, "dropped without being settled", ""))
 
