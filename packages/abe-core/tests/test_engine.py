@@ -15,6 +15,7 @@ from abe.backends.message_queue.base import (
     Envelope,
     Failures,
     Metadata,
+    Publication,
     Receipt,
     Settlement,
     Verb,
@@ -588,6 +589,22 @@ class TestSettler:
         await settler.drain()
         assert lost.lost
         assert "1 of 2 acknowledgements were not carried out" in caplog.text
+
+    async def test_an_acknowledgement_that_closing_gave_up_is_known_not_to_be_carried_out(
+        self, manual_clock: ManualClock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class Silent(ScriptedReceiver):
+            async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
+                await asyncio.Event().wait()
+                return {}
+
+        settler, item = settler_on(Silent(), manual_clock), delivery(1)
+        settler.ack(item)
+        await turns()
+        settler.abandon()
+        await within(settler.drain())
+        assert item.lost
+        assert "1 of 1 acknowledgements were not carried out" in caplog.text
 
     async def test_what_will_never_be_carried_out_is_told_at_once(self, manual_clock: ManualClock) -> None:
         receiver, refused = ScriptedReceiver(), list[AbeError]()
@@ -1452,6 +1469,16 @@ class TestSession:
         assert (await within(backend.stats("billing"))).waiting == 1
         await backend.disconnect()
         await other.disconnect()
+
+    async def test_times_of_ones_own_among_many_are_checked_before_anything_is_sent(
+        self, memory_backend: MemoryBackend
+    ) -> None:
+        await memory_backend.declare("g")
+        with pytest.raises(ConfigurationError, match="message #1"):
+            await memory_backend.publish_many([Publication("k", {}), Publication("k", {}, timeout=-1)])
+        assert (await memory_backend.stats("g")).waiting == 0
+        await memory_backend.publish_many([Publication("k", {}), Publication("k", {}, timeout=5)])
+        assert (await memory_backend.stats("g")).waiting == 2
 
     async def test_nobody_goes_on_joining_if_the_transport_fails_to_close(
         self, session: Session, transport: JoiningTransport, join: Callable[[str], asyncio.Task[Inbox]]

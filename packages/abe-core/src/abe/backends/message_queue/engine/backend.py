@@ -173,11 +173,10 @@ class TransportBackend(ABC):
         ]
         results: Sequence[BaseException | None]
         send = self._send
-        if send is None and any(item.timeout is not None for item in publications):
-            send = self._forward
         envelopes: list[Envelope] = []
         for index, item in enumerate(publications):
             try:
+                check_seconds("timeout", item.timeout)
                 envelopes.append(self._envelope(item.key, item.payload, item.headers, item.id, item.delay, item.group))
             except AbeError as exc:
                 exc.args = (f"message #{index}: {exc}",)
@@ -185,9 +184,12 @@ class TransportBackend(ABC):
         if send is not None:
             plain = (self._plain(item, envelope) for item, envelope in zip(publications, envelopes, strict=True))
             results = await asyncio.gather(*map(send, plain), return_exceptions=True)
+        elif any(item.timeout is not None for item in publications):
+            publish = self._calls.here().publisher.publish
+            calls = (publish(envelope, item.timeout) for item, envelope in zip(publications, envelopes, strict=True))
+            results = await asyncio.gather(*calls, return_exceptions=True)
         else:
-            session = self._calls.here()
-            results = await session.publisher.publish_many(envelopes)
+            results = await self._calls.here().publisher.publish_many(envelopes)
         failures: list[tuple[int, AbeError]] = []
         for index, result in enumerate(results):
             item = publications[index]

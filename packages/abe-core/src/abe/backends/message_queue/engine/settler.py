@@ -151,16 +151,19 @@ class Settler:
             now, verify = verify, True  # a retry may come when the leases are long over
             return self._receiver.ack(some, verify=now)
 
-        failures = await self._carry_out(ack, receipts, receipts)
-        if failures:
-            for delivery in deliveries:
-                delivery.lost = delivery.lost or delivery.receipt in failures
-            _log.warning(
-                "%d of %d acknowledgements were not carried out, so these messages will be delivered again: %s",
-                len(failures),
-                len(deliveries),
-                next(iter(failures.values())),
-            )
+        failures: Failures = dict.fromkeys(receipts, _closed())
+        try:
+            failures = await self._carry_out(ack, receipts, receipts)
+        finally:
+            if failures:
+                for delivery in deliveries:
+                    delivery.lost = delivery.lost or delivery.receipt in failures
+                _log.warning(
+                    "%d of %d acknowledgements were not carried out, so these messages will be delivered again: %s",
+                    len(failures),
+                    len(deliveries),
+                    next(iter(failures.values())),
+                )
 
     async def _answer(
         self,
