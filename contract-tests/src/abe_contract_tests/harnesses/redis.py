@@ -11,9 +11,9 @@ from abe_contract_tests.harness import Counts, Evidence, Harness, Oracle
 from abe_contract_tests.services import Service, redis_service
 
 _RELEASED: Final = "released"
+"""The consumer under whose name a closing consumer leaves what others should have at once."""
 _GROUP: Final = "group"
 """The consumer group of every stream."""
-"""The consumer under whose name a closing consumer leaves what others should have at once."""
 
 _NOBODY_LISTENS: Final = "redis://127.0.0.1:1/0"
 

@@ -265,7 +265,10 @@ class RedisReceiver:
         todo = [verdict for verdict in verdicts if verdict[0] not in self._carried_out]
         while todo:
             looked, failed = await self._settle_some(todo[:_PAGE])
-            self._carried_out.update(verdict[0] for verdict in todo[:looked] if verdict[0] not in failed)
+            # Not what was released: it may be ours again, by the same receipt.
+            self._carried_out.update(
+                receipt for receipt, verb, *_ in todo[:looked] if receipt not in failed and verb != Verb.RELEASE.value
+            )
             failures |= failed
             todo = todo[looked:]
         self._wake(verdicts)
