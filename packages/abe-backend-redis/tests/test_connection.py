@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import redis.asyncio.connection as native
 import trustme
+import uvloop
 
 from abe.errors import (
     AbeError,
@@ -177,6 +178,20 @@ class TestTls:
             async with backend.consume(group="g", prefetch=100) as subscription, bounds.within(10):
                 numbers = [(await anext(subscription))["n"] for _ in range(500)]
             assert numbers == list(range(500))
+
+    def test_another_event_loop_will_do(self, launch: Any, tmp_path: Path) -> None:
+        files = tls_files(tmp_path, trustme.CA())
+        service = launch(tls=files)
+
+        async def there_and_back() -> list[int]:
+            async with RedisBackend(RedisSettings(url=f"{service.url}?ssl_ca_certs={files.authority}")) as backend:
+                await backend.declare("g")
+                await asyncio.gather(*(backend.publish("k", {"n": number, "x": "y" * 1000}) for number in range(500)))
+                async with backend.consume(group="g", prefetch=100) as subscription, bounds.within(10):
+                    return [(await anext(subscription))["n"] for _ in range(500)]
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            assert runner.run(there_and_back()) == list(range(500))
 
     async def test_an_authority_that_is_not_ours_is_refused_at_once(self, launch: Any, tmp_path: Path) -> None:
         service = launch(tls=tls_files(tmp_path, trustme.CA()))
