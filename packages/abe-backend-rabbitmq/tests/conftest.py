@@ -53,6 +53,10 @@ class Lab:
     async def backend(self, **changes: Any) -> RabbitMQBackend:
         return await self._stack.enter_async_context(RabbitMQBackend(self.settings(**changes)))
 
+    def at_the_end(self, act: Callable[..., Awaitable[object]], *arguments: Any) -> None:
+        """Do that when what is opened from now on is closed."""
+        self._stack.push_async_callback(act, *arguments)
+
     def envelope(
         self, key: str = "k", *, delay: float = 0.0, headers: dict[str, str] | None = None, body: bytes = b"{}"
     ) -> Envelope:

@@ -78,7 +78,7 @@ def shell(node: Service) -> Iterator[RabbitMQShell]:
 
 
 @pytest.fixture
-async def user(shell: RabbitMQShell, lab: Any) -> AsyncIterator[Callable[..., Awaitable[str]]]:
+async def user(shell: RabbitMQShell, lab: Any) -> Callable[..., Awaitable[str]]:
     """Give the test's user rights, and return its address. ``NS`` stands for what the namespace's names begin with."""
     name = f"app-{lab.namespace}"
 
@@ -87,8 +87,9 @@ async def user(shell: RabbitMQShell, lab: Any) -> AsyncIterator[Callable[..., Aw
         await shell.add_user(name, SECRET, configure=rights[0], write=rights[1], read=rights[2])
         return f"amqp://{name}:{SECRET}@{lab.url.rpartition('@')[2]}"
 
-    yield grant
-    await shell.delete_user(name)
+    # After what was opened since is closed: the node ends the connections of a user that it deletes.
+    lab.at_the_end(shell.delete_user, name)
+    return grant
 
 
 @asynccontextmanager
