@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from abe.settings import QueueSettings
 from abe_contract_tests import bounds
 
 
@@ -92,3 +93,11 @@ def test_the_meter_averages_what_it_sees() -> None:
     while len(meter._wanted) < 6:
         time.sleep(0.01)
     assert 1 < meter.crowding(began) < 4
+
+
+def test_time_outs_of_settings_are_stretched_and_nothing_else(crowded: Callable[[float], None]) -> None:
+    settings = QueueSettings(publish_timeout=2, lease=3)
+    assert bounds.stretched(settings) == settings
+    crowded(4)
+    stretched = bounds.stretched(settings)
+    assert (stretched.publish_timeout, stretched.lease) == (8, 3)
