@@ -81,6 +81,8 @@ def test_the_code_is_found_in_the_text_of_a_script_that_failed(name: str) -> Non
         f"ERR Error running script (call to f_b70740ae3191fa553398d89d09ebb09155ff1b47): @user_script:13: {text}",
         f"ERR Error running script (call to f_b70740ae3191fa553398d89d09ebb09155ff1b47): @user_script:13: @user_script: 13: -{text}",
         f"{text} script: b70740ae3191fa553398d89d09ebb09155ff1b47, on @user_script:13.",
+        f"@user_script: 13: -{text}",
+        f"@user_script: 13: {text}",
     ):
         assert code(ReplyError(wrapped)) == name
         assert type(translate(ReplyError(wrapped), "h")) is kind
@@ -93,6 +95,7 @@ def test_the_code_is_found_in_the_text_of_a_script_that_failed(name: str) -> Non
         "ERR The user executing the script can't access at least one of the keys mentioned in the command arguments script: 3449",
         "ERR ACL failure in script: User app has no permissions to run the 'xadd' command script: 3449, on @user_script:40.",
         "ERR Error running script (call to f_3449): @user_script:40: @user_script: 40: The user executing the script can't run this",
+        "@user_script: 40: The user executing the script can't run this command or subcommand",
     ],
 )
 def test_a_right_that_a_script_lacks_is_one_that_the_user_lacks(text: str) -> None:

@@ -91,7 +91,7 @@ _BROKEN_TLS: Final = (
 _IN_SCRIPT: Final = re.compile(r"(?:ERR Error running script .*?)?(?:@user_script: ?\d+: )+-?([A-Z]+) ")
 """How Redis before 7.0 wraps the error of a command within a script, whether the script caught it or not."""
 
-_NO_RIGHT: Final = re.compile(r"^ERR .*(ACL failure in script|The user executing the script can't)")
+_NO_RIGHT: Final = re.compile(r"^(ERR |@user_script).*(ACL failure in script|The user executing the script can't)")
 """How a script says that the user lacks a right, before 7.2 in other words than later."""
 
 
