@@ -10,6 +10,8 @@ from contextvars import copy_context
 from queue import SimpleQueue
 from typing import Any, Final
 
+from abe.backends.message_queue.report import reason_of
+
 _log: Final = logging.getLogger("abe.consumer")
 
 
@@ -150,8 +152,12 @@ class Threads:
         if not call.future.done():
             call.future.set_result(outcome)
         if call.abandoned and not self._closed:
-            if was_exhausted:
-                _log.warning("a thread of group %r has come back: messages are taken again", self._group)
+            how = "returned" if outcome[1] is None else f"raised {reason_of(outcome[1])}"
+            then = ": messages are taken again" if was_exhausted else ""
+            seconds = time.monotonic() - (call.began or 0.0)
+            _log.warning(
+                "a handler of group %r that was given up has %s after %.1f s%s", self._group, how, seconds, then
+            )
             _wake(self._kept_back)
         _wake(self._waiting)
 
