@@ -22,7 +22,7 @@ from abe import (
     RetryPolicy,
 )
 from abe.backends.message_queue.base.middleware import HandleNext
-from abe.backends.message_queue.engine.inbox import Inbox
+from abe.backends.message_queue.engine import GroupSubscription
 from abe.backends.message_queue.handler import Handle
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.errors import BackendConnectionError, PermissionDeniedError, UnsupportedCapabilityError
@@ -745,10 +745,16 @@ class Unreachable(MemoryBackend):
         super().__init__(QueueSettings(namespace=fresh_memory_backend().settings.namespace))
         self.errors = list(errors)
 
-    async def _subscribe(self, *arguments: Any) -> Inbox:
+    def consume(self, **options: Any) -> GroupSubscription:
+        subscription = super().consume(**options)
         if self.errors:
-            raise self.errors.pop(0)
-        return await super()._subscribe(*arguments)
+            error = self.errors.pop(0)
+
+            async def refuse() -> Any:
+                raise error
+
+            subscription.__aenter__ = refuse  # type: ignore[method-assign]
+        return subscription
 
 
 class TestBrokerTrouble:

@@ -131,8 +131,14 @@ async def test_shutdown_in_a_black_hole_takes_the_close_timeout_and_not_the_grac
 
 async def test_shutdown_while_the_broker_does_not_answer_the_subscription_takes_no_grace() -> None:
     class Silent(MemoryBackend):
-        async def _subscribe(self, *arguments: Any, **options: Any) -> Any:
-            await asyncio.Event().wait()
+        def make_transport(self) -> Any:
+            transport = super().make_transport()
+
+            async def nothing(group: str, prefetch: int) -> Any:
+                await asyncio.Event().wait()
+
+            transport.subscribe = nothing  # type: ignore[method-assign]
+            return transport
 
     consumer = AsyncLoopConsumer(Silent(fresh_memory_backend().settings), grace=3000)
     async with within(10):

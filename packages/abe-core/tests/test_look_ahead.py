@@ -134,11 +134,17 @@ class Troubled(MemoryBackend):
     errors: list[Exception]
     subscribed = 0
 
-    async def _subscribe(self, *arguments: Any, **options: Any) -> Any:
+    def consume(self, **options: Any) -> GroupSubscription:
+        subscription = super().consume(**options)
         self.subscribed += 1
         if self.subscribed > 1 and self.errors:
-            raise self.errors.pop(0)
-        return await super()._subscribe(*arguments, **options)
+            error = self.errors.pop(0)
+
+            async def refuse() -> Any:
+                raise error
+
+            subscription.__aenter__ = refuse  # type: ignore[method-assign]
+        return subscription
 
 
 async def test_a_broker_that_is_away_for_a_moment_delays_that_and_ends_nothing(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from abe import AsyncLoopConsumer, ConfigurationError, ConstantBackoff, Message, Middleware, RetryPolicy
-from abe.backends.message_queue.engine.inbox import Inbox
+from abe.backends.message_queue.engine import GroupSubscription
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.errors import BackendClosedError, BackendConnectionError, InvalidNameError, PermissionDeniedError
 from abe.settings import QueueSettings
@@ -28,10 +28,16 @@ class Troubled(MemoryBackend):
         super().__init__(QueueSettings(namespace=fresh_memory_backend().settings.namespace))
         self.errors = list(errors)
 
-    async def _subscribe(self, *arguments: Any, **options: Any) -> Inbox:
+    def consume(self, **options: Any) -> GroupSubscription:
+        subscription = super().consume(**options)
         if self.errors:
-            raise self.errors.pop(0)
-        return await super()._subscribe(*arguments, **options)
+            error = self.errors.pop(0)
+
+            async def refuse() -> Any:
+                raise error
+
+            subscription.__aenter__ = refuse  # type: ignore[method-assign]
+        return subscription
 
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:

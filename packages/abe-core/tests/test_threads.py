@@ -34,6 +34,11 @@ async def until(condition: Any) -> None:
         await asyncio.sleep(0.001)
 
 
+def limit() -> float:
+    """Return a time limit within which a thread certainly comes to its call, and ends one that does nothing."""
+    return 0.2 * bounds.slowness()
+
+
 @pytest.fixture
 def release() -> Iterator[threading.Event]:
     """Set, it ends the hanging handlers."""
@@ -65,7 +70,7 @@ async def test_with_every_thread_stuck_nothing_is_taken_until_one_returns_and_it
     handler = Hanging(release, bad=2)
     await memory_backend.declare()
     await memory_backend.publish_many([("k", {"n": n}) for n in range(10)])
-    async with running(AsyncLoopConsumer(memory_backend, concurrency=2, retry=ONCE, timeout=0.05), handler):
+    async with running(AsyncLoopConsumer(memory_backend, concurrency=2, retry=ONCE, timeout=limit()), handler):
         await until(lambda: "2 of 2 threads of group 'default' are stuck" in caplog.text)
         stats = await memory_backend.stats()
         while stats.in_flight or stats.dead < 2:
@@ -94,7 +99,7 @@ async def test_the_threads_that_are_left_go_on_and_no_message_waits_for_one(
     await memory_backend.declare()
     await memory_backend.publish_many([(f"k{n % 3}", {"n": n}) for n in range(20)])
     consumer = AsyncLoopConsumer(
-        memory_backend, concurrency=2, retry=ONCE, timeout=0.2, prefetch=20, ordered_by_key=ordered
+        memory_backend, concurrency=2, retry=ONCE, timeout=limit(), prefetch=20, ordered_by_key=ordered
     )
     async with running(consumer, handler):
         await until(lambda: len(handler.done) == 19)
@@ -107,7 +112,7 @@ async def test_with_every_thread_stuck_a_consumer_can_be_shut_down(
     handler = Hanging(release, bad=5)
     await memory_backend.declare()
     await memory_backend.publish_many([("k", {"n": n}) for n in range(5)])
-    consumer = AsyncLoopConsumer(memory_backend, retry=ONCE, timeout=0.05, grace=30)
+    consumer = AsyncLoopConsumer(memory_backend, retry=ONCE, timeout=limit(), grace=30)
     async with running(consumer, handler):
         await until(lambda: "nothing is taken" in caplog.text)
     assert handler.begun == [0]
@@ -116,7 +121,7 @@ async def test_with_every_thread_stuck_a_consumer_can_be_shut_down(
 
 async def test_the_limit_counts_from_the_start_of_the_call_in_its_thread(memory_backend: MemoryBackend) -> None:
     """A thread that comes to its call late, as a busy machine's does, has all of its time."""
-    busy = threading.Event()
+    busy, seconds = threading.Event(), limit()
     finished: list[int] = []
 
     class Twice(Middleware):
@@ -126,7 +131,7 @@ async def test_the_limit_counts_from_the_start_of_the_call_in_its_thread(memory_
             first = asyncio.create_task(asyncio.wait_for(forward(message), 0.05))
             with pytest.raises(TimeoutError):
                 await first
-            asyncio.get_running_loop().call_later(0.4, busy.set)
+            asyncio.get_running_loop().call_later(2 * seconds, busy.set)
             await forward(message)
 
     def handler(message: Message) -> None:
@@ -135,7 +140,7 @@ async def test_the_limit_counts_from_the_start_of_the_call_in_its_thread(memory_
 
     await memory_backend.declare()
     await memory_backend.publish("k", {"n": 1})
-    consumer = AsyncLoopConsumer(memory_backend, retry=ONCE, timeout=0.2, middleware=[Twice()])
+    consumer = AsyncLoopConsumer(memory_backend, retry=ONCE, timeout=seconds, middleware=[Twice()])
     async with running(consumer, handler):
         await until(lambda: len(finished) == 2)
         while (await memory_backend.stats()).in_flight:  # noqa: ASYNC110
