@@ -436,6 +436,79 @@ class TestMemoryAlarm:
         assert [letter.reason for letter in await backend.dead_letters("g").list()] == ["no"]
         assert (await backend.stats("g")).waiting == 0
 
+    async def test_a_backlog_is_drained_although_one_handler_in_ten_fails(
+        self, lab: Any, shell: RabbitMQShell, alarm: Any
+    ) -> None:
+        publisher = await lab.backend(groups={"g": ()})
+        await publisher.publish_many([("k", {"n": n}) for n in range(300)])
+        consumer = await lab.backend(publish_timeout=3.0)
+        done: set[int] = set()
+        failed = 0
+        some = asyncio.Event()
+
+        async def handle(message: dict[str, Any]) -> None:
+            nonlocal failed
+            if message["n"] % 10 == 0 and message["n"] not in first:
+                first.add(message["n"])
+                failed += 1
+                raise ConnectionError("not yet")
+            done.add(message["n"])
+            some.set()
+
+        first: set[int] = set()
+        await alarm(True)
+        async with AsyncLoopConsumer(consumer, "g", concurrency=5) as worker:
+            running = asyncio.create_task(worker.run(handle))
+            async with bounds.within(30):
+                while len(done) < 300:
+                    some.clear()
+                    await some.wait()
+            async with bounds.within(8):
+                await worker.shutdown()
+                await running
+        assert failed == 30
+        async with bounds.within(10):
+            while [(q.ready, q.unacknowledged) for q in await shell.counts(lab.names.queue("g"))] != [(0, 0)]:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+    async def test_what_is_given_up_goes_to_the_dead_letters_and_holds_nobody_up(self, lab: Any, alarm: Any) -> None:
+        backend = await lab.backend(groups={"g": ()})
+        await backend.publish_many([("k", {"n": n}) for n in range(60)])
+        await alarm(True)
+        async with backend.consume(group="g", prefetch=10) as subscription, bounds.within(40):
+            rejecting: list[asyncio.Task[None]] = []
+            for _ in range(60):
+                message = await subscription.receive()
+                if message["n"] % 2:
+                    rejecting.append(asyncio.create_task(message.reject("no")))
+                else:
+                    await message.ack()
+            await asyncio.gather(*rejecting)
+            while (await backend.stats("g")).dead < 30:
+                await asyncio.sleep(0.05)
+            letters = await backend.dead_letters("g").list()
+        assert sorted(json.loads(letter.body)["n"] for letter in letters) == list(range(1, 60, 2))
+
+    async def test_requests_and_consumers_that_come_meanwhile_are_answered(self, lab: Any, alarm: Any) -> None:
+        backend = await lab.backend(groups={"g": ()}, publish_timeout=2.0)
+        await backend.publish("k", {"n": 1})
+        await alarm(True)
+        with suppress(AbeError):
+            await backend.publish("k", {"n": 2})  # the connection to publish is blocked from now on
+        for here in (backend, await lab.backend(publish_timeout=2.0)):
+            async with bounds.within(6):
+                assert await here.groups() == {"g": ("#",)}
+                await here.ping()
+                assert (await here.stats("g")).dead == 0
+                with pytest.raises((BackpressureError, BackendConnectionError)):
+                    await here.declare("h")
+                assert await here.dead_letters("g").list() == []
+        async with bounds.within(10):
+            second = await lab.backend(publish_timeout=2.0)
+            async with second.consume(group="g") as subscription:
+                assert (await anext(subscription))["n"] in {1, 2}
+            await second.disconnect()
+
     async def test_closing_is_bounded_and_gives_back_what_is_held(
         self, lab: Any, shell: RabbitMQShell, alarm: Any
     ) -> None:

@@ -175,6 +175,11 @@ class Channel:
         if self.held.pop(tag, None) is not None and self.closed is None:
             self._reject(tag)
 
+    def discard(self, tag: int) -> None:
+        """Have the broker put a message where its queue puts what it discards."""
+        if self.held.pop(tag, None) is not None and self.closed is None:
+            self._reject(tag, requeue=False)
+
     async def close(self) -> None:
         """Close the channel. What is held goes back to its queue; what is settled from now on comes too late.
 
@@ -288,8 +293,8 @@ class Channel:
         if returned and not pending:
             returned.clear()
 
-    def _reject(self, tag: int) -> None:
-        self._write(_SETTLE(1, self._number, 13, _REJECT, tag, 1, _FRAME_END))
+    def _reject(self, tag: int, *, requeue: bool = True) -> None:
+        self._write(_SETTLE(1, self._number, 13, _REJECT, tag, requeue, _FRAME_END))
 
     def _route(self, exchange: str, key: str) -> bytes:
         if len(self._routes) >= _MOST_ROUTES:

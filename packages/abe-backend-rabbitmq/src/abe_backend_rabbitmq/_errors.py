@@ -14,6 +14,7 @@ from pamqp.exceptions import PAMQPException
 from abe.errors import (
     AbeError,
     BackendConnectionError,
+    BackpressureError,
     ConfigurationError,
     LeaseLostError,
     PermissionDeniedError,
@@ -28,6 +29,10 @@ ChannelLocked = native.ChannelLockedResource
 
 ConnectError = native.AMQPConnectionError
 """What aiormq raises when it cannot connect."""
+
+
+class BlockedError(BackpressureError):
+    """RabbitMQ is short of memory or disk, and reads nothing from those who publish."""
 
 
 class RabbitMQError(AbeError):

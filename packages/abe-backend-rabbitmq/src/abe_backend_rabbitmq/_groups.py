@@ -188,6 +188,7 @@ class Groups:
         count = max(entry.rungs, level + 1)
         await self._control.call(lambda channel: self._make_rungs(channel, group, count))
         if count > entry.rungs:
+            self._known = None
             entry.rungs = count
             await self._keeper.write(registry)
         await self._tell(f"rungs {group} {count}")
@@ -245,6 +246,7 @@ class Groups:
 
     async def _change(self, registry: Registry, group: str) -> None:
         """Carry out a change. The registry says before it what will be, so that who comes next can finish it."""
+        self._known = None  # unless all of it succeeds, nobody knows what is there
         registry.stale.append(registry.version)
         registry.version += 1
         await self._keeper.write(registry)

@@ -4,12 +4,16 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
-from abe.errors import AbeError, BackendConnectionError, BackpressureError, PublishUnknownError
+from abe.errors import AbeError, BackendConnectionError, PublishUnknownError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._channel import Channel, Outgoing
 from abe_backend_rabbitmq._connection import Connection, Link
+from abe_backend_rabbitmq._errors import BlockedError
 from abe_backend_rabbitmq._settings import RabbitMQSettings
 from abe_backend_rabbitmq._wire import Header
+
+_MOMENT: Final = 1.0
+"""Seconds for which copies of messages that we hold wait for a broker that is short of memory or disk."""
 
 _HALF: Final = 0.5
 """Of the publish timeout: how long a broker that is short of memory or disk is waited for."""
@@ -59,15 +63,7 @@ class Outlet:
             BackpressureError: Nothing was published: the broker is short of memory or disk.
         """
         channel = await self.open()
-        connection = self._owner
-        if connection is not None and connection.blocked:
-            try:
-                async with asyncio.timeout(self._settings.publish_timeout * _HALF):
-                    await connection.unblocked()
-            except TimeoutError:
-                raise BackpressureError(
-                    f"rabbitmq at {connection.address} takes no messages now: it is short of memory or disk"
-                ) from None
+        await self._unblocked(self._settings.publish_timeout * _HALF)
         return await self._publish(channel, messages, bounded=True)
 
     async def move(self, messages: Sequence[Outgoing], *, bounded: bool = False) -> Sequence[AbeError | None]:
@@ -79,12 +75,45 @@ class Outlet:
 
         Raises:
             BackendConnectionError: Some were not accepted for sure; repeating all of them doubles some at worst.
+            BlockedError: Likewise, and the broker is short of memory or disk.
         """
-        outcomes = await self._publish(await self.open(), messages, bounded=bounded)
+        channel = await self.open()
+        await self._unblocked(_MOMENT)
+        publishing = asyncio.ensure_future(self._publish(channel, messages, bounded=bounded))
+        while True:
+            await asyncio.wait([publishing], timeout=_MOMENT)
+            if publishing.done():
+                break
+            if self.blocked:
+                publishing.cancel()  # whoever is cancelled leaves alone: the copies may still be taken
+                raise self._out_of_resources()
+        outcomes = publishing.result()
         unknown = next((error for error in outcomes if isinstance(error, PublishUnknownError)), None)
         if unknown is not None:
             raise BackendConnectionError(str(unknown)) from unknown
         return outcomes
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the broker is known to take nothing now."""
+        return self._owner is not None and self._owner.alive and self._owner.blocked
+
+    async def unblocked(self) -> None:
+        """Return once the broker takes messages again, or the connection is lost."""
+        if self._owner is not None:
+            await self._owner.unblocked()
+
+    async def _unblocked(self, timeout: float) -> None:
+        if self.blocked:
+            try:
+                async with asyncio.timeout(timeout):
+                    await self.unblocked()
+            except TimeoutError:
+                raise self._out_of_resources() from None
+
+    def _out_of_resources(self) -> BlockedError:
+        address = "" if self._owner is None else f" at {self._owner.address}"
+        return BlockedError(f"rabbitmq{address} takes no messages now: it is short of memory or disk")
 
     async def _publish(
         self, channel: Channel, messages: Sequence[Outgoing], *, bounded: bool

@@ -94,7 +94,7 @@ class RabbitMQReceiver:
         transport = self._transport
         self._version = transport.version
         channel = await transport.consume_channel()
-        self._settlements = Settlements(transport, self.group, channel)
+        self._settlements = Settlements(transport, self.group, channel, self._prefetch // 2)
         base, group, losses = self._generation << _TAG_BITS, self.group, transport.losses
         ready, held = self._ready, channel.held
 
@@ -201,6 +201,8 @@ class RabbitMQReceiver:
         """Have nothing more pushed, and give back what nobody was handed yet."""
         self._stopping = True
         self._wake()
+        if self._settlements is not None:
+            self._settlements.hurry()
         if self._adapting is not None and not self._adapting.done():
             await asyncio.wait([self._adapting])
         channel = self._channel

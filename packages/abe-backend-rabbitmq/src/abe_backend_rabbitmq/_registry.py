@@ -91,12 +91,16 @@ class RegistryKeeper:
         control: Carries the requests.
         topology: The names.
         patience: Seconds to wait for the lock, and for the message.
+        writable: Raises an error if the broker takes no messages: one that is written then would be in nobody's reach.
     """
 
-    def __init__(self, control: Control, topology: Topology, patience: float) -> None:
+    def __init__(
+        self, control: Control, topology: Topology, patience: float, writable: Callable[[], Awaitable[object]]
+    ) -> None:
         self._control = control
         self._names = topology
         self._patience = patience
+        self._writable = writable
         self._lock = Lock(control, topology.lock, patience)
         self._ours = asyncio.Lock()
         self._holders: Counter[Connection] = Counter()
@@ -231,6 +235,7 @@ class RegistryKeeper:
 
     async def write(self, registry: Registry) -> None:
         """Replace the registry that was read last. The lock must be held. After a crash in the middle there are two."""
+        await self._writable()
         before = registry.serial
         registry.serial += 1
 

@@ -9,7 +9,7 @@ from abe.backends.message_queue.base import Delivery, Failures, Receipt, Settlem
 from abe.errors import AbeError, UnroutableError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._channel import Channel, Outgoing
-from abe_backend_rabbitmq._errors import RabbitMQError, lost, translated
+from abe_backend_rabbitmq._errors import BlockedError, RabbitMQError, lost, translated
 from abe_backend_rabbitmq._wire import Header
 
 if TYPE_CHECKING:
@@ -21,6 +21,16 @@ _TIMEOUT: Final = 25.0
 """Seconds for which a settlement is tried by way of a copy. The engine gives up after 30, and nobody would give the message back then."""
 
 
+_LONGEST: Final = 20.0
+"""Seconds for which a message is held in place of a copy that nobody can publish; less than `_TIMEOUT`."""
+
+_GIVEN_UP: Final = 10.0
+"""The same for one that is given up, and would lose its reason."""
+
+_MOMENT: Final = 1.0
+"""Seconds for which it is held where many are."""
+
+
 class Settlements:
     """Carries out the settlements of one receiver, on one channel.
 
@@ -28,15 +38,22 @@ class Settlements:
         transport: Publishes the copies.
         group: The group.
         channel: Where the messages were delivered.
+        room: How many messages may be held in place of a copy: not all that the consumer may have, or it would get no others.
     """
 
-    def __init__(self, transport: "RabbitMQTransport", group: str, channel: Channel) -> None:
+    def __init__(self, transport: "RabbitMQTransport", group: str, channel: Channel, room: int) -> None:
         self._transport = transport
         self._group = group
         self._channel = channel
         self._loop = asyncio.get_running_loop()
         self._failing: dict[int, float] = {}
         self._requeued: set[Receipt] = set()
+        self._room = room
+        self._hurried = asyncio.Event()
+
+    def hurry(self) -> None:
+        """Hold nothing any longer: the consumer leaves."""
+        self._hurried.set()
 
     async def carry_out(self, settlements: Sequence[Settlement], tag_of: Callable[[Receipt], int | None]) -> Failures:
         """Publish a copy, have it confirmed, then acknowledge; or have the broker take the message back.
@@ -58,18 +75,95 @@ class Settlements:
             else:
                 channel.held[tag][0].begun = True  # decided: it is taken back no more
                 copied.append((settlement, tag))
-        if not copied:
-            return failures
-        try:
-            outcomes = await self._move(copied)
-        except AbeError as exc:
-            if exc.retryable and not self._too_late([tag for _, tag in copied]):
-                again = {settlement.receipt for settlement, _ in copied}
-                self._requeued |= {each.receipt for each in settlements} - again - failures.keys()
-                raise
-            outcomes = [exc] * len(copied)
+        outlet = self._transport.outlet
+        outcomes: Sequence[AbeError | None] = ()
+        while copied:
+            if outlet.blocked:
+                copied = await self._without_copies(copied, failures)
+                continue
+            try:
+                outcomes = await self._move(copied)
+                break
+            except BlockedError:
+                continue
+            except AbeError as exc:
+                outcomes = self._failed(exc, settlements, copied, failures)
+                break
         await self._finish(copied, outcomes, failures)
         return failures
+
+    def _failed(
+        self,
+        exc: AbeError,
+        settlements: Sequence[Settlement],
+        copied: Sequence[tuple[Settlement, int]],
+        failures: Failures,
+    ) -> Sequence[AbeError]:
+        """Return what becomes of messages whose copies could not be published.
+
+        Raises:
+            AbeError: It is to be tried again.
+        """
+        if exc.retryable and not self._too_late([tag for _, tag in copied]):
+            again = {settlement.receipt for settlement, _ in copied}
+            self._requeued |= {each.receipt for each in settlements} - again - failures.keys()
+            raise exc
+        return [exc] * len(copied)
+
+    async def _without_copies(
+        self, copied: Sequence[tuple[Settlement, int]], failures: dict[Receipt, AbeError]
+    ) -> list[tuple[Settlement, int]]:
+        """Settle while the broker is short of memory or disk, and takes no copies: draining is what ends that.
+
+        A message that is to come again is held for its delay, then given back; one that is given up is left to the queue's own
+        dead-lettering, which keeps no reason. Both wait for the end of it, as long as there is room.
+
+        Returns:
+            Those that are left when it ends.
+        """
+        outlet, loop = self._transport.outlet, self._loop
+        crowded = self._room < len(copied)
+        self._room -= len(copied)
+        waits = {Verb.RELEASE: 0.0, Verb.DEAD: _GIVEN_UP}
+        now = loop.time()
+        left = [
+            (now + min(waits.get(each.verb, each.delay), _MOMENT if crowded else _LONGEST), each, tag)
+            for each, tag in copied
+        ]
+        ends = [asyncio.ensure_future(outlet.unblocked()), asyncio.ensure_future(self._hurried.wait())]
+        try:
+            while left and outlet.blocked:
+                now = loop.time()
+                due = [(each, tag) for at, each, tag in left if at <= now or self._hurried.is_set()]
+                left = [] if self._hurried.is_set() else [item for item in left if item[0] > now]
+                for each, tag in due:
+                    await self._leave_to_the_broker(each, tag, failures)
+                if left:
+                    timeout = max(0.0, min(at for at, _, _ in left) - loop.time())
+                    await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._room += len(copied)
+            for end in ends:
+                end.cancel()
+        return [(each, tag) for _, each, tag in left]
+
+    async def _leave_to_the_broker(self, settlement: Settlement, tag: int, failures: dict[Receipt, AbeError]) -> None:
+        channel = self._channel
+        if channel.closed is not None or tag not in channel.held:
+            failures[settlement.receipt] = lost()
+            return
+        delivery, header = channel.held[tag]
+        if settlement.verb is Verb.DEAD:
+            _log.warning(
+                "message %s of group %r becomes a dead letter without its reason: rabbitmq takes no copy of it now",
+                _wire.message_id(header.properties),
+                self._group,
+            )
+            channel.discard(tag)
+            return
+        if settlement.verb is Verb.RELEASE:  # the broker counts it, and nobody else does
+            self._transport.losses.note(self._group, header, delivery.body)
+        await channel.requeue(tag)
 
     async def _finish(
         self,

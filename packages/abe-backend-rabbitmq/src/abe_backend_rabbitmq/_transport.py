@@ -55,7 +55,7 @@ class RabbitMQTransport:
         self.outlet = Outlet(settings, self._prepare)
         self.ladder = Ladder(self.topology, lambda group, level: self._groups.build(group, level))
         timeout = settings.publish_timeout
-        self._keeper = RegistryKeeper(self.control, self.topology, timeout)
+        self._keeper = RegistryKeeper(self.control, self.topology, timeout, self._writable)
         self._groups = Groups(self.control, self._keeper, self.ladder, self.topology, self._tell)
         self._parked = Parked(self.control, self.outlet, self._keeper, self.ladder, self.topology, timeout)
         self._letters = DeadLetters(self.control, self.outlet, self.topology, timeout)
@@ -184,6 +184,14 @@ class RabbitMQTransport:
     async def _tell(self, news: str) -> None:
         """Tell everybody who consumes; nobody needs to listen."""
         await self.outlet.move([Outgoing(self.topology.news, "", _wire.NEWS, news.encode(), "")])
+
+    async def _writable(self) -> None:
+        """Find out whether the broker takes messages. (One without a body is taken even while it does not.)
+
+        Raises:
+            BlockedError: It is short of memory or disk.
+        """
+        await self._tell("writing")
 
     def _made(self, group: str, version: int) -> None:
         """Have those begin anew who have consumed a group's queue since before it was made.
