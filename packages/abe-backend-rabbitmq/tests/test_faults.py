@@ -197,6 +197,23 @@ class TestClosedConnections:
                     await message.ack()
                     done.add(message["n"])
 
+    async def test_the_client_library_logs_nothing_of_it(
+        self, lab: Any, shell: RabbitMQShell, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.DEBUG, "abe")
+        backend = await lab.backend(groups={"g": ()})
+        async with backend.consume(group="g") as subscription, bounds.within(20):
+            for number in range(3):
+                await backend.publish("k", {"n": number}, delay=0.1)
+                assert await anext(subscription) == {"n": number}
+                for name in ("abe-publish", "abe-consume", "abe-control"):
+                    await shell.close_connections(name)
+                for queue in (lab.names.queue("g"), lab.names.waiting("g", 0)):
+                    await (await lab.pika()).queue_delete(queue)
+        theirs = [record for record in caplog.records if record.name.startswith(("aiormq", "pamqp"))]
+        assert [record.getMessage() for record in theirs if record.levelno >= logging.WARNING] == []
+        assert lab.url.partition("@")[0] not in caplog.text
+
     async def test_the_address_that_lives_is_found_again(self, lab: Any, shell: RabbitMQShell) -> None:
         backend = await lab.backend(url=f"amqp://127.0.0.1:1,{lab.url}", groups={"g": ()})
         for number in range(3):
@@ -484,7 +501,7 @@ class TestMemoryAlarm:
                 else:
                     await message.ack()
             await asyncio.gather(*rejecting)
-            while (await backend.stats("g")).dead < 30:
+            while (await backend.stats("g")).dead < 30:  # noqa: ASYNC110 - RabbitMQ moves them by itself
                 await asyncio.sleep(0.05)
             letters = await backend.dead_letters("g").list()
         assert sorted(json.loads(letter.body)["n"] for letter in letters) == list(range(1, 60, 2))

@@ -7,7 +7,7 @@ is no state that could come back wrong.
 import asyncio
 import logging
 import ssl
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, TypeVar
 
 import aiormq
@@ -20,6 +20,7 @@ from yarl import URL
 from abe.errors import BackendConnectionError, ConfigurationError
 from abe_backend_rabbitmq._channel import Channel
 from abe_backend_rabbitmq._errors import refused, translated
+from abe_backend_rabbitmq._quiet import OURS, install
 from abe_backend_rabbitmq._settings import RabbitMQSettings, address, is_tls, vhost
 from abe_backend_rabbitmq._tap import TapFactory
 from abe_backend_rabbitmq._watch import Watch
@@ -42,6 +43,7 @@ class Connection:
     """
 
     def __init__(self, settings: RabbitMQSettings, url: str, name: str) -> None:
+        install()
         self.address = address(url)
         self._settings = settings
         self._url = url
@@ -65,7 +67,7 @@ class Connection:
             PermissionDeniedError: It does not let us in.
             ConfigurationError: The vhost is not there; or a certificate does not hold, ours or its.
         """
-        connecting = asyncio.ensure_future(self._open())
+        connecting = asyncio.ensure_future(_quietly(self._open))
         connecting.add_done_callback(_retrieved)
         try:
             await asyncio.wait([connecting], timeout=self._settings.connect_timeout)
@@ -112,12 +114,12 @@ class Connection:
             BackendConnectionError: The connection is lost.
         """
         with translated(self.address):
-            return await finished(self._tapped())
+            return await finished(_quietly(self._tapped))
 
     async def plain(self) -> AbstractChannel:
         """Open a channel of aiormq's, for what is rare."""
         with translated(self.address):
-            channel: AbstractChannel = await finished(self._native.channel())
+            channel: AbstractChannel = await finished(_quietly(lambda: self._native.channel()))
             return channel
 
     async def close(self) -> None:
@@ -129,7 +131,7 @@ class Connection:
         mute = self._watch is not None and self._watch.waited > _GOODBYE
         if mute:  # first: aiormq would say goodbye, and wait for an answer
             self._abort()
-        closing = asyncio.ensure_future(self._native.close())
+        closing = asyncio.ensure_future(_quietly(lambda: self._native.close()))
         closing.add_done_callback(_retrieved)
         try:
             await asyncio.wait([closing], timeout=min(_GOODBYE, self._settings.close_timeout))
@@ -333,6 +335,12 @@ async def finished(work: Coroutine[Any, Any, _T]) -> _T:
     if task.cancelled():
         raise _was_closed()
     return task.result()
+
+
+async def _quietly(work: Callable[[], Awaitable[_T]]) -> _T:
+    """Do something in a context that tells that it is ours, and so are the tasks that it begins."""
+    OURS.set(True)
+    return await work()
 
 
 def _retrieved(task: "asyncio.Future[Any]") -> None:

@@ -24,6 +24,15 @@ _PARAMETERS: Final = {
     "heartbeat": "say RABBITMQ_HEARTBEAT_SECONDS",
     "timeout": "say RABBITMQ_CONNECT_TIMEOUT_SECONDS",
     "connection_timeout": "say RABBITMQ_CONNECT_TIMEOUT_SECONDS",
+    "socket_timeout": "say RABBITMQ_CONNECT_TIMEOUT_SECONDS",
+    "blocked_connection_timeout": "say QUEUE_PUBLISH_TIMEOUT_SECONDS",
+    "verify": "certificates are always verified, so say RABBITMQ_CA_FILE, the authority that signed the broker's",
+    "cacertfile": "say RABBITMQ_CA_FILE",
+    "server_name_indication": "the host in the URL is the name that the certificate must have",
+    **dict.fromkeys(
+        ("connection_attempts", "retry_delay", "reconnect_interval", "fail_fast", "channel_max", "frame_max", "name"),
+        "nothing, it is seen to",
+    ),
 }
 """What takes the place of query parameters that other clients know."""
 
