@@ -76,6 +76,10 @@ class Liar(Exception):  # noqa: N818
     __notes__ = property(lambda self: 1 / 0)  # type: ignore[assignment]
 
 
+class Causeless(Exception):  # noqa: N818
+    __cause__ = property(lambda self: 1 / 0)  # type: ignore[assignment]
+
+
 def raising(exc: BaseException | type[BaseException]) -> Any:
     async def handler(message: Message) -> None:
         raise exc
@@ -129,6 +133,7 @@ ASYNC = {
     "Wordless: (its text cannot be shown: ZeroDivisionError)": raising(Wordless()),
     "Poisonous: (its text cannot be shown: SystemExit)": raising(Poisonous()),
     "Liar: ": raising(Liar()),
+    "Causeless: (its text cannot be shown: ZeroDivisionError)": raising(Causeless()),
     "ValueError: no": raising(Reject(ValueError("no"))),  # type: ignore[arg-type, unused-ignore]
     "None": raising(Reject(None)),  # type: ignore[arg-type, unused-ignore]
     "RuntimeError: coroutine raised StopIteration": raising(StopIteration),
@@ -499,3 +504,19 @@ async def test_a_minimal_provider_that_ignores_its_cancellation_does_not_keep_sh
         for _ in range(10):
             await asyncio.sleep(0)
     assert "is left behind" in caplog.text
+
+
+async def test_a_log_filter_that_raises_keeps_no_message_from_being_settled(memory_backend: MemoryBackend) -> None:
+    class Bad(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            if "the handler failed" in record.getMessage():
+                raise ZeroDivisionError
+            return True
+
+    bad = Bad()
+    logger = logging.getLogger("abe.consumer")
+    logger.addFilter(bad)
+    try:
+        assert await dead_and_handled(memory_backend, raising(ValueError("no"))) == ["ValueError: no"]
+    finally:
+        logger.removeFilter(bad)

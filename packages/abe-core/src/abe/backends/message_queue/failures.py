@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -44,12 +45,13 @@ class Failures:
         """
         likeness, error = shown(exc)
         if not isinstance(message, Message):
-            _log.error("the handler failed, and the message is not retried: %s", reason_of(exc), exc_info=likeness)
+            told = "the handler failed, and the message is not retried: %s"
+            _say(logging.ERROR, told, reason_of(exc), exc_info=likeness)
             return
         facts = _facts(message)
         if message.settled:
             told = "the handler had settled %s before it failed: %s"
-            _log.warning(told, _named(facts), reason_of(exc), exc_info=likeness, extra=facts)
+            _say(logging.WARNING, told, _named(facts), reason_of(exc), exc_info=likeness, extra=facts)
             return
         verdict = self._judge(exc, message.attempt, facts)
         self._tell(verdict, likeness, facts)
@@ -76,11 +78,11 @@ class Failures:
             raise
         except BaseException as fault:  # noqa: BLE001 - the policy is the application's code: its faults must not stop the others' messages
             told = "the retry policy failed on %s, the default backoff is taken: %s"
-            _log.error(told, _named(facts), reason_of(fault), exc_info=shown(fault)[0], extra=facts)
+            _say(logging.ERROR, told, _named(facts), reason_of(fault), exc_info=shown(fault)[0], extra=facts)
             return _Verdict(min(_DEFAULT(attempt), self._max_delay), reason_of(exc))
         if after is not None and not 0 <= after <= self._max_delay:
             told = "a backoff of %r s is not possible, it is brought within 0 to %g s"
-            _log.warning(told, after, self._max_delay, extra=facts)
+            _say(logging.WARNING, told, after, self._max_delay, extra=facts)
             after = self._max_delay if after > self._max_delay else 0.0
         return _Verdict(after, reason)
 
@@ -92,7 +94,7 @@ class Failures:
         elif facts["attempt"] < self._max_attempts:
             level, then = logging.WARNING, f"it is tried again in {verdict.after:.3g} s"
         attempt, reason = facts["attempt"], verdict.reason
-        _log.log(
+        _say(
             level,
             told,
             _named(facts),
@@ -119,10 +121,16 @@ async def _settle(message: Message, verdict: _Verdict, error: str, facts: dict[s
         else:
             await message.nack(verdict.after, reason=verdict.reason, error=error)
     except AlreadySettledError:
-        _log.info("%s was settled meanwhile", _named(facts), extra=facts)
+        _say(logging.INFO, "%s was settled meanwhile", _named(facts), extra=facts)
     except Exception as failure:  # noqa: BLE001 - nobody else would see it: whoever failed takes the next message
         told = "%s failed and could not be given back, its lease will run out: %s"
-        _log.warning(told, _named(facts), reason_of(failure), extra=facts)
+        _say(logging.WARNING, told, _named(facts), reason_of(failure), extra=facts)
+
+
+def _say(level: int, told: str, *arguments: object, **options: Any) -> None:
+    # A filter of the application's that raises must not keep a message from being settled.
+    with suppress(Exception):
+        _log.log(level, told, *arguments, **options)
 
 
 def _facts(message: Message) -> dict[str, Any]:

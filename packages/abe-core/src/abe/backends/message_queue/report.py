@@ -28,7 +28,10 @@ _QUOTING: Final = {
 
 def reason_of(exc: BaseException) -> str:
     """Return the class and the text of an exception, whatever it is; of a validation error, locations and kinds."""
-    return f"{type(exc).__name__}: {_says(exc)}"
+    try:
+        return f"{type(exc).__name__}: {_says(exc)}"
+    except Exception as fault:  # noqa: BLE001 - what an exception's own attributes raise
+        return f"{type(exc).__name__}: (its text cannot be shown: {type(fault).__name__})"
 
 
 def text_of(value: object) -> str:
