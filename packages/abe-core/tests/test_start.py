@@ -216,6 +216,24 @@ class TestShutdownBeforeTheFirstTurn:
             await running
         assert await memory_backend.groups() == {}, "it has not begun"
 
+    async def test_a_task_that_comes_to_call_run_after_the_block_was_left_ends(
+        self, memory_backend: MemoryBackend
+    ) -> None:
+        async def worker() -> None:
+            await consumer.run(handler)
+
+        async with within(5):
+            async with AsyncLoopConsumer(memory_backend) as consumer:
+                running = asyncio.create_task(worker())
+            await running
+            with pytest.raises(BackendClosedError):
+                await consumer.started
+            async with consumer:
+                running = asyncio.create_task(worker())
+                await asyncio.sleep(0)
+                await consumer.started
+            await running
+
     async def test_and_not_for_one_that_is_called_after(self, memory_backend: MemoryBackend) -> None:
         consumer = AsyncLoopConsumer(memory_backend)
         async with within(5):

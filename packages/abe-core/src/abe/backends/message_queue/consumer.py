@@ -147,6 +147,7 @@ class AsyncLoopConsumer:
         self._prefetch = _PREFETCH * concurrency if prefetch is None else prefetch
         self._handler = None if handler is None else CheckedHandler(handler)
         self._latest = _Run()
+        self._left = False
         if isinstance(backend, FullBackend):
             check_group(group)
             self._keys = None if keys is None else check_patterns(keys)
@@ -209,11 +210,13 @@ class AsyncLoopConsumer:
             await run.ended.wait()
 
     async def __aenter__(self) -> Self:
+        self._left = False
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._left = True
         await self.shutdown()
 
     def _checked(self, handler: AnyHandler | None) -> CheckedHandler:
@@ -232,8 +235,11 @@ class AsyncLoopConsumer:
     async def _run(self, run: _Run, handler: CheckedHandler) -> None:
         if run.begun:
             raise RuntimeError("this consumer is running already: make another one to run two")
-        if run.stopping.is_set():
-            return  # `shutdown` came before this task had its first turn
+        if self._left or run.stopping.is_set():
+            # `shutdown`, or the end of the block, came before this task had its first turn.
+            run.started._set(BackendClosedError("the consumer was shut down before it had subscribed"))  # pyright: ignore[reportPrivateUsage]
+            run.ended.set()
+            return
         run.begun = True
         error: BaseException = BackendClosedError("the consumer has ended before it had subscribed")
         try:
