@@ -258,6 +258,25 @@ class TestHeld:
         await transport.declare("rest", None, change=True)
         assert (await transport.stats("rest")).waiting == 1500 - len(wanted)
 
+    async def test_those_that_nobody_wants_are_in_nobody_s_way_and_left_alone(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        unwanted = [lab.envelope("b.x") for _ in range(2_600)]
+        wanted = [lab.envelope("a.x") for _ in range(20)]
+        for start in range(0, 2_600, 250):
+            await transport.send(unwanted[start : start + 250])
+        await transport.send(wanted)
+        await transport.declare("a", ("a.*",), change=False)
+        receiver = await lab.receiver(transport, "a", prefetch=100)
+        assert [receiver.metadata(each).id for each in await collect(receiver, 20)] == [each.id for each in wanted]
+        for _ in range(4):  # as an idle consumer does
+            transport.look_at_held()
+            await asyncio.wait([transport._parked._begun])
+        assert await lab.waiting(lab.names.held) == 2_600
+        queue = await (await lab.pika()).get_queue(lab.names.held)
+        first = await queue.get()
+        assert first.headers["x-delivery-count"] <= 2
+        await first.nack()
+
     async def test_a_later_group_gets_no_second_copy(self, lab: Any) -> None:
         transport = await lab.transport()
         await transport.send(lab.envelopes(3))

@@ -296,18 +296,23 @@ class Movers:
                 case _:
                     _log.debug("news that say nothing to this version")
 
-        with translated(connection.address):
-            # Named by us: the rights that are documented are rights to our names.
-            queue = f"{self.names.news}:{id(channel):x}-{time.time_ns():x}"
-            await finished(channel.queue_declare(queue, exclusive=True, auto_delete=True))
-            await finished(channel.queue_bind(queue, self.names.news))
-            await finished(channel.basic_consume(queue, heard, no_ack=True))
-        self._heard.set()
-        while not channel.is_closed and connection.alive:
-            await _at_most(self._heard.wait(), 10 * _AGAIN)
-            if self._heard.is_set() or self._gone:
-                self._heard.clear()
-                await self._look()
+        try:
+            with translated(connection.address):
+                # Named by us: the rights that are documented are rights to our names.
+                queue = f"{self.names.news}:{id(channel):x}-{time.time_ns():x}"
+                await finished(channel.queue_declare(queue, exclusive=True, auto_delete=True))
+                await finished(channel.queue_bind(queue, self.names.news))
+                await finished(channel.basic_consume(queue, heard, no_ack=True))
+            self._heard.set()
+            while not channel.is_closed and connection.alive:
+                await _at_most(self._heard.wait(), 10 * _AGAIN)
+                if self._heard.is_set() or self._gone:
+                    self._heard.clear()
+                    await self._look()
+        finally:
+            if not channel.is_closed and connection.alive:
+                with translated(connection.address):
+                    await finished(channel.close())
 
 
 async def _at_most(waiting: Awaitable[object], seconds: float) -> None:
