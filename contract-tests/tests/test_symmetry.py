@@ -31,6 +31,7 @@ EXTRA: dict[str, dict[str, str]] = {
     "rabbitmq": {
         "_browser": "AMQP has no way to look into a queue but to take its messages and give them back",
         "_channel": "publishing, deliveries and settlements are frames of ours, past the client",
+        "_consuming": "the broker counts the time that a message is buffered, and a consumer's prefetch is fixed",
         "_control": "requests that are rare have a connection of their own, as the broker stops reading from those that publish",
         "_groups": "exchanges, queues and bindings are made and changed one by one",
         "_ladder": "a delay is a walk through queues",

@@ -12,7 +12,7 @@ import pytest
 
 from abe import AsyncLoopConsumer, Message
 from abe.backends.message_queue.base import Delivery, Settlement, Verb
-from abe.errors import BackendConnectionError
+from abe.errors import BackendConnectionError, LeaseLostError
 from abe_backend_rabbitmq._losses import Losses
 from abe_backend_rabbitmq._pace import LONG, OVERDUE, TICKS, WAITED, Pace
 from abe_backend_rabbitmq._wire import Header
@@ -145,6 +145,43 @@ class TestLostConnections:
         assert [each.attempt for each in found] == [3] * 10
         await receiver.ack([each.receipt for each in found], verify=True)
 
+    async def test_a_handler_that_ends_after_its_link_was_cut_has_handled_its_message(
+        self, lab: Any, link: Link, until: Until
+    ) -> None:
+        backend = await lab.backend(url=link.url, groups={"g": ()})
+        direct = await lab.backend()
+        await backend.publish("k", {"n": 1})
+        runs = 0
+
+        async with bounds.within(20), backend.consume(group="g") as subscription:
+            async for message in subscription:
+                runs += 1
+                if message["n"] == 2:
+                    break
+                link.cut()
+                await until(lambda message=message: message.lease_lost)
+                await direct.publish("k", {"n": 2})
+        assert runs == 2
+        async with bounds.within(20), direct.consume(group="g") as subscription:
+            async for message in subscription:
+                assert message["n"] == 2
+                break
+
+    async def test_who_was_told_that_the_lease_was_lost_gets_the_message_again(
+        self, lab: Any, link: Link, until: Until
+    ) -> None:
+        backend = await lab.backend(url=link.url, groups={"g": ()})
+        await backend.publish("k", {"n": 1})
+        async with bounds.within(20), backend.consume(group="g") as subscription:
+            message = await subscription.receive()
+            link.cut()
+            await until(lambda: message.lease_lost)
+            with pytest.raises(LeaseLostError):
+                await message.ack()
+            again = await subscription.receive()
+            assert (again.id, again.attempt) == (message.id, 1)
+            await again.ack()
+
     async def test_another_process_is_told_how_many_attempts_are_uncertain(
         self, lab: Any, link: Link, collect: Any
     ) -> None:
@@ -170,8 +207,8 @@ def test_only_so_many_losses_are_remembered(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("abe_backend_rabbitmq._losses._MOST", 3)
     losses, headers = Losses(), [Header(b"\0\x80\1" + bytes((48 + n,)), "", "") for n in range(5)]
     for header in headers:
-        losses.note("g", header, b"")
-        losses.note("g", header, b"")
+        losses.note("g", header, Delivery(1, b"", header, 1))
+        losses.note("g", header, Delivery(1, b"", header, 1))
     counted = [Delivery(1, b"", header, 8, uncertain=3) for header in headers]
     for delivery, header in zip(counted, headers, strict=True):
         losses.take_off("g", delivery, header)
@@ -180,6 +217,22 @@ def test_only_so_many_losses_are_remembered(monkeypatch: pytest.MonkeyPatch) -> 
     again = Delivery(1, b"", headers[4], 4, uncertain=3)
     losses.take_off("g", again, headers[4])
     assert again.attempt == 4
+
+
+def test_only_so_many_handled_messages_are_remembered_and_each_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("abe_backend_rabbitmq._losses._MOST_BEGUN", 3)
+    losses, header = Losses(), Header(b"\0\x80\x011", "", "")
+    begun = [Delivery(1, b"%d" % number, header, 1) for number in range(4)]
+    for delivery in begun:
+        delivery.begun = True
+        losses.note("g", header, delivery)
+    again = [Delivery(2, b"%d" % number, header, 2, uncertain=1) for number in range(4)]
+    assert not any(losses.was_handled("g", delivery, header) for delivery in again)
+    for delivery in begun:
+        delivery.handled = True
+    assert not any(losses.was_handled("other", delivery, header) for delivery in again)
+    assert [losses.was_handled("g", delivery, header) for delivery in again] == [False, True, True, True]
+    assert not any(losses.was_handled("g", delivery, header) for delivery in again)
 
 
 class TestLongHandlers:
@@ -250,7 +303,7 @@ class TestLongHandlers:
         receiver = await lab.receiver(transport, prefetch=3)
         found = await collect(receiver, 3)
         found[0].begun = True
-        await until(lambda: receiver._pace.handled_for(1, LONG))
+        await until(lambda: receiver._consuming.pace.handled_for(1, LONG))
         found[1].begun = True
         receiver._drop(receiver._channel, "delivery acknowledgement on channel 1 timed out")
         await receiver.recover([])
@@ -267,7 +320,7 @@ class TestLongHandlers:
             receiver = await transport.subscribe("g", 10)
             found = await collect(receiver, 5)
             found[0].begun = True
-            receiver._adapt(receiver._channel, 3)
+            receiver._consuming.adapt(receiver._consuming.consume_anew(3))
             for _ in range(pause):
                 await asyncio.sleep(0)
             await receiver.stop()

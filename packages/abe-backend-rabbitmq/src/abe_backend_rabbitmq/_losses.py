@@ -4,6 +4,7 @@ RabbitMQ counts a delivery that comes back for whatever reason, also where the m
 still there, so that no message can have killed it. Pure.
 """
 
+from collections import deque
 from typing import Final
 
 from abe.backends.message_queue.base import Delivery
@@ -13,29 +14,69 @@ from abe_backend_rabbitmq._wire import Header
 _MOST: Final = 65_536
 """Messages remembered: as many as one consumer can hold."""
 
+_MOST_BEGUN: Final = 1_000
+"""Deliveries remembered that a handler has, or had: their bodies are held."""
 
-class Losses:
-    """How often each message was lost with a channel since its copy in the queue was made; the oldest are forgotten first."""
+
+class _Lost:
+    __slots__ = ("begun", "times")
 
     def __init__(self) -> None:
-        self._times: dict[tuple[str, str], int] = {}
+        self.times = 0
+        self.begun: list[Delivery] = []
 
-    def note(self, group: str, header: Header, body: bytes) -> None:
-        """Remember that a message was lost, and the broker counts it."""
-        name = group, _wire.identity(header, body)
-        times = self._times.pop(name, 0)  # the newest is the last
-        if len(self._times) >= _MOST:
-            del self._times[next(iter(self._times))]
-        self._times[name] = times + 1
+
+class Losses:
+    """How often each message was lost with a channel since its copy in the queue was made, and which of them their handlers go on with;
+    the oldest are forgotten first."""
+
+    def __init__(self) -> None:
+        self._lost: dict[tuple[str, str], _Lost] = {}
+        self._begun: deque[tuple[_Lost, Delivery]] = deque()
+
+    def note(self, group: str, header: Header, delivery: Delivery, *, counts: bool = False) -> None:
+        """Remember that a message was lost.
+
+        Args:
+            group: Whose.
+            header: What came with it.
+            delivery: The message.
+            counts: Whether it was an attempt all the same.
+        """
+        name = group, _wire.identity(header, delivery.body)
+        lost = self._lost.pop(name, None) or _Lost()  # the newest is the last
+        if len(self._lost) >= _MOST:
+            del self._lost[next(iter(self._lost))]
+        self._lost[name] = lost
+        lost.times += not counts
+        if delivery.begun:
+            lost.begun.append(delivery)
+            self._begun.append((lost, delivery))
+            if len(self._begun) > _MOST_BEGUN:
+                lost, delivery = self._begun.popleft()
+                lost.begun = [each for each in lost.begun if each is not delivery]
 
     def take_off(self, group: str, delivery: Delivery, header: Header) -> None:
         """Count a delivery as if what was lost had not been delivered."""
-        if self._times:
-            known = min(delivery.uncertain, self._times.get((group, _wire.identity(header, delivery.body)), 0))
+        if lost := self._find(group, header, delivery.body):
+            known = min(delivery.uncertain, lost.times)
             delivery.attempt -= known
             delivery.uncertain -= known
 
+    def was_handled(self, group: str, delivery: Delivery, header: Header) -> bool:
+        """Whether a message that comes again was handled here to its end, after it was lost. Each time counts for one delivery."""
+        lost = self._find(group, header, delivery.body)
+        for before in lost.begun if lost else ():
+            if before.handled and before.body == delivery.body:
+                assert lost is not None
+                lost.begun = [each for each in lost.begun if each is not before]
+                return True
+        return False
+
     def forget(self, group: str, header: Header, body: bytes) -> None:
         """A copy takes the message's place: the broker counts anew."""
-        if self._times:
-            self._times.pop((group, _wire.identity(header, body)), None)
+        if self._lost:
+            self._lost.pop((group, _wire.identity(header, body)), None)
+
+    def _find(self, group: str, header: Header, body: bytes) -> _Lost | None:
+        return self._lost.get((group, _wire.identity(header, body))) if self._lost else None

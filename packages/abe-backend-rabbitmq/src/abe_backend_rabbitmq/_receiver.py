@@ -11,10 +11,11 @@ from abe.backends.message_queue.base import Delivery, Failures, Metadata, Receip
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
 from abe.errors import AbeError, BackendConnectionError
 from abe_backend_rabbitmq import _wire
-from abe_backend_rabbitmq._channel import Channel, Pushed
+from abe_backend_rabbitmq._channel import Channel
 from abe_backend_rabbitmq._connection import finished
+from abe_backend_rabbitmq._consuming import Consuming
 from abe_backend_rabbitmq._errors import ChannelNotFound, consumer_timeout, lost, translated
-from abe_backend_rabbitmq._pace import LONG, OVERDUE, TICKS, WAITED, Pace
+from abe_backend_rabbitmq._pace import LONG
 from abe_backend_rabbitmq._settlements import Settlements
 from abe_backend_rabbitmq._wire import Header
 
@@ -35,11 +36,6 @@ _GOODBYE: Final = 1.0
 _LOOK_AGAIN: Final = 10.0
 """Seconds after which a consumer that has nothing to do looks again for held messages."""
 
-_SOME: Final = 4
-"""Messages that are settled in a tick at least where a consumer is not slow."""
-
-_PAUSE: Final = 0.05
-
 _TAG_BITS: Final = 48
 _TAG: Final = (1 << _TAG_BITS) - 1
 _MOST_PREFETCHED: Final = 65_535
@@ -59,23 +55,16 @@ class RabbitMQReceiver:
         self._transport = transport
         self._queue = transport.topology.queue(group)
         self._prefetch = min(prefetch, _MOST_PREFETCHED)
-        self._credit = self._prefetch
         self._loop = asyncio.get_running_loop()
         self._channel: Channel | None = None
         self._settlements: Settlements | None = None
-        self._deliver: Pushed | None = None
+        self._consuming: Consuming | None = None
         self._generation = 0
-        self._consumer = ""
         self._ready: deque[Delivery] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._stopping = False
-        self._answered = True
         self._version = 0
         self._look_at = 0.0
-        self._pace = Pace()
-        self._warned = -1
-        self._timer: asyncio.TimerHandle | None = None
-        self._adapting: asyncio.Task[None] | None = None
         self._acked_at = -_UNSURE
 
     @property
@@ -85,12 +74,13 @@ class RabbitMQReceiver:
 
     async def start(self) -> None:
         """Begin to consume, on a new channel."""
-        before, self._channel, self._consumer = self._channel, None, ""
+        before, self._channel = self._channel, None
         if before is not None and before.closed is None:
             self._drop(before, "the consumer began anew")
+        if self._consuming is not None:
+            self._consuming.end()
         self._generation += 1
         self._ready.clear()
-        self._pace.forget()
         transport = self._transport
         self._version = transport.version
         channel = await transport.consume_channel()
@@ -100,21 +90,31 @@ class RabbitMQReceiver:
 
         def deliver(tag: int, header: Header, body: bytes, redelivered: bool) -> None:
             delivery = _wire.delivery(base | tag, header, body, redelivered)
+            held[tag] = delivery, header
             if delivery.uncertain:
                 losses.take_off(group, delivery, header)
-            held[tag] = delivery, header
+                if losses.was_handled(group, delivery, header):
+                    self._remove(channel, tag, delivery)
+                    return
             ready.append(delivery)
             if self._waiter is not None:
                 self._wake()
 
-        channel.ended = partial(self._gone, channel)
+        consuming = Consuming(
+            transport,
+            group,
+            channel,
+            self._prefetch,
+            deliver=deliver,
+            taken_back=ready.clear,
+            failed=partial(self._drop, channel),
+        )
+        channel.ended = partial(self._gone, channel, consuming)
         channel.native.on_consumer_cancel_callbacks.add(lambda _: self._cancelled(channel))
-        self._channel, self._deliver = channel, deliver
-        await self._consume(channel, self._prefetch)
+        self._channel, self._consuming = channel, consuming
+        await consuming.begin()
         if self._stopping:  # meanwhile
             await self.stop()
-        else:
-            self._tick_later()
 
     def made(self, version: int) -> None:
         """Take note of the registry's version in which the group's queue was made."""
@@ -140,8 +140,8 @@ class RabbitMQReceiver:
         if channel is None or channel.closed is not None:
             reason = "it was not opened" if channel is None else channel.closed
             raise BackendConnectionError(f"the channel that consumes group {self.group!r} is gone: {reason}")
-        if self._credit < self._prefetch:
-            self._take_more(channel)
+        assert self._consuming is not None
+        self._consuming.go_on()
         if not ready and self._loop.time() >= self._look_at:
             self._look_at = self._loop.time() + _LOOK_AGAIN
             self._transport.look_at_held()
@@ -203,12 +203,11 @@ class RabbitMQReceiver:
         self._wake()
         if self._settlements is not None:
             self._settlements.hurry()
-        if self._adapting is not None and not self._adapting.done():
-            await asyncio.wait([self._adapting])
+        if self._consuming is not None:
+            await self._consuming.stop()
         channel = self._channel
         if channel is None or channel.closed is not None:
             return
-        await self._cancel(channel)
         unread = [Settlement(delivery.receipt, Verb.RELEASE) for delivery in self._ready if not delivery.lost]
         self._ready.clear()
         if unread:
@@ -219,11 +218,9 @@ class RabbitMQReceiver:
         if self in self._transport.receivers:
             self._transport.receivers.discard(self)
             await self._transport.movers.leave(self.group)
-        if self._timer is not None:
-            self._timer.cancel()
         try:
             await self.stop()
-            channel = self._channel if self._answered else None
+            channel = self._channel if (self._consuming is None or self._consuming.answered) else None
             if channel is not None and channel.held and channel.closed is None:
                 base = self._generation << _TAG_BITS
                 await self.settle([Settlement(base | tag, Verb.RELEASE) for tag in channel.held])
@@ -233,7 +230,9 @@ class RabbitMQReceiver:
             channel, self._channel = self._channel, None
             if channel is not None and channel.closed is None:
                 closing = self._drop(channel, "the channel was closed")
-                if self._answered:  # a broker that is silent is left to its connection
+                if (
+                    self._consuming is None or self._consuming.answered
+                ):  # a broker that is silent is left to its connection
                     await asyncio.wait([closing], timeout=_GOODBYE)
 
     async def _settle_down(self, channel: Channel) -> None:
@@ -284,106 +283,23 @@ class RabbitMQReceiver:
         task.add_done_callback(_closing.discard)
         return task
 
-    def _gone(self, channel: Channel) -> None:
+    def _remove(self, channel: Channel, tag: int, delivery: Delivery) -> None:
+        """Acknowledge what came again although its handler was done with it: the channel was lost before that could be said."""
+        _log.info("a message of group %r was handled after it was lost, and is not handled again", self.group)
+        delivery.begun = delivery.handled = True  # should it be lost once more
+        task = self._loop.create_task(channel.ack([tag]))
+        _closing.add(task)
+        task.add_done_callback(_closing.discard)
+
+    def _gone(self, channel: Channel, consuming: Consuming) -> None:
         """The channel is gone: what it held comes again. That is no attempt, but where a handler had it for too long."""
         limit = consumer_timeout(channel.closed or "")
         for delivery, header in channel.lost:
-            if not self._pace.handled_for(_tag(delivery), LONG):
-                self._transport.losses.note(self.group, header, delivery.body)
+            long = consuming.pace.handled_for(_tag(delivery), LONG)
+            self._transport.losses.note(self.group, header, delivery, counts=long)
         if limit is not None:
             self._transport.consumer_timeout = limit
         self._wake()
-
-    def _tick_later(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(self._transport.consumer_timeout / TICKS, self._tick)
-
-    def _tick(self) -> None:
-        """See to it that nothing is held for too long: RabbitMQ closes the channel then, and all of it is lost."""
-        self._tick_later()
-        channel, pace = self._channel, self._pace
-        if channel is None or channel.closed is not None:
-            return
-        settled = channel.delivered - len(channel.held)
-        waiting = next((tag for tag, (delivery, _) in channel.held.items() if not delivery.begun), None)
-        if waiting is not None and pace.held_for(waiting, WAITED):
-            self._adapt(channel, pace.settled_in(WAITED, settled))
-        self._warn(channel)
-        pace.tick(channel.delivered, settled, (tag for tag, (delivery, _) in channel.held.items() if delivery.begun))
-
-    def _take_more(self, channel: Channel) -> None:
-        """A consumer that was slow holds as many as it may again, once handlers begin them in time."""
-        settled = self._pace.settled_in(1, channel.delivered - len(channel.held))
-        if settled >= max(_SOME, self._prefetch / WAITED):
-            self._adapt(channel, None)
-
-    def _adapt(self, channel: Channel, pace: int | None) -> None:
-        if not self._stopping and (self._adapting is None or self._adapting.done()):
-            self._adapting = self._loop.create_task(self._consume_anew(channel, pace))
-
-    async def _consume_anew(self, channel: Channel, pace: int | None) -> None:
-        """Give back what waits for a handler, in its order, and take no more than handlers begin in a while; or all again.
-
-        Args:
-            channel: What consumes.
-            pace: How many messages were settled in that while; None: enough for all that may be held.
-        """
-        try:
-            await self._cancel(channel)
-            if pace is not None:
-                await self._take_back(channel)
-            while not self._stopping and channel.closed is None:
-                room = self._prefetch - len(channel.held)
-                if room > 0:
-                    await self._consume(channel, room if pace is None else max(1, min(room, pace)))
-                    return
-                await asyncio.sleep(_PAUSE)  # what the last consumer held fills it
-        except AbeError as exc:
-            _log.debug("group %r could not be consumed anew: %s", self.group, exc)
-            self._drop(channel, "the consumer could not be changed")
-
-    async def _take_back(self, channel: Channel) -> None:
-        """Give back what is not begun, unless `stop` does. The broker counts it, and we take that off again."""
-        if self._stopping:
-            return
-        waiting = [tag for tag, (delivery, _) in channel.held.items() if not delivery.begun]
-        _log.debug(
-            "%d messages of group %r have waited for a handler for long: they are taken anew", len(waiting), self.group
-        )
-        for tag in waiting:
-            delivery, header = channel.held[tag]
-            delivery.lost = True
-            self._transport.losses.note(self.group, header, delivery.body)
-            await channel.requeue(tag)
-        self._ready.clear()
-
-    async def _consume(self, channel: Channel, credit: int) -> None:
-        assert self._deliver is not None
-        self._credit = credit
-        with translated(self._transport.settings.namespace):
-            self._consumer = await finished(channel.consume(self._queue, credit, self._deliver))
-
-    async def _cancel(self, channel: Channel) -> None:
-        consumer, self._consumer = self._consumer, ""
-        if consumer:
-            with translated(self.group):
-                self._answered = False
-                await finished(channel.native.basic_cancel(consumer))
-                self._answered = True
-
-    def _warn(self, channel: Channel) -> None:
-        """Say it before RabbitMQ takes a message from its handler."""
-        oldest = next(iter(channel.held), -1)
-        if oldest != self._warned and self._pace.held_for(oldest, OVERDUE) and oldest in channel.held:
-            self._warned = oldest
-            _log.warning(
-                "a message of group %r has been held for %.0f %% of RabbitMQ's consumer_timeout (%g s): soon the broker closes the "
-                "channel, and delivers it again. Raise consumer_timeout, or work in smaller steps",
-                self.group,
-                OVERDUE / TICKS * 100,
-                self._transport.consumer_timeout,
-            )
 
 
 def _tag(delivery: Delivery) -> int:

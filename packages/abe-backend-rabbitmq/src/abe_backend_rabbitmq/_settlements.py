@@ -186,7 +186,7 @@ class Settlements:
                 done.append(tag)
                 continue
             if settlement.verb is Verb.RELEASE:  # the broker counts it, and nobody else does
-                losses.note(self._group, header, delivery.body)
+                losses.note(self._group, header, delivery)
             else:
                 failures[settlement.receipt] = error
             await channel.requeue(tag)

@@ -50,9 +50,11 @@ class Delivery:
     envelope cannot be read, if so; `lost` becomes true when it turns out that the delivery is not ours any more. `attempt` is 1 for the
     first delivery; `uncertain` of the attempts before this one may have been no more than a connection that was lost, where the broker
     counts those too. `begun` becomes true when a handler gets it: what is not begun, the transport may take back, and say so by `lost`.
+    `handled` becomes true when its handler was done with it, and nobody waits to hear whether it was acknowledged: when it was lost by
+    then and comes again, the transport may remove it.
     """
 
-    __slots__ = ("attempt", "begun", "body", "fault", "header", "lost", "receipt", "uncertain")
+    __slots__ = ("attempt", "begun", "body", "fault", "handled", "header", "lost", "receipt", "uncertain")
 
     def __init__(
         self,
@@ -71,6 +73,7 @@ class Delivery:
         self.fault: str | None = fault
         self.uncertain: int = uncertain
         self.begun: bool = False
+        self.handled: bool = False
         self.lost: bool = False
 
 

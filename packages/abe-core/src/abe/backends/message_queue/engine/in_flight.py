@@ -125,11 +125,12 @@ class InFlight:
         if message._verdict is None:  # pyright: ignore[reportPrivateUsage]
             message._verdict = "ack"  # pyright: ignore[reportPrivateUsage]
             delivery = _delivery(message)
+            delivery.handled = True
             if self.live.get(delivery.receipt) is delivery:
                 del self.live[delivery.receipt]
                 self._settler.ack(delivery)
             else:
-                self._tell(logging.WARNING, delivery, "was handled, but its lease was lost: it will be handled again")
+                self._tell(logging.WARNING, delivery, "was handled, but its lease was lost: it may be handled again")
 
     async def ack(self, message: Message) -> None:
         """Acknowledge; see `Message.ack`."""

@@ -1,0 +1,184 @@
+"""How much one channel consumes: all that may be held, or, where handlers are slow, what they begin in time.
+
+RabbitMQ takes a message from who holds it for `consumer_timeout`, from the delivery on, and closes the channel. So what waits for a handler
+is given back long before, and taken anew in its order.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Final
+
+from abe.errors import AbeError
+from abe_backend_rabbitmq._channel import Channel, Pushed
+from abe_backend_rabbitmq._connection import finished
+from abe_backend_rabbitmq._errors import translated
+from abe_backend_rabbitmq._pace import OVERDUE, TICKS, WAITED, Pace
+
+if TYPE_CHECKING:
+    from abe_backend_rabbitmq._transport import RabbitMQTransport
+
+_log: Final = logging.getLogger("abe.rabbitmq")
+
+_SOME: Final = 4
+"""Messages that are settled in a tick at least where a consumer is not slow."""
+
+_PAUSE: Final = 0.05
+
+
+class Consuming:
+    """The consumers of one channel. There is one, or some more where it was slow for a while.
+
+    Args:
+        transport: Knows the node's `consumer_timeout`, and what was lost.
+        group: The group.
+        channel: The channel.
+        prefetch: How many messages may be held at most.
+        deliver: Called for each message.
+        taken_back: Called when messages that nobody began were given back.
+        failed: Called when it cannot go on, with the reason.
+    """
+
+    def __init__(
+        self,
+        transport: "RabbitMQTransport",
+        group: str,
+        channel: Channel,
+        prefetch: int,
+        *,
+        deliver: Pushed,
+        taken_back: Callable[[], object],
+        failed: Callable[[str], object],
+    ) -> None:
+        self.pace = Pace()
+        self.answered = True
+        """Whether the broker has answered all that it was asked."""
+        self._transport = transport
+        self._group = group
+        self._channel = channel
+        self._prefetch = prefetch
+        self._deliver = deliver
+        self._taken_back = taken_back
+        self._failed = failed
+        self._loop = asyncio.get_running_loop()
+        self._credit = 0
+        self._consumers: list[str] = []
+        self._stopping = False
+        self._warned = -1
+        self._adapting: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def begin(self) -> None:
+        """Begin to consume."""
+        await self._consume(self._prefetch)
+        self._tick_later()
+
+    async def stop(self) -> None:
+        """Have nothing more pushed."""
+        self.end()
+        if self._adapting is not None and not self._adapting.done():
+            await asyncio.wait([self._adapting])
+        if self._channel.closed is None:
+            await self._cancel()
+
+    def end(self) -> None:
+        """Change nothing any more."""
+        self._stopping = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def go_on(self) -> None:
+        """Hold as many as may be held again after it was slow, once handlers begin them in time."""
+        if self._credit < self._prefetch:
+            channel = self._channel
+            room = self._prefetch - self._credit - len(channel.held)
+            settled = self.pace.settled_in(1, channel.delivered - len(channel.held))
+            if room >= max(1, self._prefetch // 4) and settled >= max(_SOME, self._prefetch / WAITED):
+                self.adapt(self._consume(room))
+
+    def adapt(self, change: Coroutine[Any, Any, None]) -> None:
+        """Carry out a change, one at a time."""
+        if self._stopping or (self._adapting is not None and not self._adapting.done()):
+            change.close()
+        else:
+            self._adapting = self._loop.create_task(self._change(change))
+
+    async def consume_anew(self, pace: int) -> None:
+        """Give back what waits for a handler, in its order, and take no more than handlers begin in a while.
+
+        Args:
+            pace: How many messages were settled in that while.
+        """
+        await self._cancel()
+        await self._take_back()
+        while not self._stopping and self._channel.closed is None:
+            room = self._prefetch - len(self._channel.held)
+            if room > 0:
+                await self._consume(max(1, min(room, pace)))
+                return
+            await asyncio.sleep(_PAUSE)  # handlers have all that may be held
+
+    async def _change(self, change: Coroutine[Any, Any, None]) -> None:
+        try:
+            await change
+        except AbeError as exc:
+            _log.debug("group %r could not be consumed anew: %s", self._group, exc)
+            self._failed("the consumer could not be changed")
+
+    async def _take_back(self) -> None:
+        """Give back what is not begun, unless stopping does. The broker counts it, and that is taken off again."""
+        if self._stopping:
+            return
+        held = self._channel.held
+        waiting = [tag for tag, (delivery, _) in held.items() if not delivery.begun]
+        _log.debug("%d messages of group %r waited for a handler: they are taken anew", len(waiting), self._group)
+        for tag in waiting:
+            delivery, header = held[tag]
+            delivery.lost = True
+            self._transport.losses.note(self._group, header, delivery)
+            await self._channel.requeue(tag)
+        self._taken_back()
+
+    async def _consume(self, credit: int) -> None:
+        queue = self._transport.topology.queue(self._group)
+        self._credit += credit
+        with translated(self._transport.settings.namespace):
+            self._consumers.append(await finished(self._channel.consume(queue, credit, self._deliver)))
+
+    async def _cancel(self) -> None:
+        consumers, self._consumers, self._credit = self._consumers, [], 0
+        for consumer in consumers:
+            with translated(self._group):
+                self.answered = False
+                await finished(self._channel.native.basic_cancel(consumer))
+                self.answered = True
+
+    def _tick_later(self) -> None:
+        if not self._stopping:
+            self._timer = self._loop.call_later(self._transport.consumer_timeout / TICKS, self._tick)
+
+    def _tick(self) -> None:
+        """See to it that nothing is held for too long."""
+        channel, pace = self._channel, self.pace
+        if channel.closed is not None:
+            return
+        self._tick_later()
+        settled = channel.delivered - len(channel.held)
+        waiting = next((tag for tag, (delivery, _) in channel.held.items() if not delivery.begun), None)
+        if waiting is not None and pace.held_for(waiting, WAITED):
+            self.adapt(self.consume_anew(pace.settled_in(WAITED, settled)))
+        self._warn()
+        pace.tick(channel.delivered, settled, (tag for tag, (delivery, _) in channel.held.items() if delivery.begun))
+
+    def _warn(self) -> None:
+        """Say it before RabbitMQ takes a message from its handler."""
+        oldest = next(iter(self._channel.held), -1)
+        if oldest not in (-1, self._warned) and self.pace.held_for(oldest, OVERDUE):
+            self._warned = oldest
+            _log.warning(
+                "a message of group %r has been held for %.0f %% of RabbitMQ's consumer_timeout (%g s): soon the broker closes the "
+                "channel, and delivers it again. Raise consumer_timeout, or work in smaller steps",
+                self._group,
+                OVERDUE / TICKS * 100,
+                self._transport.consumer_timeout,
+            )
