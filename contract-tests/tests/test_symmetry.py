@@ -42,6 +42,7 @@ EXTRA: dict[str, dict[str, str]] = {
         "_pace": "the broker takes a message from a consumer that holds it for long, buffered or not",
         "_parked": "what was published before there was a group is moved message by message",
         "_properties": "AMQP's table of headers, with its types kept",
+        "_quiet": "the client's loggers show URLs and tracebacks",
         "_registry": "AMQP lists neither queues nor bindings: the groups are kept in a message, under a lock",
         "_sender": "a queue's refusal does not say whose it is: each group is asked for itself",
         "_settlements": "most settlements are a copy, its confirm and an acknowledgement",

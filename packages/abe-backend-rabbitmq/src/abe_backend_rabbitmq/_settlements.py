@@ -162,7 +162,7 @@ class Settlements:
             channel.discard(tag)
             return
         if settlement.verb is Verb.RELEASE:  # the broker counts it, and nobody else does
-            self._transport.losses.note(self._group, header, delivery.body)
+            self._transport.losses.note(self._group, header, delivery)
         await channel.requeue(tag)
 
     async def _finish(
