@@ -170,6 +170,31 @@ async def test_closing_within_a_hole_takes_the_time_that_it_may(tunnel: Tunnel, 
     assert time.monotonic() - began < 1.5 * bounds.slowness(began)
 
 
+async def test_closing_carries_out_what_was_decided_over_connections_that_answer(
+    tunnel: Tunnel, one_lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has less time than patience takes."""
+    for module in (_connection, _receiver, _transport):
+        monkeypatch.setattr(module, "PATIENCE", 60.0)
+    backend = await one_lab.backend(
+        url=await tunnel.start(), lease=120.0, publish_timeout=120.0, close_timeout=30.0, groups={"g": ()}
+    )
+    near = await one_lab.transport()
+    subscription = backend.consume(group="g", prefetch=2)
+    for number in range(4):
+        await backend.publish("k", {"n": number})
+    message = await anext(subscription)
+    tunnel.forget()
+    acknowledging = asyncio.create_task(message.ack())
+    await asyncio.sleep(0)
+    async with bounds.within(10):
+        await subscription.aclose()
+        await acknowledging
+        await backend.disconnect()
+    stats = await near.stats("g")
+    assert (stats.waiting, stats.in_flight) == (3, 0)
+
+
 async def test_a_receiver_is_stopped_and_closed_within_a_hole(tunnel: Tunnel, one_lab: Any) -> None:
     transport = await one_lab.transport(url=await tunnel.start(), connect_timeout=0.3)
     await transport.declare("g", None, change=False)

@@ -78,6 +78,11 @@ class Wire(asyncio.Protocol):
         """Whether commands can be sent."""
         return self._transport is not None and not self._transport.is_closing()
 
+    @property
+    def silence(self) -> float:
+        """Seconds since the last word of the server, while a reply is due."""
+        return self._loop.time() - self._heard if self._waiting else 0.0
+
     def call(self, *command: Argument) -> asyncio.Future[Reply]:
         """Send a command. The future's result is the reply, its exception a `ReplyError`, or `BackendConnectionError` if none will come."""
         return self.send(pack(command), 1)[0]
@@ -211,9 +216,9 @@ class Link:
             raise self._was_closed()
         return connecting.result()
 
-    def drop(self) -> None:
-        """Disconnect; whoever needs the connection makes it anew."""
-        if self._wire is not None:
+    def drop(self, silence: float = 0.0) -> None:
+        """Disconnect, if the server has been silent for so many seconds; whoever needs the connection makes it anew."""
+        if self._wire is not None and self._wire.silence >= silence:
             self._wire.close()
 
     async def close(self) -> None:

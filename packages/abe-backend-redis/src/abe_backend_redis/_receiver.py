@@ -153,7 +153,7 @@ class RedisReceiver:
     async def stop(self) -> None:
         """End the read that waits: Redis is asked to, as a cancelled read could still be given messages.
 
-        One that does not end has no connection any more; what it was given is given back with the rest.
+        One that does not end has no connection any more; what it was given is given back with the rest, by a connection that answers.
         """
         self._stopping = True
         try:
@@ -161,6 +161,7 @@ class RedisReceiver:
                 await self._end_read()
         except (TimeoutError, AbeError):
             self._link.drop()
+            self._transport.drop(silence=_STOPPED / 2)
 
     async def close(self) -> None:
         """Give back everything, and be forgotten."""

@@ -66,6 +66,11 @@ class RedisTransport:
         """Return the connection for everything but publishing, reading and dead letters."""
         return await self._controlling.get()
 
+    def drop(self, silence: float) -> None:
+        """Give up connections that have been silent for so many seconds: there is no time to be patient."""
+        for link in (self._publishing, self._controlling):
+            link.drop(silence)
+
     async def send(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
         """Publish by one script call, again if the groups changed meanwhile."""
         wire = await self._publishing.get()
