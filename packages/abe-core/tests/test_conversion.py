@@ -389,3 +389,17 @@ def test_a_dataclass_with_init_only_fields_is_read_by_pydantic() -> None:
     convert = converter(WithInitVar)
     assert convert is not None
     assert convert(Message({"n": 2, "factor": 3})).n == 6  # type: ignore[attr-defined]
+
+
+class Raw(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+    raw: bytes
+    at: datetime.datetime
+
+
+def test_what_a_codec_of_the_applications_own_brings_is_taken_as_it_is() -> None:
+    convert = converter(Raw)
+    assert convert is not None
+    assert convert(Message({"raw": b"\xff", "at": AT})) == Raw(raw=b"\xff", at=AT)
+    with pytest.raises(Reject, match="raw: bytes_type"):
+        convert(Message({"raw": object(), "at": AT}))

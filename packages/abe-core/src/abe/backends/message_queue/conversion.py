@@ -23,6 +23,7 @@ from abe.backends.message_queue.retry import Reject, Retry
 
 Convert: TypeAlias = Callable[[Any], object]
 _encode: Final = msgspec.json.Encoder().encode
+_decode: Final = msgspec.json.Decoder().decode
 _PLAIN: Final = (dict, Message, Mapping, MutableMapping, object, Any, collections.abc.Mapping, typing.Dict)  # noqa: UP006
 _OBJECTS: Final = (
     msgspec.inspect.AnyType,
@@ -76,7 +77,13 @@ def _by_pydantic(wanted: Any, *, described: bool = False) -> Convert:
         raise TypeError("a payload is always an object")
 
     def convert(payload: dict[str, Any]) -> object:
-        return adapter.validate_json(_encode(payload))
+        try:
+            body = _encode(payload)
+            is_json = _decode(body) == payload
+        except (TypeError, ValueError, RecursionError):
+            return adapter.validate_python(payload)
+        # A codec of the application's own may bring bytes or datetimes: those are not to be read from text.
+        return adapter.validate_json(body) if is_json else adapter.validate_python(payload)
 
     return partial(_converted, convert, _name(wanted), frozenset(_names(schema)))
 
