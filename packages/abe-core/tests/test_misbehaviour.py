@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Self
@@ -520,3 +521,44 @@ async def test_a_log_filter_that_raises_keeps_no_message_from_being_settled(memo
         assert await dead_and_handled(memory_backend, raising(ValueError("no"))) == ["ValueError: no"]
     finally:
         logger.removeFilter(bad)
+
+
+TERMINATED = """
+import asyncio, signal, sys
+from abe import AsyncLoopConsumer, RetryPolicy
+from abe.backends.message_queue.service.memory import MemoryBackend
+
+class Ends:
+    def __call__(self, number, frame):
+        sys.exit(7)
+
+async def handler(message):
+    signal.raise_signal(signal.SIGTERM)
+    await asyncio.sleep(0)
+
+async def consume():
+    backend = MemoryBackend()
+    await backend.publish("k", {})
+    await AsyncLoopConsumer(backend, retry=RetryPolicy(max_attempts=1)).run(handler)
+
+async def look():
+    async with asyncio.timeout(60), MemoryBackend().consume() as messages:
+        print("attempt", (await anext(messages)).attempt)
+
+signal.signal(signal.SIGTERM, HOW)
+try:
+    asyncio.run(consume())
+except SystemExit as exc:
+    print("exit", exc.code)
+asyncio.run(look())
+"""
+
+
+@pytest.mark.parametrize("how", ["lambda number, frame: sys.exit(7)", "Ends()", "Ends().__call__"])
+async def test_sys_exit_out_of_a_signal_ends_the_process_and_gives_the_message_back(how: str) -> None:
+    async with within(60):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", TERMINATED.replace("HOW", how), stdout=asyncio.subprocess.PIPE
+        )
+        output, _ = await process.communicate()
+    assert output.decode().split("\n") == ["exit 7", "attempt 1", ""]

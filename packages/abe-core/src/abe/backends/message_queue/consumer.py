@@ -85,7 +85,8 @@ class AsyncLoopConsumer:
 
     A message is acknowledged after its handler returned, and never before. Whatever a handler raises, ``SystemExit`` included, is logged,
     and the message is tried again after the policy's backoff, or moved to the dead letters; the others go on. Only ``KeyboardInterrupt``
-    ends the consumer, when its message is settled: it is the process that is to end. So does a fatal error of the backend (credentials,
+    ends the consumer, when its message is settled, and what the application's function for a signal raises in the midst of a handler, when
+    its message is given back: it is the process that is to end. So does a fatal error of the backend (credentials,
     configuration), which `run` logs and raises. Each message has a context of its own: what a handler sets in a ContextVar ends with it.
 
     A backend that offers only the three methods of the protocol is run one message at a time, without retries; it says so in the log.

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Coroutine
 from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, Final
@@ -12,8 +13,9 @@ from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.failures import Failures
 from abe.backends.message_queue.handler import Handle
 from abe.backends.message_queue.look_ahead import LookAhead
+from abe.backends.message_queue.signals import is_of_signal
 from abe.backends.message_queue.threads import Threads
-from abe.errors import BackendClosedError
+from abe.errors import AbeError, BackendClosedError
 
 _log: Final = logging.getLogger("abe.consumer")
 _STUBBORN: Final = 5.0
@@ -194,11 +196,12 @@ class Workers:
             exc = await self._cancelled_or(exc, task)
         if exc is None:
             self._subscription.ack_soon(message)
+        elif isinstance(exc, KeyboardInterrupt | SystemExit) and is_of_signal(exc):
+            await _in_time(self._subscription.release(message))
+            raise exc
         elif isinstance(exc, KeyboardInterrupt):
             # It is the whole process that is to end. The message has had its attempt, and must not begin the next process with it.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_LAST_WORDS):
-                    await self._failures.failed(message, exc)
+            await _in_time(self._failures.failed(message, exc))
             raise exc
         else:
             await self._failures.failed(message, exc)
@@ -243,6 +246,12 @@ class _Lane:
 
 def _nothing() -> None:
     return None
+
+
+async def _in_time(settling: Coroutine[Any, Any, None]) -> None:
+    with suppress(TimeoutError, AbeError):
+        async with asyncio.timeout(_LAST_WORDS):
+            await settling
 
 
 def _is_running(task: asyncio.Task[Any]) -> bool:
