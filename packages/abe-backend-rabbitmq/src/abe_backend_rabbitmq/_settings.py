@@ -139,9 +139,9 @@ class RabbitMQSettings(QueueSettings):
     heartbeat: float = setting(
         "RABBITMQ_HEARTBEAT_SECONDS",
         seconds,
-        default=6.0,
+        default=4.0,
         check=_heartbeat,
-        help="How often both sides give a sign of life, in whole seconds. Whoever gives none for one and a half times that is given up.",
+        help="How often both sides give a sign of life, in whole seconds. Whoever gives none for twice that is given up.",
     )
     connect_timeout: float = setting(
         "RABBITMQ_CONNECT_TIMEOUT_SECONDS",

@@ -7,7 +7,7 @@ from typing import Any, Final, Protocol
 _BEAT: Final = 0.5
 """Seconds between two looks at the least."""
 
-_MISSED: Final = 1.5
+_MISSED: Final = 2.0
 """Heartbeats without a sign of life. (RabbitMQ sends one each half of it.)"""
 
 _PROBES: Final = 0.5
