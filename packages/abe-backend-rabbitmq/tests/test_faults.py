@@ -848,3 +848,23 @@ class TestConsumerTimeout:
         assert set(handled.values()) == {1}
         stats = await backend.stats("g")
         assert (stats.waiting, stats.dead) == (0, 0)
+
+    async def test_a_handler_that_takes_longer_than_the_node_gives_handles_its_message_all_the_same(
+        self, lab: Any, impatient: None, until: Callable[..., Awaitable[None]]
+    ) -> None:
+        backend = await lab.backend(groups={"g": ()})
+        await backend.publish("k", {"n": 1})
+        runs = 0
+        async with backend.consume(group="g", max_attempts=2) as subscription, bounds.within(60):
+            async for message in subscription:
+                if message["n"] == 2:
+                    break
+                runs += 1
+                await until(lambda message=message: message.lease_lost)
+                if runs == 1:
+                    await backend.publish("k", {"n": 2})
+        assert runs <= 2  # the second was in the buffer when the first was done
+        async with bounds.within(10):
+            while (await backend.stats("g")).waiting != 1:  # noqa: ASYNC110 - the second message is given back
+                await asyncio.sleep(0.05)
+        assert (await backend.stats("g")).dead == 0
