@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from abe.backends.message_queue.base import Envelope, Publication
-from abe.errors import PublishUnknownError
+from abe.errors import BackpressureError, PermissionDeniedError, PublishUnknownError, UnroutableError
 from abe_backend_sqs import SqsBackend
 from abe_contract_tests import bounds
 
@@ -149,3 +149,70 @@ async def test_only_what_an_answer_does_not_name_is_sent_again(lab: Any) -> None
         await backend.publish_many([Publication("k", {"n": n}) for n in range(4)])
         again = lab.gate.requests("SendMessageBatch")[1]
         assert [json.loads(each["MessageBody"])["n"] for each in again["Entries"]] == [1, 3]
+
+
+async def test_rights_that_are_missing_for_one_group_of_a_fan_out_do_not_say_that_nothing_was_stored(
+    lab: Any, refusal: Refusal
+) -> None:
+    async with bounds.within(20):
+        maker: SqsBackend = await lab.backend()
+        await maker.declare("a")
+        await maker.declare("b")
+        backend = await lab.backend(pinned=PINNED, publish_timeout=3.0)
+
+        def deny(name: str, body: dict[str, Any]) -> web.Response | None:
+            denied = name == "SendMessageBatch" and body["QueueUrl"].endswith("-group-b")
+            return refusal("AccessDenied", 403) if denied else None
+
+        lab.gate.rules.append(deny)
+        with pytest.raises(PublishUnknownError, match="-group-b") as caught:
+            await backend.publish("k", {"n": 1})
+        assert caught.value.maybe_accepted
+        assert [(await maker.stats(group)).waiting for group in ("a", "b")] == [1, 0]
+
+
+async def test_what_will_never_be_stored_anywhere_is_told_at_once(lab: Any, refusal: Refusal) -> None:
+    async with bounds.within(20):
+        maker: SqsBackend = await lab.backend()
+        await maker.declare("a")
+        await maker.declare("b")
+        backend = await lab.backend(pinned=PINNED, publish_timeout=30.0)
+
+        def deny(name: str, body: dict[str, Any]) -> web.Response | None:
+            if name != "SendMessageBatch":
+                return None
+            return refusal("AccessDenied", 403) if body["QueueUrl"].endswith("-b") else refusal("RequestThrottled")
+
+        lab.gate.rules.append(deny)
+        with pytest.raises(PermissionDeniedError) as caught:
+            await backend.publish("k", {"n": 1})
+        assert not caught.value.maybe_accepted
+
+
+async def test_a_message_for_one_group_reaches_that_one_alone(lab: Any) -> None:
+    async with bounds.within(20):
+        backend: SqsBackend = await lab.backend()
+        await backend.publish("early", {"n": 0})  # parked: there is no group
+        with pytest.raises(UnroutableError, match="'a'"):
+            await backend.publish("k", {"n": 1}, group="a", mandatory=True)
+        await backend.declare("a", ["other"])
+        await backend.declare("b")
+        await backend.publish("k", {"n": 2}, group="a")
+        await backend.publish("k", {"n": 3}, group="a", delay=600)
+        stats = [await backend.stats(group) for group in ("a", "b")]
+        assert [(each.waiting, each.delayed) for each in stats] == [(1, 1), (1, 0)]
+
+
+async def test_a_group_that_is_full_is_told_before_anything_is_stored(lab: Any) -> None:
+    async with bounds.within(20):
+        maker: SqsBackend = await lab.backend()
+        await maker.declare("a")
+        await maker.declare("b", ["only.b"])
+        backend: SqsBackend = await lab.backend(max_backlog=2)
+        for n in range(2):
+            await backend.publish("only.b", {"n": n}, group="b")
+        with pytest.raises(BackpressureError):
+            await backend.publish("only.b", {"n": 2})
+        assert [(await maker.stats(group)).waiting for group in ("a", "b")] == [0, 2]
+        await backend.publish("k", {"n": 3})
+        assert (await maker.stats("a")).waiting == 1

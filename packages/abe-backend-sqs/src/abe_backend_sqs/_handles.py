@@ -1,6 +1,7 @@
 """Receipt handles: what SQS is told about messages that it gave us, ten in a request."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -11,6 +12,8 @@ from abe_backend_sqs._wire import BATCH
 
 if TYPE_CHECKING:
     from abe_backend_sqs._transport import SqsTransport
+
+_log: Final = logging.getLogger("abe.sqs")
 
 LONGEST_HIDING: Final = 43_200 - 60
 """Seconds, from its receipt, that a message is hidden for at most: SQS's 12 hours, without what requests may take on their way."""
@@ -171,16 +174,21 @@ class Deletions:
 
     async def _request(self, batch: _Batch) -> None:
         try:
-            try:
-                failures = await self._carry_out(batch.receipts)
-            except AbeError as exc:
-                failures = dict.fromkeys(batch.receipts, exc)
-            batch.outcome.set_result(failures)
+            batch.outcome.set_result(await self._carried_out(batch.receipts))
         finally:
             batch.outcome.cancel()  # nothing happens if it is known; else the event loop ends, and nobody is to wait for it
             self._under_way.discard(batch)
         if self._awaited:
             self.leave()
+
+    async def _carried_out(self, receipts: Sequence[Receipt]) -> dict[Receipt, AbeError]:
+        try:
+            return await self._carry_out(receipts)
+        except AbeError as exc:
+            return dict.fromkeys(receipts, exc)
+        except Exception as exc:  # noqa: BLE001 - those who wait for it are not cancelled by a fault here
+            _log.exception("unexpected exception where messages were deleted (a bug of the provider)")
+            return dict.fromkeys(receipts, BackendConnectionError(f"messages could not be deleted: {exc!r}"))
 
 
 async def beside(*calls: Awaitable[_T]) -> Sequence[_T]:

@@ -70,6 +70,9 @@ class Later:
                     told = max(told, level)
                     _log.log(level, "delayed messages of group %r do not move, trying again: %s", self._group, exc)
                     await pause(self._left, _BACKOFF(failures) if exc.retryable else _BACKOFF.maximum)
+                except Exception:  # noqa: BLE001 - or what waits would never move
+                    _log.exception("unexpected exception where delayed messages are moved (a bug of the provider)")
+                    await pause(self._left, _BACKOFF.maximum)
                 else:
                     failures, told = 0, -1
         finally:
@@ -108,5 +111,6 @@ class Later:
 
 
 def _left(message: Message) -> int:
-    left = _wire.parse(message).due / 1000 - time.time()
+    due, now = _wire.parse(message).due, time.time()
+    left = due / 1000 - now if due <= now * 1000 + _wire.LONGEST_WAIT else 0.0  # else it is for the consumer to see
     return min(LONGEST_HIDING, -int(-left // 1)) if left > 0 else 0

@@ -6,15 +6,18 @@ taken it over goes to the consumer that began it, which gives it back.
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from abe.errors import AbeError
+from abe.errors import AbeError, BackendConnectionError
 from abe_backend_sqs._errors import CLIENT_ERRORS, translate
 from abe_backend_sqs._wire import BATCH, Message
 
 if TYPE_CHECKING:
     from abe_backend_sqs._transport import SqsTransport
+
+_log: Final = logging.getLogger("abe.sqs")
 
 POLLED: Final = ("ApproximateReceiveCount", "SentTimestamp", "MessageGroupId")
 """What SQS itself tells about a message."""
@@ -150,9 +153,11 @@ async def _carry_out(poll: Poll) -> None:
     """Poll. Whoever owns it in the end gets what it brings."""
     try:
         messages = await poll.owner.ask(poll.count)
+        await poll.owner.brought(poll, messages)
     except AbeError as exc:
         poll.owner.failed(exc)
-    else:
-        await poll.owner.brought(poll, messages)
+    except Exception as exc:  # noqa: BLE001 - a fault here must not leave the consumer waiting for what does not come
+        _log.exception("unexpected exception where an answer of SQS was taken (a bug of the provider)")
+        poll.owner.failed(BackendConnectionError(f"an answer of SQS could not be taken: {exc!r}"))
     finally:
         poll.owner.ended(poll)

@@ -28,9 +28,6 @@ _log: Final = logging.getLogger("abe.sqs")
 _EARLY: Final = LONGEST_DELAY - 300
 """Seconds before it is due that a long delayed message is looked at again: its last stretch is a delay of SQS's own."""
 
-_LONGEST_WAIT: Final = 15 * 86_400_000
-"""Milliseconds from now for which a message may be made to wait: SQS keeps it for 14 days."""
-
 _ON_ITS_WAY: Final = 0.5
 """Seconds for which a message may have been on its way to us while its lease ran."""
 
@@ -224,7 +221,7 @@ class SqsReceiver:
             if message in repeated or self._held.receive_again(message, deadline):
                 continue
             parsed = _wire.parse(message)
-            if parsed.due > now + _LONGEST_WAIT:
+            if parsed.due > now + _wire.LONGEST_WAIT:
                 parsed = parsed._replace(due=0, fault="the time that it waits for comes when SQS has it no more")
             delivery = _wire.delivery(message, parsed)
             delivery.attempt = max(1, delivery.attempt - uncounted(message))

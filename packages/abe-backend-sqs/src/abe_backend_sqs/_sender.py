@@ -207,7 +207,8 @@ class Sender:
 
     def _partly(self, envelope: Envelope, done: set[str], failed: Sequence[tuple[str, AbeError]]) -> AbeError:
         errors = [error for _, error in failed]
-        worst = next((error for error in errors if error.maybe_accepted), errors[0])
+        # What may be stored is told first, then what will never be.
+        worst = min(errors, key=lambda error: (not error.maybe_accepted, error.retryable))
         known = self._partial.get(id(envelope))
         if known is None:
             if not done:

@@ -32,6 +32,8 @@ RESERVE: Final = 512
 """Bytes of it that a published message leaves free: a retry notes the attempts, a dead letter at least when it died."""
 BATCH: Final = 10
 """Messages of a request."""
+LONGEST_WAIT: Final = 15 * 86_400_000
+"""Milliseconds from now for which a message may be made to wait: SQS keeps it for 14 days."""
 ATTRIBUTES: Final = 10
 """Attributes of a message. SQS's."""
 
