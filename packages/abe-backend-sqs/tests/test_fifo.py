@@ -373,3 +373,17 @@ def test_the_clauses_of_order_hold_with_one_message_group() -> None:
     )
     assert done.returncode == 0, done.stdout
     assert re.search(r"C-ORD-01 +CAP +2 tests +passed", done.stdout), done.stdout
+
+
+async def test_many_parked_messages_of_one_key_are_handed_over(lab: Any) -> None:
+    """Those behind ten of a message group come only when these are deleted."""
+    async with bounds.within(30):
+        backend: SqsBackend = await lab.backend(fifo=True)
+        await backend.publish_many([("k", {"n": n}) for n in range(65)])
+        await backend.declare("g")
+        assert (await backend.stats("g")).waiting == 65
+        async with backend.consume(group="g") as messages:
+            for n in range(65):
+                message = await messages.receive()
+                assert message["n"] == n
+                await message.ack()

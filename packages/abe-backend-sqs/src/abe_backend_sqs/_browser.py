@@ -80,27 +80,30 @@ class Browser:
         """Whether it has seen all that there was: others may have had some of it out of sight."""
         return self._ended and len(self._seen) >= self._expected
 
-    async def pages(self) -> AsyncGenerator[Sequence[Message]]:
-        """Take out all there is, page by page: bounded in count, in bytes, and in the time that it takes to collect one."""
+    async def pages(self, enough: int = _PAGE) -> AsyncGenerator[Sequence[Message]]:
+        """Take out all there is, page by page: bounded in count, in bytes, and in the time that it takes to collect one.
+
+        Args:
+            enough: Messages that make a page. Of a FIFO queue's message group the next ones come when the last ones are deleted.
+        """
         if not await self._begin():
             return
         page: list[Message] = []
-        size, deadline = 0, time.monotonic() + self._transport.settings.publish_timeout * _SHARE
+        size, deadline = 0, self._deadline()
         while not self._ended and len(self._seen) < _MOST:
             for message in await self._take():
                 more = _wire.size(message)
                 if page and size + more > _BYTES:
                     yield page
-                    page, size = [], 0
-                    deadline = time.monotonic() + self._transport.settings.publish_timeout * _SHARE
+                    page, size, deadline = [], 0, self._deadline()
                 page.append(message)
                 size += more
-            if page and (len(page) >= _PAGE or time.monotonic() > deadline):
+            if page and (self._ended or len(page) >= enough or time.monotonic() > deadline):
                 yield page
-                page, size = [], 0
-                deadline = time.monotonic() + self._transport.settings.publish_timeout * _SHARE
-        if page:
-            yield page
+                page, size, deadline = [], 0, self._deadline()
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._transport.settings.publish_timeout * _SHARE
 
     async def delete(self, messages: Sequence[Message]) -> None:
         """Remove some of what was taken for good.

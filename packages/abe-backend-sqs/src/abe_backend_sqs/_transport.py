@@ -263,7 +263,7 @@ class SqsTransport:
             try:
                 registry = await self.queues.registry(since=time.monotonic())
                 groups = {name: registry.present[name] for name in sorted(registry.present, key=_by_age(registry))}
-                complete = not groups or await self._move_held(groups, thorough=thorough)
+                complete, moved = await self._move_held(groups, thorough=thorough) if groups else (True, 0)
                 self._fresh.difference_update(groups)
             except AbeError as exc:
                 if not exc.retryable:
@@ -276,23 +276,24 @@ class SqsTransport:
                 if await pause(self._closed, _BACKOFF(failures)):
                     return
             else:
-                # Somebody else was looking at the rest, and may want other messages.
-                unfinished = 0 if complete else unfinished + 1
+                # Where others were looking at some, they may have wanted other messages.
+                unfinished = 0 if complete else 1 if moved else unfinished + 1
                 if 0 < unfinished < _LOOKS:
                     self._looks.add(thorough)
                     if await pause(self._closed, _BACKOFF(unfinished)):
                         return
 
-    async def _move_held(self, groups: Mapping[str, tuple[str, ...]], *, thorough: bool) -> bool:
-        """Move each parked message to the first of the groups that wants it, and return whether all were looked at.
+    async def _move_held(self, groups: Mapping[str, tuple[str, ...]], *, thorough: bool) -> tuple[bool, int]:
+        """Move each parked message to the first of the groups that wants it; return whether all were looked at, and how many were moved.
 
         Raises:
             BackendConnectionError: Some could not be moved, and may be next time.
         """
+        count = 0
         failed: list[AbeError] = []
         async with (
             Browser(self, self.queues.names.held, thorough=thorough) as parked,
-            aclosing(parked.pages()) as pages,
+            aclosing(parked.pages(1)) as pages,
         ):
             async for page in pages:
                 left: Sequence[Message] = page
@@ -300,12 +301,13 @@ class SqsTransport:
                     wanted = [message for message in left if _wire.wants(patterns, message)]
                     moved = await self._unhold(group, wanted, failed)
                     await parked.delete(moved)
+                    count += len(moved)
                     left = [message for message in left if message not in moved]
                 if self._closed.is_set():
                     break
         if failed:
             raise BackendConnectionError(f"parked messages could not be moved: {failed[0]}") from failed[0]
-        return parked.complete
+        return parked.complete, count
 
     async def _unhold(self, group: str, messages: Sequence[Message], failed: list[AbeError]) -> Sequence[Message]:
         """Put held messages into the group's queue, with what is left of their delays, and return those that are there."""
