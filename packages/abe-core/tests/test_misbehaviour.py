@@ -338,6 +338,33 @@ async def test_a_handler_that_outlives_its_cancellation_settles_its_message_and_
     assert (stats.waiting, stats.in_flight, stats.dead) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_a_cancellation_that_a_handler_leaves_behind_does_not_end_the_consumer(
+    memory_backend: MemoryBackend, ordered: bool
+) -> None:
+    tasks: list[asyncio.Task[Any]] = []
+    handled = asyncio.Queue[int]()
+
+    async def handler(message: Message) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.append(task)
+        await handled.put(message["n"])
+
+    await memory_backend.declare()
+    async with running(AsyncLoopConsumer(memory_backend, ordered_by_key=ordered), handler) as task:
+        for n in range(3):
+            await memory_backend.publish("k", {"n": n})
+            assert await handled.get() == n
+            for _ in range(10):
+                await asyncio.sleep(0)
+            tasks[-1].cancel()
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert not task.done()
+    assert (await memory_backend.stats()).dead == 0
+
+
 async def test_a_handler_that_cancels_the_consumers_task_ends_it(memory_backend: MemoryBackend) -> None:
     async def handler(message: Message) -> None:
         task.cancel()

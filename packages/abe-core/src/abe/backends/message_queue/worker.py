@@ -112,8 +112,14 @@ class Workers:
         context = copy_context()
         context.run(WORKS_FOR.set, self._run)
         lane = _Lane()
-        while await asyncio.create_task(self._worker(context, lane), context=context.copy()):
-            pass
+        again = True
+        while again:
+            try:
+                again = await asyncio.create_task(self._worker(context, lane), context=context.copy())
+            except asyncio.CancelledError:
+                if self._ends() or _cancelling():
+                    raise
+                # Something that a handler has left behind cancelled its task, between two messages.
 
     async def _worker(self, clean: Context, lane: "_Lane") -> bool:
         """Handle messages until there are no more (False), or until one has changed the context that was `clean` (True)."""
@@ -246,6 +252,11 @@ class _Lane:
 
 def _nothing() -> None:
     return None
+
+
+def _cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _in_time(settling: Coroutine[Any, Any, None]) -> None:
