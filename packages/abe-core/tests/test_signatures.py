@@ -319,6 +319,21 @@ async def test_a_mock_is_a_handler() -> None:
     synchronous.assert_called_once_with(PAYLOAD)
 
 
+async def test_so_is_a_mock_of_a_service_and_what_stands_in_for_one() -> None:
+    class Proxy:
+        def __init__(self, service: Any) -> None:
+            self._service = service
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._service, name)
+
+    service = Mock(spec=Methods)
+    await run(service)
+    service.handle_event.assert_awaited_once_with(PAYLOAD)
+    service.assert_not_called()
+    assert await run(Proxy(Methods())) == Order(17)
+
+
 async def unknown(order: Unknown) -> None: ...  # type: ignore[name-defined]  # noqa: F821
 async def only_for_the_type_checker(order: Database) -> None: ...
 async def two(order: Order, other: Order) -> None: ...

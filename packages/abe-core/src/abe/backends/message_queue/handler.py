@@ -61,8 +61,8 @@ class CheckedHandler:
 
 
 def _function(handler: object) -> Callable[..., Any]:
-    # Not by isinstance: a mock has every method that it is asked for.
-    named = inspect.getattr_static(handler, "handle_event", None) is not None
+    # Not by isinstance: a mock without a specification has every method that it is asked for.
+    named = "handle_event" in dir(handler) or (not callable(handler) and hasattr(handler, "handle_event"))
     function: Any = cast("EventHandlerProtocol", handler).handle_event if named else handler
     if not callable(function):
         raise ConfigurationError(
