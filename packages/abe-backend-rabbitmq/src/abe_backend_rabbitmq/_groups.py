@@ -1,6 +1,7 @@
 """The groups: making them, changing their patterns, deleting them."""
 
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -17,6 +18,9 @@ from abe_backend_rabbitmq._registry import Entry, Registry, RegistryKeeper
 from abe_backend_rabbitmq._topology import LEVELS, Topology
 
 _log: Final = logging.getLogger("abe.rabbitmq")
+
+_LATELY: Final = 1.0
+"""Seconds since when the registry was seen lately."""
 
 _T = TypeVar("_T")
 
@@ -47,6 +51,7 @@ class Groups:
         self._tell = tell
         self._known: Registry | None = None
         self._version = 0
+        self._seen_at = -_LATELY
         self._patterns: dict[str, tuple[str, ...]] = {}
 
     async def prepare(self, connection: Connection) -> None:
@@ -121,6 +126,15 @@ class Groups:
     def version(self) -> int:
         """The newest version of the registry that was seen."""
         return self._version
+
+    def _saw(self, registry: Registry) -> None:
+        self._version = max(self._version, registry.version)
+        self._seen_at = time.monotonic()
+
+    async def lately(self) -> None:
+        """Have seen the registry within the last moment."""
+        if time.monotonic() - self._seen_at > _LATELY:
+            await self._settled()
 
     async def now(self) -> Registry:
         """Return the registry as it is now."""
@@ -222,7 +236,7 @@ class Groups:
         registry = await self._there(self._keeper.peek)
         if registry.stale or any(entry.changing for entry in registry.groups.values()):
             registry = await self._keeper.exclusively(self._read)
-        self._version = max(self._version, registry.version)
+        self._saw(registry)
         return registry
 
     async def _there(self, work: Callable[[], Awaitable[_T]]) -> _T:
@@ -241,7 +255,7 @@ class Groups:
         if registry.stale or any(entry.changing for entry in registry.groups.values()):
             await self._finish(registry)
         self._known = registry
-        self._version = max(self._version, registry.version)
+        self._saw(registry)
         return registry
 
     async def _change(self, registry: Registry, group: str) -> None:
@@ -279,7 +293,7 @@ class Groups:
                 del registry.groups[group]
         registry.stale.clear()
         self._known = registry
-        self._version = max(self._version, registry.version)
+        self._saw(registry)
         await self._keeper.write(registry)
 
     async def _make_namespace(self, channel: AbstractChannel) -> None:

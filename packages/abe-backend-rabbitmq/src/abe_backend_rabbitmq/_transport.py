@@ -113,6 +113,7 @@ class RabbitMQTransport:
 
     async def subscribe(self, group: str, prefetch: int) -> RabbitMQReceiver:
         """Make a consumer."""
+        await self._groups.lately()  # whose queue it is that is consumed: see `RabbitMQReceiver.made`
         receiver = RabbitMQReceiver(self, group, prefetch)
         try:
             await receiver.start()
