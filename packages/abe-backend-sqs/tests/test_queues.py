@@ -11,7 +11,7 @@ from aiohttp import web
 
 from abe.backends.message_queue.base import Envelope
 from abe.errors import AbeError, BackendConnectionError, GroupMissingError
-from abe_backend_sqs import _reader
+from abe_backend_sqs import _reader, _transport
 from abe_backend_sqs._transport import SqsTransport
 from abe_contract_tests import bounds
 
@@ -487,3 +487,24 @@ class TestTopics:
             assert len(lab.gate.requests("CreateTopic")) == 1  # nobody takes himself for subscribed to a new one
             await backend.publish("k", {"n": 3})
             assert [(await backend.stats(group)).waiting for group in ("a", "b")] == [3, 1]
+
+
+class TestParked:
+    async def test_what_nobody_wants_is_not_gone_through_by_every_consumer_that_starts(
+        self, lab: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_transport, "_SHORT_LOOK", 20)
+        async with bounds.within(30):
+            backend = await lab.backend()
+            await backend.publish_many([("unwanted", {"n": n}) for n in range(60)])
+            await backend.publish("wanted", {"n": 60})
+            await backend.declare("g", ["wanted"])
+            assert (await backend.stats("g")).waiting == 1, "a new group finds what it wants, wherever it is"
+            lab.gate.seen.clear()
+            other = await lab.transport()
+            monkeypatch.setattr(other.queues, "_propagation", lambda *_: 0.0)  # as if it had been there for long
+            await other.declare("g", None, change=False)
+            assert other._handing_over is not None
+            await other._handing_over
+            looks = [each for each in lab.gate.requests("ReceiveMessage") if "-held" in each["QueueUrl"]]
+            assert 1 <= len(looks) <= 3

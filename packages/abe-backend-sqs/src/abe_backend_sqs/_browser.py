@@ -46,12 +46,14 @@ class Browser:
         transport: Asks SQS.
         name: The queue's name. There may be none: then it is empty.
         thorough: Ask all of SQS's servers that hold parts of the queue, which takes a second where it is empty.
+        most: Messages that it takes.
     """
 
-    def __init__(self, transport: "SqsTransport", name: str, *, thorough: bool = False) -> None:
+    def __init__(self, transport: "SqsTransport", name: str, *, thorough: bool = False, most: int = _MOST) -> None:
         self._transport = transport
         self._name = name
         self._thorough = thorough
+        self._most = most
         self._taken: dict[str, str] = {}
         """The handles of what is out of sight, by message."""
         self._seen: set[str] = set()
@@ -77,8 +79,8 @@ class Browser:
 
     @property
     def complete(self) -> bool:
-        """Whether it has seen all that there was: others may have had some of it out of sight."""
-        return self._ended and len(self._seen) >= self._expected
+        """Whether it has seen all that it was to: others may have had some of it out of sight."""
+        return len(self._seen) >= min(self._expected, self._most)
 
     async def pages(self, enough: int = _PAGE) -> AsyncGenerator[Sequence[Message]]:
         """Take out all there is, page by page: bounded in count, in bytes, and in the time that it takes to collect one.
@@ -90,7 +92,7 @@ class Browser:
             return
         page: list[Message] = []
         size, deadline = 0, self._deadline()
-        while not self._ended and len(self._seen) < _MOST:
+        while not self._ended and len(self._seen) < self._most:
             for message in await self._take():
                 more = _wire.size(message)
                 if page and size + more > _BYTES:
@@ -98,9 +100,11 @@ class Browser:
                     page, size, deadline = [], 0, self._deadline()
                 page.append(message)
                 size += more
-            if page and (self._ended or len(page) >= enough or time.monotonic() > deadline):
+            if page and (len(page) >= enough or time.monotonic() > deadline):
                 yield page
                 page, size, deadline = [], 0, self._deadline()
+        if page:
+            yield page
 
     def _deadline(self) -> float:
         return time.monotonic() + self._transport.settings.publish_timeout * _SHARE

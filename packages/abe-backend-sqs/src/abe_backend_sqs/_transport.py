@@ -31,6 +31,9 @@ _log: Final = logging.getLogger("abe.sqs")
 _BACKOFF: Final = ExponentialBackoff(initial=0.1, maximum=5.0)
 _CLOCKS: Final = 5_000
 """Milliseconds that clocks may be apart."""
+_FULL_LOOK: Final = 100_000
+"""Parked messages of a look. SQS lets 120,000 of a queue be out of sight at once."""
+_SHORT_LOOK: Final = 1_000
 _LOOKS: Final = 5
 """Looks at parked messages, some of which others have out of sight."""
 
@@ -289,10 +292,12 @@ class SqsTransport:
         Raises:
             BackendConnectionError: Some could not be moved, and may be next time.
         """
+        # Groups that were there before want none of them, but where whoever made one was ended before it had looked.
+        most = _FULL_LOOK if thorough or not self._fresh.isdisjoint(groups) else _SHORT_LOOK
         count = 0
         failed: list[AbeError] = []
         async with (
-            Browser(self, self.queues.names.held, thorough=thorough) as parked,
+            Browser(self, self.queues.names.held, thorough=thorough, most=most) as parked,
             aclosing(parked.pages(1)) as pages,
         ):
             async for page in pages:

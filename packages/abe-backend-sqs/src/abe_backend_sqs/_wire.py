@@ -3,12 +3,12 @@
 The body is the payload's text, or its base64 where SQS would refuse the text. The message attribute ``abe`` is a JSON
 array ``[1, id, key, milliseconds]``, then as far as needed: headers or null, the deliveries so far, the time in
 milliseconds before which it must not be delivered, 1 for a body in base64 (2 for an empty one, which SQS does not
-carry), and 1 for what is meant for one group alone. A stranger writes a body alone, or with the attributes ``key``,
+carry), and 1 for what is meant for one group alone. A foreign program writes a body alone, or with the attributes ``key``,
 ``id`` (without it SQS's own is the message's) and ``encoding``, which may be ``base64``. A dead letter has the attribute
 ``abe-dead`` besides: ``[attempts, reason, error, milliseconds]``. A message that leaves a FIFO queue has the message
 group that it had there as ``abe-order``.
 
-SQS takes ten attributes, and 1 MiB with them. What is published leaves room for ours; a stranger's message may leave none. Then its
+SQS takes ten attributes, and 1 MiB with them. What is published leaves room for ours; a foreign message may leave none. Then its
 copies lose, in this order: the texts of the reason and the error; attributes that mean nothing here; the message group; the note of the
 death; the note of the deliveries, which begin anew. They never lose the body, nor what says how it is read.
 """
@@ -42,7 +42,7 @@ _DIGITS: Final = 15
 """Of a number of SQS's: enough for a time in milliseconds, and exact as a float."""
 _FIELDS: Final = ("DataType", "StringValue", "BinaryValue")
 _PLAIN: Final = ("encoding", "key", "id")
-"""What a stranger may say about a message. Ours say it in ``abe``."""
+"""What a foreign program may say about its message. Ours say it in ``abe``."""
 _MARK: Final = f"[{VERSION},"
 _NOTE: Final = 64
 """Bytes that are enough for the note of a death without its texts."""
@@ -122,7 +122,7 @@ def repack(message: Message, *, attempts: int, due: int = 0, only: bool = False)
 
     With `only` it is meant for the group that it goes to, whatever that group's patterns say.
 
-    A message that cannot be read stays what it is, and so does a stranger's that leaves no room: they have no place for either.
+    A message that cannot be read stays what it is, and so does a foreign one that leaves no room: they have no place for either.
     """
     parsed, attributes = parse(message), _attributes(message)
     others = {name: value for name, value in attributes.items() if name not in (_META, _DEAD, _ORDER)}
@@ -163,7 +163,7 @@ def leaving(message: Message, entry: Entry) -> Entry:
 
 
 def left(message: Message) -> bool:
-    """Return whether a message was in a FIFO queue before; a stranger's that leaves no room does not tell."""
+    """Return whether a message was in a FIFO queue before; a foreign one that leaves no room does not tell."""
     return _ORDER in _attributes(message) or _META not in _attributes(message)
 
 
