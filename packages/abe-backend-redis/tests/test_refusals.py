@@ -1,5 +1,6 @@
 """A user with fewer rights than the README's: newer commands are done without, what cannot be done is told at once."""
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from abe import AsyncLoopConsumer
 from abe.backends.message_queue.base import Delivery, Settlement, Verb
-from abe.errors import PermissionDeniedError
+from abe.errors import ConfigurationError, PermissionDeniedError
 from abe_contract_tests import bounds
 
 Collect = Callable[..., Awaitable[list[Delivery]]]
@@ -63,6 +64,42 @@ class TestNewerCommands:
         assert await lab.pending() == 0
         refused = (await lab.redis.info("errorstats"))["errorstat_NOPERM"]["count"]
         assert int(refused) == 1
+
+
+class TestPublishing:
+    async def test_what_one_message_may_not_is_no_matter_of_the_others(self, launch: Any, lab_at: Any) -> None:
+        """What was stored is confirmed, and what was refused is certainly absent."""
+        for make in ("system", "redis8", "valkey"):
+            lab = lab_at(launch(server=make).url)
+            transport = await lab.transport(**await user(lab, "-zadd"))
+            await transport.declare("g", None, change=False)
+            batch = [lab.envelope(), lab.envelope(delay=5), lab.envelope(), lab.envelope(delay=5)]
+            for envelopes in (batch, batch[::-1]):
+                outcomes = await transport.send(envelopes)
+                refused = [PermissionDeniedError if envelope.delay else type(None) for envelope in envelopes]
+                assert [type(outcome) for outcome in outcomes] == refused
+                assert not any(outcome.maybe_accepted for outcome in outcomes if outcome is not None)
+            assert (await transport.stats("g")).waiting == 4
+
+    async def test_a_message_that_some_groups_have_is_told_apart(self, one_lab: Any) -> None:
+        transport = await one_lab.transport()
+        await transport.declare("a", None, change=False)
+        await transport.declare("b", ("b",), change=False)
+        await one_lab.redis.delete(one_lab.names.queue("b"))
+        await one_lab.redis.set(one_lab.names.queue("b"), "somebody else's")
+        outcomes = await transport.send([one_lab.envelope("a"), one_lab.envelope("b"), one_lab.envelope("a")])
+        assert [type(outcome) for outcome in outcomes] == [type(None), ConfigurationError, type(None)]
+        assert outcomes[1].maybe_accepted
+        assert (await transport.stats("a")).waiting == 3
+
+    async def test_publish_many_names_the_refused(self, launch: Any, lab_at: Any) -> None:
+        lab = lab_at(launch().url)
+        backend = await lab.backend(**await user(lab, "-zadd"), groups={"g": ()})
+        outcomes = await asyncio.gather(
+            *(backend.publish("k", {"n": n}, delay=5 if n % 2 else None) for n in range(10)), return_exceptions=True
+        )
+        assert [isinstance(outcome, PermissionDeniedError) for outcome in outcomes] == [False, True] * 5
+        assert (await backend.stats("g")).waiting == 5
 
 
 class TestForGood:

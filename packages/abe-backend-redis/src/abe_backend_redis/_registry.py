@@ -82,13 +82,17 @@ class Registry:
         self._routes[key] = mask
         return mask
 
-    def outcomes(self, envelopes: Sequence[Envelope], rejected: Sequence[int]) -> Sequence[AbeError | None]:
-        """Return what became of messages, of which a full group kept out those at the positions `rejected`."""
-        if not rejected and self.all_routed:
+    def outcomes(
+        self, envelopes: Sequence[Envelope], full: Sequence[int], failed: Mapping[int, AbeError]
+    ) -> Sequence[AbeError | None]:
+        """Return what became of messages, by the positions of those that a full group kept out, and of those that failed."""
+        if not full and not failed and self.all_routed:
             return ()
         outcomes: list[AbeError | None] = [self._unroutable(envelope) for envelope in envelopes]
-        for position in rejected:
+        for position in full:
             outcomes[position] = BackpressureError("a group that wants the message has max_backlog messages waiting")
+        for position, error in failed.items():
+            outcomes[position] = error
         return outcomes
 
     def _unroutable(self, envelope: Envelope) -> UnroutableError | None:

@@ -78,7 +78,8 @@ class RedisTransport:
             registry = self._registry or await self._load_registry(wire)
             reply = await self._publish(wire, registry.pack(envelopes))
             if reply is not None:
-                return registry.outcomes(envelopes, reply)
+                full = [position for position in reply if isinstance(position, int)]
+                return registry.outcomes(envelopes, full, self._failed(reply) if len(full) < len(reply) else {})
             self._registry = None
         raise BackendConnectionError("the groups change faster than messages can be published")
 
@@ -225,6 +226,16 @@ class RedisTransport:
                 await wire.call(b"SCRIPT", b"LOAD", SCRIPTS["publish"].text)
                 return None
             raise translate(exc, self.settings.address) from exc
+
+    def _failed(self, reply: Reply) -> Mapping[int, AbeError]:
+        """Return what went wrong with messages of a publish of which others are stored."""
+        errors: dict[int, AbeError] = {}
+        for position, copies, text in (item for item in reply if not isinstance(item, int)):
+            cause = ReplyError(text.decode(errors="replace"))
+            errors[position] = error = translate(cause, self.settings.address)
+            error.__cause__ = cause
+            error.maybe_accepted = copies > 0  # some groups have it, others not
+        return errors
 
     async def _load_registry(self, wire: Wire) -> Registry:
         keys = [self.topology.version, self.topology.groups]
