@@ -21,6 +21,7 @@ from abe.errors import (
     PublishUnknownError,
     UnroutableError,
 )
+from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._transport import RabbitMQTransport
 from abe_contract_tests import bounds
 
@@ -698,3 +699,35 @@ class TestRegistry:
         assert await other.send(lab.envelopes(1)) == ()
         await other.declare("g", None, change=False)
         assert (await other.stats("g")).waiting == 1
+
+
+class TestOddDelays:
+    async def test_a_delayed_message_that_cannot_be_moved_keeps_no_other_waiting(
+        self, lab: Any, collect: Collect, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None, change=False)
+        receiver = await lab.receiver(transport)
+        odd = _wire.copy
+
+        def copy(header: Any, body: bytes, *rest: Any) -> bytes:
+            if body == b"odd":
+                raise ValueError("nobody knows how to copy this")
+            return odd(header, body, *rest)
+
+        monkeypatch.setattr("abe_backend_rabbitmq._wire.copy", copy)
+        sent = [lab.envelope(delay=0.3, body=body) for body in (b"1", b"odd", b"2")]
+        assert await transport.send(sent) == ()
+        assert [each.body for each in await collect(receiver, 2)] == [b"1", b"2"]
+        assert (await transport.stats("g")).delayed == 1
+
+    async def test_a_stranger_s_message_on_a_rung_goes_on_when_the_rung_s_time_is_over(
+        self, lab: Any, collect: Collect
+    ) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None, change=False)
+        receiver = await lab.receiver(transport)
+        await transport.send([lab.envelope(delay=0.3)])
+        await collect(receiver, 1)
+        await lab.put(lab.names.waiting("g", 1), b"{}", headers={"abe-until": "soon", "deep": {"er": [1, {"x": None}]}})
+        assert [each.body for each in await collect(receiver, 1)] == [b"{}"]

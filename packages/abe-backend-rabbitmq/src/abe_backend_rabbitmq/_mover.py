@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 from aiormq.abc import DeliveredMessage
 
 from abe.backends.message_queue.base import Delivery
-from abe.errors import AbeError
+from abe.errors import AbeError, UnroutableError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._channel import Channel, Outgoing
 from abe_backend_rabbitmq._connection import finished
@@ -39,6 +39,9 @@ _NEAR: Final = 1.0
 
 _AGAIN: Final = 0.5
 """Seconds after which something that failed is tried again."""
+
+_MUCH_LATER: Final = 60.0
+"""Seconds after which a message that cannot be moved is tried again."""
 
 _GOODBYE: Final = 1.0
 _HELD: Final = Delivery(0, b"", None, 1), Header(b"", "", "")
@@ -155,14 +158,26 @@ class _Rung:
 
     async def _carry(self, channel: Channel, ripe: Sequence[_Waiting]) -> bool:
         """Put copies where they go next, and acknowledge those that are there: a crash between doubles them."""
-        copies = [await self._copy(each.header, each.body) for each in ripe]
+        copies: list[Outgoing] = []
+        sent: list[int] = []
+        for each in ripe:
+            try:
+                copies.append(await self._copy(each.header, each.body))
+            except AbeError:
+                raise
+            except Exception:  # noqa: BLE001 - it concerns this message, and none of the others
+                _log.exception("a delayed message of group %r cannot be moved; it is tried again later", self._group)
+                self._held.remove(each)
+                self._held.append(each._replace(until=each.until + _MUCH_LATER))
+            else:
+                sent.append(each.tag)
         outcomes = await self._movers.outlet.move(copies, bounded=True)
-        done = {each.tag for i, each in enumerate(ripe) if not outcomes or outcomes[i] is None}
+        done = {tag for i, tag in enumerate(sent) if not outcomes or outcomes[i] is None}
         self._held = [each for each in self._held if each.tag not in done]
         await channel.ack(sorted(done))
-        if len(done) < len(ripe):
+        if any(isinstance(outcome, UnroutableError) for outcome in outcomes):
             self._movers.ladder.forget(self._group)
-        return len(done) == len(ripe)
+        return len(done) == len(sent)
 
     async def _copy(self, header: Header, body: bytes) -> Outgoing:
         names, group, due = self._movers.names, self._group, _wire.due(header)
