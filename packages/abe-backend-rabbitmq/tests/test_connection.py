@@ -662,6 +662,7 @@ class TestRights:
         await owner.declare("g", None, change=True)
         await owner.send(lab.envelopes(50))
         transport = await lab.transport(url=await user("NS", "NS:|amq.default", "NS"))  # to all but the exchange
+        await transport.declare("g", None, change=False)
         receiver = await lab.receiver(transport)
         found = await collect(receiver, 50)
         dead = [Settlement(each.receipt, Verb.DEAD, reason="r", error="e") for each in found]
