@@ -233,6 +233,22 @@ def test_only_so_many_handled_messages_are_remembered_and_each_counts_once(monke
     assert not any(losses.was_handled("other", delivery, header) for delivery in again)
     assert [losses.was_handled("g", delivery, header) for delivery in again] == [False, True, True, True]
     assert not any(losses.was_handled("g", delivery, header) for delivery in again)
+    assert (losses._begun, losses._bytes) == ({}, 0)
+
+
+def test_only_so_many_bytes_of_handled_messages_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("abe_backend_rabbitmq._losses._MOST_BYTES", 100)
+    losses, header = Losses(), Header(b"\0\x80\x011", "", "")
+    for number in range(10):
+        delivery = Delivery(1, b"%d" % number * 30, header, 1)
+        delivery.begun = delivery.handled = True
+        losses.note("g", header, delivery)
+        losses.note("g", header, delivery)  # lost twice, held once
+    assert losses._bytes == 90
+    assert losses.was_handled("g", Delivery(2, b"9" * 30, header, 2), header)
+    assert not losses.was_handled("g", Delivery(2, b"1" * 30, header, 2), header)
+    losses.forget("g", header, b"")
+    assert (losses._begun, losses._bytes) == ({}, 0)
 
 
 class TestLongHandlers:

@@ -4,7 +4,6 @@ RabbitMQ counts a delivery that comes back for whatever reason, also where the m
 still there, so that no message can have killed it. Pure.
 """
 
-from collections import deque
 from typing import Final
 
 from abe.backends.message_queue.base import Delivery
@@ -15,7 +14,8 @@ _MOST: Final = 65_536
 """Messages remembered: as many as one consumer can hold."""
 
 _MOST_BEGUN: Final = 1_000
-"""Deliveries remembered that a handler has, or had: their bodies are held."""
+_MOST_BYTES: Final = 16 * 1024 * 1024
+"""Deliveries remembered that a handler has, or had, and of their bodies."""
 
 
 class _Lost:
@@ -32,7 +32,8 @@ class Losses:
 
     def __init__(self) -> None:
         self._lost: dict[tuple[str, str], _Lost] = {}
-        self._begun: deque[tuple[_Lost, Delivery]] = deque()
+        self._begun: dict[int, tuple[_Lost, Delivery]] = {}
+        self._bytes = 0
 
     def note(self, group: str, header: Header, delivery: Delivery, *, counts: bool = False) -> None:
         """Remember that a message was lost.
@@ -49,12 +50,12 @@ class Losses:
             del self._lost[next(iter(self._lost))]
         self._lost[name] = lost
         lost.times += not counts
-        if delivery.begun:
+        if delivery.begun and id(delivery) not in self._begun:
             lost.begun.append(delivery)
-            self._begun.append((lost, delivery))
-            if len(self._begun) > _MOST_BEGUN:
-                lost, delivery = self._begun.popleft()
-                lost.begun = [each for each in lost.begun if each is not delivery]
+            self._begun[id(delivery)] = lost, delivery
+            self._bytes += len(delivery.body)
+            while self._begun and (len(self._begun) > _MOST_BEGUN or self._bytes > _MOST_BYTES):
+                self._drop(*next(iter(self._begun.values())))
 
     def take_off(self, group: str, delivery: Delivery, header: Header) -> None:
         """Count a delivery as if what was lost had not been delivered."""
@@ -69,14 +70,20 @@ class Losses:
         for before in lost.begun if lost else ():
             if before.handled and before.body == delivery.body:
                 assert lost is not None
-                lost.begun = [each for each in lost.begun if each is not before]
+                self._drop(lost, before)
                 return True
         return False
 
     def forget(self, group: str, header: Header, body: bytes) -> None:
         """A copy takes the message's place: the broker counts anew."""
-        if self._lost:
-            self._lost.pop((group, _wire.identity(header, body)), None)
+        lost = self._lost.pop((group, _wire.identity(header, body)), None) if self._lost else None
+        for delivery in tuple(lost.begun) if lost else ():
+            self._drop(lost, delivery)
+
+    def _drop(self, lost: _Lost | None, delivery: Delivery) -> None:
+        if lost is not None and self._begun.pop(id(delivery), None) is not None:
+            lost.begun.remove(delivery)
+            self._bytes -= len(delivery.body)
 
     def _find(self, group: str, header: Header, body: bytes) -> _Lost | None:
         return self._lost.get((group, _wire.identity(header, body))) if self._lost else None
