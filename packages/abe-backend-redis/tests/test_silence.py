@@ -82,10 +82,10 @@ class Tunnel:
 
 @pytest.fixture
 async def tunnel(one_server: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Tunnel]:
-    monkeypatch.setattr(_connection, "PATIENCE", PATIENCE)
-    monkeypatch.setattr(_connection, "IDLE", IDLE)
-    monkeypatch.setattr(_receiver, "PATIENCE", PATIENCE)
-    monkeypatch.setattr(_transport, "PATIENCE", PATIENCE)
+    slowness = bounds.slowness()
+    for module in (_connection, _receiver, _transport):
+        monkeypatch.setattr(module, "PATIENCE", PATIENCE * slowness)
+    monkeypatch.setattr(_connection, "IDLE", IDLE * slowness)
     complaints: list[str] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(str(context)))
     tunnel = Tunnel(int(one_server.url.rpartition(":")[2].partition("/")[0]))
@@ -106,7 +106,7 @@ async def test_an_idle_connection_that_was_forgotten_is_replaced_before_it_is_ne
     tunnel.forget()
 
     async def noticed() -> bool:
-        return sum("has not answered" in text for text in caplog.messages) == 2  # to publish, and to control
+        return sum("has not answered" in text for text in caplog.messages) >= 2  # to publish, and to control
 
     await until(noticed, within=10)
     before = tunnel.made
@@ -126,7 +126,7 @@ async def test_a_publish_into_silence_has_time_for_a_second_try(tunnel: Tunnel, 
 async def test_publishers_and_consumers_go_on(tunnel: Tunnel, one_lab: Any) -> None:
     backend = await one_lab.backend(url=await tunnel.start())
     async with backend.consume(group="g") as subscription, bounds.within(15):
-        for number in range(3):
+        for number in range(2):
             await backend.publish("k", {"n": number})
             message = await subscription.receive()
             tunnel.forget()
