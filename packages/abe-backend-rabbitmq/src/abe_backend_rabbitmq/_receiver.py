@@ -197,21 +197,17 @@ class RabbitMQReceiver:
             await self.start()
         return [receipt for receipt in receipts if self._tag(receipt) is None]
 
-    async def stop(self) -> None:
-        """Have nothing more pushed, and give back what nobody was handed yet."""
+    async def stop(self) -> Sequence[Delivery]:
+        """Have nothing more pushed, and return what nobody was handed yet: giving it back would put it behind its successors."""
         self._stopping = True
         self._wake()
         if self._settlements is not None:
             self._settlements.hurry()
         if self._consuming is not None:
             await self._consuming.stop()
-        channel = self._channel
-        if channel is None or channel.closed is not None:
-            return
-        unread = [Settlement(delivery.receipt, Verb.RELEASE) for delivery in self._ready if not delivery.lost]
+        unread = [delivery for delivery in self._ready if not delivery.lost]
         self._ready.clear()
-        if unread:
-            await self.settle(unread)
+        return unread
 
     async def close(self) -> None:
         """Give back everything, and close the channel."""

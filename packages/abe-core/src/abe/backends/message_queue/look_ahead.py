@@ -19,6 +19,9 @@ _log: Final = logging.getLogger("abe.consumer")
 _MOST: Final = 1000
 """Messages held in all, about: as many as a process can hold without that being noticed, whatever their size."""
 
+_SETTLED: Final = 2.0
+"""Seconds after which what was settled has surely arrived at any broker."""
+
 _RECONNECT: Final = ExponentialBackoff(initial=0.1, maximum=1.0)
 
 
@@ -29,6 +32,8 @@ class _Room:
         self.subscription = subscription
         self.size = size
         self.held = 0
+        self.empty = False
+        """Whether it was halted, and has handed out everything."""
 
 
 class LookAhead:
@@ -52,14 +57,14 @@ class LookAhead:
         self._changing = asyncio.Lock()
         self._subscribing: asyncio.Task[Subscription] | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        self._ending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopped = False
         self._told = False
 
     async def receive(self) -> Message:
         """Wait for the next message; see `Subscription.receive`. Each is to be followed by a `done`."""
         while True:
-            room = self._rooms[-1]
-            message = room.subscription.take()
+            room, message = self._take()
             if message is None:
                 if await self._changed(room):
                     continue
@@ -80,11 +85,8 @@ class LookAhead:
         if room is None:
             return
         room.held -= 1
-        if not room.held and room is not self._rooms[-1]:
-            self._rooms.remove(room)
-            task = asyncio.create_task(room.subscription.aclose())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+        if not room.held and room.empty and room in self._rooms[:-1]:
+            self._leave(room)
 
     def ack_soon(self, message: Message) -> None:
         """Acknowledge with the next batch; see `Subscription.ack_soon`."""
@@ -102,7 +104,31 @@ class LookAhead:
     async def aclose(self) -> None:
         """Close all of the subscriptions."""
         self._stop()
+        if not self._ending.done():
+            self._ending.set_result(None)
         await asyncio.gather(*(room.subscription.aclose() for room in self._rooms), *self._closing)
+
+    def _take(self) -> tuple[_Room, Message | None]:
+        """Return the next message that is at hand, and where it is from: what came while a subscription was halted is the oldest."""
+        for room in self._rooms[:-1]:
+            if not room.empty and (message := room.subscription.take()) is not None:
+                return room, message
+            room.empty = True
+            if not room.held:
+                self._leave(room)
+        return self._rooms[-1], self._rooms[-1].subscription.take()
+
+    def _leave(self, room: _Room) -> None:
+        self._rooms.remove(room)
+        task = asyncio.create_task(self._close_later(room.subscription))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _close_later(self, subscription: Subscription) -> None:
+        # Closing just after acknowledgements a provider may look whether they arrived, and take messages for that: the next ones of the
+        # subscription that goes on, which would come behind their successors.
+        await asyncio.wait([self._ending], timeout=_SETTLED)
+        await subscription.aclose()
 
     def _stop(self) -> None:
         self._stopped = True
@@ -123,12 +149,9 @@ class LookAhead:
             if (size := self._size_after(room)) is None:
                 return False
             # First of all it takes nothing more, as two that take beside each other would mix the order up.
-            await room.subscription.stop()
+            await room.subscription.halt()
             following = await self._following(size)
             self._rooms.append(_Room(following, size))
-        if not room.held and room in self._rooms:
-            self._rooms.remove(room)
-            await room.subscription.aclose()
         if self._stopped:
             await following.stop()
         return True

@@ -82,6 +82,10 @@ class MinimalSubscription:
     async def release(self, message: Message) -> None:
         """Do nothing: there is no way to tell the provider."""
 
+    async def halt(self) -> None:
+        """Take nothing new."""
+        await self.stop()
+
     async def stop(self) -> None:
         """End the wait for a message."""
         self._stopped = True

@@ -47,6 +47,10 @@ class Subscription(Protocol):
         """Give a message back as if it had never been taken; nothing happens when it is settled already."""
         ...
 
+    async def halt(self) -> None:
+        """Take nothing new from the broker; what was taken already is still handed out by `take`."""
+        ...
+
     async def stop(self) -> None:
         """Take nothing new from the broker, and give back what nobody was handed yet; what was handed out keeps its lease."""
         ...

@@ -193,8 +193,13 @@ class Receiver(Protocol):
         the deliveries that we hold are lost."""
         ...
 
-    async def stop(self) -> None:
-        """Let a waiting `receive` return, with what it has, within a fraction of a second. Nothing new is taken from then on."""
+    async def stop(self) -> Sequence[Delivery] | None:
+        """Let a waiting `receive` return, with what it has, within a fraction of a second. Nothing new is taken from then on.
+
+        Returns:
+            What was taken from the broker and not returned by `receive`, in the broker's order, for the engine to hand out or to give
+            back; None where there is no such thing.
+        """
         ...
 
     async def close(self) -> None:

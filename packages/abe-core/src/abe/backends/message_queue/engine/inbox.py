@@ -160,6 +160,10 @@ class Inbox:
             if len(self._buffer) > 1:
                 self._wake(2)  # each one that wakes wakes two: the waiters rise as a tree, not all for one message
 
+    async def halt(self) -> None:
+        """Take nothing new. What is here is still handed out by `take`."""
+        await asyncio.wait([self._halt_once()])
+
     async def stop(self) -> None:
         """Take nothing new, and give back what nobody was handed yet."""
         stopping = self._stop_once()
@@ -234,12 +238,17 @@ class Inbox:
         self._stopping = True
         self._make_space()
         self._wake(len(self._waiters))
+        rest: Sequence[Delivery] | None = None
         try:
-            await self._receiver.stop()
+            rest = await self._receiver.stop()
         except Exception as exc:  # noqa: BLE001 - whatever it is, what we hold must go back
             _log.warning("the receiver of group %r could not be told to stop: %r", self.group, exc)
             self._fetching.cancel()
         await asyncio.wait([self._fetching])
+        if rest:
+            self._live.update({delivery.receipt: delivery for delivery in rest})
+            self._buffer.extend(rest)
+            self._wake(1)
 
     def _stop_once(self) -> asyncio.Task[None]:
         if self._giving_back is None:

@@ -97,6 +97,13 @@ class GroupSubscription:
         """Give a message back as if it had never been taken; nothing happens when it is settled already."""
         await message._source.release(message)  # pyright: ignore[reportPrivateUsage]
 
+    async def halt(self) -> None:
+        """Take nothing new from the broker; what was taken is still handed out by `take`."""
+        if self._inbox is not None:
+            await self._inbox.halt()
+        else:
+            await self.stop()
+
     async def stop(self) -> None:
         """Take nothing new, and give back what nobody was handed yet."""
         self._stopped = True
