@@ -100,7 +100,7 @@ class Keeper:
 
     def _keep(self, item: pytest.Item, report: pytest.TestReport, sections: Mapping[str, str]) -> Path:
         assert self._folder is not None
-        folder = self._folder / _file_name(f"{item.path.name}{item.nodeid.partition('::')[2]}")
+        folder = self._folder / _file_name(f"{item.path.name}_{item.nodeid.partition('::')[2]}")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{report.when}.txt").write_text(f"{item.nodeid}\n{report.longreprtext}\n")
         for name, text in sections.items():
