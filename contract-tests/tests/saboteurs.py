@@ -478,8 +478,10 @@ class DelaysUndeclared(MemoryBackend):
 
     capabilities: Capabilities = replace(MemoryBackend.capabilities, max_delay=None)
 
-    def _envelope(self, *args: Any) -> Envelope:
-        return self._outgoing.envelope(MemoryBackend.capabilities, *args)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        envelope = self._outgoing.envelope
+        self._outgoing.envelope = lambda _, *rest: envelope(MemoryBackend.capabilities, *rest)  # type: ignore[method-assign]
 
 
 @breaks("C-ENC-02")

@@ -150,9 +150,12 @@ class TransportBackend(ABC):
             if not isinstance(payload, dict):
                 payload = self._codec.decode(self._envelope(key, payload, headers, id, delay, group).body)
             return await self._send(Publication(key, payload, headers, id, delay or 0.0, mandatory, group, timeout))
-        check_seconds("timeout", timeout)
-        session = self._calls.here()
-        outcome = await session.publisher.publish(self._envelope(key, payload, headers, id, delay, group), timeout)
+        if timeout is not None:
+            check_seconds("timeout", timeout)
+        publisher = self._calls.here().publisher
+        # Not by `_envelope`: a call less for each message.
+        envelope = self._outgoing.envelope(self.capabilities, key, payload, headers, id, delay, group)
+        outcome = await publisher.publish(envelope, timeout)
         if outcome is not None:
             self._judge(outcome, key, mandatory or group is not None)
         return None
