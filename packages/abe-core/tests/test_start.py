@@ -1,6 +1,7 @@
 """How a consumer starts, fails to start, and is told to stop before it has started: never in silence, and nobody waits for ever."""
 
 import asyncio
+import gc
 import logging
 from typing import Any
 
@@ -154,6 +155,20 @@ class TestWrongFromTheStart:
         (line,) = errors(caplog)
         assert "order.*" in line
         assert "user.created" in line
+
+    async def test_one_that_is_cancelled_as_subscribing_fails_leaves_no_failure_behind(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for turn in range(10):
+            consumer = AsyncLoopConsumer(Troubled(BackendConnectionError("no broker")))
+            running = asyncio.create_task(consumer.run(handler))
+            for _ in range(turn):
+                await asyncio.sleep(0)
+            running.cancel()
+            async with within(5):
+                await asyncio.wait([running])
+        gc.collect()
+        assert errors(caplog) == []
 
     async def test_an_unknown_fault_of_a_provider_ends_run_and_is_logged(
         self, caplog: pytest.LogCaptureFixture

@@ -351,10 +351,12 @@ class AsyncLoopConsumer:
         while not stopping.done():
             subscription = self._subscription(backend, self._prefetch)
             entering = asyncio.create_task(subscription.__aenter__())
+            entered: Subscription | None = None
             try:
                 await asyncio.wait([entering, stopping], return_when=asyncio.FIRST_COMPLETED)
                 if entering.done():
-                    return entering.result()
+                    entered = entering.result()
+                    return entered
             except AbeError as exc:
                 if not exc.retryable:
                     raise
@@ -362,9 +364,10 @@ class AsyncLoopConsumer:
                 _log.warning("group %r cannot be subscribed to, trying again: %s", self._group or DEFAULT_GROUP, exc)
                 await asyncio.wait([stopping], timeout=_RECONNECT(tries))
             finally:
-                if not entering.done():
+                if entered is None:  # also where this was cancelled in the very turn in which it ended
                     entering.cancel()
                     await subscription.aclose()
+                    await asyncio.gather(entering, return_exceptions=True)  # its failure has nobody else to see it
         return None
 
 
