@@ -161,6 +161,8 @@ class LookAhead:
         tries = 0
         while not self._stopped:
             self._subscribing = asyncio.create_task(self._subscribe(size))
+            # If the consumer is cancelled meanwhile, nobody looks at a failure: that is no error.
+            self._subscribing.add_done_callback(lambda task: task.cancelled() or task.exception())
             await asyncio.wait([self._subscribing])
             if self._subscribing.cancelled():
                 break
