@@ -779,7 +779,7 @@ class TestConsumerTimeout:
                     each.begun = True
                 while not caplog.messages:  # noqa: ASYNC110 - a log sets no event
                     await asyncio.sleep(0.01)
-                assert 0.7 < asyncio.get_running_loop().time() - started < 1.2 * bounds.slowness(started)
+                assert 0.7 < asyncio.get_running_loop().time() - started < 2.0 * bounds.slowness(started)
                 await asyncio.sleep(0.5)  # nothing more is said of it
             assert len(caplog.messages) == 1
             assert "consumer_timeout" in caplog.messages[0]

@@ -168,7 +168,7 @@ async def test_closing_within_a_hole_takes_the_time_that_it_may(tunnel: Tunnel, 
     tunnel.shut()
     began = time.monotonic()
     await backend.disconnect()
-    assert time.monotonic() - began < 1.5 * bounds.slowness(began)
+    assert time.monotonic() - began < 3.0 * bounds.slowness(began)
 
 
 async def test_closing_carries_out_what_was_decided_over_connections_that_answer(
@@ -233,7 +233,7 @@ async def test_closing_while_connecting_into_a_hole_takes_the_time_that_it_may(
     await asyncio.sleep(0.05)
     began = time.monotonic()
     await backend.disconnect()
-    assert time.monotonic() - began < 1.0 * bounds.slowness(began)
+    assert time.monotonic() - began < 3.0 * bounds.slowness(began)  # connecting alone may take 5 s
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert all(isinstance(outcome, AbeError) for outcome in outcomes)
 

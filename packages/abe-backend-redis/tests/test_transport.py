@@ -223,7 +223,7 @@ class TestHeld:
         receiver = await lab.receiver(transport)
         [delivery] = await collect(receiver, 1)
         assert receiver.metadata(delivery).key == "a"
-        assert 0.3 < time.monotonic() - started < 1.4 * bounds.slowness(started)
+        assert 0.3 < time.monotonic() - started < 2.4 * bounds.slowness(started)
 
     async def test_what_a_stranger_left_there_stops_nobody(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport()
@@ -276,7 +276,7 @@ class TestDelayed:
         await transport.send([lab.envelope(delay=0.3), lab.envelope()])
         assert (await transport.stats("g")).delayed == 1
         first, second = await collect(receiver, 2)
-        assert 0.29 < time.monotonic() - started < 1.3 * bounds.slowness(started)
+        assert 0.29 < time.monotonic() - started < 2.3 * bounds.slowness(started)
         assert receiver.metadata(first).id > receiver.metadata(second).id
 
     @pytest.mark.parametrize(
@@ -467,24 +467,32 @@ class TestRecovery:
         finally:
             holding_alive.cancel()
 
-    async def test_stopping_ends_a_read_that_waits(self, lab: Any, until: Until) -> None:
+    async def test_stopping_ends_a_read_that_waits(
+        self, lab: Any, until: Until, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_receiver, "_STOPPED", 60.0)
         transport = await lab.transport()
         await transport.declare("g", None, change=True)
         receiver = await lab.receiver(transport)
         await receiver.receive(1)
+        receiver._next_tick += 60.0  # a read that is not ended blocks for as long
         reading = asyncio.create_task(receiver.receive(10))
         await until(lambda: _is_blocked(lab))
         started = time.monotonic()
         await receiver.stop()
         assert list(await reading) == []
-        assert time.monotonic() - started < 0.3 * bounds.slowness(started)
+        assert time.monotonic() - started < 3.0 * bounds.slowness(started)
         assert list(await receiver.receive(10)) == []
 
-    async def test_stopping_before_the_read_is_sent_ends_it_too(self, lab: Any) -> None:
+    async def test_stopping_before_the_read_is_sent_ends_it_too(
+        self, lab: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         transport = await lab.transport()
         await transport.declare("g", None, change=True)
         receiver = await lab.receiver(transport)
         await receiver.receive(1)
+        monkeypatch.setattr(_receiver, "TICK", 60.0)
+        monkeypatch.setattr(_receiver, "_STOPPED", 60.0)
         for turns in range(6):
             receiver._stopping, receiver._next_tick = False, 0.0
             reading = asyncio.create_task(receiver.receive(10))
@@ -493,7 +501,7 @@ class TestRecovery:
             started = time.monotonic()
             await receiver.stop()
             assert list(await reading) == []
-            assert time.monotonic() - started < 0.3 * bounds.slowness(started), turns
+            assert time.monotonic() - started < 3.0 * bounds.slowness(started), turns
 
 
 class TestDeadLetters:
