@@ -1,14 +1,13 @@
 """The plugin: what is chosen, what the verdict is, and what the exit status says."""
 
 import json
-import os
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runner import Runner
 
 pytestmark = pytest.mark.thorough
 
@@ -80,47 +79,6 @@ async def test_the_loop(tmp_path):
 """
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run of pytest came to."""
-
-    status: int
-    output: str
-    errors: str
-    providers: dict[str, dict[str, Any]]
-
-    def clause(self, harness: str, id: str) -> dict[str, Any]:
-        """Return one clause's result."""
-        return next(entry for entry in self.providers[harness]["clauses"] if entry["id"] == id)
-
-
-class Runner:
-    """Runs pytest in a folder of its own, as a third party would."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def write(self, name: str, text: str) -> str:
-        """Write a file, and return its path."""
-        path = self.folder / name
-        path.write_text(text)
-        return str(path)
-
-    def __call__(self, *arguments: str, target: str = "--pyargs abe_contract_tests.suite", **environment: str) -> Run:
-        report = self.folder / "report.json"
-        report.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", f"--rootdir={self.folder}"]
-        command += ["-c", os.devnull, *target.split(), f"--contract-report={report}", *arguments]
-        path = os.pathsep.join([str(self.folder), str(Path(__file__).parent)])
-        values = {name: value for name, value in os.environ.items() if name not in ("CI", "PYTEST_XDIST_WORKER")}
-        values |= {"PYTHONPATH": path, **environment}
-        done = subprocess.run(
-            command, cwd=self.folder, env=values, capture_output=True, text=True, timeout=600, check=False
-        )
-        providers = json.loads(report.read_text())["providers"] if report.exists() else []
-        return Run(done.returncode, done.stdout, done.stderr, {entry["harness"]: entry for entry in providers})
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Runner:
     return Runner(tmp_path)
@@ -134,6 +92,12 @@ def test_a_chosen_subset_is_incomplete_and_green_at_a_desk_only(run: Runner) -> 
     assert at_a_desk.output.rstrip().splitlines()[-1].startswith("1 passed")
     assert run("--contract=memory", "-k", ONE, CI="1").status == 1
     assert run("--contract=memory", "-k", ONE, "--contract-strict").status == 1
+
+
+def test_a_run_begins_with_no_warning(run: Runner) -> None:
+    done = run("--contract=memory", "-k", ONE, PYTHONWARNINGS="always::DeprecationWarning")
+    assert done.status == 0
+    assert "Warning" not in done.output + done.errors
 
 
 def test_results_come_together_from_the_workers_of_xdist(run: Runner) -> None:

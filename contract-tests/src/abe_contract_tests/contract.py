@@ -17,9 +17,11 @@ from abe.settings import QueueSettings
 from abe.types import MessageQueuePayload
 from abe_contract_tests import timeline
 from abe_contract_tests.accounting import Accounting
+from abe_contract_tests.blocking import trusted
 from abe_contract_tests.bounds import Deadline, slowness, within
 from abe_contract_tests.clauses import declares
 from abe_contract_tests.harness import Harness, Oracle
+from abe_contract_tests.oracles import OneByOne
 from abe_contract_tests.worker import Worker, WorkerFunction, start_worker
 
 if TYPE_CHECKING:
@@ -92,17 +94,21 @@ class Contract:
         self._backends.append(backend)
         return backend
 
-    def unreachable_backend(self, **overrides: str) -> "TransportBackend":
-        """Make a backend whose broker refuses connections (networked only). It is closed at the end of the test."""
-        with patch.dict(os.environ, {**self.harness.unreachable(self.namespace), **overrides}):
-            backend = self.backend_class.from_env()
-        self._backends.append(backend)
-        return backend
-
     def environment(self, **overrides: str) -> Mapping[str, str]:
         """Return the environment variables of this test's backends."""
         patience = {"QUEUE_PUBLISH_TIMEOUT_SECONDS": f"{_PUBLISH_TIMEOUT * slowness():.1f}"}
-        return {**patience, **self.harness.environment(self.namespace, lease=self.lease), **overrides}
+        with trusted():
+            return {**patience, **self.harness.environment(self.namespace, lease=self.lease), **overrides}
+
+    def unreachable(self) -> Mapping[str, str]:
+        """Return an environment whose broker refuses connections (networked only)."""
+        with trusted():
+            return self.harness.unreachable(self.namespace)
+
+    def wrong_credentials(self) -> tuple[Mapping[str, str], str] | None:
+        """Return an environment whose credentials are refused, and the secret in it; None where there are no credentials."""
+        with trusted():
+            return self.harness.wrong_credentials(self.namespace) if self.harness.networked else None
 
     @contextmanager
     def environ(self, **overrides: str) -> Generator[None]:
@@ -135,7 +141,8 @@ class Contract:
     async def oracle(self) -> Oracle:
         """Return the broker as its native client sees it."""
         if self._oracle is None:
-            self._oracle = await self.harness.oracle(self.namespace)
+            with trusted():
+                self._oracle = OneByOne(await self.harness.oracle(self.namespace))
         return self._oracle
 
     def bound(self, *parts: float | str) -> float:
@@ -244,7 +251,8 @@ class Contract:
                 problems.append(exc)
         if self._oracle is not None:
             await self._oracle.aclose()
-        await self.harness.clean(self.namespace)
+        with trusted():
+            await self.harness.clean(self.namespace)
         if problems:
             raise ExceptionGroup("closing the backends of the test failed", problems)
 

@@ -5,7 +5,7 @@ about the broker can be checked against the broker.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -81,6 +81,9 @@ class Harness(ABC):
 
     hides_retries: ClassVar[bool] = False
     """Whether a message that waits for its retry stays in its queue, hidden from everybody, and counts as held."""
+
+    may_block: ClassVar[Sequence[str]] = ()
+    """Functions of the provider that are meant to block the event loop, each as ``module:function`` or ``module:Class.function``."""
 
     pace: ClassVar[float] = 1.0
     """How many times as long a whole test may take as on a broker of the usual speed. What the contract bounds stays as it is."""

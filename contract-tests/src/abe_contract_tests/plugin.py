@@ -1,8 +1,8 @@
 """The pytest plugin: chooses what is tested, gives each test its `Contract`, and ends with the verdict."""
 
 import os
+import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, cast
 
 import pytest
@@ -11,6 +11,7 @@ import pytest_asyncio
 # Before they are imported, and those below import some of them.
 pytest.register_assert_rewrite("abe_contract_tests.suite", "abe_contract_tests.accounting", "abe_contract_tests.probes")
 
+from abe_contract_tests.blocking import explain, policed
 from abe_contract_tests.bounds import slowness
 from abe_contract_tests.clauses import MARK
 from abe_contract_tests.contract import Contract
@@ -67,7 +68,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("contract_harnesses", "What --contract is when it is not given.", type="args", default=[])
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-asyncio's
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--contract"):
+        # Each fixture of the suite says its scope; what becomes of those that do not say it concerns no run of the suite.
+        warnings.filterwarnings("ignore", message=".*asyncio_default_fixture_loop_scope", category=DeprecationWarning)
     config.addinivalue_line("markers", f"{MARK}(*ids): the clauses of the contract that the test proves.")
     config.stash[_waivers] = read_waivers(config.getoption("--contract-waivers"))
     for name in config.getoption("--contract") or ():
@@ -155,10 +160,12 @@ def _tampered(item: pytest.Function) -> str:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    contract = cast("Contract | None", getattr(item, "funcargs", {}).get("contract"))
+    if contract is not None and call.excinfo is not None:
+        explain(call.excinfo.value, contract.harness)
     report = cast("pytest.TestReport", (yield))
     if (result := item.stash.get(_result, None)) is not None:
         # Plain data in the user properties is what pytest-xdist carries from a worker to the controller.
-        contract = cast("Contract | None", cast("Any", item).funcargs.get("contract"))
         told = {"test": result.test, "harness": result.harness, "clauses": list(result.clauses)}
         if contract is not None:
             told |= {"probed": contract.probed, "excused": contract.excused, "broker": contract.broker}
@@ -188,32 +195,8 @@ async def contract(contract_harness: Harness, request: pytest.FixtureRequest) ->
     held = Contract(contract_harness)
     # Whoever debugs makes the loop stand still on purpose.
     stall = None if request.config.option.usepdb else _STALL
-    with held.capturing(), watching(stall), _no_blocking(contract_harness):
+    with held.capturing(), watching(stall), policed(contract_harness):
         try:
             yield held
         finally:
             await held.aclose()
-
-
-def _no_blocking(harness: Harness) -> AbstractContextManager[object]:
-    """Let a blocking call of the library or the provider raise in the event loop, where blockbuster is installed."""
-    try:
-        from blockbuster import BlockBuster
-    except ImportError:
-        return nullcontext()
-    detector = BlockBuster(["abe", harness.backend.__module__.partition(".")[0]])
-    # A lock that guards a few lines is not what this looks for.
-    for name in [name for name in detector.functions if "Lock" in name]:
-        del detector.functions[name]
-    return _Active(detector)
-
-
-class _Active:
-    def __init__(self, detector: Any) -> None:
-        self._detector = detector
-
-    def __enter__(self) -> None:
-        self._detector.activate()
-
-    def __exit__(self, *_: object) -> None:
-        self._detector.deactivate()

@@ -133,7 +133,7 @@ def numbers(messages: Iterable[Message]) -> list[int]:
 
 def unreachable_backend(contract: Contract, **overrides: str) -> "TransportBackend":
     """Return a backend whose broker refuses connections."""
-    return contract.backend(**contract.harness.unreachable(contract.namespace), **overrides)
+    return contract.backend(**contract.unreachable(), **overrides)
 
 
 class CancelAt:

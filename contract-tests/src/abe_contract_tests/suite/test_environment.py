@@ -63,7 +63,7 @@ async def registered_name(contract: Contract) -> str:
 async def test_from_env_does_no_io_and_needs_no_event_loop(contract: Contract) -> None:
     environments = [contract.environment()]
     if contract.harness.networked:
-        environments.append({**contract.environment(), **contract.harness.unreachable(contract.namespace)})
+        environments.append({**contract.environment(), **contract.unreachable()})
 
     def make() -> None:
         # In a thread there is no event loop to lean on.

@@ -121,7 +121,7 @@ USES: Final = {"connect": _connect, "publish": _publish, "consume": _consume, "r
 
 @clause("C-ERR-01")
 async def test_refused_credentials_raise_at_once_and_are_shown_nowhere(contract: Contract) -> None:
-    wrong = contract.harness.wrong_credentials(contract.namespace) if contract.harness.networked else None
+    wrong = contract.wrong_credentials()
     if wrong is None:
         return
     environment, secret = wrong
@@ -145,7 +145,7 @@ async def test_refused_credentials_raise_at_once_and_are_shown_nowhere(contract:
 
 @clause("C-ERR-01")
 async def test_a_malformed_address_keeps_its_secret(contract: Contract) -> None:
-    wrong = contract.harness.wrong_credentials(contract.namespace) if contract.harness.networked else None
+    wrong = contract.wrong_credentials()
     if wrong is None:
         return
     environment, secret = wrong
