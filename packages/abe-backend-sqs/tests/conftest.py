@@ -171,8 +171,7 @@ async def lab(server: Service, stranger: Any) -> AsyncIterator[Lab]:
         async with AsyncExitStack() as stack:
             yield Lab(server, gate, stranger, stack)
         async with bounds.within(10):  # polls outlive their consumers, and transports their last poll
-            while _lingering:
-                await asyncio.wait(_lingering)
+            await _lingering.drain()
     finally:
         await runner.cleanup()
 

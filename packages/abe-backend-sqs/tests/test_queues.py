@@ -150,7 +150,7 @@ class TestKnowing:
                 return found
 
             reader.list = slow  # type: ignore[method-assign]
-            reading = reader._read_on()
+            reading = reader._reading.start()
             await listed.wait()
             transport.queues.forget()
             reader.list = listing  # type: ignore[method-assign]
@@ -322,7 +322,7 @@ class TestThrottling:
             known = publisher.queues.reader._registry = known._replace(looked_at=known.looked_at - 6)
             await maker.queues._revise(maker.queues.names.queue("a"))
             assert await publisher.send([envelope()]) == ()
-            assert not publisher.queues.reader._read_on().done(), "it is being read beside that"
+            assert not publisher.queues.reader._reading.start().done(), "it is being read beside that"
 
 
 class TestDeletedUnderneath:

@@ -243,6 +243,19 @@ async def test_closing_cancels_the_attempt_and_tells_those_who_wait() -> None:
     assert work.began == 1
 
 
+async def test_an_attempt_that_was_cancelled_may_be_followed_by_another() -> None:
+    work = Attempts()
+    shared = SharedTask(work)
+    await shared.cancel()
+    caller = asyncio.ensure_future(shared.join())
+    await _until_blocked()
+    await shared.cancel()
+    with pytest.raises(BackendConnectionError):
+        await caller
+    work.open.set()
+    assert await shared.join() == 2
+
+
 async def test_closing_waits_for_the_attempts_cleanup_and_may_be_bounded() -> None:
     cleaning = asyncio.Event()
 

@@ -17,6 +17,7 @@ from aiormq.abc import AbstractChannel
 from pamqp import commands
 
 from abe.backends.message_queue.base.names import matches
+from abe.backends.message_queue.base.tasks import Background, ignore_failure, result_of
 from abe.errors import BackendConnectionError, ConfigurationError
 from abe_backend_rabbitmq._connection import Connection
 from abe_backend_rabbitmq._control import PINNED, Control, Lock
@@ -104,14 +105,11 @@ class RegistryKeeper:
         self._lock = Lock(control, topology.lock, patience)
         self._ours = asyncio.Lock()
         self._holders: Counter[Connection] = Counter()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Background()
 
     async def close(self) -> None:
         """Give up what is under way. What waits for a silent broker ends with its connection."""
-        for task in list(self._tasks):
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_GOODBYE)
+        await self._tasks.cancel(_GOODBYE)
 
     async def exclusively(self, work: Callable[[], Awaitable[_T]]) -> _T:
         """Do something under the namespace's lock, to its end even if the caller is cancelled.
@@ -124,18 +122,12 @@ class RegistryKeeper:
             async with self.locked():
                 return await work()
 
-        task = self.start(run())
-        await asyncio.wait([task])
-        if task.cancelled():
-            raise BackendConnectionError("the connection to rabbitmq was closed")
-        return task.result()
+        return await result_of(self.start(run()))
 
     def start(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
         """Begin something that goes on to its end, or until `close`."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # the caller may have left
+        task = self._tasks.start(work)
+        task.add_done_callback(ignore_failure)  # the caller may have left
         return task
 
     @asynccontextmanager

@@ -12,7 +12,8 @@ from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, cast
 
-from abe.errors import AbeError, BackendConnectionError
+from abe.backends.message_queue.base.tasks import result_of
+from abe.errors import BackendConnectionError
 from abe_backend_sqs import _wire
 from abe_backend_sqs._errors import QueueMissingError, ThrottledError, translated
 from abe_backend_sqs._handles import Handles
@@ -58,9 +59,7 @@ class Browser:
         """The handles of what is out of sight, by message."""
         self._seen: set[str] = set()
         self._handles = Handles(transport, "")
-        self._asking: asyncio.Task[None] | None = None
-        self._brought: list[Message] = []
-        self._error: AbeError | None = None
+        self._asking: asyncio.Task[Sequence[Message]] | None = None
         self._nothing_new = 0
         self._expected = 0
         self._ended = False
@@ -75,7 +74,7 @@ class Browser:
     ) -> None:
         if self._taken or self._asking is not None:
             # Whoever is cancelled, or has no more time, does not keep it from being shown.
-            await asyncio.shield(self._transport.in_background(self._show()))
+            await result_of(self._transport.in_background(self._show()))
 
     @property
     def complete(self) -> bool:
@@ -139,20 +138,13 @@ class Browser:
 
     async def _take(self) -> Sequence[Message]:
         """Take what the next request brings. The request is not cancelled with this: what it brings is to be shown again."""
-        asking = self._asking = self._transport.in_background(self._ask())
-        await asyncio.wait([asking])
+        self._asking = self._transport.in_background(self._ask())
+        brought = await result_of(self._asking)
         self._asking = None
-        asking.result()
-        if self._error is not None:
-            raise self._error
-        brought, self._brought = self._brought, []
         return brought
 
-    async def _ask(self) -> None:
-        try:
-            self._brought += self._new(await self._receive())
-        except AbeError as exc:
-            self._error = exc
+    async def _ask(self) -> Sequence[Message]:
+        return self._new(await self._receive())
 
     async def _receive(self) -> Mapping[str, Any]:
         client = await self._transport.clients.calls()

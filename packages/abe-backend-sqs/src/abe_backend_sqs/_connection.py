@@ -13,6 +13,7 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
 from botocore.loaders import Loader
 
+from abe.backends.message_queue.base.tasks import result_of
 from abe.errors import BackendConnectionError
 from abe_backend_sqs._answers import checked
 from abe_backend_sqs._errors import translated
@@ -132,8 +133,7 @@ class Clients:
             task = self._made[name] = asyncio.get_running_loop().create_task(
                 self._make(name, connections, read_timeout)
             )
-        await asyncio.wait([task])
-        return task.result()
+        return await result_of(task)
 
     async def _make(self, name: str, connections: int, read_timeout: float) -> Any:
         settings = self._settings

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from abe.backends.message_queue.base import Failures, Receipt
+from abe.backends.message_queue.base.tasks import gather_all
 from abe.errors import AbeError, BackendConnectionError, ConfigurationError, LeaseLostError
 from abe_backend_sqs._errors import CLIENT_ERRORS, EntryRefusedError, QueueMissingError, translate, translate_entry
 from abe_backend_sqs._wire import BATCH
@@ -191,19 +192,7 @@ class Deletions:
             return dict.fromkeys(receipts, BackendConnectionError(f"messages could not be deleted: {exc!r}"))
 
 
-async def beside(*calls: Awaitable[_T]) -> Sequence[_T]:
-    """Run them beside each other, or just run the only one, and return when all of them have ended.
-
-    Raises:
-        BaseException: One of them failed. None goes on unattended; if this is cancelled, so are they, and waited for.
-    """
-    if len(calls) == 1:
-        return [await calls[0]]
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return [result for result in results if not isinstance(result, BaseException)]
+beside: Final = gather_all
 
 
 def not_ours() -> LeaseLostError:

@@ -21,10 +21,11 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 from abe.backends.message_queue.base import ExponentialBackoff
-from abe.errors import BackendClosedError, BackendConnectionError
+from abe.backends.message_queue.base.tasks import SharedTask, result_of
+from abe.errors import AbeError, BackendClosedError, BackendConnectionError
 from abe_backend_sqs._connection import Clients
 from abe_backend_sqs._errors import QueueMissingError, ThrottledError, translated
 from abe_backend_sqs._registry import Group, Listing, Registry, common_topic, from_tags
@@ -71,7 +72,7 @@ class Reader:
         """Since when the queues of groups are missing that were not deleted as groups are, by the queue's name."""
         self._registry: Registry | None = None
         self._changes = 0
-        self._reading: asyncio.Task[None] | None = None
+        self._reading = SharedTask(self._read, _closed)
         self._listed = asyncio.Event()
         self._lost_topics: set[str] = set()
         if settings.pinned is not None:
@@ -81,29 +82,25 @@ class Reader:
         """Return when SQS has answered once; the tags are read beside what comes next."""
         if self._registry is None:
             self._listed.clear()
-            reading = self._read_on()
+            reading = self._reading.start()
             listed = asyncio.ensure_future(self._listed.wait())
             try:
                 await asyncio.wait([reading, listed], return_when=asyncio.FIRST_COMPLETED)
             finally:
                 listed.cancel()
             if not self._listed.is_set():
-                _raise(reading)
+                await result_of(reading, _closed)
 
     async def close(self) -> None:
         """End what is under way."""
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.wait([self._reading])
+        await self._reading.cancel()
 
     async def registry(self, since: float | None = None) -> Registry:
         """Return the groups, as they were no longer ago than the setting says, or than `since` by the monotonic clock."""
         while (found := self._fresh(since)) is None:
-            reading = self._read_on()
-            await asyncio.wait([reading])
-            _raise(reading)
+            await self._reading.join()
         if self._settings.pinned is None and time.monotonic() - found.looked_at > self._settings.registry_ttl / 2:
-            self._read_on()  # so that it is there when this one must not be relied on any more
+            self._reading.start()  # so that it is there when this one must not be relied on any more
         return found
 
     def forget(self) -> None:
@@ -160,13 +157,14 @@ class Reader:
         oldest = time.monotonic() - self._settings.registry_ttl if since is None else since
         return found if found.looked_at > oldest else None
 
-    def _read_on(self) -> "asyncio.Task[None]":
-        if self._reading is None or self._reading.done():
-            self._reading = asyncio.get_running_loop().create_task(self._read())
-            self._reading.add_done_callback(_noted)
-        return self._reading
-
     async def _read(self) -> None:
+        try:
+            await self._read_groups()
+        except AbeError as exc:
+            _log.debug("the groups could not be read: %s", exc)  # perhaps nobody waits for it
+            raise
+
+    async def _read_groups(self) -> None:
         started, changes = time.monotonic(), self._changes
         listing = await self.list()
         self._listed.set()
@@ -245,27 +243,13 @@ async def _in_turn(calls: Sequence[Callable[[], Awaitable[None]]]) -> None:
         for call in left:
             await call()
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(_AT_ONCE, len(calls))):
-            group.create_task(work())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(_AT_ONCE, len(calls))):
+                group.create_task(work())
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
 
 
-def _noted(task: "asyncio.Task[None]") -> None:
-    """Nobody may be there to be told what a reading failed with; who needs it reads again."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        _log.debug("the groups could not be read: %r", error)
-
-
-def _raise(task: "asyncio.Task[None]") -> None:
-    """Raise what a reading failed with, in the place of one who waited for it.
-
-    Raises:
-        AbeError: That.
-    """
-    if task.cancelled():
-        raise BackendClosedError("the connection to SQS was closed")
-    error = task.exception()
-    if isinstance(error, BaseExceptionGroup):
-        error = cast("BaseExceptionGroup[BaseException]", error).exceptions[0]
-    if error is not None:
-        raise error
+def _closed() -> BackendClosedError:
+    return BackendClosedError("the connection to SQS was closed")

@@ -6,11 +6,12 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Generator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, ExponentialBackoff, GroupStats
 from abe.backends.message_queue.base import Transport as TransportProtocol
 from abe.backends.message_queue.base.clock import pause
+from abe.backends.message_queue.base.tasks import Background
 from abe.errors import AbeError, BackendConnectionError, ConfigurationError, GroupMissingError
 from abe_backend_sqs import _wire
 from abe_backend_sqs._browser import Browser
@@ -34,11 +35,13 @@ _CLOCKS: Final = 5_000
 _FULL_LOOK: Final = 100_000
 """Parked messages of a look. SQS lets 120,000 of a queue be out of sight at once."""
 _SHORT_LOOK: Final = 1_000
+_T = TypeVar("_T")
+
 _LOOKS: Final = 5
 """Looks at parked messages, some of which others have out of sight."""
 
-_lingering: Final[set[asyncio.Task[None]]] = set()
-"""What outlives its transport for as long as its last poll, held so that it is not collected."""
+_lingering: Final = Background()
+"""What outlives its transport for as long as its last poll."""
 
 
 class SqsTransport:
@@ -56,7 +59,7 @@ class SqsTransport:
         """Polls of consumers that are gone, by queue."""
         self.settled: Settled = Settled()
         self._later: dict[str, Later] = {}
-        self._background: set[asyncio.Task[None]] = set()
+        self._background = Background()
         self._opened = False
         self._opening = 0
         self._closed = asyncio.Event()
@@ -98,9 +101,7 @@ class SqsTransport:
         if not self._background:
             await self.clients.close()
             return
-        task = asyncio.get_running_loop().create_task(self._close_later())
-        _lingering.add(task)
-        task.add_done_callback(_lingering.discard)
+        _lingering.start(self._close_later())
 
     async def ping(self) -> None:
         """Ask for one queue's name."""
@@ -203,12 +204,9 @@ class SqsTransport:
         """Return what moves the group's delayed messages to its FIFO queue."""
         return self._later.setdefault(group, Later(self, group))
 
-    def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def in_background(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
         """Run what must not be cancelled with the one who asked for it."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        return task
+        return self._background.start(work)
 
     def _check_open(self) -> None:
         if self._closed.is_set():
@@ -329,8 +327,7 @@ class SqsTransport:
 
     async def _close_later(self) -> None:
         try:
-            while self._background:
-                await asyncio.wait(self._background)
+            await self._background.drain()
         finally:  # also where the event loop ends first
             await self.clients.close()
 

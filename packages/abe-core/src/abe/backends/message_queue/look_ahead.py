@@ -13,6 +13,7 @@ from typing import Any, Final
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.subscription import Subscription
+from abe.backends.message_queue.base.tasks import result_of
 from abe.errors import AbeError, BackendClosedError
 
 _log: Final = logging.getLogger("abe.consumer")
@@ -161,13 +162,8 @@ class LookAhead:
         tries = 0
         while not self._stopped:
             self._subscribing = asyncio.create_task(self._subscribe(size))
-            # If the consumer is cancelled meanwhile, nobody looks at a failure: that is no error.
-            self._subscribing.add_done_callback(lambda task: task.cancelled() or task.exception())
-            await asyncio.wait([self._subscribing])
-            if self._subscribing.cancelled():
-                break
             try:
-                return self._subscribing.result()
+                return await result_of(self._subscribing, lambda: BackendClosedError("the consumer stops"))
             except AbeError as exc:
                 if not exc.retryable:
                     raise

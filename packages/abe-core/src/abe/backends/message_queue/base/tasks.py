@@ -112,7 +112,7 @@ class SharedTask(Generic[_T]):
 
     Args:
         work: Makes an attempt.
-        closed: Makes the error of those who call after `close`, or wait while it cancels the attempt.
+        closed: Makes the error of those who call after `close`, or wait while the attempt is cancelled.
     """
 
     def __init__(
@@ -149,13 +149,17 @@ class SharedTask(Generic[_T]):
         """
         return await result_of(self.start(), self._closing_error)
 
-    async def close(self, timeout: float | None = None) -> None:
-        """Cancel the attempt that is under way, wait for its end, and allow no other. May be repeated.
+    async def cancel(self, timeout: float | None = None) -> None:
+        """Cancel the attempt that is under way, and wait for its end.
 
         Args:
             timeout: Seconds to wait at most. None: until it has ended.
         """
-        self._closed = True
         if self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.wait([self._task], timeout=timeout)
+
+    async def close(self, timeout: float | None = None) -> None:
+        """The same, and allow no other attempt. May be repeated."""
+        self._closed = True
+        await self.cancel(timeout)

@@ -9,6 +9,7 @@ from typing import Final, Self
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.message import Message
+from abe.backends.message_queue.base.tasks import result_of
 from abe.backends.message_queue.engine.inbox import Inbox
 from abe.backends.message_queue.report import shown
 from abe.errors import AbeError, AlreadySettledError, BackendClosedError
@@ -141,13 +142,7 @@ class GroupSubscription:
         if self._starting is None or failed:
             starting = _subscribe(self._start, self._before, weakref.ref(self))
             self._starting = asyncio.get_running_loop().create_task(starting)
-            # If everybody who waits is cancelled, nobody looks at a failure: that is no error.
-            self._starting.add_done_callback(lambda task: task.cancelled() or task.exception())
-        task = self._starting
-        await asyncio.wait([task])
-        if task.cancelled():
-            raise BackendClosedError("the subscription was closed")
-        return task.result()
+        return await result_of(self._starting, lambda: BackendClosedError("the subscription was closed"))
 
 
 async def _subscribe(
