@@ -90,6 +90,11 @@ def test_a_chosen_subset_is_incomplete_and_green_at_a_desk_only(run: Runner) -> 
     assert at_a_desk.status == 0
     assert "memory: INCOMPLETE" in at_a_desk.output
     assert at_a_desk.output.rstrip().splitlines()[-1].startswith("1 passed")
+    assert at_a_desk.output.count("not run") == 2  # the one line, and the count
+    listed = run("--contract=memory", "-k", ONE, "-vv").output
+    assert "C-DUR-01" in at_a_desk.output
+    assert "C-ENC-01" not in at_a_desk.output
+    assert "C-ENC-01" in listed
     assert run("--contract=memory", "-k", ONE, CI="1").status == 1
     assert run("--contract=memory", "-k", ONE, "--contract-strict").status == 1
 

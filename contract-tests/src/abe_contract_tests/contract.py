@@ -4,8 +4,6 @@ import asyncio
 import itertools
 import logging
 import os
-import sys
-import threading
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from secrets import token_hex
@@ -18,7 +16,7 @@ from abe.types import MessageQueuePayload
 from abe_contract_tests import timeline
 from abe_contract_tests.accounting import Accounting
 from abe_contract_tests.blocking import trusted
-from abe_contract_tests.bounds import Deadline, slowness, within
+from abe_contract_tests.bounds import slowness, within
 from abe_contract_tests.clauses import declares
 from abe_contract_tests.harness import Harness, Oracle
 from abe_contract_tests.oracles import OneByOne
@@ -53,7 +51,6 @@ UNDECLARED: Final = Capabilities(
 )
 """What the suite takes for granted of a provider that declares nothing."""
 
-_SETTLE_STEP: Final = 0.02
 _PUBLISH_TIMEOUT: Final = QueueSettings().publish_timeout
 
 
@@ -215,16 +212,6 @@ class Contract:
         """Return an empty account of what one group should get."""
         return Accounting()
 
-    @asynccontextmanager
-    async def leaks(self, *, seconds: float = 5.0) -> AsyncGenerator[None]:
-        """Assert that the body leaves no task, file descriptor or thread behind, `seconds` after its end at the latest."""
-        before = _resources()
-        yield
-        deadline = Deadline(seconds)
-        while left := _left(before, _resources()):
-            assert not deadline.passed, f"left behind: {'; '.join(left)}"
-            await asyncio.sleep(_SETTLE_STEP)
-
     @contextmanager
     def capturing(self) -> Generator[None]:
         """Collect what the library logs into `logs`, for as long as the test runs."""
@@ -270,20 +257,3 @@ class _Collector(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.name.startswith("abe"):
             self.records.append(record)
-
-
-def _resources() -> dict[str, set[Any]]:
-    current = asyncio.current_task()
-    found: dict[str, set[Any]] = {
-        "tasks": {task for task in asyncio.all_tasks() if task is not current},
-        "threads": set(threading.enumerate()),
-    }
-    if sys.platform == "linux":
-        # Numbers of descriptors are used again, so only how many there are tells anything.
-        found["descriptors"] = set(range(len(os.listdir("/proc/self/fd"))))
-    return found
-
-
-def _left(before: Mapping[str, set[Any]], now: Mapping[str, set[Any]]) -> list[str]:
-    left = {kind: now[kind] - before[kind] for kind in now}
-    return [f"{len(extra)} {kind} {sorted(map(str, extra))[:5]}" for kind, extra in left.items() if extra]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ RESULT: Final = "abe_contract"
 """The user property in which a test's report says what it was about."""
 
 _FINE: Final = (Status.PASSED, Status.LATER, Status.NOT_APPLICABLE)
+"""What is listed only where the suite is what the run is about."""
 _SELECTING: Final = ("keyword", "markexpr", "deselect", "lf", "stepwise", "maxfail")
 
 
@@ -72,9 +74,11 @@ class Ledger:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Write the verdicts above pytest's own last line."""
-        full = self._config.option.verbose > 0 or bool(self._config.getoption("--contract"))
+        verbose = self._config.option.verbose > 0
+        full = verbose or bool(self._config.getoption("--contract"))
+        brief = self._selected() and not verbose
         for verdict in self._verdicts:
-            _write(terminalreporter, verdict, full=full)
+            _write(terminalreporter, verdict, full=full, brief=brief)
 
     def _selected(self) -> bool:
         """Whether the user asked for some of the suite's tests only."""
@@ -110,20 +114,24 @@ def _detail(report: pytest.TestReport) -> str:
     return text.partition("\n")[0]
 
 
-def _write(out: pytest.TerminalReporter, verdict: HarnessVerdict, *, full: bool) -> None:
+def _write(out: pytest.TerminalReporter, verdict: HarnessVerdict, *, full: bool, brief: bool) -> None:
     colour = {"green": verdict.verdict is Verdict.PASS, "red": verdict.verdict is Verdict.FAIL}
     colour["yellow"] = verdict.verdict is Verdict.INCOMPLETE
     out.write_sep("=", f"contract: {verdict.harness}")
     out.write_line(f"{verdict.backend} on {verdict.broker} ({verdict.evidence})")
-    area = ""
-    for item in verdict.clauses:
-        if full and area != item.clause.area:
-            area = item.clause.area
+    left_out = [item for item in verdict.clauses if brief and item.uncollected]
+    shown = [item for item in verdict.clauses if item not in left_out and (full or item.status not in _FINE)]
+    for area, items in groupby(shown, lambda item: item.clause.area):
+        if full:
             out.write_line(AREAS[area])
-        if full or item.status not in _FINE:
+        for item in items:
             tests = f"{len(item.results)} tests" if item.results else ""
             detail = f": {item.detail}" if item.detail else ""
             out.write_line(f"  {item.clause.id}  {item.clause.level:<4}  {tests:>9}  {item.status.value}{detail}")
+    if left_out:
+        out.write_line(
+            f"  {len(left_out)} clauses were not run: tests of theirs are not in your selection (-v lists them)"
+        )
     for complaint in verdict.complaints:
         out.write_line(f"  {complaint}", red=True)
     counts = ", ".join(f"{verdict.count(status)} {status.value}" for status in Status if verdict.count(status))

@@ -65,6 +65,8 @@ class ClauseResult:
     status: Status
     detail: str = ""
     results: tuple[Result, ...] = ()
+    uncollected: bool = False
+    """Whether it was not judged because the run did not collect all of its tests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +187,7 @@ def _judge_clause(
     status, detail = _status(results, missing)
     if item.id in waived and status in (Status.FAILED, Status.NOT_RUN) and not missing:
         return ClauseResult(item, Status.WAIVED, waived[item.id].reason, results)
-    return ClauseResult(item, status, detail, results)
+    return ClauseResult(item, status, detail, results, uncollected=bool(missing) and status is Status.NOT_RUN)
 
 
 def _status(results: Sequence[Result], missing: Sequence[str]) -> tuple[Status, str]:

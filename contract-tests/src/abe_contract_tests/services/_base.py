@@ -1,6 +1,7 @@
 """What a broker's module says about its broker, and what a test may do to a running one."""
 
 import secrets
+import signal
 import socket
 import weakref
 from abc import ABC, abstractmethod
@@ -56,7 +57,10 @@ class Companion(Protocol):
 
 
 class Broker(ABC):
-    """How one kind of broker is started, addressed and greeted: all that a module for a new broker subclasses."""
+    """How one kind of broker is started, addressed and greeted: all that a module for a new broker subclasses.
+
+    A broker without an `image` is a private process, or at an address; it needs none of the attributes that begin with ``container``.
+    """
 
     name: ClassVar[str]
     """The broker's name, for reports."""
@@ -67,16 +71,19 @@ class Broker(ABC):
     shell_variable: ClassVar[str] = ""
     """The environment variable with the command that runs another one beside a broker at an address, where tests need that."""
 
-    container_port: ClassVar[int]
+    container_port: ClassVar[int] = 0
     """The port that the image serves on."""
 
     start_timeout: ClassVar[float] = 30.0
     """Seconds until a starting broker must serve."""
 
+    stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
+    """What tells the private process to shut down in order. A container is sent what its image says."""
+
     @property
-    @abstractmethod
     def image(self) -> str:
-        """The container image."""
+        """The container image; empty for none."""
+        return ""
 
     @abstractmethod
     def url(self, port: int) -> str:
@@ -109,9 +116,9 @@ class Broker(ABC):
         """Return whether the private process says that it serves: an answer on the port alone may be a stranger's."""
         return True
 
-    @abstractmethod
     def container_command(self) -> Sequence[str]:
-        """Return the command inside the container."""
+        """Return the command inside the container; empty for the image's own."""
+        return []
 
     def container_entrypoint(self) -> Sequence[str]:
         """Return what the command is given to, empty for what the image says."""

@@ -35,9 +35,9 @@ def choose(broker: Broker, *, process_only: bool = False, environ: Mapping[str, 
     address = values.get(broker.address_variable, "")
     if address and not forced:
         return AddressService(broker, address, shell=values.get(broker.shell_variable, ""))
-    problem = image_problem(broker.image)
+    problem = image_problem(broker.image) if broker.image else "it has no image"
     if problem is None:
         return ContainerService(broker)
     if forced:
-        raise ServiceUnavailable(f"no container of {broker.image}: {problem}")
+        raise ServiceUnavailable(f"no container of {broker.image or broker.name}: {problem}")
     return ProcessService(broker)

@@ -170,7 +170,8 @@ class ContainerService(Service):
         for attempt in range(1, _ATTEMPTS + 1):
             port = free_port()
             container = import_module("testcontainers.core.container").DockerContainer(self._broker.image)
-            container.with_command(list(self._broker.container_command()))
+            if command := self._broker.container_command():
+                container.with_command(list(command))
             if entrypoint := self._broker.container_entrypoint():
                 container.with_kwargs(entrypoint=list(entrypoint))
             container.with_envs(**self._broker.container_environment())

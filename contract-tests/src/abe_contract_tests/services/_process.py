@@ -102,11 +102,11 @@ class ProcessService(Service):
         self._reap()
 
     def terminate(self) -> None:
-        """Send SIGTERM and wait for the end, which is enforced after ten seconds."""
+        """Send the broker's `stop_signal` and wait for the end, which is enforced after ten seconds."""
         if self._process is None:
             return
         self.note("is shut down")
-        self._signal(signal.SIGTERM)
+        self._signal(self._broker.stop_signal)
         self._signal(signal.SIGCONT)
         try:
             self._process.wait(_ORDERLY * slowness())

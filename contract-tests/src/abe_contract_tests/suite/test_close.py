@@ -16,6 +16,7 @@ from abe.backends.message_queue.consumer import AsyncLoopConsumer
 from abe.errors import AbeError, BackendClosedError
 from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
+from abe_contract_tests.leaks import assert_no_leak
 from abe_contract_tests.suite.steps import (
     LONG_LEASE,
     assert_silent,
@@ -289,65 +290,55 @@ async def test_a_consumer_that_was_stopped_can_be_started_again(contract: Contra
 async def test_100_cycles_leave_nothing_behind(contract: Contract) -> None:
     oracle = await contract.oracle()
     checker = contract.backend()
+
+    async def cycle(n: int) -> None:
+        with contract.environ():
+            backend = contract.backend_class.from_env()
+        async with backend, backend.consume(group="g") as subscription:
+            await backend.publish("order.created", {"n": n})
+            async for message in subscription:
+                await message.ack()
+                break
+            waiting = asyncio.ensure_future(anext(subscription))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+
     async with contract.within(45):
         # Whatever is opened once in a process (an executor, a resolver) is open before the count begins.
-        await _cycle(contract)
+        await cycle(-1)
         await checker.declare("g")
-        connections = await oracle.connections()
         assert await oracle.consumers("g") in (0, None)
-        async with contract.leaks():
-            for _ in range(CYCLES):
-                await _cycle(contract)
-
-        async def back() -> bool:
-            return await oracle.connections() <= connections
-
-        await until(back)
+        await assert_no_leak(cycle, oracle, cycles=CYCLES)
         assert await oracle.consumers("g") in (0, None)
         await expect_counts(contract, oracle, "g", total=0)
-
-
-async def _cycle(contract: Contract) -> None:
-    with contract.environ():
-        backend = contract.backend_class.from_env()
-    async with backend, backend.consume(group="g") as subscription:
-        await backend.publish("order.created", {"n": 1})
-        async for message in subscription:
-            await message.ack()
-            break
-        waiting = asyncio.ensure_future(anext(subscription))
-        await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.wait([waiting])
 
 
 @clause("C-CLS-04")
 async def test_subscriptions_that_come_and_go_leave_nothing_behind(contract: Contract) -> None:
     backend = contract.backend()
     oracle = await contract.oracle()
+
+    async def come_and_go(n: int) -> None:
+        async with backend.consume(group="g") as subscription:
+            if n % 2:
+                await backend.publish("order.created", {"n": n})
+                await collect(subscription, 1)
+        if n % 10 == 0:
+            # Dropped without a word, while it waits.
+            dropped = asyncio.ensure_future(anext(backend.consume(group="g")))
+            await asyncio.sleep(0)
+            dropped.cancel()
+            await asyncio.wait([dropped])
+
+    async def signed_out() -> bool:
+        return await oracle.consumers("g") in (0, None)
+
     async with contract.within(30):
-        for _ in range(2):
-            async with backend.consume(group="g"):
-                pass
-        connections = await oracle.connections()
-        async with contract.leaks():
-            for n in range(CYCLES):
-                async with backend.consume(group="g") as subscription:
-                    if n % 2:
-                        await backend.publish("order.created", {"n": n})
-                        await collect(subscription, 1)
-                if n % 10 == 0:
-                    # Dropped without a word, while it waits.
-                    dropped = asyncio.ensure_future(anext(backend.consume(group="g")))
-                    await asyncio.sleep(0)
-                    dropped.cancel()
-                    await asyncio.wait([dropped])
-                    del dropped
-
-        async def back() -> bool:
-            return await oracle.connections() <= connections and await oracle.consumers("g") in (0, None)
-
-        await until(back)
+        for n in (1, 2):
+            await come_and_go(n)
+        await assert_no_leak(come_and_go, oracle, cycles=CYCLES)
+        await until(signed_out)
         await expect_counts(contract, oracle, "g", total=0)
 
 

@@ -20,7 +20,8 @@ HEADERS = {
     "quotes": "\"\\'",
     "json": '{"a": [1]}',
     "number": "1",
-    "nul": "\x00",
+    "nul": "\0",
+    "a\0b": "a\0c",
     "a.b:c/d": "*#",
     "x" * 200: "long name",
 }
@@ -101,6 +102,38 @@ async def test_what_cannot_travel_is_refused_before_anything_is_sent(contract: C
         with pytest.raises(ConfigurationError, match="1"):
             await backend.publish_many([("good", {"n": 1}), ("", {"n": 2})])
         await expect_counts(contract, await contract.oracle(), "g", total=0)
+
+
+@clause("C-HDR-01")
+async def test_ids_that_differ_behind_a_nul_character_are_different_ids(contract: Contract) -> None:
+    backend = contract.backend()
+    ids = ["\0", "\0\0", "id", "id\0", "id\0a", "id\0b"]
+    async with contract.within(), backend.consume(group="g", max_attempts=1) as subscription:
+        await backend.publish_many([Publication("k\0", {"n": n}, id=id) for n, id in enumerate(ids)])
+        messages = await collect(subscription, len(ids))
+        assert {message["n"]: message.id for message in messages} == dict(enumerate(ids))
+        assert {message.key for message in messages} == {"k\0"}
+
+
+@clause("C-HDR-01", capability="dead_letter")
+async def test_a_dead_letter_is_found_by_an_id_with_a_nul_character(contract: Contract) -> None:
+    backend = contract.backend()
+    ids = ["id", "id\0", "id\0a"]
+    letters = backend.dead_letters("g")
+    async with contract.within():
+        async with backend.consume(group="g") as subscription:
+            await backend.publish_many([Publication("k\0", {"n": n}, id=id) for n, id in enumerate(ids)])
+            for _ in ids:
+                await (await subscription.receive()).reject("no \0")
+            await until_dead(await contract.oracle(), "g", len(ids))
+        letter = await letters.get("id\0")
+        assert letter is not None
+        assert (letter.id, letter.key, letter.reason) == ("id\0", "k\0", "no \0")
+        assert await letters.replay("id\0") == 1
+        assert sorted([each.id for each in await letters.list()]) == ["id", "id\0a"]
+        assert await letters.purge("id\0a") == 1
+        async with backend.consume(group="g") as subscription:
+            assert [message.id for message in await collect(subscription, 1)] == ["id\0"]
 
 
 @clause("C-HDR-01", capability="dead_letter")
