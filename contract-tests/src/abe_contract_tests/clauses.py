@@ -151,7 +151,7 @@ CLAUSES: Final = (
     Clause(
         "C-RED-03",
         "A live consumer may hold a message, buffered or in a handler, for three leases with no second delivery; "
-        "a revived consumer's late ack never removes the new owner's copy",
+        "a revived consumer's late ack never removes the new owner's copy; one that stood still is not given again what nobody else took",
         capability="lease",
     ),
     Clause(

@@ -51,8 +51,12 @@ class _MemoryOracle:
             queue = space.queues.get(group)
             if queue is None:
                 return Counts(waiting=0, in_flight=0, delayed=0, dead=0)
+            expired = len(queue.expired(MonotonicClock().time()))
             return Counts(
-                waiting=len(queue.ready), in_flight=len(queue.held), delayed=len(queue.delayed), dead=len(queue.dead)
+                waiting=len(queue.ready) + expired,
+                in_flight=len(queue.held) - expired,
+                delayed=len(queue.delayed),
+                dead=len(queue.dead),
             )
 
     async def consumers(self, group: str) -> int:

@@ -172,6 +172,27 @@ async def test_a_handler_may_take_three_leases(contract: Contract) -> None:
 
 
 @clause("C-RED-03", capability="lease")
+async def test_a_consumer_that_stood_still_is_not_given_again_what_it_holds(contract: Contract) -> None:
+    backend = contract.backend()
+    oracle = await contract.oracle()
+    async with contract.within(20):
+        await backend.declare("g")
+        await backend.publish_many(contract.apart(numbered(3)))
+        # It may have more than it has, so that it asks for more all the time.
+        async with backend.consume(group="g", prefetch=10) as subscription:
+            held = [await subscription.receive() for _ in range(3)]
+            await backend.publish("numbered.last", {"n": 3})
+            time.sleep(2 * contract.lease)  # noqa: ASYNC251 - the leases run out, as in a program that blocks its event loop
+            held += await collect(subscription, 1)
+            await assert_silent(subscription, contract.lease)
+            assert sorted(numbers(held)) == list(range(4))
+            # Nobody else was there to have them. (`collect` has acknowledged the last one.)
+            for message in held[:3]:
+                await message.ack()
+            await until_empty(oracle, "g")
+
+
+@clause("C-RED-03", capability="lease")
 async def test_the_late_ack_of_a_revived_consumer_leaves_the_new_owner_s_copy(contract: Contract) -> None:
     backend = contract.backend()
     oracle = await contract.oracle()

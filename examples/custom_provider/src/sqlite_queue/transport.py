@@ -246,11 +246,11 @@ class SqliteReceiver:
         return bool(self._free(db, "serial", 1))
 
     def _free(self, db: sqlite3.Connection, columns: str, limit: int) -> list[sqlite3.Row]:
-        query = f"""SELECT {columns} FROM messages WHERE space = :space AND name = :name
-            AND due <= :now AND coalesce(deadline, 0) <= :now ORDER BY serial LIMIT :limit"""
-        return db.execute(
-            query, {"space": self._space, "name": self._group, "now": time.time(), "limit": limit}
-        ).fetchall()
+        # Not what we hold ourselves: a lease that ran out while nobody else took the message is about to be renewed.
+        query = f"""SELECT {columns} FROM messages WHERE space = :space AND name = :name AND due <= :now
+            AND coalesce(deadline, 0) <= :now AND consumer IS NOT :me ORDER BY serial LIMIT :limit"""
+        values = {"space": self._space, "name": self._group, "now": time.time(), "me": self._consumer, "limit": limit}
+        return db.execute(query, values).fetchall()
 
     def _take(self, db: sqlite3.Connection, limit: int) -> list[Delivery]:
         rows = self._free(db, "*", limit)

@@ -213,7 +213,9 @@ class RedisReceiver:
 
     async def _tick(self, wire: Wire, limit: int) -> Sequence[Delivery]:
         keys = [self._stream, self._delayed, self._dead, self._alive]
-        args = [self._consumer, self._lease, limit, *self._off_record]
+        # After a standstill leases have run out that are about to be renewed.
+        late = self._loop.time() - self._next_tick > self._lease / 4_000
+        args = [self._consumer, self._lease, limit, int(late), *self._off_record]
         entries, due, server_time = await self._transport.run("tick", keys, args, wire=wire)
         pause = TICK if due < 0 else min(TICK, due / 1000)
         now = self._loop.time()

@@ -1,6 +1,6 @@
 -- Makes deliverable what is due, and claims what dead consumers hold and closing ones gave back.
 -- KEYS: stream, delayed set, dead letters, until when each consumer is heard.
--- ARGV: consumer, its lease in ms, most to claim, consumers that are on no record.
+-- ARGV: consumer, its lease in ms, most to claim, whether it may hold what its leases ran out on, consumers that are on no record.
 -- Returns the claimed entries as {id, fields, deliveries}; the ms until the next one is due (-1: none is, 0: call again); the server's time.
 if call('EXISTS', KEYS[1]) == 0 then return redis.error_reply('NOGROUP the stream is gone') end
 local now, me, bytes, moved = clock(), ARGV[1], 0, 0
@@ -40,7 +40,7 @@ local function claim(owner, idle)
   end
 end
 claim('released', '0')
-claim(me, ARGV[2])
+if ARGV[4] == '0' then claim(me, ARGV[2]) end -- settlements that failed for good
 -- Each consumer's lease is its own setting, and part of its name.
 local function look_at(owner, heard)
   if owner == me then return end
@@ -53,7 +53,7 @@ local function look_at(owner, heard)
 end
 local silent = call('ZRANGEBYSCORE', KEYS[4], '-inf', now, 'WITHSCORES', 'LIMIT', 0, full and 1000 or 100)
 for i = 1, #silent, 2 do look_at(silent[i], tonumber(silent[i + 1])) end
-for i = 4, #ARGV do look_at(ARGV[i]) end
+for i = 5, #ARGV do look_at(ARGV[i]) end
 
 local wait, nearest = -1, call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')[2]
 if #claimed >= room or moved >= MOST or bytes >= BYTES then wait = 0

@@ -156,7 +156,8 @@ class Receiver(Protocol):
     async def receive(self, limit: int) -> Sequence[Delivery]:
         """Wait for messages, and return between 0 and `limit` of them.
 
-        Returns empty from time to time, and soon after `stop`. What became due, and what dead consumers held, comes this way too.
+        Returns empty from time to time, and soon after `stop`. What became due, and what dead consumers held, comes this way too; never
+        what this receiver holds itself, though its lease ran out while the program stood still.
 
         Raises:
             BackendConnectionError: Nothing is lost: call `recover`, then `receive` again.

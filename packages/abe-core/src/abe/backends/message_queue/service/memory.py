@@ -7,6 +7,7 @@ passes the same contract as the networked brokers, with leases, attempts, delays
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from abe.backends.message_queue.base import (
@@ -210,12 +211,14 @@ class _MemoryTransport:
         with self._namespace.lock:
             queue = self._namespace.queue(group)
             queue.mature(now)
+            expired = queue.expired(now)
+            since = [item.since for item in (*expired, *islice(queue.ready, 1))]
             return GroupStats(
-                waiting=len(queue.ready),
-                in_flight=len(queue.held),
+                waiting=len(queue.ready) + len(expired),
+                in_flight=len(queue.held) - len(expired),
                 delayed=len(queue.delayed),
                 dead=len(queue.dead),
-                oldest=now - queue.ready[0].since if queue.ready else None,
+                oldest=now - min(since) if since else None,
             )
 
     async def dead_letters(self, group: str) -> AsyncGenerator[Sequence[DeadLetter]]:

@@ -39,7 +39,7 @@ class Item:
 
 @dataclass(slots=True, eq=False)
 class Held:
-    """An item that a consumer holds until it settles it, or the deadline passes."""
+    """An item that a consumer holds until it settles it, or another one takes it after the deadline."""
 
     item: Item
     owner: "Waiter"
@@ -74,10 +74,11 @@ class Queue:
 
     def take(self, receiver: "Waiter", limit: int, now: float, lease: float) -> list[Delivery]:
         self.mature(now)
+        expired = self._take_expired(receiver, limit, now, lease) if self._next_deadline <= now else None
         deliveries: list[Delivery] = []
         deadline = now + lease
-        while self.ready and len(deliveries) < limit:
-            item = self.ready.popleft()
+        while (expired or self.ready) and len(deliveries) < limit:
+            item = expired.popleft() if expired else self.ready.popleft()
             item.attempts += 1
             receipt = self._number()
             self.held[receipt] = Held(item, receiver, deadline)
@@ -86,19 +87,32 @@ class Queue:
             self._next_deadline = min(self._next_deadline, deadline)
         return deliveries
 
+    def _take_expired(self, receiver: "Waiter", limit: int, now: float, lease: float) -> deque[Item]:
+        """Take items whose leases ran out from consumers other than the receiver: what it holds itself, it is about to renew."""
+        expired = [
+            receipt for receipt, held in self.held.items() if held.deadline <= now and held.owner is not receiver
+        ]
+        items = deque(self.held.pop(receipt).item for receipt in expired[:limit])
+        again = now + lease / 10
+        deadlines = (
+            again if held.owner is receiver and held.deadline <= now else held.deadline for held in self.held.values()
+        )
+        self._next_deadline = min(deadlines, default=math.inf)
+        return items
+
     def mature(self, now: float) -> None:
-        """Make deliverable what is due, and what its consumer kept for too long."""
+        """Make deliverable what is due."""
         while self.delayed and self.delayed[0][0] <= now:
             item = heapq.heappop(self.delayed)[2]
             item.since = now
             self.ready.append(item)
-        if self._next_deadline <= now:
-            expired = [receipt for receipt, held in self.held.items() if held.deadline <= now]
-            self.give_back([self.held.pop(receipt).item for receipt in expired])
-            self._next_deadline = min((held.deadline for held in self.held.values()), default=math.inf)
+
+    def expired(self, now: float) -> list[Item]:
+        """Return what its consumers kept for too long: others may have it."""
+        return [held.item for held in self.held.values() if held.deadline <= now]
 
     def next_event(self) -> float:
-        """When `mature` will have something to do; never later than that."""
+        """When something becomes due, or a lease ends; never later than that."""
         return min(self._next_deadline, self.delayed[0][0] if self.delayed else math.inf)
 
     def give_back(self, items: Iterable[Item]) -> None:
