@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis.asyncio.connection as native
 import trustme
 import uvloop
 
@@ -21,7 +20,7 @@ from abe.errors import (
     PublishRejectedError,
 )
 from abe_backend_redis import RedisBackend, RedisSettings
-from abe_backend_redis._connection import Wire
+from abe_backend_redis._login import connect
 from abe_backend_redis._transport import RedisTransport
 from abe_contract_tests import bounds
 from abe_contract_tests.services import TlsFiles
@@ -36,11 +35,20 @@ MINIMAL = (
     "+evalsha", "+script|load", "+xreadgroup", "+xrange", "+xrevrange", "+xadd", "+xdel", "+xack", "+xlen",
     "+xpending", "+xclaim", "+xgroup|create", "+xgroup|createconsumer", "+xgroup|delconsumer", "+xinfo|groups",
     "+zadd", "+zrem", "+zcard", "+zrange", "+zrangebyscore", "+zscore", "+hget", "+hset", "+hdel", "+hgetall",
-    "+get", "+set", "+del", "+rename", "+exists", "+time", "+client|setname", "+select", "+ping",
+    "+get", "+set", "+del", "+rename", "+exists", "+time", "+select", "+ping",
 )  # fmt: skip
 """What the documented user must be allowed; the README holds the same."""
 
-OPTIONAL = ("+xackdel", "+unlink", "+scan", "+info", "+client|id", "+client|unblock")
+OPTIONAL = (
+    "+xackdel",
+    "+unlink",
+    "+scan",
+    "+info",
+    "+client|id",
+    "+client|unblock",
+    "+client|setname",
+    "+client|setinfo",
+)
 """What it may be refused."""
 
 README = Path(__file__).parents[1] / "README.md"
@@ -78,29 +86,9 @@ async def round_trip(lab: Any, **changes: Any) -> None:
     await backend.delete_namespace()
 
 
-class TestTakeover:
-    async def test_the_private_names_of_redis_py_are_there(self, one_lab: Any) -> None:
-        """`Wire` takes the socket over from redis-py by these names. When this fails, a newer redis-py has renamed them."""
-        connection = native.parse_url(one_lab.url)
-        login = native.Connection(**{key: value for key, value in connection.items() if key != "connection_class"})
-        await login.connect()
-        try:
-            assert isinstance(getattr(login, "_writer", None), asyncio.StreamWriter), (
-                "redis-py: Connection._writer has changed"
-            )
-            assert isinstance(getattr(login, "_reader", None), asyncio.StreamReader), (
-                "redis-py: Connection._reader has changed"
-            )
-        finally:
-            await login.disconnect()
-
-    async def test_the_connection_has_a_name_and_says_who_it_is(self, one_lab: Any) -> None:
-        await one_lab.transport()
-        clients = [client for client in await one_lab.redis.client_list() if client["name"] == "abe-publish"]
-        assert clients
-
+class TestReplies:
     async def test_replies_go_to_their_callers_in_order(self, one_lab: Any) -> None:
-        wire = await Wire.connect(one_lab.settings(), "test", 5.0)
+        wire = await connect(one_lab.settings(), "test", 5.0)
         try:
             replies = await asyncio.gather(*(wire.call(b"ECHO", b"%d" % number) for number in range(500)))
             assert replies == [b"%d" % number for number in range(500)]
@@ -108,7 +96,7 @@ class TestTakeover:
             wire.close()
 
     async def test_a_caller_that_left_takes_no_reply_of_another(self, one_lab: Any) -> None:
-        wire = await Wire.connect(one_lab.settings(), "test", 5.0)
+        wire = await connect(one_lab.settings(), "test", 5.0)
         try:
             gone = wire.call(b"ECHO", b"gone")
             gone.cancel()
@@ -117,14 +105,14 @@ class TestTakeover:
             wire.close()
 
     async def test_a_reply_of_a_megabyte_arrives_whole(self, one_lab: Any) -> None:
-        wire = await Wire.connect(one_lab.settings(), "test", 5.0)
+        wire = await connect(one_lab.settings(), "test", 5.0)
         try:
             assert await wire.call(b"ECHO", b"x" * 5_000_000) == b"x" * 5_000_000
         finally:
             wire.close()
 
     async def test_after_the_end_every_call_is_told(self, one_lab: Any) -> None:
-        wire = await Wire.connect(one_lab.settings(), "test", 5.0)
+        wire = await connect(one_lab.settings(), "test", 5.0)
         waiting = wire.call(b"XREAD", b"BLOCK", 0, b"STREAMS", one_lab.names.held, b"$")
         wire.close()
         with pytest.raises(BackendConnectionError, match="lost"):

@@ -4,8 +4,8 @@ import asyncio
 import socket
 import ssl
 
+import hiredis
 import pytest
-import redis.exceptions as native
 
 from abe.errors import (
     AbeError,
@@ -15,12 +15,22 @@ from abe.errors import (
     GroupMissingError,
     PermissionDeniedError,
 )
-from abe_backend_redis._errors import _BY_CODE, _BY_TYPE, RedisError, ReplyError, code, translate, translated
+from abe_backend_redis._errors import (
+    _BY_CODE,
+    RedisError,
+    ReplyError,
+    code,
+    login_refused,
+    translate,
+    translated,
+    unreachable,
+)
 
 REPLIES = {
     "NOAUTH": ("NOAUTH Authentication required.", PermissionDeniedError),
     "WRONGPASS": ("WRONGPASS invalid username-password pair or user is disabled.", PermissionDeniedError),
     "NOPERM": ("NOPERM User app has no permissions to run the 'evalsha' command", PermissionDeniedError),
+    "DENIED": ("DENIED Redis is running in protected mode because protected mode is enabled", PermissionDeniedError),
     "OOM": ("OOM command not allowed when used memory > 'maxmemory'.", BackpressureError),
     "MISCONF": (
         "MISCONF Redis is configured to save RDB snapshots, but it is unable to persist to disk.",
@@ -41,26 +51,63 @@ REPLIES = {
     "UNKILLABLE": ("UNKILLABLE Sorry the script already executed write commands", BackendConnectionError),
 }
 
-EXCEPTIONS: list[tuple[BaseException, type[AbeError]]] = [
-    (native.AuthenticationError("invalid username-password pair"), PermissionDeniedError),
-    (native.AuthorizationError("no"), PermissionDeniedError),
-    (native.NoPermissionError("this user has no permissions"), PermissionDeniedError),
-    (native.BusyLoadingError("Redis is loading"), BackendConnectionError),
-    (native.ConnectionError("Error 111 connecting to h:6379."), BackendConnectionError),
-    (native.TimeoutError("Timeout connecting to server"), BackendConnectionError),
-    (ConnectionRefusedError(111, "refused"), BackendConnectionError),
-    (TimeoutError(), BackendConnectionError),
-    (socket.gaierror(-2, "Name or service not known"), BackendConnectionError),
-    (asyncio.IncompleteReadError(b"", 5), BackendConnectionError),
-    (native.InvalidResponse("Protocol Error"), ConfigurationError),
-    (ReplyError("ERR unknown command 'XACKDEL'"), RedisError),
+
+def tls_error(reason: str) -> ssl.SSLError:
+    error = ssl.SSLError(1, reason)
+    error.reason = reason
+    return error
+
+
+CONNECTING: list[tuple[Exception, type[AbeError], str]] = [
+    (ConnectionRefusedError(111, "refused"), BackendConnectionError, "correct REDIS_URL"),
+    (TimeoutError(110, "Connection timed out"), BackendConnectionError, "correct REDIS_URL"),
+    (socket.gaierror(-2, "Name or service not known"), BackendConnectionError, "correct REDIS_URL"),
+    (BackendConnectionError("the connection was lost"), BackendConnectionError, "correct REDIS_URL"),
+    (tls_error("UNEXPECTED_EOF_WHILE_READING"), BackendConnectionError, "correct REDIS_URL"),
+    (ssl.SSLEOFError(8, "EOF occurred in violation of protocol"), BackendConnectionError, "correct REDIS_URL"),
+    (hiredis.ProtocolError("Protocol error, got 'H'"), ConfigurationError, "Redis's protocol"),
+    (ssl.SSLCertVerificationError(1, "certificate verify failed: self-signed"), ConfigurationError, "ssl_ca_certs"),
+    (tls_error("WRONG_VERSION_NUMBER"), ConfigurationError, "redis://"),
+    (tls_error("TLSV13_ALERT_CERTIFICATE_REQUIRED"), ConfigurationError, "ssl_ parameters"),
+    (UnicodeError("label empty or too long"), ConfigurationError, "host"),
+]
+"""What ends an attempt to connect, what it becomes, and what the text says to do."""
+
+LOGIN: list[tuple[bytes, str, type[AbeError]]] = [
+    (b"AUTH", "WRONGPASS invalid username-password pair or user is disabled.", PermissionDeniedError),
+    (b"AUTH", "ERR AUTH <password> called without any password configured", PermissionDeniedError),
+    (b"AUTH", "ERR max number of clients reached", BackendConnectionError),
+    (b"SELECT", "ERR DB index is out of range", ConfigurationError),
+    (b"SELECT", "NOAUTH Authentication required.", PermissionDeniedError),
+    (b"CLIENT", "ERR max number of clients + cluster connections reached", BackendConnectionError),
+    (b"CLIENT", "ERR Client names cannot contain spaces", RedisError),
 ]
 
 
-def test_every_row_of_the_tables_is_tested() -> None:
+def test_every_row_of_the_table_is_tested() -> None:
     assert REPLIES.keys() == _BY_CODE.keys()
-    for theirs, _ in _BY_TYPE:
-        assert any(isinstance(exc, theirs) for exc, _ in EXCEPTIONS)
+
+
+@pytest.mark.parametrize(("command", "text", "kind"), LOGIN)
+def test_a_refused_login_becomes_ours_by_its_command(command: bytes, text: str, kind: type[AbeError]) -> None:
+    error = login_refused(command, ReplyError(text), "h:6379")
+    assert type(error) is kind
+    assert text in str(error)
+
+
+@pytest.mark.parametrize(("exc", "kind", "hint"), CONNECTING)
+def test_what_ends_an_attempt_to_connect_becomes_ours(exc: Exception, kind: type[AbeError], hint: str) -> None:
+    lost = BackendConnectionError("the connection was lost")
+    lost.__cause__ = exc
+    for raised in (exc, lost):
+        error = unreachable(raised, "h:6379")
+        assert type(error) is kind
+        assert str(exc) in str(error)
+        assert hint in str(error)
+
+
+def test_a_reply_that_nothing_expects_is_kept_as_it_is() -> None:
+    assert type(translate(ReplyError("ERR unknown command 'XACKDEL'"), "h")) is RedisError
 
 
 @pytest.mark.parametrize("name", REPLIES)
@@ -102,21 +149,6 @@ def test_a_right_that_a_script_lacks_is_one_that_the_user_lacks(text: str) -> No
     assert type(translate(ReplyError(text), "h")) is PermissionDeniedError
 
 
-@pytest.mark.parametrize(("exc", "kind"), EXCEPTIONS)
-def test_an_exception_becomes_ours_by_its_type(exc: BaseException, kind: type[AbeError]) -> None:
-    assert type(translate(exc, "h:6379")) is kind
-
-
-def test_a_certificate_that_does_not_hold_is_a_matter_of_configuration() -> None:
-    refused = native.ConnectionError("Error 1 connecting to h:6379.")
-    refused.__context__ = ssl.SSLCertVerificationError(
-        1, "certificate verify failed: unable to get local issuer certificate"
-    )
-    error = translate(refused, "h:6379")
-    assert type(error) is ConfigurationError
-    assert "certificate" in str(error)
-
-
 def test_what_a_command_raised_is_the_cause() -> None:
     original = ReplyError("NOAUTH Authentication required.")
     with pytest.raises(PermissionDeniedError) as caught, translated("h:6379"):
@@ -124,8 +156,8 @@ def test_what_a_command_raised_is_the_cause() -> None:
     assert caught.value.__cause__ is original
 
 
-def test_ours_and_strangers_pass_through() -> None:
-    for passing in (BackendConnectionError("lost"), asyncio.CancelledError(), KeyError("bug")):
+def test_ours_and_foreign_exceptions_pass_through() -> None:
+    for passing in (BackendConnectionError("lost"), asyncio.CancelledError(), KeyError("bug"), OSError("bug")):
         with pytest.raises(type(passing)) as caught, translated("h:6379"):
             raise passing
         assert caught.value is passing

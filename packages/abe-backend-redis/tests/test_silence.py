@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from abe.errors import AbeError, BackendConnectionError
-from abe_backend_redis import RedisBackend, _connection, _receiver, _transport
-from abe_backend_redis._connection import Wire
+from abe_backend_redis import RedisBackend, _connection, _protocol, _receiver, _transport
+from abe_backend_redis._login import connect
 from abe_contract_tests import bounds
 
 Until = Callable[..., Awaitable[None]]
 
-PATIENCE, IDLE = 0.6, 0.3
+REPLY_TIMEOUT, IDLE = 0.6, 0.3
 
 
 class Tunnel:
@@ -84,8 +84,8 @@ class Tunnel:
 async def tunnel(one_server: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Tunnel]:
     slowness = bounds.slowness()
     for module in (_connection, _receiver, _transport):
-        monkeypatch.setattr(module, "PATIENCE", PATIENCE * slowness)
-    monkeypatch.setattr(_connection, "IDLE", IDLE * slowness)
+        monkeypatch.setattr(module, "REPLY_TIMEOUT", REPLY_TIMEOUT * slowness)
+    monkeypatch.setattr(_protocol, "IDLE", IDLE * slowness)
     complaints: list[str] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(str(context)))
     tunnel = Tunnel(int(one_server.url.rpartition(":")[2].partition("/")[0]))
@@ -124,7 +124,7 @@ async def test_a_publish_into_silence_has_time_for_a_second_try(tunnel: Tunnel, 
 
 
 async def test_publishers_and_consumers_go_on(tunnel: Tunnel, one_lab: Any) -> None:
-    # A settlement is tried for as long as the lease lasts: on a busy machine patience is stretched to nearly the usual one.
+    # A settlement is tried for as long as the lease lasts: on a busy machine the reply timeout is stretched to nearly the usual one.
     backend = await one_lab.backend(url=await tunnel.start(), lease=60.0)
     async with backend.consume(group="g") as subscription, bounds.within(15):
         for number in range(2):
@@ -174,9 +174,9 @@ async def test_closing_within_a_hole_takes_the_time_that_it_may(tunnel: Tunnel, 
 async def test_closing_carries_out_what_was_decided_over_connections_that_answer(
     tunnel: Tunnel, one_lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has less time than patience takes."""
+    """It has less time than a reply may take."""
     for module in (_connection, _receiver, _transport):
-        monkeypatch.setattr(module, "PATIENCE", 60.0)
+        monkeypatch.setattr(module, "REPLY_TIMEOUT", 60.0)
     backend = await one_lab.backend(
         url=await tunnel.start(), lease=120.0, publish_timeout=120.0, close_timeout=30.0, groups={"g": ()}
     )
@@ -217,7 +217,7 @@ async def test_connecting_into_a_hole_takes_the_time_that_it_may(tunnel: Tunnel,
     url = await tunnel.start()
     tunnel.shut()
     for _ in range(3):
-        with pytest.raises(BackendConnectionError, match=r"within [\d.]+ s"):
+        with pytest.raises(BackendConnectionError, match=r"timed out after [\d.]+ s"):
             async with bounds.within(1):
                 await one_lab.transport(url=url, connect_timeout=0.3)
 
@@ -239,14 +239,14 @@ async def test_closing_while_connecting_into_a_hole_takes_the_time_that_it_may(
 
 
 async def test_a_loop_that_was_busy_takes_no_server_for_silent(one_lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    wire = await Wire.connect(one_lab.settings(), "test", 0.3)
+    wire = await connect(one_lab.settings(), "test", 0.3)
     try:
         for _ in range(3):
             pending = wire.call(b"ECHO", b"x")
             await asyncio.sleep(0)
             _block(0.6)
             assert await pending == b"x"
-        wire._watch(asyncio.get_running_loop().time() - 5.0)  # as where timers come before what was received
+        wire._look(asyncio.get_running_loop().time() - 5.0)  # as where timers come before what was received
         assert wire.alive
     finally:
         wire.close()
@@ -255,7 +255,7 @@ async def test_a_loop_that_was_busy_takes_no_server_for_silent(one_lab: Any, mon
 async def test_what_leaves_slowly_is_not_silence(one_lab: Any) -> None:
     """A body that takes longer to send than the server may stay silent."""
     slow, port = await _slow_server()
-    wire = await Wire.connect(one_lab.settings(url=f"redis://127.0.0.1:{port}"), "test", 1.0)
+    wire = await connect(one_lab.settings(url=f"redis://127.0.0.1:{port}"), "test", 1.0)
     try:
         began = time.monotonic()
         async with bounds.within(20):

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 from abe.backends.message_queue.base import DeadLetter
 from abe_backend_redis import _wire
-from abe_backend_redis._connection import Reply
 from abe_backend_redis._errors import ReplyError, translate
+from abe_backend_redis._protocol import Reply
 from abe_backend_redis._topology import Topology
 
 Entry: TypeAlias = tuple[bytes, list[bytes]]

@@ -1,4 +1,4 @@
-"""Redis's errors made ours: the only module that knows the client's exceptions."""
+"""Redis's errors made ours: those of replies, and those of connecting."""
 
 import re
 import ssl
@@ -6,7 +6,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Final
 
-import redis.exceptions as native
+import hiredis
+import redis.exceptions
 
 from abe.errors import (
     AbeError,
@@ -17,7 +18,7 @@ from abe.errors import (
     PermissionDeniedError,
 )
 
-ReplyError = native.ResponseError
+ReplyError = redis.exceptions.ResponseError
 """What a reply that is an error becomes; its text begins with Redis's code."""
 
 
@@ -29,6 +30,7 @@ _BY_CODE: Final[dict[str, type[AbeError]]] = {
     "NOAUTH": PermissionDeniedError,
     "WRONGPASS": PermissionDeniedError,
     "NOPERM": PermissionDeniedError,
+    "DENIED": PermissionDeniedError,
     "OOM": BackpressureError,
     "MISCONF": BackpressureError,
     "NOREPLICAS": BackpressureError,
@@ -43,17 +45,6 @@ _BY_CODE: Final[dict[str, type[AbeError]]] = {
     "UNKILLABLE": BackendConnectionError,
 }
 
-_BY_TYPE: Final[tuple[tuple[type[BaseException], type[AbeError]], ...]] = (
-    (native.AuthenticationError, PermissionDeniedError),
-    (native.AuthorizationError, PermissionDeniedError),
-    (native.NoPermissionError, PermissionDeniedError),
-    (native.BusyLoadingError, BackendConnectionError),
-    (native.ConnectionError, BackendConnectionError),
-    (native.TimeoutError, BackendConnectionError),
-    (OSError, BackendConnectionError),
-    (EOFError, BackendConnectionError),
-)
-
 _HINTS: Final[dict[type[AbeError], str]] = {
     PermissionDeniedError: "check the user, the password, and the user's rights: REDIS_URL, REDIS_USERNAME, REDIS_PASSWORD",
     BackpressureError: "it takes no writes now",
@@ -61,18 +52,22 @@ _HINTS: Final[dict[type[AbeError], str]] = {
 _FOREIGN_KEYS: Final = "the namespace's keys are used by something else: choose another QUEUE_NAMESPACE"
 _CERTIFICATE: Final = "check ssl_ca_certs in REDIS_URL, and that the certificate is for this host"
 _NO_TLS: Final = "what is there does not answer in TLS: write redis:// in REDIS_URL, or the port that does"
-_TLS_FILES: Final = "check the ssl_ parameters of REDIS_URL: files, key and password, versions"
+TLS_FILES: Final = "check the ssl_ parameters of REDIS_URL: files, key and password, versions"
 _NO_REDIS: Final = "what is there does not speak Redis's protocol: check host and port in REDIS_URL"
 _DATABASE: Final = (
     "check the database in REDIS_URL: a server has those from 0 to 15, unless its setting 'databases' says otherwise"
 )
+_HOST: Final = "the host in REDIS_URL is no host's name"
 _ADDRESS: Final = "if that is not where it is, correct REDIS_URL"
-_QUERY: Final = "a parameter of REDIS_URL is wrong"
 
-_NO_DATABASE: Final = re.compile(
-    r"DB index is out of range|invalid (first )?DB index|value is out of range|SELECT is not allowed in cluster mode"
-)
-"""What SELECT says, of which redis-py's login leaves out the code."""
+_FULL: Final = re.compile(r"ERR max number of clients")
+"""What a server says that takes no connection more, before it hangs up."""
+
+_AT_LOGIN: Final[dict[object, tuple[type[AbeError], str]]] = {
+    b"AUTH": (PermissionDeniedError, _HINTS[PermissionDeniedError]),
+    b"SELECT": (ConfigurationError, _DATABASE),
+}
+"""What it means that Redis refuses a command of the login, and gives no code but ERR."""
 
 _NOT_IN_TLS: Final = (
     "WRONG_VERSION_NUMBER",
@@ -106,46 +101,50 @@ def code(error: BaseException) -> str:
 
 def is_refused(error: ReplyError) -> bool:
     """Whether the command is one that the user may not use, or that the server does not have."""
-    return code(error) == "NOPERM" or str(error).startswith("ERR unknown command")
+    return code(error) == "NOPERM" or str(error).lower().startswith("err unknown")
 
 
-def translate(exc: BaseException, address: str) -> AbeError:
-    """Return our error for one of the client's."""
-    kind, hint = _permanent(exc) or _by_table(exc)
-    return kind(f"redis at {address}: {exc}{hint and f' ({hint})'}")
+def translate(reply: ReplyError, address: str) -> AbeError:
+    """Return our error for a reply that is one."""
+    kind = BackendConnectionError if _FULL.match(str(reply)) else _BY_CODE.get(code(reply), RedisError)
+    hint = _FOREIGN_KEYS if kind is ConfigurationError else _HINTS.get(kind, "")
+    return _error(kind, reply, hint, address)
 
 
-def _by_table(exc: BaseException) -> tuple[type[AbeError], str]:
-    if isinstance(exc, ReplyError) and (kind := _BY_CODE.get(code(exc))):
-        return kind, _FOREIGN_KEYS if kind is ConfigurationError else _HINTS.get(kind, "")
-    kind = next((ours for theirs, ours in _BY_TYPE if isinstance(exc, theirs)), RedisError)
-    return kind, _ADDRESS if kind is BackendConnectionError else _HINTS.get(kind, "")
+def login_refused(command: object, reply: ReplyError, address: str) -> AbeError:
+    """Return our error for a command of the login that Redis refused."""
+    error = translate(reply, address)
+    if type(error) is RedisError and command in _AT_LOGIN:
+        return _error(_AT_LOGIN[command][0], reply, _AT_LOGIN[command][1], address)
+    return error
 
 
-def _permanent(exc: BaseException) -> tuple[type[AbeError], str] | None:
-    """What redis-py shows as a lost connection, or as any reply, and would be tried for ever; with what to do about it."""
-    why = exc.__cause__ or exc.__context__
-    if isinstance(exc, ReplyError) and _NO_DATABASE.match(str(exc)):
-        return ConfigurationError, _DATABASE
-    if isinstance(exc, native.InvalidResponse):
-        return ConfigurationError, _NO_REDIS
+def unreachable(exc: Exception, address: str) -> AbeError:
+    """Return our error for a connection that could not be made, or ended within the login."""
+    why = exc.__cause__ or exc
+    if isinstance(why, hiredis.ProtocolError):
+        return _error(ConfigurationError, why, _NO_REDIS, address)
     if isinstance(why, ssl.SSLCertVerificationError):
-        return ConfigurationError, _CERTIFICATE
-    if isinstance(why, ssl.SSLError) and why.reason not in _BROKEN_TLS and not isinstance(why, ssl.SSLEOFError):
-        return ConfigurationError, _NO_TLS if why.reason in _NOT_IN_TLS else _TLS_FILES
-    if isinstance(exc, native.ConnectionError) and isinstance(why, TypeError | ValueError | LookupError):
-        return ConfigurationError, _QUERY
-    return None
+        return _error(ConfigurationError, why, _CERTIFICATE, address)
+    if isinstance(why, ssl.SSLError) and not isinstance(why, ssl.SSLEOFError) and why.reason not in _BROKEN_TLS:
+        return _error(ConfigurationError, why, _NO_TLS if why.reason in _NOT_IN_TLS else TLS_FILES, address)
+    if isinstance(why, UnicodeError):
+        return _error(ConfigurationError, why, _HOST, address)
+    return _error(BackendConnectionError, why, _ADDRESS, address)
+
+
+def _error(kind: type[AbeError], exc: BaseException, hint: str, address: str) -> AbeError:
+    return kind(f"redis at {address}: {str(exc) or type(exc).__name__}{hint and f' ({hint})'}")
 
 
 @contextmanager
 def translated(address: str) -> Generator[None]:
-    """Turn the client's errors into ours.
+    """Turn replies that are errors into ours.
 
     Raises:
         AbeError: By the tables above.
     """
     try:
         yield
-    except (native.RedisError, OSError, EOFError) as exc:
+    except ReplyError as exc:
         raise translate(exc, address) from exc

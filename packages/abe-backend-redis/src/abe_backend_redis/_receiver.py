@@ -13,8 +13,9 @@ from abe.backends.message_queue.base import Delivery, Failures, Metadata, Receip
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
 from abe.errors import AbeError, ConfigurationError, GroupMissingError, LeaseLostError
 from abe_backend_redis import _wire
-from abe_backend_redis._connection import PATIENCE, Link, Reply, Wire
+from abe_backend_redis._connection import REPLY_TIMEOUT, Link
 from abe_backend_redis._errors import ReplyError, code, is_refused, translate, translated
+from abe_backend_redis._protocol import Reply, Wire
 from abe_backend_redis._topology import GROUP, RELEASED
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class RedisReceiver:
         self._consumer = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}@{self._lease}".encode()
         self._adopt_every = lease / 3
         self._loop = asyncio.get_running_loop()
-        self._link = Link(transport.settings, f"abe-read-{group}", TICK + PATIENCE, self._prepare)
+        self._link = Link(transport.settings, f"abe-read-{group}", TICK + REPLY_TIMEOUT, self._prepare)
         self._client = 0
         self._reading: asyncio.Future[Reply] | None = None
         self._next_tick = 0.0

@@ -9,7 +9,7 @@ from abe.backends.message_queue.base import Envelope
 from abe.backends.message_queue.base.names import matches
 from abe.errors import AbeError, BackpressureError, ConfigurationError, UnroutableError
 from abe_backend_redis import _wire
-from abe_backend_redis._connection import pack
+from abe_backend_redis._protocol import pack
 from abe_backend_redis._scripts import SCRIPTS
 from abe_backend_redis._topology import Topology
 

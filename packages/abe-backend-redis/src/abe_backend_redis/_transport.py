@@ -11,9 +11,10 @@ from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, Grou
 from abe.backends.message_queue.base import Transport as TransportProtocol
 from abe.backends.message_queue.base.names import EVERYTHING
 from abe.errors import AbeError, BackendConnectionError, ConfigurationError, PublishUnknownError
-from abe_backend_redis._connection import PATIENCE, Link, Reply, Wire
+from abe_backend_redis._connection import REPLY_TIMEOUT, Link
 from abe_backend_redis._dead_letters import DeadLetters
 from abe_backend_redis._errors import ReplyError, code, translate, translated
+from abe_backend_redis._protocol import Reply, Wire
 from abe_backend_redis._receiver import RedisReceiver
 from abe_backend_redis._registry import Registry, patterns_of
 from abe_backend_redis._scripts import SCRIPTS
@@ -40,10 +41,10 @@ class RedisTransport:
         self.settings = settings
         self.topology = Topology(settings.namespace)
         self.has_xackdel = False
-        patience = min(PATIENCE, settings.publish_timeout / 2)  # what is left is for another try
-        self._publishing = Link(settings, "abe-publish", patience, self._prepare)
-        self._controlling = Link(settings, "abe-control", patience, self._prepare)
-        self._browsing = Link(settings, "abe-browse", patience, self._prepare)
+        timeout = min(REPLY_TIMEOUT, settings.publish_timeout / 2)  # what is left is for another try
+        self._publishing = Link(settings, "abe-publish", timeout, self._prepare)
+        self._controlling = Link(settings, "abe-control", timeout, self._prepare)
+        self._browsing = Link(settings, "abe-browse", timeout, self._prepare)
         self._registry: Registry | None = None
         self._patterns: dict[str, tuple[str, ...]] = {}
         self._checked = False
