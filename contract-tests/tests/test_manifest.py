@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from abe_contract_tests.clauses import AREAS, BY_ID, CLAUSES, clause
+from abe_contract_tests.clauses import AREAS, BY_ID, CLAUSES
 from abe_contract_tests.manifest import suite_tests
+from abe_contract_tests.marks import clause
 from abe_contract_tests.probes import PROBES
 
 sys.path.insert(0, str(Path(__file__).parent))

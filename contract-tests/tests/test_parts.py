@@ -1,4 +1,4 @@
-"""The suite's parts: workers, the account of messages, the watchdog."""
+"""The suite's parts: workers, the account of messages, loops that stand still."""
 
 import asyncio
 import time
@@ -11,11 +11,10 @@ from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.errors import PublishRejectedError, PublishUnknownError
 from abe_contract_tests import bounds
 from abe_contract_tests.accounting import Accounting
-from abe_contract_tests.watchdog import LoopStalledError, watching
+from abe_contract_tests.stalls import LoopStalledError, watching
 from abe_contract_tests.worker import ProcessWorker, ThreadWorker, Worker, WorkerFailed
 
 ENVIRONMENT = {"QUEUE_NAMESPACE": "workers"}
-FUNCTIONS = "abe_contract_tests.suite.workers"
 
 
 async def echo(backend: MemoryBackend, report: Callable[[Any], None], receive: Any) -> None:
@@ -133,7 +132,7 @@ async def test_a_stranger_in_the_account_is_unexpected() -> None:
         accounting.check()
 
 
-async def test_the_watchdog_ends_what_keeps_the_loop_busy() -> None:
+async def test_what_keeps_the_loop_busy_is_ended() -> None:
     with watching(0.2):
         await asyncio.sleep(0.01)
         with pytest.raises(LoopStalledError, match=r"did not turn for [\d.]+ s"):
@@ -141,6 +140,6 @@ async def test_the_watchdog_ends_what_keeps_the_loop_busy() -> None:
                 time.sleep(0.01)  # noqa: ASYNC251 - that is the fault
 
 
-async def test_the_watchdog_lets_a_loop_that_turns_alone() -> None:
+async def test_a_loop_that_turns_is_let_alone() -> None:
     with watching(0.1):
         await asyncio.sleep(0.3)

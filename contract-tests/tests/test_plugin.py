@@ -142,9 +142,7 @@ def test_an_overridden_fixture_fails(run: Runner) -> None:
 
 
 def test_a_redefined_test_fails(run: Runner) -> None:
-    module = (
-        f"from abe_contract_tests.clauses import clause\n@clause('C-PUB-01')\nasync def {ONE}(contract):\n    pass\n"
-    )
+    module = f"from abe_contract_tests.marks import clause\n@clause('C-PUB-01')\nasync def {ONE}(contract):\n    pass\n"
     done = run("--contract=memory", target=run.write("test_publish.py", module))
     assert done.status == 1
     assert "redefined" in done.output

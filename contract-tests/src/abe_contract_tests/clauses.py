@@ -1,24 +1,15 @@
-"""The clauses of the contract, and the mark that ties a test to them.
+"""The clauses of the contract.
 
 This list is the contract's one source: the suite's verdict, the documentation's page and the manifest test are made from it.
 """
 
-from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from functools import wraps
-from inspect import iscoroutinefunction
-from typing import Any, Final, Literal, TypeVar, cast
-
-import pytest
+from typing import Final, Literal
 
 from abe.backends.message_queue.base import Capabilities, Durability
 
 CONTRACT_VERSION: Final = "0.2"
 """Grows when a clause is added or changed, so that a result says which promises it is about."""
-
-MARK: Final = "contract_clause"
-
-_Test = TypeVar("_Test", bound=Callable[..., Coroutine[Any, Any, None]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,54 +369,3 @@ def declares(capabilities: Capabilities, name: str) -> bool:
     """Whether the capability is declared: true, a number, or a durability above none."""
     value = getattr(capabilities, name)
     return value is not None and value is not False and value is not Durability.NONE
-
-
-def clause(*ids: str, capability: str | None = None, three_methods: bool = False) -> Callable[[_Test], _Test]:
-    """Mark a test as one that proves clauses.
-
-    Args:
-        ids: Which.
-        capability: A field of `Capabilities`. Where the backend does not declare it, the test is replaced by that capability's
-            negative probe: using it must raise `UnsupportedCapabilityError` at the call. A clause that has a capability of its own
-            brings it along.
-        three_methods: The test uses ``publish``, ``consume`` and ``from_env`` only, so that it also runs against a provider that has
-            nothing else.
-
-    Raises:
-        ValueError: There is no such clause, or no such capability.
-    """
-    unknown = [id for id in ids if id not in BY_ID]
-    if unknown or not ids:
-        raise ValueError(f"not clauses of the contract: {unknown}" if unknown else "a test must name its clauses")
-    needed = {item.capability for id in ids if (item := BY_ID[id]).capability} | ({capability} - {None})
-    unless = {item.unless for id in ids if (item := BY_ID[id]).unless}
-    if not needed <= Capabilities.__dataclass_fields__.keys():
-        raise ValueError(f"Capabilities has no field {capability!r}")
-
-    def decorate(test: _Test) -> _Test:
-        checked = _conditional(test, sorted(filter(None, needed)), sorted(filter(None, unless)))
-        # Tests are coroutines whatever the asyncio_mode of the project that runs them.
-        marked: _Test = pytest.mark.asyncio(pytest.mark.contract_clause(*ids, three_methods=three_methods)(checked))
-        return marked
-
-    return decorate
-
-
-def _conditional(test: _Test, needed: Sequence[str], unless: Sequence[str]) -> _Test:
-    if not needed and not unless:
-        return test
-    if not iscoroutinefunction(test):
-        raise TypeError(f"{test.__name__}: only a plain coroutine function can be tied to a capability")
-
-    @wraps(test)
-    async def run_or_probe(**arguments: Any) -> None:
-        contract = arguments["contract"]
-        undeclared = [name for name in needed if not contract.declares(name)]
-        excused = [name for name in unless if contract.declares(name)]
-        for name in undeclared:
-            await contract.probe(name)
-        contract.excused.extend(excused)
-        if not undeclared and not excused:
-            await test(**arguments)
-
-    return cast("_Test", run_or_probe)

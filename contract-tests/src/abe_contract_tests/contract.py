@@ -128,13 +128,6 @@ class Contract:
         """Return the capabilities that the backend does not declare."""
         return [name for name in Capabilities.__dataclass_fields__ if not self.declares(name)]
 
-    async def probe(self, capability: str) -> None:
-        """Assert that the capability, which is not declared, is refused where somebody uses it."""
-        from abe_contract_tests.probes import PROBES  # the probes use this class
-
-        self.probed.append(capability)
-        await PROBES[capability](self)
-
     async def oracle(self) -> Oracle:
         """Return the broker as its native client sees it."""
         if self._oracle is None:

@@ -9,8 +9,9 @@ from pkgutil import iter_modules
 from typing import Any, Final
 
 import abe_contract_tests.suite
-from abe_contract_tests.clauses import BY_ID, MARK
+from abe_contract_tests.clauses import BY_ID
 from abe_contract_tests.harness import Harness
+from abe_contract_tests.marks import MARK
 
 SUITE: Final = Path(abe_contract_tests.suite.__file__).parent
 

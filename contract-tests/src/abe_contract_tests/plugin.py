@@ -13,18 +13,18 @@ pytest.register_assert_rewrite("abe_contract_tests.suite", "abe_contract_tests.a
 
 from abe_contract_tests.blocking import explain, policed
 from abe_contract_tests.bounds import slowness
-from abe_contract_tests.clauses import MARK
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.harness import Harness
 from abe_contract_tests.keeping import Keeper
 from abe_contract_tests.loops import LOOP_VARIABLE, LOOPS, LoopFactory, chosen_loop, new_event_loop
 from abe_contract_tests.manifest import is_of_the_suite, suite_test
+from abe_contract_tests.marks import MARK
 from abe_contract_tests.reporting import RESULT, Ledger
 from abe_contract_tests.selection import harness_label, load_harness, selected_harnesses
 from abe_contract_tests.services import ServiceUnavailable
+from abe_contract_tests.stalls import watching
 from abe_contract_tests.verdict import NO_BROKER, Result
 from abe_contract_tests.waivers import Waiver, read_waivers
-from abe_contract_tests.watchdog import watching
 
 _STALL: Final = 20.0
 """Seconds for which an event loop may stand still before its test is ended."""

@@ -1,12 +1,10 @@
 """What must happen where somebody uses a capability that the backend does not declare: a refusal at the call, never silence."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from abe.errors import UnsupportedCapabilityError
-
-if TYPE_CHECKING:
-    from abe_contract_tests.contract import Contract
+from abe_contract_tests.contract import Contract
 
 
 async def _refused(what: str, use: Callable[[], Awaitable[Any]]) -> None:
@@ -19,7 +17,7 @@ async def _refused(what: str, use: Callable[[], Awaitable[Any]]) -> None:
     )
 
 
-async def _groups(contract: "Contract") -> None:
+async def _groups(contract: Contract) -> None:
     backend = contract.backend()
 
     async def consume() -> None:
@@ -31,7 +29,7 @@ async def _groups(contract: "Contract") -> None:
         await _refused("groups: consume", consume)
 
 
-async def _key_patterns(contract: "Contract") -> None:
+async def _key_patterns(contract: Contract) -> None:
     backend = contract.backend()
 
     async def consume() -> None:
@@ -43,7 +41,7 @@ async def _key_patterns(contract: "Contract") -> None:
         await _refused("key_patterns: consume", consume)
 
 
-async def _dead_letter(contract: "Contract") -> None:
+async def _dead_letter(contract: Contract) -> None:
     backend = contract.backend()
 
     async def look() -> None:
@@ -53,7 +51,7 @@ async def _dead_letter(contract: "Contract") -> None:
         await _refused("dead_letter", look)
 
 
-async def _max_delay(contract: "Contract") -> None:
+async def _max_delay(contract: Contract) -> None:
     backend = contract.backend()
     async with contract.within():
         await backend.declare()
@@ -65,7 +63,7 @@ async def _max_delay(contract: "Contract") -> None:
             await _refused("max_delay: nack", lambda: message.nack(delay=0.05))
 
 
-async def _publish_dedup(contract: "Contract") -> None:
+async def _publish_dedup(contract: Contract) -> None:
     backend = contract.backend()
     async with contract.within():
         await backend.declare()
@@ -83,11 +81,11 @@ async def _publish_dedup(contract: "Contract") -> None:
                 assert not dropped, "publish_dedup is not declared, and the same id published again was dropped"
 
 
-async def _nothing_to_refuse(contract: "Contract") -> None:
+async def _nothing_to_refuse(contract: Contract) -> None:
     """There is no call that would use it: the backend only says that it does not promise it."""
 
 
-PROBES: Final[Mapping[str, Callable[["Contract"], Awaitable[None]]]] = {
+PROBES: Final[Mapping[str, Callable[[Contract], Awaitable[None]]]] = {
     "groups": _groups,
     "key_patterns": _key_patterns,
     "ordered": _nothing_to_refuse,

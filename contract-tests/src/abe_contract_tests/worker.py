@@ -102,7 +102,7 @@ class ProcessWorker:
     ) -> "ProcessWorker":
         """Start the process; its reports say when it is ready for anything."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "abe_contract_tests._worker"),
+            *(sys.executable, "-m", "abe_contract_tests.worker_process"),
             *(_path(function), _path(backend), json.dumps(arguments)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

@@ -14,9 +14,9 @@ import pytest
 from abe.backends.message_queue.base import Message, Subscription
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
 from abe.errors import AbeError, BackendClosedError
-from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.leaks import assert_no_leak
+from abe_contract_tests.marks import clause
 from abe_contract_tests.suite.steps import (
     LONG_LEASE,
     assert_silent,
@@ -48,6 +48,20 @@ async def test_close_may_be_called_twice_and_before_anything_else(contract: Cont
     await expect_counts(contract, await contract.oracle(), "g", waiting=2)
 
 
+async def _publish_until_closed(backend: Any, start: int, confirmed: list[int], problems: list[BaseException]) -> None:
+    for n in range(start, start + 10_000):
+        try:
+            await backend.publish("order.created", {"n": n})
+        except BackendClosedError:
+            return
+        except AbeError as exc:
+            if not exc.maybe_accepted:
+                problems.append(exc)
+            return
+        confirmed.append(n)
+        await asyncio.sleep(0)
+
+
 @clause("C-CLS-01")
 @pytest.mark.parametrize("consumed", [0, 10])
 async def test_close_beside_publish_and_consume_loses_and_doubles_nothing(contract: Contract, consumed: int) -> None:
@@ -58,19 +72,6 @@ async def test_close_beside_publish_and_consume_loses_and_doubles_nothing(contra
     delivered: set[int] = set()
     done: Counter[int] = Counter()
     problems: list[BaseException] = []
-
-    async def publish(backend: Any, start: int) -> None:
-        for n in range(start, start + 10_000):
-            try:
-                await backend.publish("order.created", {"n": n})
-            except BackendClosedError:
-                return
-            except AbeError as exc:
-                if not exc.maybe_accepted:
-                    problems.append(exc)
-                return
-            confirmed.append(n)
-            await asyncio.sleep(0)
 
     async def consume(backend: Any) -> None:
         try:
@@ -90,7 +91,10 @@ async def test_close_beside_publish_and_consume_loses_and_doubles_nothing(contra
         await checker.declare("g")
         for turn in range(5):
             backend = contract.backend()
-            tasks = [asyncio.create_task(publish(backend, (turn * 10 + part) * 10_000)) for part in range(5)]
+            tasks = [
+                asyncio.create_task(_publish_until_closed(backend, (turn * 10 + part) * 10_000, confirmed, problems))
+                for part in range(5)
+            ]
             tasks += [asyncio.create_task(consume(backend)) for _ in range(2)]
             published, finished = len(confirmed) + 20, done.total() + consumed
             while len(confirmed) < published or done.total() < finished:  # noqa: ASYNC110 - an event would have to be set by each

@@ -3,8 +3,8 @@
 import asyncio
 from collections import Counter
 
-from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
+from abe_contract_tests.marks import clause, probe
 from abe_contract_tests.suite.steps import collect, expect_counts, numbered, numbers, until_dead, until_empty
 
 
@@ -105,7 +105,7 @@ async def test_some_or_all_dead_letters_are_purged(contract: Contract) -> None:
 @clause("C-PSN-03", capability="dead_letter")
 async def test_one_group_s_dead_letters_are_no_business_of_another(contract: Contract) -> None:
     if not contract.declares("groups"):
-        await contract.probe("groups")
+        await probe(contract, "groups")
         return
     backend = contract.backend()
     async with contract.within():

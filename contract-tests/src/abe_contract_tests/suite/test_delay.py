@@ -5,9 +5,9 @@ import time
 import pytest
 
 from abe.backends.message_queue.base import Publication
-from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
-from abe_contract_tests.suite import workers
+from abe_contract_tests.marks import clause, probe
+from abe_contract_tests.suite import jobs
 from abe_contract_tests.suite.steps import collect, expect_counts, until_empty
 
 CLOCKS = 0.02
@@ -54,7 +54,7 @@ async def test_delayed_messages_wait_in_the_broker_and_not_in_a_consumer(contrac
     oracle = await contract.oracle()
     async with contract.within(15):
         await backend.declare("g")
-        async with contract.worker(workers.consume_all, group="g") as worker:
+        async with contract.worker(jobs.consume_all, group="g") as worker:
             assert await worker.next_report() == "subscribed"
             await backend.publish("order.created", {"n": 1}, delay=0.6)
             await backend.publish("order.created", {"n": 2})
@@ -93,7 +93,7 @@ async def test_a_shorter_delay_overtakes_a_longer_one(contract: Contract) -> Non
 @clause("C-DLY-01", capability="max_delay")
 async def test_every_group_gets_a_delayed_message(contract: Contract) -> None:
     if not contract.declares("groups"):
-        await contract.probe("groups")
+        await probe(contract, "groups")
         return
     backend = contract.backend()
     async with contract.within(15):

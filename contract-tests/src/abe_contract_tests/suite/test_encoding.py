@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from abe.errors import PayloadError
-from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
-from abe_contract_tests.suite import workers
+from abe_contract_tests.marks import clause
+from abe_contract_tests.suite import jobs
 from abe_contract_tests.suite.steps import collect, collect_distinct, expect_counts, until_dead, until_empty
 
 GENERATED: Final = 200
@@ -148,7 +148,7 @@ async def test_a_payload_is_read_alike_in_another_process(contract: Contract) ->
     }
     async with contract.within(15):
         await backend.declare("back", keys=["back"] if contract.declares("key_patterns") else None)
-        async with contract.worker(workers.exchange, group="there") as worker:
+        async with contract.worker(jobs.exchange, group="there") as worker:
             assert await worker.next_report() == "subscribed"
             await backend.publish("there", payload, headers={"trace": "é"}, id="the-id")
             report = await worker.next_report()

@@ -12,8 +12,8 @@ import pytest
 from abe.backends.message_queue.base import MessageQueueBackend
 from abe.backends.message_queue.loader import load_backend
 from abe.errors import BackendNotFoundError, ConfigurationError
-from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
+from abe_contract_tests.marks import clause
 
 BAD: Final = {
     "QUEUE_NAMESPACE": ("no spaces", "-x", "a" * 65, "é", "a{b}", "a:b"),

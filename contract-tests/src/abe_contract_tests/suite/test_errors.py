@@ -22,8 +22,8 @@ from abe.errors import (
     PayloadError,
     PermissionDeniedError,
 )
-from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
+from abe_contract_tests.marks import clause
 from abe_contract_tests.suite.steps import collect, numbered, unreachable_backend, until_empty
 
 if TYPE_CHECKING:

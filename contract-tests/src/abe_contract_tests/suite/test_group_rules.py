@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from abe.errors import ConfigurationError, GroupMissingError
-from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
+from abe_contract_tests.marks import clause
 from abe_contract_tests.suite.steps import collect_distinct, numbered
 
 

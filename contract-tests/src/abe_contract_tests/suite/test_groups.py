@@ -3,17 +3,15 @@
 import asyncio
 import math
 from collections import Counter
-from contextlib import AsyncExitStack
 
 import pytest
 
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
 from abe.errors import UnsupportedCapabilityError
-from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
-from abe_contract_tests.suite import workers
+from abe_contract_tests.marks import clause, probe
+from abe_contract_tests.suite import jobs
 from abe_contract_tests.suite.steps import (
-    LONG_LEASE,
     collect,
     collect_distinct,
     expect_counts,
@@ -148,7 +146,7 @@ async def test_a_publish_that_starts_after_entering_is_delivered(contract: Contr
 @clause("C-GRP-03")
 async def test_a_publish_in_another_process_that_starts_after_entering_is_delivered(contract: Contract) -> None:
     backend = contract.backend()
-    async with contract.within(15), contract.worker(workers.publish_on_request) as publisher:
+    async with contract.within(15), contract.worker(jobs.publish_on_request) as publisher:
         # It has published before, so that it knows which groups there were.
         await backend.declare("before")
         await publisher.send(["order.created", {"n": -1}])
@@ -166,7 +164,7 @@ async def test_a_process_that_has_subscribed_gets_what_is_published_from_then_on
     async with contract.within(15):
         await backend.declare("before")
         await backend.publish("order.created", {"n": -1})
-        async with contract.worker(workers.receive_one, group="g") as worker:
+        async with contract.worker(jobs.receive_one, group="g") as worker:
             assert await worker.next_report() == "subscribed"
             await backend.publish("order.created", {"n": 1})
             assert await worker.next_report() == {"n": 1}
@@ -180,7 +178,7 @@ async def test_an_absent_capability_is_refused_at_the_call(contract: Contract) -
     async with contract.within():
         for name in ("groups", "key_patterns", "dead_letter", "max_delay"):
             if not contract.declares(name):
-                await contract.probe(name)
+                await probe(contract, name)
         async with backend.consume() as subscription:
             await backend.publish("order.created", {"n": 1})
             message = await subscription.receive()
@@ -266,72 +264,6 @@ async def test_a_stalled_consumer_of_the_application_holds_its_limit(contract: C
         await running
 
 
-@clause("C-GRP-06")
-async def test_processes_have_identities_of_their_own_even_after_a_restart(contract: Contract) -> None:
-    backend = contract.backend()
-    oracle = await contract.oracle()
-    # No lease may run out here: what a dead process held must stay with its name.
-    lease = {"QUEUE_LEASE_SECONDS": LONG_LEASE}
-    seen: list[int] = []
-    async with contract.within(20), AsyncExitStack() as stack:
-        await backend.declare("g")
-        await backend.publish_many(contract.apart(numbered(3)))
-        for n in range(3):
-            worker = await stack.enter_async_context(contract.worker_with(lease, workers.hold, group="g", prefetch=1))
-            assert await worker.next_report() == "subscribed"
-            report = await worker.next_report()
-            # Had one the name of another, it would be handed the other's message, or the two would count as one.
-            assert report["attempt"] == 1
-            seen.append(report["n"])
-            assert await oracle.consumers("g") in (n + 1, None)
-            await expect_counts(contract, oracle, "g", in_flight=n + 1)
-            if n == 1 and contract.declares("lease"):
-                await worker.kill()
-    assert sorted(seen) == [0, 1, 2]
-
-
-@clause("C-GRP-06")
-async def test_the_identities_of_dead_processes_are_cleaned_up(contract: Contract) -> None:
-    backend = contract.backend()
-    oracle = await contract.oracle()
-    async with contract.within(20):
-        await backend.declare("g")
-        await backend.publish_many(numbered(2))
-        for _ in range(2):
-            async with contract.worker(workers.hold, group="g", prefetch=1) as worker:
-                await worker.next_report()
-                await worker.next_report()
-                await worker.kill()
-        async with backend.consume(group="g") as subscription:
-            await collect(subscription, 2)
-            await until_empty(oracle, "g")
-
-            async def only_us() -> bool:
-                return await oracle.consumers("g") in (0, 1, None)
-
-            # Ten leases after their death at the latest: an operator must be able to tell who is there.
-            async with contract.within(10 * contract.lease):
-                await until(only_us)
-        assert await oracle.consumers("g") in (0, None)
-
-
-@clause("C-GRP-06")
-async def test_consumers_of_one_process_have_identities_of_their_own(contract: Contract) -> None:
-    first, second = contract.backend(), contract.backend()
-    oracle = await contract.oracle()
-    async with contract.within():
-        await first.declare("g")
-        await first.publish_many(contract.apart(numbered(3)))
-        subscriptions = [each.consume(group="g", prefetch=1) for each in (first, first, second)]
-        # Brokers may learn of a consumer with its first message only.
-        held = [await subscription.receive() for subscription in subscriptions]
-        assert await oracle.consumers("g") in (3, None)
-        for subscription in subscriptions:
-            await subscription.aclose()
-        assert await oracle.consumers("g") in (0, None)
-    assert sorted(numbers(held)) == [0, 1, 2]
-
-
 @clause("C-GRP-07")
 async def test_the_first_group_gets_what_was_published_before_any_group_existed(contract: Contract) -> None:
     publisher, backend = contract.backend(), contract.backend()
@@ -355,7 +287,7 @@ async def test_the_first_group_gets_what_was_published_before_any_group_existed(
 async def test_a_publisher_that_is_gone_before_the_first_group_comes_loses_nothing(contract: Contract) -> None:
     backend = contract.backend()
     async with contract.within(15):
-        async with contract.worker(workers.publish_on_request) as publisher:
+        async with contract.worker(jobs.publish_on_request) as publisher:
             await publisher.send(["order.created", {"n": 1}])
             await publisher.next_report()
             await publisher.kill()
@@ -399,7 +331,7 @@ async def test_a_declared_group_keeps_everything_until_its_consumers_come(contra
 @clause("C-GRP-07")
 async def test_groups_named_in_the_environment_exist_from_the_first_use_on(contract: Contract) -> None:
     if not contract.declares("groups"):
-        await contract.probe("groups")
+        await probe(contract, "groups")
         return
     backend = contract.backend(QUEUE_GROUPS="a,b")
     oracle = await contract.oracle()

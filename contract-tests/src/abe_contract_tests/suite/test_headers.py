@@ -6,8 +6,8 @@ import pytest
 
 from abe.backends.message_queue.base import Publication
 from abe.errors import ConfigurationError
-from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
+from abe_contract_tests.marks import clause
 from abe_contract_tests.suite.steps import collect, expect_counts, numbered, until_dead
 
 HEADERS = {

@@ -2,9 +2,9 @@
 
 import asyncio
 
-from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
-from abe_contract_tests.suite import workers
+from abe_contract_tests.marks import clause
+from abe_contract_tests.suite import jobs
 from abe_contract_tests.suite.steps import collect, expect_at_most, expect_counts, numbered, until
 
 BACKLOG = 200_000
@@ -22,7 +22,7 @@ async def test_a_backlog_of_200000_leaves_a_stalled_client_small(contract: Contr
     async with contract.within(60):
         await backend.declare("g")
         await backend.publish("order.created", {"n": -1})
-        async with contract.worker(workers.stall, group="g", prefetch=PREFETCH) as worker:
+        async with contract.worker(jobs.stall, group="g", prefetch=PREFETCH) as worker:
             assert await worker.next_report() == "stalled"
             await worker.send("how much?")
             before = await worker.next_report()

@@ -5,8 +5,8 @@ from collections import defaultdict
 
 from abe.backends.message_queue.base import Message
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
-from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
+from abe_contract_tests.marks import clause
 from abe_contract_tests.suite.steps import collect, numbered, numbers, until_empty
 
 

@@ -9,9 +9,9 @@ import pytest
 from abe.backends.message_queue.base import ConstantBackoff, Message
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
 from abe.backends.message_queue.retry import Reject, RetryPolicy
-from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
-from abe_contract_tests.suite import workers
+from abe_contract_tests.marks import clause
+from abe_contract_tests.suite import jobs
 from abe_contract_tests.suite.steps import (
     collect,
     collect_distinct,
@@ -223,7 +223,7 @@ async def test_a_message_that_kills_its_process_ends_in_the_dead_letters(contrac
         await backend.declare("g")
         await backend.publish("order.created", {"poison": True, "n": 0}, id="killer")
         for attempt in (1, 2, 3):  # the third with nothing beside it
-            async with contract.worker(workers.hold, group="g", max_attempts=2, poison=True) as worker:
+            async with contract.worker(jobs.hold, group="g", max_attempts=2, poison=True) as worker:
                 assert await worker.next_report() == "subscribed"
                 assert await worker.next_report() == {"n": 0, "id": "killer", "attempt": attempt}
                 await worker.kill()
@@ -253,7 +253,7 @@ async def test_what_was_beside_a_message_that_kills_its_process_is_tried_with_no
         await backend.declare("g")
         await backend.publish_many(contract.apart(numbered(6)))
         for attempt in (1, 2):
-            async with contract.worker(workers.hold_all, group="g", count=6, max_attempts=2) as worker:
+            async with contract.worker(jobs.hold_all, group="g", count=6, max_attempts=2) as worker:
                 assert [await worker.next_report() for _ in range(6)] == [attempt] * 6
                 await worker.kill()
         seen: set[int] = set()
@@ -276,7 +276,7 @@ async def test_a_process_killed_in_the_middle_of_the_move_loses_no_message(contr
     async with contract.within(25):
         await backend.declare("g")
         await backend.publish_many(contract.apart(numbered(60)))
-        async with contract.worker(workers.reject_all, group="g", count=60) as worker:
+        async with contract.worker(jobs.reject_all, group="g", count=60) as worker:
             reported = [await worker.next_report() for _ in range(3)]
             await worker.kill()
         counts = await oracle.counts("g")

@@ -3,8 +3,8 @@
 import pytest
 
 from abe.errors import ConfigurationError, PublishRejectedError, PublishUnknownError, UnroutableError
-from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
+from abe_contract_tests.marks import clause
 from abe_contract_tests.suite.steps import expect_counts, unreachable_backend
 
 

@@ -8,9 +8,9 @@ import pytest
 from abe.backends.message_queue.base import ConstantBackoff, Message
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
 from abe.backends.message_queue.retry import RetryPolicy
-from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
-from abe_contract_tests.suite import workers
+from abe_contract_tests.marks import clause
+from abe_contract_tests.suite import jobs
 from abe_contract_tests.suite.steps import (
     LONG_LEASE,
     assert_silent,
@@ -107,7 +107,7 @@ async def test_what_a_killed_process_held_reaches_a_live_one(contract: Contract)
     async with contract.within(20):
         await backend.declare("g")
         await backend.publish_many(numbered(10))
-        async with contract.worker(workers.hold, group="g", prefetch=20) as worker:
+        async with contract.worker(jobs.hold, group="g", prefetch=20) as worker:
             assert await worker.next_report() == "subscribed"
             handled = await worker.next_report()
             await until_in_flight(oracle, "g", 10)
@@ -199,7 +199,7 @@ async def test_the_late_ack_of_a_revived_consumer_leaves_the_new_owner_s_copy(co
     async with contract.within(15):
         await backend.declare("g")
         await backend.publish("order.created", {"n": 1})
-        async with contract.worker(workers.settle_on_request, group="g") as worker:
+        async with contract.worker(jobs.settle_on_request, group="g") as worker:
             assert await worker.next_report() == {"n": 1, "attempt": 1}
             await worker.pause()
             async with backend.consume(group="g") as subscription:
@@ -225,7 +225,7 @@ async def test_the_heartbeat_of_a_revived_consumer_takes_nothing_back(contract: 
     async with contract.within(15):
         await backend.declare("g")
         await backend.publish("order.created", {"n": 1})
-        async with contract.worker(workers.settle_on_request, group="g") as worker:
+        async with contract.worker(jobs.settle_on_request, group="g") as worker:
             await worker.next_report()
             await worker.pause()
             async with backend.consume(group="g") as subscription:

@@ -9,9 +9,9 @@ from abe.backends.message_queue.base import ConstantBackoff, Message
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
 from abe.backends.message_queue.retry import RetryPolicy
 from abe.errors import AlreadySettledError, LeaseLostError
-from abe_contract_tests.clauses import clause
 from abe_contract_tests.contract import Contract
-from abe_contract_tests.suite import workers
+from abe_contract_tests.marks import clause
+from abe_contract_tests.suite import jobs
 from abe_contract_tests.suite.steps import (
     LONG_LEASE,
     collect,
@@ -38,7 +38,7 @@ async def test_a_message_whose_process_is_killed_in_the_loop_body_is_delivered_a
     async with contract.within(15):
         await backend.declare("g")
         await backend.publish("order.created", {"n": 1})
-        async with contract.worker(workers.hold, group="g") as worker:
+        async with contract.worker(jobs.hold, group="g") as worker:
             assert await worker.next_report() == "subscribed"
             assert (await worker.next_report())["n"] == 1
             await expect_counts(contract, oracle, "g", total=1)
@@ -314,7 +314,7 @@ async def test_settling_after_the_lease_was_lost_says_so(contract: Contract, ver
     async with contract.within(15):
         await backend.declare("g")
         await backend.publish("order.created", {"n": 1})
-        async with contract.worker(workers.settle_on_request, group="g") as worker:
+        async with contract.worker(jobs.settle_on_request, group="g") as worker:
             assert (await worker.next_report())["n"] == 1
             await worker.pause()
             async with backend.consume(group="g") as subscription:

@@ -1,4 +1,4 @@
-"""The process of a worker: ``python -m abe_contract_tests._worker module:function module:Backend '{"argument": 1}'``."""
+"""The process of a worker: ``python -m abe_contract_tests.worker_process module:function module:Backend '{"argument": 1}'``."""
 
 import asyncio
 import json
