@@ -17,7 +17,7 @@ KILLED = $(or $(filter-out memory,$(BACKEND)),redis)
 RUN = $(UV) run --locked
 
 .DEFAULT_GOAL := help
-.PHONY: help demo sigkill test test-all contract containers check lock lint format imports mypy pyright workflows bench environment brokers
+.PHONY: help demo sigkill test test-all contract containers check lock lint format imports lines subjects mypy pyright workflows bench environment brokers
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,7 +43,7 @@ containers: environment ## Run the contract suite on brokers in containers, the 
 	scripts/ci/offline-images $(sort $(filter $(BROKERS) sqs-moto,$(CONTRACT)))
 	ABE_TEST_SERVICES=containers $(RUN) pytest -n$(WORKERS) $(SUITE) $(CONTRACTS) $(ARGS)
 
-check: lock lint format imports mypy pyright workflows ## Lint, type-check, and hold the lock file and the layers to their rules.
+check: lock lint format imports lines subjects mypy pyright workflows ## Lint, type-check, and hold the lock file and the layers to their rules.
 
 lock: environment
 	$(UV) lock --check
@@ -56,6 +56,12 @@ format: environment
 
 imports: environment
 	$(RUN) lint-imports
+
+lines: environment
+	$(RUN) python scripts/ci/lines.py
+
+subjects:
+	scripts/ci/subjects
 
 mypy: environment
 	$(RUN) mypy

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -244,3 +245,65 @@ class TestWholeRun:
         (tree / ".tools").mkdir()
         (tree / ".tools/dockerd.pid").write_text("1\n")
         assert "engine stopped" not in self.run(tree, "true").stdout
+
+
+class TestSubjects:
+    """`subjects` in a repository of its own."""
+
+    def commit(self, tree: Path, subject: str, at: str = "2030-01-31T12:00:00Z") -> None:
+        if not (tree / ".git").exists():
+            run("git", "init", "--quiet", cwd=tree)
+        author = {"GIT_AUTHOR_NAME": "A", "GIT_AUTHOR_EMAIL": "a@example", "GIT_AUTHOR_DATE": at}
+        committer = {"GIT_COMMITTER_NAME": "A", "GIT_COMMITTER_EMAIL": "a@example"}
+        done = run("git", "commit", "--quiet", "--allow-empty", "-m", subject, cwd=tree, **author, **committer)
+        assert done.returncode == 0, done.stderr
+
+    def test_a_subject_of_72_characters_passes_and_one_of_73_fails(self, tree: Path) -> None:
+        self.commit(tree, "é" * 72)
+        assert run(tree / "scripts/ci/subjects", cwd=tree).returncode == 0
+        self.commit(tree, "x" * 73)
+        self.commit(tree, "the newest is short")
+        done = run(tree / "scripts/ci/subjects", cwd=tree)
+        assert done.returncode == 1
+        assert "73 characters, 72 are the most" in done.stderr
+
+    def test_subjects_from_before_the_rule_pass(self, tree: Path) -> None:
+        self.commit(tree, "x" * 200, at="2026-11-28T12:00:00Z")
+        assert run(tree / "scripts/ci/subjects", cwd=tree).returncode == 0
+
+    def test_where_there_is_no_history_there_is_nothing_to_fail(self, tree: Path) -> None:
+        assert run(tree / "scripts/ci/subjects", cwd=tree).returncode == 0
+        run("git", "init", "--quiet", cwd=tree)
+        assert run(tree / "scripts/ci/subjects", cwd=tree).returncode == 0
+
+    def test_the_last_commit_of_a_shallow_clone_is_looked_at(self, tree: Path, tmp_path: Path) -> None:
+        self.commit(tree, "x" * 73)
+        self.commit(tree, "a short one")
+        clone = tmp_path / "clone"
+        run("git", "clone", "--quiet", "--depth", "1", f"file://{tree}", clone)
+        shutil.copytree(tree / "scripts", clone / "scripts")
+        assert run(clone / "scripts/ci/subjects", cwd=clone).returncode == 0
+
+
+class TestLines:
+    """`lines.py` on a project of its own."""
+
+    def check(self, folder: Path, lines: int, exceptions: str = "[]") -> subprocess.CompletedProcess[str]:
+        (folder / "packages").mkdir()
+        (folder / "packages/module.py").write_text("x = 1\n" * lines)
+        (folder / "pyproject.toml").write_text(f"[tool.abstract-backend]\nlong-modules = {exceptions}\n")
+        return run(sys.executable, ROOT / "scripts/ci/lines.py", folder)
+
+    def test_a_module_of_400_lines_passes(self, tmp_path: Path) -> None:
+        assert self.check(tmp_path, 400).returncode == 0
+
+    def test_a_longer_module_fails(self, tmp_path: Path) -> None:
+        done = self.check(tmp_path, 401)
+        assert done.returncode == 1
+        assert "packages/module.py: 401 lines, 400 are the most" in done.stderr
+
+    def test_an_exception_lets_it_pass(self, tmp_path: Path) -> None:
+        assert self.check(tmp_path, 401, '["packages/module.py"]').returncode == 0
+
+    def test_an_exception_that_is_not_needed_is_told(self, tmp_path: Path) -> None:
+        assert "needs its exception no more" in self.check(tmp_path, 400, '["packages/module.py"]').stdout
