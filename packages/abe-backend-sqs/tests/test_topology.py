@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abe.errors import ConfigurationError
-from abe_backend_sqs._registry import Group, Registry, from_tags, tags
+from abe_backend_sqs._registry import Group, Listing, Registry, from_tags, tags
 from abe_backend_sqs._topology import Topology
 
 NAMES = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?", fullmatch=True)
@@ -67,6 +67,8 @@ def test_tags_that_say_nothing_are_no_group(found: dict[str, str]) -> None:
 
 
 def test_a_key_goes_to_the_groups_that_want_it() -> None:
-    registry = Registry({"a": ("order.#",), "b": ("#",), "c": ("x",)}, {}, 0.0, {})
-    assert registry.route("order.created") == ("a", "b")
-    assert registry.route("y") == ("b",)
+    groups = {"a": ("order.#",), "b": ("#",), "c": ("x",)}
+    members = [Group(name, patterns, 0.0) for name, patterns in groups.items()]
+    registry = Registry.of(members, 0.0, "", Listing({}, {}))
+    assert registry.routes["order.created"] == ("a", "b")
+    assert registry.routes["y"] == ("b",)

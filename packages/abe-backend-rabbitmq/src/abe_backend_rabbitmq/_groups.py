@@ -9,7 +9,8 @@ from typing import Any, Final, TypeVar
 from aiormq.abc import AbstractChannel
 
 from abe.backends.message_queue.base.names import EVERYTHING
-from abe.errors import BackendConnectionError, ConfigurationError, GroupMissingError
+from abe.backends.message_queue.base.routing import group_missing
+from abe.errors import BackendConnectionError, ConfigurationError
 from abe_backend_rabbitmq._connection import Connection
 from abe_backend_rabbitmq._control import Control
 from abe_backend_rabbitmq._errors import ChannelNotFound
@@ -198,7 +199,7 @@ class Groups:
         registry = await self._read()
         entry = registry.groups.get(group)
         if entry is None:
-            raise missing(group)
+            raise group_missing(group)
         count = max(entry.rungs, level + 1)
         await self._control.call(lambda channel: self._make_rungs(channel, group, count))
         if count > entry.rungs:
@@ -380,8 +381,3 @@ class Groups:
         for version in registry.stale:
             await channel.exchange_unbind(destination=names.delay, source=names.later, routing_key=f"{version}.#")
         await channel.exchange_bind(destination=names.delay, source=names.later, routing_key=f"{registry.version}.#")
-
-
-def missing(group: str) -> GroupMissingError:
-    """Return the error of a group that is not there."""
-    return GroupMissingError(f"there is no group {group!r}")

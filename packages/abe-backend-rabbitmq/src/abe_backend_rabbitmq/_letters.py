@@ -4,11 +4,11 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import asynccontextmanager
 
 from abe.backends.message_queue.base import DeadLetter
+from abe.backends.message_queue.base.routing import group_missing
 from abe.errors import AbeError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._browser import Browser, Found
 from abe_backend_rabbitmq._control import Control, Lock
-from abe_backend_rabbitmq._groups import missing
 from abe_backend_rabbitmq._outlet import Outlet, moved
 from abe_backend_rabbitmq._topology import Topology
 from abe_backend_rabbitmq._wire import Header
@@ -78,7 +78,7 @@ class DeadLetters:
         queue = self._names.dead(group)
         if await self._control.count(queue) is None:
             if await self._control.count(self._names.queue(group)) is None:
-                raise missing(group)
+                raise group_missing(group)
             yield None
             return
         lock = self._locks.setdefault(group, Lock(self._control, self._names.look(group), self._timeout))

@@ -16,7 +16,7 @@ import msgspec
 from aiormq.abc import AbstractChannel
 from pamqp import commands
 
-from abe.backends.message_queue.base.names import matches
+from abe.backends.message_queue.base.routing import matches_any
 from abe.backends.message_queue.base.tasks import Background, ignore_failure, result_of
 from abe.errors import BackendConnectionError, ConfigurationError
 from abe_backend_rabbitmq._connection import Connection
@@ -66,9 +66,7 @@ class Registry(msgspec.Struct):
 
     def wanting(self, key: str) -> tuple[str, ...]:
         """Return the groups that want a key."""
-        return tuple(
-            group for group, entry in self.groups.items() if any(matches(pattern, key) for pattern in entry.patterns)
-        )
+        return tuple(group for group, entry in self.groups.items() if matches_any(entry.patterns, key))
 
 
 _encode: Final = msgspec.json.Encoder().encode

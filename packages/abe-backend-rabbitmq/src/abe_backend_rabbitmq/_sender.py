@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from abe.backends.message_queue.base import Envelope
+from abe.backends.message_queue.base.routing import unroutable
 from abe.errors import (
     AbeError,
     BackendConnectionError,
@@ -158,7 +159,7 @@ class Sender:
         outcomes = list(results)
         for i, (envelope, outcome) in enumerate(zip(envelopes, results, strict=True)):
             if isinstance(outcome, UnroutableError) and envelope.group is not None:
-                outcomes[i] = _no_group(envelope.group)
+                outcomes[i] = unroutable(envelope)
             elif isinstance(outcome, BackpressureError) and envelope.group is None:
                 outcomes[i] = await self._refused(envelope, outcome)
         return outcomes
@@ -266,7 +267,7 @@ class Sender:
             if not job.checked:
                 job.checked = True
                 return None
-            job.final = UnroutableError(f"no group wants the key {key!r}") if group is None else _no_group(group)
+            job.final = unroutable(envelope)
             return ()
         if not registry.groups and delay:
             due = int((time.time() + delay) * 1000) + 1
@@ -297,7 +298,3 @@ def _note(job: _Job, group: str, result: AbeError | None) -> bool:
     else:
         job.failed[group] = result
     return True
-
-
-def _no_group(group: str) -> UnroutableError:
-    return UnroutableError(f"there is no group {group!r}")

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Final
 
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
 from abe.backends.message_queue.base import Transport as TransportProtocol
+from abe.backends.message_queue.base.routing import group_missing
 from abe.errors import AbeError, BackendConnectionError, GroupMissingError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._channel import Channel, Outgoing
 from abe_backend_rabbitmq._connection import Link
 from abe_backend_rabbitmq._control import Control
 from abe_backend_rabbitmq._errors import ChannelNotFound
-from abe_backend_rabbitmq._groups import Groups, missing
+from abe_backend_rabbitmq._groups import Groups
 from abe_backend_rabbitmq._ladder import Ladder, Place
 from abe_backend_rabbitmq._letters import DeadLetters
 from abe_backend_rabbitmq._losses import Losses
@@ -119,7 +120,7 @@ class RabbitMQTransport:
             await receiver.start()
         except BackendConnectionError as exc:
             if isinstance(exc.__cause__, ChannelNotFound):
-                raise missing(group) from exc
+                raise group_missing(group) from exc
             raise
         self.receivers.add(receiver)
         self.movers.join(group)
@@ -134,7 +135,7 @@ class RabbitMQTransport:
         names, count = self.topology, self.control.count
         waiting_now = await count(names.queue(group))
         if waiting_now is None:
-            raise missing(group)
+            raise group_missing(group)
         delayed = 0
         for level in range(LEVELS):
             waiting = await count(names.waiting(group, level))

@@ -20,10 +20,11 @@ from typing import Final, NamedTuple
 import msgspec
 
 from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Metadata
+from abe.backends.message_queue.base import envelope as _envelope
+from abe.backends.message_queue.base.envelope import UNKNOWN_VERSION, VERSION
 from abe.errors import DecodeError
 from abe_backend_rabbitmq._properties import Properties, Value, encoded, parse
 
-VERSION: Final = 1
 _FLAGS: Final = b"\xb0\xc0"  # content type, headers, delivery mode, message id, timestamp
 _HEAD: Final = _FLAGS + b"\x10application/json"
 _VERSION_FIELD: Final = b"\x0babe-versionb" + bytes((VERSION,))
@@ -146,7 +147,7 @@ def delivery(receipt: int, header: Header, body: bytes, redelivered: bool) -> De
     except Exception as exc:  # noqa: BLE001 - whatever is wrong with one message is that message's fault
         return Delivery(receipt, body, header, 1, str(exc) if isinstance(exc, DecodeError) else repr(exc))
     version = headers.get("abe-version", VERSION)
-    fault = None if version == VERSION else "the envelope is of a version that is not known here"
+    fault = None if version == VERSION else UNKNOWN_VERSION
     # What the broker counts may have been a lost connection; a copy that was only given back says how many of its attempts were so.
     uncertain = _number(headers, "abe-uncertain") + _number(headers, "x-delivery-count")
     return Delivery(receipt, body, header, attempts(headers), fault, uncertain=uncertain)
@@ -168,10 +169,13 @@ def metadata(header: Header, body: bytes) -> Metadata:
         id, published_at, headers = quick
         return Metadata(id, header.key, published_at, headers)
     properties = parse(header.properties)
+    return _metadata(properties, header, body, _strings(properties.headers))
+
+
+def _metadata(properties: Properties, header: Header, body: bytes, headers: dict[str, str]) -> Metadata:
     given = properties.headers
-    published_at = _published_at(properties, given)
     id = properties.message_id or stranger_id(header, body)
-    return Metadata(id, original_key(header, given), published_at, _strings(given) or None)
+    return Metadata(id, original_key(header, given), _published_at(properties, given), headers or None)
 
 
 def _quick(raw: bytes) -> tuple[str, int, Mapping[str, str] | None] | None:
@@ -284,16 +288,13 @@ def dead_letter(header: Header, body: bytes) -> DeadLetter:
         headers = _strings(given)
     except DecodeError:
         headers = {}
-    return DeadLetter(
-        id=properties.message_id or stranger_id(header, body),
-        key=original_key(header, given),
-        body=body,
-        headers=headers,
+    return _envelope.dead_letter(
+        _metadata(properties, header, body, headers),
+        body,
         attempts=_number(given, "abe-attempt") if by_us else attempts(given),
         reason=str(given.get("abe-reason") or ("" if by_us else "dead-lettered by the broker")),
         error=str(given.get("abe-error") or ""),
-        published_at=_published_at(properties, given) / 1000,
-        dead_at=_number(given, "abe-dead-at") / 1000,
+        dead_at=_number(given, "abe-dead-at"),
     )
 
 

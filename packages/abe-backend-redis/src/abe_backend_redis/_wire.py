@@ -7,36 +7,20 @@ A dead letter has ``r``, ``e`` and ``t`` besides: reason, error, and the time of
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Final, TypeAlias
+from typing import Final, TypeAlias
 
-import msgspec
-
-from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Metadata
+from abe.backends.message_queue.base import DeadLetter, Delivery, Metadata
+from abe.backends.message_queue.base import envelope as _envelope
+from abe.backends.message_queue.base.envelope import MARK, UNKNOWN_VERSION, Header, HeaderDecoder, metadata_of
 from abe.errors import DecodeError
-
-VERSION: Final = 1
-_MARK: Final = b"[%d," % VERSION
 
 Fields: TypeAlias = Sequence[bytes]
 """Names and values by turns, as Redis returns them."""
 
+pack: Final = _envelope.encode_header
+"""Returns the field ``m`` of an envelope."""
 
-class _Meta(msgspec.Struct, array_like=True, frozen=True):
-    version: int
-    id: str
-    key: str
-    published_at: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-    headers: dict[str, str] | None = None
-
-
-_encode: Final = msgspec.json.Encoder().encode
-_decode: Final = msgspec.json.Decoder(_Meta).decode
-
-
-def pack(envelope: Envelope) -> bytes:
-    """Return the field ``m``."""
-    id, key, _, published_at, headers, _, _ = envelope
-    return _encode((VERSION, id, key, published_at) if headers is None else (VERSION, id, key, published_at, headers))
+_decode: Final = HeaderDecoder(Header)
 
 
 def unpack(header: bytes) -> Metadata:
@@ -45,11 +29,7 @@ def unpack(header: bytes) -> Metadata:
     Raises:
         DecodeError: It is not what `pack` writes.
     """
-    try:
-        meta = _decode(header)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as exc:  # the last: nested some thousand times
-        raise DecodeError(f"the envelope cannot be read: {exc}") from exc
-    return Metadata(meta.id, meta.key, meta.published_at, meta.headers)
+    return metadata_of(_decode(header))
 
 
 def delivery(entry: bytes, fields: Fields, count: int = 1) -> Delivery:
@@ -60,7 +40,7 @@ def delivery(entry: bytes, fields: Fields, count: int = 1) -> Delivery:
         fields: Its fields.
         count: How often the entry was delivered from where it is now.
     """
-    if len(fields) == 4 and fields[0] == b"m" and fields[2] == b"p" and fields[1].startswith(_MARK):
+    if len(fields) == 4 and fields[0] == b"m" and fields[2] == b"p" and fields[1].startswith(MARK):
         return Delivery(entry, fields[3], fields[1], count)
     named = dict(zip(fields[::2], fields[1::2], strict=True))
     body, header = named.get(b"p"), named.get(b"m")
@@ -69,27 +49,21 @@ def delivery(entry: bytes, fields: Fields, count: int = 1) -> Delivery:
         return Delivery(entry, b"", _stranger(entry, named), attempt, "the entry has no field 'p'")
     if header is None:
         return Delivery(entry, body, _stranger(entry, named), attempt)
-    if not header.startswith(_MARK):
-        return Delivery(
-            entry, body, _stranger(entry, named), attempt, "the envelope is of a version that is not known here"
-        )
+    if not header.startswith(MARK):
+        return Delivery(entry, body, _stranger(entry, named), attempt, UNKNOWN_VERSION)
     return Delivery(entry, body, header, attempt)
 
 
 def dead_letter(entry: bytes, fields: Fields) -> DeadLetter:
     """Read an entry of the dead letters, whatever it once was."""
     named = dict(zip(fields[::2], fields[1::2], strict=True))
-    metadata = _metadata(entry, named)
-    return DeadLetter(
-        id=metadata.id,
-        key=metadata.key,
-        body=named.get(b"p", b""),
-        headers=metadata.headers or {},
+    return _envelope.dead_letter(
+        _metadata(entry, named),
+        named.get(b"p", b""),
         attempts=_number(named.get(b"a")),
         reason=named.get(b"r", b"").decode(errors="replace"),
         error=named.get(b"e", b"").decode(errors="replace"),
-        published_at=metadata.published_at / 1000,
-        dead_at=_number(named.get(b"t")) / 1000,
+        dead_at=_number(named.get(b"t")),
     )
 
 
@@ -99,9 +73,8 @@ def letter_id(entry: bytes, fields: Fields) -> str:
 
 
 def _metadata(entry: bytes, named: dict[bytes, bytes]) -> Metadata:
-    header = named.get(b"m", b"")
     try:
-        return unpack(header) if header.startswith(_MARK) else _stranger(entry, named)
+        return unpack(named.get(b"m", b""))
     except DecodeError:
         return _stranger(entry, named)
 

@@ -24,6 +24,7 @@ from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 from abe.backends.message_queue.base import ExponentialBackoff
+from abe.backends.message_queue.base.routing import Routes
 from abe.backends.message_queue.base.tasks import SharedTask, result_of
 from abe.errors import AbeError, BackendClosedError, BackendConnectionError
 from abe_backend_sqs._connection import Clients
@@ -76,7 +77,8 @@ class Reader:
         self._listed = asyncio.Event()
         self._lost_topics: set[str] = set()
         if settings.pinned is not None:
-            self._registry = Registry(dict(settings.pinned), {}, 0.0, {})
+            pinned = dict(settings.pinned)
+            self._registry = Registry(pinned, {}, 0.0, Routes(pinned, tuple))
 
     async def open(self) -> None:
         """Return when SQS has answered once; the tags are read beside what comes next."""

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple, Self
 
-from abe.backends.message_queue.base.names import matches
+from abe.backends.message_queue.base.routing import Routes
 from abe.errors import ConfigurationError
 
 _GROUP_TAG: Final = "abe-group"
@@ -19,7 +19,6 @@ _SUBSCRIPTION_TAG: Final = "abe-subscription"
 _TAG_ROOM: Final = 256
 _MOST_TAGS: Final = 40
 """Of the 50 that a queue may have: the others are the owner's."""
-_MOST_ROUTES: Final = 10_000
 
 
 class Group(NamedTuple):
@@ -83,7 +82,7 @@ class Registry(NamedTuple):
     """When they became what they are, in seconds since the epoch."""
     looked_at: float
     """By the monotonic clock, before the first question was asked."""
-    routes: dict[str, tuple[str, ...]]
+    routes: Routes[tuple[str, ...]]
     """The groups that want a key."""
     members: tuple[Group, ...] = ()
     """What the tags said."""
@@ -101,7 +100,7 @@ class Registry(NamedTuple):
         """Return what the tags say."""
         found = tuple(sorted(members))
         patterns, since = {each.name: each.patterns for each in found}, {each.name: each.since for each in found}
-        return cls(patterns, since, looked_at, {}, found, topic, listing, frozenset(missing))
+        return cls(patterns, since, looked_at, Routes(patterns, tuple), found, topic, listing, frozenset(missing))
 
     @property
     def present(self) -> Mapping[str, tuple[str, ...]]:
@@ -112,18 +111,6 @@ class Registry(NamedTuple):
     def subscriptions(self) -> Mapping[str, str]:
         """The ARN of the subscription of each group's queue, where it has one."""
         return {each.name: each.subscription for each in self.members if each.subscription}
-
-    def route(self, key: str) -> tuple[str, ...]:
-        """Return the groups that want the key."""
-        found = self.routes.get(key)
-        if found is None:
-            if len(self.routes) >= _MOST_ROUTES:
-                self.routes.clear()
-            found = tuple(
-                group for group, patterns in self.groups.items() if any(matches(each, key) for each in patterns)
-            )
-            self.routes[key] = found
-        return found
 
 
 def topic(subscription: str) -> str:

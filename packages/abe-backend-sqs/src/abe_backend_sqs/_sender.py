@@ -8,13 +8,12 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from abe.backends.message_queue.base import Envelope
+from abe.backends.message_queue.base.routing import group_full, unroutable
 from abe.errors import (
     AbeError,
     BackendConnectionError,
-    BackpressureError,
     PayloadTooLargeError,
     PublishUnknownError,
-    UnroutableError,
 )
 from abe_backend_sqs import _wire
 from abe_backend_sqs._connection import Clients
@@ -135,13 +134,9 @@ class Sender:
     def _refusal(
         self, envelope: Envelope, registry: Registry, groups: Sequence[str], room: dict[str, int] | None
     ) -> AbeError | None:
-        if envelope.group is not None and not groups:
-            return UnroutableError(f"there is no group {envelope.group!r}")
-        if not registry.groups:
-            return None
-        if not groups:
-            return UnroutableError(f"no group wants the key {envelope.key!r}")
-        if room is None:
+        if not groups and (registry.groups or envelope.group is not None):
+            return unroutable(envelope)
+        if not registry.groups or room is None:
             return None
         having = self._having(envelope)  # by an earlier try: there it takes no room any more
         names = self._queues.names
@@ -149,7 +144,7 @@ class Sender:
         if any(room[group] <= 0 for group in left):
             if having:
                 return PublishUnknownError("some groups have the message, and another has max_backlog messages waiting")
-            return BackpressureError("a group that wants the message has max_backlog messages waiting")
+            return group_full()
         for group in left:
             room[group] -= 1
         return None
@@ -269,7 +264,7 @@ class Sender:
 def _groups(envelope: Envelope, registry: Registry) -> Sequence[str]:
     """Return the groups that get a message."""
     if envelope.group is None:
-        return registry.route(envelope.key)
+        return registry.routes[envelope.key]
     return (envelope.group,) if envelope.group in registry.groups else ()
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, ExponentialBackoff, GroupStats
 from abe.backends.message_queue.base import Transport as TransportProtocol
 from abe.backends.message_queue.base.clock import pause
+from abe.backends.message_queue.base.routing import group_missing
 from abe.backends.message_queue.base.tasks import Background
-from abe.errors import AbeError, BackendConnectionError, ConfigurationError, GroupMissingError
+from abe.errors import AbeError, BackendConnectionError, ConfigurationError
 from abe_backend_sqs import _wire
 from abe_backend_sqs._browser import Browser
 from abe_backend_sqs._connection import Clients
@@ -346,7 +347,7 @@ def _existing(group: str) -> Generator[None]:
     try:
         yield
     except QueueMissingError as exc:
-        raise GroupMissingError(f"there is no group {group!r}") from exc
+        raise group_missing(group) from exc
 
 
 if TYPE_CHECKING:

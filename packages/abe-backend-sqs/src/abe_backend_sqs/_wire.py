@@ -22,10 +22,12 @@ from typing import Annotated, Any, Final, NamedTuple, TypeAlias
 import msgspec
 
 from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Metadata
-from abe.backends.message_queue.base.names import matches
+from abe.backends.message_queue.base import envelope as _envelope
+from abe.backends.message_queue.base.envelope import VERSION, Header, HeaderDecoder, Milliseconds, encode, metadata_of
+from abe.backends.message_queue.base.routing import matches_any
+from abe.errors import DecodeError
 from abe_backend_sqs._answers import FAULT
 
-VERSION: Final = 1
 LIMIT: Final = 1_048_576
 """Bytes of a message, and of a batch of them: body, and names, types and values of attributes. SQS's, since 2025."""
 RESERVE: Final = 512
@@ -43,7 +45,6 @@ _DIGITS: Final = 15
 _FIELDS: Final = ("DataType", "StringValue", "BinaryValue")
 _PLAIN: Final = ("encoding", "key", "id")
 """What a foreign program may say about its message. Ours say it in ``abe``."""
-_MARK: Final = f"[{VERSION},"
 _NOTE: Final = 64
 """Bytes that are enough for the note of a death without its texts."""
 _TOKEN: Final = re.compile("[!-~]{1,128}")
@@ -68,14 +69,9 @@ class Entry(NamedTuple):
     dedup: str = ""
 
 
-class _Meta(msgspec.Struct, array_like=True, frozen=True):
-    version: int
-    id: str
-    key: str
-    published_at: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-    headers: dict[str, str] | None = None
+class _Meta(Header, array_like=True, frozen=True):
     attempts: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
-    due: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+    due: Milliseconds = 0
     encoded: int = 0
     only: int = 0
 
@@ -84,11 +80,10 @@ class _Death(msgspec.Struct, array_like=True, frozen=True):
     attempts: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
     reason: str
     error: str
-    at: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+    at: Milliseconds
 
 
-_encode: Final = msgspec.json.Encoder().encode
-_decode_meta: Final = msgspec.json.Decoder(_Meta).decode
+_decode_meta: Final = HeaderDecoder(_Meta)
 _decode_death: Final = msgspec.json.Decoder(_Death).decode
 
 
@@ -146,7 +141,7 @@ def bury(message: Message, *, attempts: int, reason: str, error: str, at: int) -
     body = _text_of(message.get("Body"))
     room, text = LIMIT - _measure(body, attributes) - len(_DEAD) - len("String"), ""
     for share in (room // 2, room // 12, 0):  # a character may take six bytes in JSON
-        text = _legal(_encode(_Death(attempts, _cut(reason, share // 4), _cut(error, share), at)).decode())
+        text = _legal(encode(_Death(attempts, _cut(reason, share // 4), _cut(error, share), at)).decode())
         if len(text.encode()) <= room:
             break
     return _sized(body, {**attributes, _DEAD: _string(text)})
@@ -175,8 +170,7 @@ def order(message: Message) -> str:
 
 def wants(patterns: Sequence[str], message: Message) -> bool:
     """Whether a message's key matches one of the patterns."""
-    key = parse(message).metadata.key
-    return any(matches(pattern, key) for pattern in patterns)
+    return matches_any(patterns, parse(message).metadata.key)
 
 
 def published(message: Message) -> bool:
@@ -205,15 +199,14 @@ def _parse(message: Message) -> Parsed:
         except ValueError:
             return _faulty(message, "the body is not base64, which it is said to be")
         return Parsed(_foreign(message), body, 0, 0, None)
-    if not header.startswith(_MARK):
-        return _faulty(message, "the envelope is of a version that is not known here")
     try:
         meta = _decode_meta(header)
         body = _from_text(text, meta.encoded)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
-        return _faulty(message, f"the envelope cannot be read: {exc}")
-    metadata = Metadata(meta.id, meta.key, meta.published_at, meta.headers)
-    return Parsed(metadata, body, meta.attempts, meta.due, None, bool(meta.only))
+    except DecodeError as exc:
+        return _faulty(message, str(exc))
+    except ValueError as exc:
+        return _faulty(message, f"the body cannot be read: {exc}")
+    return Parsed(metadata_of(meta), body, meta.attempts, meta.due, None, bool(meta.only))
 
 
 def _faulty(message: Message, fault: str) -> Parsed:
@@ -256,16 +249,13 @@ def dead_letter(message: Message) -> DeadLetter:
         full = _measure(_text_of(message.get("Body")), _attributes(message)) > LIMIT - _NOTE
         reason = "unknown, as the message leaves no room for it" if full else "moved by SQS"
         death = _Death(max(1, parsed.attempts + received(message) - 1), reason, "", sent(message))
-    return DeadLetter(
-        id=parsed.metadata.id,
-        key=parsed.metadata.key,
-        body=parsed.body,
-        headers=parsed.metadata.headers or {},
+    return _envelope.dead_letter(
+        parsed.metadata,
+        parsed.body,
         attempts=death.attempts,
         reason=death.reason,
         error=death.error,
-        published_at=parsed.metadata.published_at / 1000,
-        dead_at=death.at / 1000,
+        dead_at=death.at,
     )
 
 
@@ -287,7 +277,7 @@ def _noted(fields: list[object]) -> tuple[Mapping[str, Any], int]:
     """Return the metadata as the value of an attribute, and what the attribute takes."""
     while not fields[-1] and len(fields) > 4:
         fields.pop()
-    raw = _encode(fields)
+    raw = encode(fields)
     text = raw.decode()
     if raw.isascii():
         size = len(raw)
