@@ -1,5 +1,6 @@
 """Clauses, tests, saboteurs and the documentation's page say the same."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from abe_contract_tests.clauses import AREAS, BY_ID, CLAUSES
+from abe_contract_tests.harness import Harness
 from abe_contract_tests.manifest import suite_tests
 from abe_contract_tests.marks import clause
 from abe_contract_tests.probes import PROBES
@@ -72,3 +74,16 @@ def test_the_documented_contract_is_up_to_date() -> None:
     script = ROOT / "scripts" / "docs" / "contract_page.py"
     page = subprocess.run([sys.executable, str(script), "--print"], capture_output=True, text=True, check=True).stdout
     assert (ROOT / "docs" / "contract.md").read_text() == page, f"run {script.relative_to(ROOT)}"
+
+
+def test_help_and_readme_tell_every_attribute_of_a_harness() -> None:
+    told = Harness.__doc__ or ""
+    readme = (ROOT / "contract-tests" / "README.md").read_text()
+    names = [name for name in Harness.__annotations__ if not name.startswith("_")]
+    assert [name for name in names if f"\n        {name}: " not in told] == []
+    assert [name for name in names if f"`{name}`" not in readme] == []
+
+
+def test_the_readme_s_links_work_from_anywhere() -> None:
+    readme = (ROOT / "contract-tests" / "README.md").read_text()
+    assert re.findall(r"\]\((?!https://|#)[^)]*\)", readme) == []

@@ -16,7 +16,14 @@ Evidence = Literal["real broker", "emulator", "in process"]
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What the broker itself holds for a group."""
+    """What the broker itself holds for a group.
+
+    Args:
+        waiting: Messages that a consumer could be given now.
+        in_flight: Messages that consumers have and have not settled.
+        delayed: Messages that are not due yet, by a publisher's or a retry's delay.
+        dead: Dead letters.
+    """
 
     waiting: int
     in_flight: int
@@ -30,7 +37,7 @@ class Counts:
 
 
 class Oracle(Protocol):
-    """The broker, seen and touched by its native client. One per test, on that test's namespace."""
+    """The broker, seen and touched by its native client. One per test, on that test's namespace; it is asked one thing at a time."""
 
     async def inject(self, group: str, body: bytes, *, key: str = "injected") -> None:
         """Put a body on the group's queue as a stranger would, with no metadata but (where the broker has a place for it) the key."""
@@ -58,35 +65,37 @@ class Oracle(Protocol):
 
 
 class Harness(ABC):
-    """One provider on one broker. The suite makes one instance a session."""
+    """One provider on one broker. The suite makes one instance a session, without arguments.
+
+    A subclass sets the first three attributes, and implements `environment` and `oracle`; `unreachable` too where it is `networked`.
+
+    Attributes:
+        name: How the provider is called in reports and in ``--contract``.
+        backend: The production class.
+        evidence: What a pass proves: ``"real broker"``, ``"emulator"`` or ``"in process"``.
+        networked: Whether the broker lives in another process: worker processes share it, and it can be unreachable. True by default.
+        capacity: The most messages that a test may put into the broker at once, 200,000 by default: fewer where that, or going
+            through them, takes too long.
+        approximate: Whether what the broker counts is true only after a moment: it counts approximately, or a request for messages
+            that cannot be taken back is still given one when its consumer is gone, and gives it back. Tests then wait, within their
+            bounds, for what they expect. False by default.
+        hides_retries: Whether a message that waits for its retry stays in its queue, invisible, and counts as in flight. False by
+            default.
+        may_block: Functions of the provider that are meant to block the event loop, each as ``"module:function"`` or
+            ``"module:Class.function"``. All others fail a test by it where blockbuster is installed. None by default.
+        pace: How many times as long a whole test may take as on a broker of the usual speed, 1 by default. What the contract bounds
+            stays as it is.
+    """
 
     name: ClassVar[str]
-    """How the provider is called in reports and in ``--contract``."""
-
     backend: ClassVar[type[MessageQueueBackendProtocol]]
-    """The production class."""
-
     evidence: ClassVar[Evidence]
-    """What a pass proves."""
-
     networked: ClassVar[bool] = True
-    """Whether the broker lives in another process: worker processes share it, and it can be unreachable."""
-
     capacity: ClassVar[int] = 200_000
-    """The most messages that a test may put into the broker at once: fewer where that, or going through them, takes too long."""
-
     approximate: ClassVar[bool] = False
-    """Whether what the broker counts is true only after a moment: it counts approximately, or a request for messages that cannot be taken
-    back is still given one when its consumer is gone, and gives it back. Tests then wait, within their bounds, for what they expect."""
-
     hides_retries: ClassVar[bool] = False
-    """Whether a message that waits for its retry stays in its queue, hidden from everybody, and counts as held."""
-
     may_block: ClassVar[Sequence[str]] = ()
-    """Functions of the provider that are meant to block the event loop, each as ``module:function`` or ``module:Class.function``."""
-
     pace: ClassVar[float] = 1.0
-    """How many times as long a whole test may take as on a broker of the usual speed. What the contract bounds stays as it is."""
 
     def start(self) -> None:  # noqa: B027 - there may be nothing to start
         """Start the broker, or find it. Raises `ServiceUnavailable` (abe_contract_tests.services) when it cannot be had."""
