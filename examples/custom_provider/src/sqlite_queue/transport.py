@@ -20,8 +20,9 @@ from abe.backends.message_queue.base import (
     Settlement,
     Verb,
 )
-from abe.backends.message_queue.base.names import EVERYTHING, matches
-from abe.errors import AbeError, BackpressureError, GroupMissingError, LeaseLostError, UnroutableError
+from abe.backends.message_queue.base.names import EVERYTHING
+from abe.backends.message_queue.base.routing import group_full, group_missing, matches_any, unroutable
+from abe.errors import AbeError, LeaseLostError
 from abe.settings import QueueSettings
 from sqlite_queue.database import Database
 
@@ -71,14 +72,10 @@ class SqliteTransport:
         outcomes: list[AbeError | None] = []
         for envelope in envelopes:
             wanted = [group for group, patterns in groups.items() if _wants(group, patterns, envelope)]
-            if envelope.group is not None and not wanted:
-                outcomes.append(UnroutableError(f"there is no group {envelope.group!r}"))
-            elif groups and not wanted:
-                outcomes.append(UnroutableError(f"no group wants the key {envelope.key!r}"))
+            if not wanted and (groups or envelope.group is not None):
+                outcomes.append(unroutable(envelope))
             elif any(room.get(group, 1) < 1 for group in wanted):
-                outcomes.append(
-                    BackpressureError(f"a group has {self._max_backlog} messages waiting already (max_backlog)")
-                )
+                outcomes.append(group_full())
             else:
                 outcomes.append(None)
                 for group in wanted or [_NOBODY]:
@@ -197,7 +194,7 @@ class SqliteTransport:
     def _existing(self, db: sqlite3.Connection, group: str) -> tuple[str, ...]:
         groups = self._groups(db)
         if group not in groups:
-            raise GroupMissingError(f"there is no group {group!r}")
+            raise group_missing(group)
         return groups[group]
 
 
@@ -343,7 +340,7 @@ def _delivery(row: sqlite3.Row) -> Delivery:
 def _wants(group: str, patterns: Sequence[str], envelope: Envelope) -> bool:
     if envelope.group is not None:
         return envelope.group == group
-    return any(matches(pattern, envelope.key) for pattern in patterns)
+    return matches_any(patterns, envelope.key)
 
 
 def _declare(
@@ -360,7 +357,7 @@ def _declare(
     if not made and not change:
         return wanted
     held = db.execute("SELECT serial, key FROM messages WHERE space = ? AND name = ?", (space, _NOBODY)).fetchall()
-    mine = [(group, row["serial"]) for row in held if any(matches(pattern, row["key"]) for pattern in wanted)]
+    mine = [(group, row["serial"]) for row in held if matches_any(wanted, row["key"])]
     db.executemany("UPDATE messages SET name = ? WHERE serial = ?", mine)
     return wanted
 

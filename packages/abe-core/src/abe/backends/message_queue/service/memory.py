@@ -27,9 +27,10 @@ from abe.backends.message_queue.base import (
     Verb,
 )
 from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
+from abe.backends.message_queue.base.routing import group_full, unroutable
 from abe.backends.message_queue.engine import TransportBackend
 from abe.backends.message_queue.service.namespaces import Dead, Item, Namespace, Queue, namespace
-from abe.errors import AbeError, BackpressureError, LeaseLostError, UnroutableError
+from abe.errors import AbeError, LeaseLostError, UnroutableError
 from abe.settings import QueueSettings
 
 _PAGE: Final = 100
@@ -173,9 +174,7 @@ class _MemoryTransport:
             for envelope in envelopes:
                 queues = self._wanting(envelope)
                 if any(self._full(queue) for queue in queues):
-                    outcomes.append(
-                        BackpressureError(f"a group has {self._max_backlog} messages waiting already (max_backlog)")
-                    )
+                    outcomes.append(group_full())
                     continue
                 for queue in queues:
                     queue.put(envelope, now + envelope.delay, now)
@@ -259,10 +258,8 @@ class _MemoryTransport:
         return [] if queue is None else [queue]
 
     def _park(self, envelope: Envelope, now: float) -> UnroutableError | None:
-        if envelope.group is not None:
-            return UnroutableError(f"there is no group {envelope.group!r}")
-        if self._namespace.queues:
-            return UnroutableError(f"no group wants the key {envelope.key!r}")
+        if self._namespace.queues or envelope.group is not None:
+            return unroutable(envelope)
         self._namespace.unclaimed.append((envelope, now + envelope.delay))
         return None
 

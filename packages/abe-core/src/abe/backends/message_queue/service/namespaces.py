@@ -11,8 +11,8 @@ from time import time
 from typing import Final, Protocol, TypeAlias
 
 from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Receipt
-from abe.backends.message_queue.base.names import EVERYTHING, matches
-from abe.errors import GroupMissingError
+from abe.backends.message_queue.base.names import EVERYTHING
+from abe.backends.message_queue.base.routing import group_missing, matches_any
 
 _MOST_ROUTES: Final = 10_000
 
@@ -166,9 +166,7 @@ class Namespace:
         if queues is None:
             if len(self._routes) >= _MOST_ROUTES:
                 self._routes.clear()
-            queues = self._routes[key] = [
-                queue for queue in self.queues.values() if any(matches(pattern, key) for pattern in queue.patterns)
-            ]
+            queues = self._routes[key] = [queue for queue in self.queues.values() if matches_any(queue.patterns, key)]
         return queues
 
     def declare(
@@ -182,7 +180,7 @@ class Namespace:
         self._routes.clear()
         unclaimed, self.unclaimed = self.unclaimed, deque()
         for envelope, due in unclaimed:
-            if any(matches(pattern, envelope.key) for pattern in queue.patterns):
+            if matches_any(queue.patterns, envelope.key):
                 queue.put(envelope, due, now)
             else:
                 self.unclaimed.append((envelope, due))
@@ -209,7 +207,7 @@ class Namespace:
         """
         queue = self.queues.get(group)
         if queue is None:
-            raise GroupMissingError(f"there is no group {group!r}")
+            raise group_missing(group)
         return queue
 
 
