@@ -15,13 +15,13 @@ import pytest
 from abe.backends.message_queue.base import (
     Capabilities,
     Delivery,
+    Disposition,
     Envelope,
     GroupStats,
     Message,
-    Receipt,
+    Outcomes,
     Settlement,
     Transport,
-    Verb,
 )
 from abe.backends.message_queue.engine import GroupSubscription
 from abe.backends.message_queue.service.memory import MemoryBackend
@@ -194,13 +194,13 @@ class AcksBeforeYielding(WithReceiver):
     class receiver(Wrapped):  # noqa: N801
         async def receive(self, limit: int) -> Sequence[Delivery]:
             deliveries = await self.inner.receive(limit)
-            await self.inner.ack([delivery.receipt for delivery in deliveries], verify=False)
+            await self.inner.ack(deliveries, verify=False)
             return deliveries
 
-        async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> dict[Receipt, AbeError]:
-            return {}
+        async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
+            return ()
 
-        async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+        async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
             return ()
 
 
@@ -211,7 +211,7 @@ class AcksOnBreak(WithSubscription):
     class subscription(GroupSubscription):  # noqa: N801
         async def aclose(self) -> None:
             current, self._current = self._current, None
-            if current is not None and current._verdict is None:
+            if current is not None and current._settled is None:
                 await current.ack()
             await super().aclose()
 
@@ -226,26 +226,17 @@ class AcksWhatSomebodyElseHolds(WithReceiver):
     """An acknowledgement goes by the message, not by the delivery: a late one removes the new owner's copy."""
 
     class receiver(Wrapped):  # noqa: N801
-        def __init__(self, inner: Any) -> None:
-            super().__init__(inner)
-            self.messages: dict[Receipt, str] = {}
-
-        async def receive(self, limit: int) -> Sequence[Delivery]:
-            deliveries = await self.inner.receive(limit)
-            self.messages |= {delivery.receipt: delivery.header.id for delivery in deliveries}
-            return deliveries
-
-        async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> dict[Receipt, AbeError]:
-            await self.inner.ack(receipts, verify=verify)
-            wanted = {self.messages[receipt] for receipt in receipts}
+        async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
+            await self.inner.ack(deliveries, verify=verify)
+            wanted = {delivery.header.id for delivery in deliveries}
             with self.inner._namespace.lock:
                 held = self.inner._namespace.queues[self.inner._group].held
-                for receipt in [receipt for receipt, entry in held.items() if entry.item.envelope.id in wanted]:
-                    del held[receipt]
-            return {}
+                for number in [number for number, entry in held.items() if entry.item.envelope.id in wanted]:
+                    del held[number]
+            return ()
 
-        async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
-            await self.inner.renew(receipts)
+        async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
+            await self.inner.renew(deliveries)
             return ()
 
 
@@ -254,7 +245,7 @@ class NeverRenews(WithReceiver):
     """A lease runs out although its consumer lives."""
 
     class receiver(Wrapped):  # noqa: N801
-        async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+        async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
             return ()
 
 
@@ -276,7 +267,10 @@ class KeepsWhatItBuffered(WithReceiver):
 
     class receiver(Wrapped):  # noqa: N801
         async def settle(self, settlements: Sequence[Settlement]) -> Any:
-            return await self.inner.settle([item for item in settlements if item.verb is not Verb.RELEASE])
+            others = [item for item in settlements if item.disposition is not Disposition.RELEASE]
+            outcomes = iter(await self.inner.settle(others))
+            kept = Disposition.RELEASE
+            return [None if item.disposition is kept else next(outcomes, None) for item in settlements]
 
         async def close(self) -> None:
             pass
@@ -400,9 +394,11 @@ class SkipsTheUndecodable(WithReceiver):
 
     class receiver(Wrapped):  # noqa: N801
         async def settle(self, settlements: Sequence[Settlement]) -> Any:
-            skipped = [item.receipt for item in settlements if item.reason == "undecodable"]
+            skipped = [item.delivery for item in settlements if item.reason == "undecodable"]
             await self.inner.ack(skipped, verify=False)
-            return await self.inner.settle([item for item in settlements if item.receipt not in skipped])
+            others = [item for item in settlements if item.delivery not in skipped]
+            outcomes = iter(await self.inner.settle(others))
+            return [None if item.delivery in skipped else next(outcomes, None) for item in settlements]
 
 
 @breaks("C-PSN-02")

@@ -435,18 +435,18 @@ class TestMemoryAlarm:
                 assert (await backend.stats("g")).waiting == 0
         assert sorted(numbers) == list(range(600))
 
-    async def test_a_verdict_that_needs_to_publish_waits_and_is_carried_out(self, lab: Any, alarm: Any) -> None:
+    async def test_a_settlement_that_needs_to_publish_waits_and_is_carried_out(self, lab: Any, alarm: Any) -> None:
         backend = await lab.backend(groups={"g": ()}, publish_timeout=10.0)
         for number in range(3):
             await backend.publish("k", {"n": number})
         async with backend.consume(group="g") as subscription, bounds.within(30):
             messages = [await subscription.receive() for _ in range(3)]
             await alarm(True)
-            verdicts = [asyncio.create_task(messages[0].nack(0.1)), asyncio.create_task(messages[1].reject("no"))]
+            settlements = [asyncio.create_task(messages[0].nack(0.1)), asyncio.create_task(messages[1].reject("no"))]
             await messages[2].ack()
-            await asyncio.wait(verdicts, timeout=0.3)
+            await asyncio.wait(settlements, timeout=0.3)
             await alarm(False)
-            await asyncio.gather(*verdicts)
+            await asyncio.gather(*settlements)
             again = await subscription.receive()
             assert (again["n"], again.attempt) == (0, 2)
             await again.ack()
@@ -784,7 +784,7 @@ class TestConsumerTimeout:
             assert len(caplog.messages) == 1
             assert "consumer_timeout" in caplog.messages[0]
             assert "'g'" in caplog.messages[0]
-            assert not await receiver.ack([each.receipt for each in found], verify=True)
+            assert not any(await receiver.ack(found, verify=True))
         finally:
             await receiver.close()
 
@@ -803,7 +803,7 @@ class TestConsumerTimeout:
                 [delivery] = await receiver.receive(1)
                 delivery.begun = True
                 await asyncio.sleep(0.1)  # the handler
-                await receiver.ack([delivery.receipt], verify=False)
+                await receiver.ack([delivery], verify=False)
         finally:
             await receiver.close()
         assert caplog.messages == []

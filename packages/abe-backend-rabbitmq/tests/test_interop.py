@@ -8,7 +8,7 @@ from typing import Any
 import aio_pika
 import pytest
 
-from abe.backends.message_queue.base import Delivery, Settlement, Verb
+from abe.backends.message_queue.base import Delivery, Disposition, Settlement
 from abe_backend_rabbitmq._channel import Outgoing
 from abe_contract_tests import bounds
 
@@ -168,13 +168,13 @@ async def test_whatever_was_published_before_a_group_existed_reaches_the_first(l
     assert Counter(len(each.body) for each in found) == {0: len(ODD), 400_002: len(ODD), 8: 10, 9: 1, 2: len(ODD)}
     assert [each.attempt for each in found] == [1] * len(found)
     assert sum(each.fault is not None for each in found) == 3  # headers of ours that are not JSON
-    assert not await receiver.ack([each.receipt for each in found], verify=True)
+    assert not any(await receiver.ack(found, verify=True))
     assert await lab.waiting(lab.names.queue("g")) == 0
 
 
-@pytest.mark.parametrize("verb", [None, *Verb, "at once"], ids=str)
+@pytest.mark.parametrize("disposition", [None, *Disposition, "at once"], ids=str)
 async def test_whatever_comes_can_be_settled_beside_others_and_keeps_no_place(
-    lab: Any, collect: Any, verb: Any
+    lab: Any, collect: Any, disposition: Any
 ) -> None:
     transport = await lab.transport()
     await transport.declare("g", None, change=False)
@@ -183,9 +183,10 @@ async def test_whatever_comes_can_be_settled_beside_others_and_keeps_no_place(
     left = 4 * len(ODD)
 
     def settlement(delivery: Delivery) -> Settlement:
-        if verb == "at once":
-            return Settlement(delivery.receipt, Verb.RETRY)
-        return Settlement(delivery.receipt, verb, delay=0.1 if verb is Verb.RETRY else 0.0, reason="r", error="e")
+        if disposition == "at once":
+            return Settlement(delivery, Disposition.RETRY)
+        delay = 0.1 if disposition is Disposition.RETRY else 0.0
+        return Settlement(delivery, disposition, delay=delay, reason="r", error="e")
 
     again = 0
     while left:
@@ -193,14 +194,14 @@ async def test_whatever_comes_can_be_settled_beside_others_and_keeps_no_place(
         for delivery in page:
             if delivery.fault is None:
                 receiver.metadata(delivery)
-        new = [each for each in page if each.attempt == 1 and again < 4 * len(ODD)] if verb else []
-        if verb is not Verb.DEAD:
+        new = [each for each in page if each.attempt == 1 and again < 4 * len(ODD)] if disposition else []
+        if disposition is not Disposition.DEAD:
             again += len(new)
         if new:
-            assert not await receiver.settle([settlement(each) for each in new])
+            assert not any(await receiver.settle([settlement(each) for each in new]))
         done = [each for each in page if each not in new]
-        assert not await receiver.ack([each.receipt for each in done], verify=True)
-        left -= len(new if verb is Verb.DEAD else done)
+        assert not any(await receiver.ack(done, verify=True))
+        left -= len(new if disposition is Disposition.DEAD else done)
     assert receiver.holding == 0
     assert await lab.waiting(lab.names.queue("g")) == 0
-    assert await lab.waiting(lab.names.dead("g")) == (4 * len(ODD) if verb is Verb.DEAD else 0)
+    assert await lab.waiting(lab.names.dead("g")) == (4 * len(ODD) if disposition is Disposition.DEAD else 0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from abe.backends.message_queue.base import DeadLetter, Delivery, Settlement, Verb
+from abe.backends.message_queue.base import DeadLetter, Delivery, Disposition, Settlement
 from abe.errors import BackpressureError, GroupMissingError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._browser import PAGE, PAGE_BYTES
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.xdist_group("rabbitmq")
 
 
 def dead(delivery: Delivery) -> Settlement:
-    return Settlement(delivery.receipt, Verb.DEAD, reason="why")
+    return Settlement(delivery, Disposition.DEAD, reason="why")
 
 
 async def bury(lab: Any, collect: Collect, count: int) -> tuple[RabbitMQTransport, RabbitMQReceiver]:
@@ -34,7 +34,7 @@ async def bury(lab: Any, collect: Collect, count: int) -> tuple[RabbitMQTranspor
         await transport.send(lab.envelopes(min(250, count - start)))
     buried = await collect(receiver, count)
     for start in range(0, count, 500):
-        assert not await receiver.settle([dead(delivery) for delivery in buried[start : start + 500]])
+        assert not any(await receiver.settle([dead(delivery) for delivery in buried[start : start + 500]]))
     return transport, receiver
 
 
@@ -173,7 +173,7 @@ class TestLargeNumbers:
         async for count in transport.replay("g", None):
             moved += count
             again = await collect(receiver, count) if count else []
-            assert not await receiver.settle([dead(delivery) for delivery in again])
+            assert not any(await receiver.settle([dead(delivery) for delivery in again]))
         assert moved == 60
         assert len(await ids(transport)) == 60
 

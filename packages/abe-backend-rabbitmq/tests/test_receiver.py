@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from abe import AsyncLoopConsumer, Message
-from abe.backends.message_queue.base import Delivery, Settlement, Verb
+from abe.backends.message_queue.base import Delivery, Disposition, Settlement
 from abe.errors import BackendConnectionError, LeaseLostError
 from abe_backend_rabbitmq._losses import Losses
 from abe_backend_rabbitmq._pace import LONG, OVERDUE, TICKS, WAITED, Pace
@@ -137,13 +137,13 @@ class TestLostConnections:
             link.cut()
             await recovered(receiver)
         found = await collect(receiver, 10)
-        assert not await receiver.settle([Settlement(each.receipt, Verb.RETRY, delay=0.1) for each in found])
+        assert not any(await receiver.settle([Settlement(each, Disposition.RETRY, delay=0.1) for each in found]))
         found = await collect(receiver, 10)
         assert [(each.attempt, each.uncertain) for each in found] == [(2, 0)] * 10
-        await receiver.settle([Settlement(each.receipt, Verb.RETRY) for each in found])
+        await receiver.settle([Settlement(each, Disposition.RETRY) for each in found])
         found = await collect(receiver, 10)
         assert [each.attempt for each in found] == [3] * 10
-        await receiver.ack([each.receipt for each in found], verify=True)
+        await receiver.ack(found, verify=True)
 
     async def test_a_handler_that_ends_after_its_link_was_cut_has_handled_its_message(
         self, lab: Any, link: Link, until: Until
@@ -196,25 +196,25 @@ class TestLostConnections:
         assert [(each.attempt, each.uncertain) for each in found] == [(2, 1)] * 3
         some = [None, 0, 4]
         await receiver.settle(
-            [Settlement(each.receipt, Verb.RELEASE, attempts=count) for each, count in zip(found, some, strict=True)]
+            [Settlement(each, Disposition.RELEASE, attempts=count) for each, count in zip(found, some, strict=True)]
         )
         found = await collect(receiver, 3)
         assert [(each.attempt, each.uncertain) for each in found] == [(2, 1), (1, 0), (5, 0)]
-        await receiver.ack([each.receipt for each in found], verify=True)
+        await receiver.ack(found, verify=True)
 
 
 def test_only_so_many_losses_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("abe_backend_rabbitmq._losses._MOST", 3)
     losses, headers = Losses(), [Header(b"\0\x80\1" + bytes((48 + n,)), "", "") for n in range(5)]
     for header in headers:
-        losses.note("g", header, Delivery(1, b"", header, 1))
-        losses.note("g", header, Delivery(1, b"", header, 1))
-    counted = [Delivery(1, b"", header, 8, uncertain=3) for header in headers]
+        losses.note("g", header, Delivery(b"", header, 1, 1))
+        losses.note("g", header, Delivery(b"", header, 1, 1))
+    counted = [Delivery(b"", header, 8, 1, uncertain=3) for header in headers]
     for delivery, header in zip(counted, headers, strict=True):
         losses.take_off("g", delivery, header)
     assert [(each.attempt, each.uncertain) for each in counted] == [(8, 3), (8, 3), (6, 1), (6, 1), (6, 1)]
     losses.forget("g", headers[4], b"")
-    again = Delivery(1, b"", headers[4], 4, uncertain=3)
+    again = Delivery(b"", headers[4], 4, 1, uncertain=3)
     losses.take_off("g", again, headers[4])
     assert again.attempt == 4
 
@@ -222,11 +222,11 @@ def test_only_so_many_losses_are_remembered(monkeypatch: pytest.MonkeyPatch) -> 
 def test_only_so_many_handled_messages_are_remembered_and_each_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("abe_backend_rabbitmq._losses._MOST_BEGUN", 3)
     losses, header = Losses(), Header(b"\0\x80\x011", "", "")
-    begun = [Delivery(1, b"%d" % number, header, 1) for number in range(4)]
+    begun = [Delivery(b"%d" % number, header, 1, 1) for number in range(4)]
     for delivery in begun:
         delivery.begun = True
         losses.note("g", header, delivery)
-    again = [Delivery(2, b"%d" % number, header, 2, uncertain=1) for number in range(4)]
+    again = [Delivery(b"%d" % number, header, 2, 2, uncertain=1) for number in range(4)]
     assert not any(losses.was_handled("g", delivery, header) for delivery in again)
     for delivery in begun:
         delivery.handled = True
@@ -240,13 +240,13 @@ def test_only_so_many_bytes_of_handled_messages_are_held(monkeypatch: pytest.Mon
     monkeypatch.setattr("abe_backend_rabbitmq._losses._MOST_BYTES", 100)
     losses, header = Losses(), Header(b"\0\x80\x011", "", "")
     for number in range(10):
-        delivery = Delivery(1, b"%d" % number * 30, header, 1)
+        delivery = Delivery(b"%d" % number * 30, header, 1, 1)
         delivery.begun = delivery.handled = True
         losses.note("g", header, delivery)
         losses.note("g", header, delivery)  # lost twice, held once
     assert losses._bytes == 90
-    assert losses.was_handled("g", Delivery(2, b"9" * 30, header, 2), header)
-    assert not losses.was_handled("g", Delivery(2, b"1" * 30, header, 2), header)
+    assert losses.was_handled("g", Delivery(b"9" * 30, header, 2, 2), header)
+    assert not losses.was_handled("g", Delivery(b"1" * 30, header, 2, 2), header)
     losses.forget("g", header, b"")
     assert (losses._begun, losses._bytes) == ({}, 0)
 
@@ -278,7 +278,7 @@ class TestLongHandlers:
                 assert receiver.holding <= 5
                 assert not first.lost
                 handled.append(receiver.metadata(first).id)
-                assert not await receiver.ack([first.receipt], verify=True)
+                assert not any(await receiver.ack([first], verify=True))
         assert handled == [each.id for each in envelopes]
         assert again
         assert await lab.waiting(lab.names.queue("g")) == 0
@@ -294,7 +294,7 @@ class TestLongHandlers:
         found = await collect(receiver, 20)
         found[0].begun = True
         await until(lambda: found[1].lost and receiver.holding == 2)
-        assert not await receiver.ack([found[0].receipt], verify=True)
+        assert not any(await receiver.ack([found[0]], verify=True))
         most = done = 0
         async with bounds.within(30):
             while most < 19:
@@ -304,7 +304,7 @@ class TestLongHandlers:
                 most = max(most, receiver.holding)
                 done += len(page)
                 assert receiver.holding <= 20
-                assert not await receiver.ack([each.receipt for each in page], verify=False)
+                assert not any(await receiver.ack(page, verify=False))
                 if done > 100:
                     done = 0
                     await transport.send(lab.envelopes(100))

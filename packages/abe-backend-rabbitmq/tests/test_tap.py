@@ -75,7 +75,7 @@ class Line:
         channel = Channel(self.tap, cast("Any", Native(number)), frame_max)
 
         def deliver(tag: int, header: _wire.Header, body: bytes, redelivered: bool) -> None:
-            channel.held[tag] = Delivery(tag, body, header, 1), header
+            channel.held[tag] = Delivery(body, header, 1, tag), header
             self.got.append((tag, header.exchange, header.key, header.properties, body, redelivered))
 
         channel._deliver = deliver
@@ -474,7 +474,7 @@ def test_settling_100000_one_by_one_walks_over_each_once(line: Line) -> None:
 
     count = 100_000
     channel = line.channel
-    channel.held = Counted((tag, (Delivery(tag, b"", None, 1), cast("Any", None))) for tag in range(1, count + 1))
+    channel.held = Counted((tag, (Delivery(b"", None, 1, tag), cast("Any", None))) for tag in range(1, count + 1))
     channel._newest = count
     frames = 0
     for tag in range(1, count + 1):

@@ -10,7 +10,7 @@ from typing import Any
 import aio_pika
 import pytest
 
-from abe.backends.message_queue.base import DeadLetter, Delivery, Settlement, Verb
+from abe.backends.message_queue.base import DeadLetter, Delivery, Disposition, Settlement
 from abe.backends.message_queue.base.names import matches
 from abe.errors import (
     BackendConnectionError,
@@ -31,15 +31,15 @@ pytestmark = pytest.mark.xdist_group("rabbitmq")
 
 
 def retry(delivery: Delivery, delay: float = 0.0) -> Settlement:
-    return Settlement(delivery.receipt, Verb.RETRY, delay=delay)
+    return Settlement(delivery, Disposition.RETRY, delay=delay)
 
 
 def release(delivery: Delivery) -> Settlement:
-    return Settlement(delivery.receipt, Verb.RELEASE)
+    return Settlement(delivery, Disposition.RELEASE)
 
 
 def dead(delivery: Delivery, reason: str = "why", error: str = "trace") -> Settlement:
-    return Settlement(delivery.receipt, Verb.DEAD, reason=reason, error=error)
+    return Settlement(delivery, Disposition.DEAD, reason=reason, error=error)
 
 
 async def buried(transport: RabbitMQTransport, group: str = "g") -> list[DeadLetter]:
@@ -163,7 +163,7 @@ class TestBacklog:
         assert [type(outcome) for outcome in outcomes] == [type(None)] * 5 + [BackpressureError] * 3
         receiver = await lab.receiver(transport, prefetch=2)
         held = await collect(receiver, 2)
-        await receiver.ack([delivery.receipt for delivery in held], verify=True)
+        await receiver.ack(held, verify=True)
         assert await transport.send(lab.envelopes(1)) == ()
 
     async def test_what_a_full_group_refuses_is_nowhere_and_what_only_some_took_goes_to_the_full_one_alone(
@@ -182,7 +182,7 @@ class TestBacklog:
             for _ in range(count):
                 [delivery] = await collect(receiver, 1)
                 got[group].append(receiver.metadata(delivery).id)
-                await receiver.ack([delivery.receipt], verify=True)
+                await receiver.ack([delivery], verify=True)
 
         await drain("free", 5)
         outcomes = await transport.send(sent[5:])
@@ -322,7 +322,7 @@ class TestHeld:
             while (await transport.stats(group)).waiting or receiver.holding:
                 held = await collect(receiver, 1)
                 seen += [(group, receiver.metadata(delivery).id) for delivery in held]
-                await receiver.ack([delivery.receipt for delivery in held], verify=True)
+                await receiver.ack(held, verify=True)
                 await transport.declare(group, None, change=True)
         assert len(seen) == len(set(seen))
         assert [id for group, id in seen if group == "slow"] == [envelope.id for envelope in sent]
@@ -389,7 +389,7 @@ class TestDelayed:
             [delivery] = await collect(receiver, 1)
             assert (delivery.attempt, delivery.body) == (attempt, sent.body)
             assert receiver.metadata(delivery) == (sent.id, sent.key, sent.published_at, sent.headers)
-            assert not await receiver.settle([retry(delivery, 0.1)])
+            assert not any(await receiver.settle([retry(delivery, 0.1)]))
         assert await lab.waiting(lab.names.dead("g")) == 0
 
 
@@ -399,9 +399,9 @@ class TestSettling:
         await transport.declare("g", None, change=True)
         receiver = await lab.receiver(transport)
         await transport.send(lab.envelopes(5))
-        receipts = [delivery.receipt for delivery in await collect(receiver, 5)]
-        assert not await receiver.ack([receipts[3], receipts[0], receipts[1]], verify=False)
-        assert not await receiver.ack([receipts[4], receipts[2]], verify=True)
+        receipts = await collect(receiver, 5)
+        assert not any(await receiver.ack([receipts[3], receipts[0], receipts[1]], verify=False))
+        assert not any(await receiver.ack([receipts[4], receipts[2]], verify=True))
         assert receiver.holding == 0
         await receiver.close()
         assert await lab.waiting(lab.names.queue("g")) == 0
@@ -412,14 +412,14 @@ class TestSettling:
         receiver = await lab.receiver(transport)
         await transport.send(lab.envelopes(1))
         [delivery] = await collect(receiver, 1)
-        assert not await receiver.ack([delivery.receipt], verify=True)
-        for failures in (
-            await receiver.ack([delivery.receipt], verify=True),
+        assert not any(await receiver.ack([delivery], verify=True))
+        for outcomes in (
+            await receiver.ack([delivery], verify=True),
             await receiver.settle([retry(delivery)]),
             await receiver.settle([dead(delivery)]),
         ):
-            assert isinstance(failures[delivery.receipt], LeaseLostError)
-        assert list(await receiver.renew([delivery.receipt])) == [delivery.receipt]
+            assert isinstance(outcomes[0], LeaseLostError)
+        assert list(await receiver.renew([delivery])) == [delivery]
         assert (await transport.stats("g")).dead == 0
 
     async def test_attempts_are_counted_and_releases_are_not(self, lab: Any, collect: Collect) -> None:
@@ -427,10 +427,10 @@ class TestSettling:
         await transport.declare("g", None, change=True)
         receiver = await lab.receiver(transport)
         await transport.send(lab.envelopes(1))
-        for verdict, expected in ((release, 1), (retry, 1), (release, 2), (retry, 2)):
+        for settlement, expected in ((release, 1), (retry, 1), (release, 2), (retry, 2)):
             [delivery] = await collect(receiver, 1)
             assert delivery.attempt == expected
-            assert not await receiver.settle([verdict(delivery)])
+            assert not any(await receiver.settle([settlement(delivery)]))
         [delivery] = await collect(receiver, 1)
         assert delivery.attempt == 3
 
@@ -442,7 +442,7 @@ class TestSettling:
         await transport.send([sent])
         [delivery] = await collect(receiver, 1)
         before = time.time()
-        assert not await receiver.settle([dead(delivery, "why", "trace")])
+        assert not any(await receiver.settle([dead(delivery, "why", "trace")]))
         [letter] = await buried(transport)
         assert (letter.id, letter.key, letter.body, letter.headers) == (sent.id, "a.b", sent.body, {"h": "v"})
         assert (letter.attempts, letter.reason, letter.error) == (1, "why", "trace")
@@ -456,7 +456,7 @@ class TestSettling:
         receiver = await lab.receiver(transport)
         await transport.send(lab.envelopes(1))
         [delivery] = await collect(receiver, 1)
-        assert not await receiver.settle([dead(delivery, "why" * 50_000, "x" * 500_000 + "the end")])
+        assert not any(await receiver.settle([dead(delivery, "why" * 50_000, "x" * 500_000 + "the end")]))
         [letter] = await buried(transport)
         assert letter.error.endswith("the end")
 
@@ -481,9 +481,9 @@ class TestLeaving:
             receiver = await lab.receiver(transport, prefetch=600)
             await transport.send(lab.envelopes(600 if round == 1 else 400))
             held = await collect(receiver, 600)
-            done = [delivery.receipt for number, delivery in enumerate(held) if number % 3]
+            done = [delivery for number, delivery in enumerate(held) if number % 3]
             await receiver.stop()
-            assert not await receiver.ack(done, verify=False)  # one by one: those in between are open
+            assert not any(await receiver.ack(done, verify=False))  # one by one: those in between are open
             await receiver.close()
             assert await lab.waiting(lab.names.queue("g")) == 200
 
@@ -497,7 +497,7 @@ class TestLeaving:
         await collect(receiver, 3)
         await receiver.recover([])
         again = await collect(receiver, 3)
-        assert not await receiver.ack([delivery.receipt for delivery in again], verify=True)
+        assert not any(await receiver.ack(again, verify=True))
         assert len(await collect(receiver, 3)) == 3
 
     async def test_stopping_ends_a_receive_that_waits(self, lab: Any) -> None:
@@ -522,12 +522,11 @@ class TestLeaving:
         assert channel is not None
         await channel.native.close()
         assert all(delivery.lost for delivery in held)
-        receipts = [delivery.receipt for delivery in held]
-        assert set(await receiver.recover(receipts)) == set(receipts)
+        assert list(await receiver.recover(held)) == list(held)
         again = await collect(receiver, 3)
         assert {delivery.attempt for delivery in again} == {1}
-        assert set(await receiver.ack(receipts, verify=False)) == set(receipts)  # and costs the new channel nothing
-        assert not await receiver.ack([delivery.receipt for delivery in again], verify=True)
+        assert all(await receiver.ack(held, verify=False))  # and costs the new channel nothing
+        assert not any(await receiver.ack(again, verify=True))
 
 
 class TestStats:

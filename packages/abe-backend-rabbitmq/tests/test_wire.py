@@ -114,7 +114,7 @@ def read_by_pamqp(raw: bytes) -> commands.Basic.Properties:
 def test_what_is_packed_is_read_again(envelope: Envelope) -> None:
     raw = _wire.pack(envelope)
     delivery = _wire.delivery(7, header(raw, envelope.key), envelope.body, False)
-    assert (delivery.receipt, delivery.body, delivery.attempt, delivery.fault) == (7, envelope.body, 1, None)
+    assert (delivery.native, delivery.body, delivery.attempt, delivery.fault) == (7, envelope.body, 1, None)
     assert _wire.metadata(header(raw, envelope.key), envelope.body) == (
         envelope.id,
         envelope.key,

@@ -17,7 +17,7 @@ MEGABYTE = b'{"x": "%s"}' % (b"y" * 1_000_000)
 
 
 async def bury(lab: Any, count: int, body: bytes = b"{}", **settings: Any) -> RedisTransport:
-    """Make a group with dead letters, as `Verb.DEAD` leaves them."""
+    """Make a group with dead letters, as `Disposition.DEAD` leaves them."""
     transport: RedisTransport = await lab.transport(**settings)
     await transport.declare("g", None, change=False)
     for number in range(count):

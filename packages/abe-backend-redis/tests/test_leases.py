@@ -35,7 +35,7 @@ class TestOwners:
         await long.send(lab.envelopes(3))
         held = await collect(owner, 3)
         assert await claims(rival, 1.0) == []
-        assert not await owner.ack([delivery.receipt for delivery in held], verify=True)
+        assert not any(await owner.ack(held, verify=True))
 
     async def test_a_longer_lease_waits_for_no_shorter_one(self, lab: Any, collect: Collect) -> None:
         long, short = await lab.transport(lease=30.0), await lab.transport(lease=0.3)
@@ -44,7 +44,7 @@ class TestOwners:
         await long.send(lab.envelopes(3))
         held = await collect(dead, 3)
         found = await collect(heir, 3, within=2.0)
-        assert {delivery.receipt for delivery in found} == {delivery.receipt for delivery in held}
+        assert {delivery.native for delivery in found} == {delivery.native for delivery in held}
         assert {delivery.attempt for delivery in found} == {2}
 
     async def test_a_lease_that_is_renewed_outlasts_its_consumer_s_silence(self, lab: Any, collect: Collect) -> None:
@@ -55,7 +55,7 @@ class TestOwners:
         await transport.send(lab.envelopes(1))
         [held] = await collect(owner, 1)
         for _ in range(8):
-            assert list(await owner.renew([held.receipt])) == []
+            assert list(await owner.renew([held])) == []
             assert await claims(rival, 0.15) == []
 
     async def test_what_the_consumer_itself_lost_sight_of_comes_back_to_it(self, lab: Any, collect: Collect) -> None:
@@ -65,7 +65,7 @@ class TestOwners:
         await transport.send(lab.envelopes(1))
         [first] = await collect(receiver, 1)
         [again] = await collect(receiver, 1, within=2.0)
-        assert (again.receipt, again.attempt) == (first.receipt, 2)
+        assert (again.native, again.attempt) == (first.native, 2)
 
 
 async def test_a_consumer_that_waits_writes_no_more_than_three_times_a_lease(one_lab: Any) -> None:
@@ -130,13 +130,13 @@ class TestUnknownConsumers:
         found: list[Delivery] = []
         async with bounds.within(5):
             while not found:
-                assert list(await living.renew([kept.receipt])) == []
+                assert list(await living.renew([kept])) == []
                 found = await claims(heir, 0.1)
-        assert [delivery.receipt for delivery in found] == [left.receipt]
+        assert [delivery.native for delivery in found] == [left.native]
         for _ in range(6):
-            await living.renew([kept.receipt])
-            assert [delivery.receipt for delivery in await claims(heir, 0.15)] in ([], [left.receipt])
-        assert not await living.ack([kept.receipt], verify=True)
+            await living.renew([kept])
+            assert [delivery.native for delivery in await claims(heir, 0.15)] in ([], [left.native])
+        assert not any(await living.ack([kept], verify=True))
 
 
 async def test_a_clean_run_with_many_renewals_warns_of_nothing(one_lab: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from abe import AsyncLoopConsumer, ExponentialBackoff, RetryPolicy
-from abe.backends.message_queue.base import Delivery, Settlement, Verb
+from abe.backends.message_queue.base import Delivery, Disposition, Settlement
 from abe.errors import AbeError, DecodeError
 from abe_backend_redis import _wire
 from abe_contract_tests import bounds
@@ -170,7 +170,7 @@ async def test_an_entry_with_too_many_fields_keeps_its_body_and_its_fields(one_l
     receiver = await one_lab.receiver(transport)
     await one_lab.redis.execute_command("XADD", one_lab.names.queue("g"), "*", *ENTRIES["4,001 fields beside the body"])
     [delivery] = await collect(receiver, 1)
-    assert not await receiver.settle([Settlement(delivery.receipt, Verb.RETRY, delay=0.001)])
+    assert not any(await receiver.settle([Settlement(delivery, Disposition.RETRY, delay=0.001)]))
     [again] = await collect(receiver, 1)
     assert (again.body, again.attempt) == (b"{}", 2)
     [(_, fields)] = await one_lab.redis.xrange(one_lab.names.queue("g"))
@@ -187,8 +187,8 @@ async def test_one_of_a_batch_that_is_odd_is_settled_with_the_others(one_lab: An
     await transport.send(one_lab.envelopes(2))
     held = await collect(receiver, 5)
     assert [delivery.fault is None for delivery in held] == [True, True, False, True, True]
-    verbs = [Verb.RETRY, Verb.DEAD, Verb.DEAD, Verb.RELEASE, Verb.RETRY]
-    assert not await receiver.settle([Settlement(d.receipt, verb) for d, verb in zip(held, verbs, strict=True)])
+    verbs = [Disposition.RETRY, Disposition.DEAD, Disposition.DEAD, Disposition.RELEASE, Disposition.RETRY]
+    assert not any(await receiver.settle([Settlement(d, verb) for d, verb in zip(held, verbs, strict=True)]))
     stats = await transport.stats("g")
     assert (stats.waiting, stats.in_flight, stats.dead) == (3, 0, 2)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from abe.backends.message_queue.base import DeadLetter, Delivery, Metadata, Settlement, Verb
+from abe.backends.message_queue.base import DeadLetter, Delivery, Disposition, Metadata, Settlement
 from abe.backends.message_queue.base.names import matches
 from abe.errors import (
     BackpressureError,
@@ -33,15 +33,15 @@ Until = Callable[..., Awaitable[None]]
 
 
 def retry(delivery: Delivery, delay: float = 0.0) -> Settlement:
-    return Settlement(delivery.receipt, Verb.RETRY, delay=delay)
+    return Settlement(delivery, Disposition.RETRY, delay=delay)
 
 
 def release(delivery: Delivery) -> Settlement:
-    return Settlement(delivery.receipt, Verb.RELEASE)
+    return Settlement(delivery, Disposition.RELEASE)
 
 
 def dead(delivery: Delivery, reason: str = "why", error: str = "trace") -> Settlement:
-    return Settlement(delivery.receipt, Verb.DEAD, reason=reason, error=error)
+    return Settlement(delivery, Disposition.DEAD, reason=reason, error=error)
 
 
 async def letters_of(transport: RedisTransport, group: str = "g") -> list[DeadLetter]:
@@ -136,7 +136,7 @@ class TestBacklog:
         held = await collect(receiver, 4)
         outcomes = await transport.send(lab.envelopes(5))
         assert [outcome is None for outcome in outcomes] == [True] * 4 + [False]
-        await receiver.ack([delivery.receipt for delivery in held], verify=False)
+        await receiver.ack(held, verify=False)
         assert isinstance((await transport.send(lab.envelopes(1)))[0], BackpressureError)
 
     async def test_delayed_messages_count(self, lab: Any) -> None:
@@ -151,7 +151,7 @@ class TestBacklog:
         await transport.send(lab.envelopes(4))
         receiver = await lab.receiver(transport)
         held = await collect(receiver, 4)
-        assert not await receiver.settle([release(delivery) for delivery in held[:3]])
+        assert not any(await receiver.settle([release(delivery) for delivery in held[:3]]))
         outcomes = await transport.send(lab.envelopes(2))
         assert [outcome is None for outcome in outcomes] == [True, False]
 
@@ -307,7 +307,7 @@ class TestDelayed:
         await transport.send(lab.envelopes(1))
         [delivery] = await collect(receiver, 1)
         started = time.monotonic()
-        assert not await receiver.settle([retry(delivery, 0.2)])
+        assert not any(await receiver.settle([retry(delivery, 0.2)]))
         assert (await transport.stats("g")).delayed == 1
         [again] = await collect(receiver, 1)
         assert time.monotonic() - started > 0.19
@@ -320,9 +320,9 @@ class TestSettling:
         await transport.declare("g", None, change=True)
         receiver = await lab.receiver(transport)
         await transport.send(lab.envelopes(3))
-        receipts = [delivery.receipt for delivery in await collect(receiver, 3)]
-        assert not await receiver.ack(receipts[:2], verify=False)
-        assert not await receiver.ack(receipts[2:], verify=True)
+        receipts = await collect(receiver, 3)
+        assert not any(await receiver.ack(receipts[:2], verify=False))
+        assert not any(await receiver.ack(receipts[2:], verify=True))
         assert await lab.redis.xlen(lab.names.queue("g")) == 0
         assert await lab.pending() == 0
 
@@ -333,7 +333,7 @@ class TestSettling:
         receiver = await lab.receiver(transport)
         await transport.send(lab.envelopes(1))
         before = {name: await commands_called(lab, name) for name in ("xackdel", "xack")}
-        await receiver.ack([delivery.receipt for delivery in await collect(receiver, 1)], verify=False)
+        await receiver.ack(await collect(receiver, 1), verify=False)
         used = [name for name in before if await commands_called(lab, name) > before[name]]
         assert used == (["xackdel"] if transport.has_xackdel else ["xack"])
 
@@ -361,7 +361,7 @@ class TestSettling:
         await transport.send([sent])
         [delivery] = await collect(receiver, 1)
         before = time.time()
-        assert not await receiver.settle([dead(delivery, "why", "trace")])
+        assert not any(await receiver.settle([dead(delivery, "why", "trace")]))
         [letter] = await letters_of(transport)
         assert (letter.id, letter.key, letter.body, letter.headers) == (sent.id, "a.b", sent.body, {"h": "v"})
         assert (letter.attempts, letter.reason, letter.error) == (1, "why", "trace")
@@ -377,13 +377,13 @@ class TestSettling:
         await transport.send(lab.envelopes(1))
         [stale] = await collect(late, 1)
         [delivery] = await collect(owner, 1)
-        assert delivery.receipt == stale.receipt
-        settle = late.ack([stale.receipt], verify=True) if verify else late.settle([retry(stale)])
+        assert delivery.native == stale.native
+        settle = late.ack([stale], verify=True) if verify else late.settle([retry(stale)])
         failures = await settle
-        assert isinstance(failures[stale.receipt], LeaseLostError)
+        assert isinstance(failures[0], LeaseLostError)
         assert await lab.redis.xlen(lab.names.queue("g")) == 1
-        assert list(await late.renew([stale.receipt])) == [stale.receipt]
-        assert not await owner.ack([delivery.receipt], verify=True)
+        assert list(await late.renew([stale])) == [stale]
+        assert not any(await owner.ack([delivery], verify=True))
         assert await lab.redis.xlen(lab.names.queue("g")) == 0
 
     async def test_a_lease_that_is_renewed_is_kept(self, lab: Any, collect: Collect) -> None:
@@ -394,9 +394,9 @@ class TestSettling:
         [delivery] = await collect(owner, 1)
         deadline = asyncio.get_running_loop().time() + 1.8
         while asyncio.get_running_loop().time() < deadline:
-            assert list(await owner.renew([delivery.receipt])) == []
+            assert list(await owner.renew([delivery])) == []
             assert list(await rival.receive(10)) == []
-        assert not await owner.ack([delivery.receipt], verify=True)
+        assert not any(await owner.ack([delivery], verify=True))
 
     async def test_hundreds_are_renewed_at_once(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport()
@@ -404,8 +404,8 @@ class TestSettling:
         receiver = await lab.receiver(transport)
         for _ in range(6):
             await transport.send(lab.envelopes(200))
-        receipts = [delivery.receipt for delivery in await collect(receiver, 1200)]
-        assert list(await receiver.renew([*receipts, b"1-1"])) == [b"1-1"]
+        held, gone = await collect(receiver, 1200), Delivery(b"", None, 1, b"1-1")
+        assert list(await receiver.renew([*held, gone])) == [gone]
 
 
 class TestRecovery:
@@ -416,10 +416,10 @@ class TestRecovery:
         for _ in range(6):
             await transport.send(lab.envelopes(200))
         held = await collect(receiver, 1200)
-        known = [delivery.receipt for delivery in held[:3]]
-        assert list(await receiver.recover([*known, b"1-1"])) == [b"1-1"]
+        gone = Delivery(b"", None, 1, b"1-1")
+        assert list(await receiver.recover([*held[:3], gone])) == [gone]
         again = await collect(other, 1197)
-        assert {delivery.receipt for delivery in again} == {delivery.receipt for delivery in held[3:]}
+        assert {delivery.native for delivery in again} == {delivery.native for delivery in held[3:]}
         assert {delivery.attempt for delivery in again} == {1}
 
     async def test_closing_gives_back_everything_and_forgets_the_consumer(self, lab: Any, collect: Collect) -> None:
@@ -431,7 +431,7 @@ class TestRecovery:
         await leaving.stop()
         await leaving.close()
         again = await collect(other, 5, within=1.0)
-        assert {delivery.receipt for delivery in again} == {delivery.receipt for delivery in held}
+        assert {delivery.native for delivery in again} == {delivery.native for delivery in held}
         names = {consumer["name"] for consumer in await lab.redis.xinfo_consumers(lab.names.queue("g"), "group")}
         assert names == {b"released", other._consumer}
 
@@ -441,9 +441,9 @@ class TestRecovery:
         receiver = await lab.receiver(transport)
         await transport.send(lab.envelopes(2))
         first, _ = await collect(receiver, 2)
-        await lab.redis.xdel(lab.names.queue("g"), first.receipt)
+        await lab.redis.xdel(lab.names.queue("g"), first.native)
         [again] = await collect(receiver, 1)
-        assert again.receipt != first.receipt
+        assert again.native != first.native
         assert await lab.pending() == 1
 
     async def test_names_of_the_dead_are_forgotten(self, lab: Any, collect: Collect, until: Until) -> None:
@@ -513,7 +513,7 @@ class TestDeadLetters:
             await transport.send(lab.envelopes(min(250, count - start)))
         buried = await collect(receiver, count)
         for start in range(0, count, 500):
-            assert not await receiver.settle([dead(delivery) for delivery in buried[start : start + 500]])
+            assert not any(await receiver.settle([dead(delivery) for delivery in buried[start : start + 500]]))
         return transport, receiver
 
     async def test_more_than_a_page_is_replayed_and_starts_anew(self, lab: Any, collect: Collect) -> None:
@@ -641,7 +641,7 @@ class TestScripts:
             lambda: collect(receiver, 3),
             lambda: transport.groups(),
             lambda: transport.stats("g"),
-            lambda: receiver.renew([b"1-1"]),
+            lambda: receiver.renew([Delivery(b"", None, 1, b"1-1")]),
             lambda: receiver.settle([]),
             lambda: receiver.recover([]),
             lambda: receiver.join(),
@@ -703,10 +703,10 @@ async def _everything(lab: Any, collect: Collect) -> None:
     receiver, other = await lab.receiver(transport), await lab.receiver(transport)
     await transport.send(lab.envelopes(5, "a"))
     held = await collect(receiver, 7)
-    await receiver.renew([delivery.receipt for delivery in held])
+    await receiver.renew(held)
     await receiver.settle([retry(held[0]), retry(held[1], 0.05), release(held[2]), dead(held[3])])
-    await receiver.ack([held[4].receipt], verify=True)
-    await receiver.recover([held[5].receipt, held[6].receipt])
+    await receiver.ack([held[4]], verify=True)
+    await receiver.recover([held[5], held[6]])
     await transport.stats("g")
     await total(transport.replay("g", None))
     await receiver.settle([dead(held[6])])
@@ -746,7 +746,7 @@ async def _watch(lab: Any, seen: dict[bytes, set[str]], ended: asyncio.Event) ->
 
 async def _keep(receiver: RedisReceiver, delivery: Delivery) -> None:
     while True:
-        await receiver.renew([delivery.receipt])
+        await receiver.renew([delivery])
         await receiver.receive(1)
 
 

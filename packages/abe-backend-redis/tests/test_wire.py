@@ -21,7 +21,7 @@ def test_what_was_packed_is_unpacked(
 ) -> None:
     header = _wire.pack(Envelope(id, key, body, published_at, headers))
     delivery = _wire.delivery(ENTRY, [b"m", header, b"p", body])
-    assert (delivery.receipt, delivery.body, delivery.attempt, delivery.fault) == (ENTRY, body, 1, None)
+    assert (delivery.native, delivery.body, delivery.attempt, delivery.fault) == (ENTRY, body, 1, None)
     assert delivery.header == header
     assert _wire.unpack(header) == Metadata(id, key, published_at, headers)
 
@@ -80,7 +80,7 @@ def test_a_broken_envelope_is_a_decode_error(header: bytes) -> None:
 def test_no_entry_breaks_the_reader(fields: list[bytes], data: st.DataObject) -> None:
     values = st.binary(max_size=20) | st.just(b"9" * 5000) | st.just(b'[1,"a","k",17]')
     flat = [part for name in fields for part in (name, data.draw(values))]
-    assert _wire.delivery(ENTRY, flat).receipt == ENTRY
+    assert _wire.delivery(ENTRY, flat).native == ENTRY
     assert _wire.dead_letter(ENTRY, flat).attempts >= 0
 
 

@@ -101,7 +101,7 @@ def test_a_message_that_is_not_of_its_form_is_at_fault_alone(broken: dict[str, A
     assert FAULT not in second["Attributes"]
     assert _wire.parse(second).fault is None
     assert "not of its form" in str(_wire.parse(first).fault)
-    assert _wire.delivery(first, _wire.parse(first)).receipt == "h"
+    assert _wire.delivery(first, _wire.parse(first)).native == "h"
 
 
 def test_a_message_without_a_handle_is_left_to_its_lease() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from abe.backends.message_queue.base import Settlement, Verb
+from abe.backends.message_queue.base import Disposition, Settlement
 from abe_backend_sqs._receiver import SqsReceiver
 from abe_contract_tests import bounds
 
@@ -114,7 +114,7 @@ async def test_a_retry_within_12_hours_hides_the_message(lab: Any) -> None:
     async with bounds.within(15):
         receiver, delivery = await taken(lab)
         delay = 12 * HOUR - 5 * MINUTE
-        assert not await receiver.settle([Settlement(delivery.receipt, Verb.RETRY, delay=delay - 0.5)])
+        assert not any(await receiver.settle([Settlement(delivery, Disposition.RETRY, delay=delay - 0.5)]))
         entry = await appears(lab, "ChangeMessageVisibilityBatch")
         assert entry["VisibilityTimeout"] == delay
         await receiver.close()
@@ -126,7 +126,7 @@ async def test_a_retry_beyond_12_hours_or_nearly_so_is_a_copy_that_says_when(
 ) -> None:
     async with bounds.within(15):
         receiver, delivery = await taken(lab)
-        assert not await receiver.settle([Settlement(delivery.receipt, Verb.RETRY, delay=delay)])
+        assert not any(await receiver.settle([Settlement(delivery, Disposition.RETRY, delay=delay)]))
         entry = await appears(lab, "SendMessageBatch")
         metadata = header(entry)
         assert (entry["DelaySeconds"], metadata[ATTEMPTS]) == (900, 1)
@@ -138,8 +138,8 @@ async def test_a_retry_beyond_12_hours_or_nearly_so_is_a_copy_that_says_when(
 async def test_a_message_that_was_held_for_long_is_copied_where_it_cannot_be_hidden_for_long_enough(lab: Any) -> None:
     async with bounds.within(15):
         receiver, delivery = await taken(lab)
-        receiver._held[delivery.receipt].expires = time.monotonic() + MINUTE
-        assert not await receiver.settle([Settlement(delivery.receipt, Verb.RETRY, delay=2 * MINUTE)])
+        receiver._held[delivery.native].expires = time.monotonic() + MINUTE
+        assert not any(await receiver.settle([Settlement(delivery, Disposition.RETRY, delay=2 * MINUTE)]))
         assert (await appears(lab, "SendMessageBatch"))["DelaySeconds"] == 2 * MINUTE
         await receiver.close()
 
@@ -150,18 +150,18 @@ async def test_a_lease_is_renewed_for_12_hours_and_then_lost_which_is_said(
     caplog.set_level(logging.WARNING, logger="abe.sqs")
     async with bounds.within(15):
         receiver, delivery = await taken(lab)
-        held = receiver._held[delivery.receipt]
-        assert not await receiver.renew([delivery.receipt])
+        held = receiver._held[delivery.native]
+        assert not await receiver.renew([delivery])
         assert "12 hours" not in caplog.text
         held.expires = time.monotonic() + 5.9
         for _ in range(2):
-            assert not await receiver.renew([delivery.receipt])
+            assert not await receiver.renew([delivery])
         assert caplog.text.count("12 hours") == 1, "while there is time to do something about it"
         renewals = [
             each["Entries"][0]["VisibilityTimeout"] for each in lab.gate.requests("ChangeMessageVisibilityBatch")
         ]
         assert renewals == [31, 5, 5], "as long as SQS allows, and no longer"
         held.expires = time.monotonic()
-        assert list(await receiver.renew([delivery.receipt])) == [delivery.receipt]
+        assert list(await receiver.renew([delivery])) == [delivery]
         assert len(lab.gate.requests("ChangeMessageVisibilityBatch")) == 3
         await receiver.close()

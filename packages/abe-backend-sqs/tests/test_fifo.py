@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from abe.backends.message_queue.base import Envelope, Settlement, Verb
+from abe.backends.message_queue.base import Disposition, Envelope, Settlement
 from abe_backend_sqs import SqsBackend, SqsSettings, _held, _later, _wire
 from abe_backend_sqs._copies import Copies
 from abe_backend_sqs._topology import Topology
@@ -211,7 +211,7 @@ async def test_a_release_that_was_cancelled_and_is_repeated_is_counted_once(
 
         with monkeypatch.context() as patch:
             patch.setattr(client, "change_message_visibility_batch", hang)
-            releasing = asyncio.create_task(receiver.settle([Settlement(delivery.receipt, Verb.RELEASE)]))
+            releasing = asyncio.create_task(receiver.settle([Settlement(delivery, Disposition.RELEASE)]))
             await waiting.wait()
             releasing.cancel()  # as where closing takes too long
             await asyncio.wait([releasing])

@@ -82,8 +82,8 @@ class TestMaking:
             await lab.ask("delete_queue", QueueUrl=await lab.url("group", "g"))
             transport.queues.forget()
             with pytest.raises(BackendConnectionError):  # the address that it knew is found out to be wrong
-                await transport.restore("g")
-            await transport.restore("g")
+                await transport.declare("g", ("stale",), change=False)
+            await transport.declare("g", ("stale",), change=False)
             assert await transport.groups() == {"g": ("order.#",)}
 
     async def test_a_group_that_others_made_again_keeps_their_patterns(self, lab: Any) -> None:
@@ -91,7 +91,7 @@ class TestMaking:
             one, other = await lab.transport(), await lab.transport()
             await one.declare("g", ("a.#",), change=True)
             await other.declare("g", ("c.#",), change=True)
-            await one.restore("g")
+            await one.declare("g", ("a.#",), change=False)
             assert await one.groups() == {"g": ("c.#",)}
 
     async def test_pinned_groups_do_not_keep_open_from_finding_out_that_nobody_answers(self, lab: Any) -> None:
@@ -341,8 +341,8 @@ class TestDeletedUnderneath:
             assert not publishing.done()
             assert set(await publisher.groups()) == {"other"}
             with pytest.raises(BackendConnectionError):  # the address that it knew is found out to be wrong
-                await maker.restore("g")
-            await maker.restore("g")
+                await maker.declare("g", ("k.#",), change=False)
+            await maker.declare("g", ("k.#",), change=False)
             await publishing
             assert await maker.groups() == {"g": ("k.#",), "other": ("#",)}
             assert (await maker.stats("g")).waiting == 1

@@ -1,4 +1,4 @@
-"""What a consumer does with what it holds: deletions that share requests, verdicts that fail, what is given back, what is let go."""
+"""What a consumer does with what it holds: deletions that share requests, settlements that fail, what is given back, what is let go."""
 
 import asyncio
 import json
@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from abe.backends.message_queue.base import Delivery, Envelope, Settlement, Verb
-from abe.errors import BackendConnectionError, LeaseLostError
-from abe_backend_sqs import _handles
-from abe_backend_sqs._handles import beside
+from abe import AsyncLoopConsumer
+from abe.backends.message_queue.base import Delivery, Disposition, Envelope, Settlement
+from abe.backends.message_queue.base.tasks import gather_all
+from abe.errors import BackendConnectionError, GroupMissingError, LeaseLostError
+from abe_backend_sqs import _transport
 from abe_backend_sqs._polls import Poll, Polls
 from abe_backend_sqs._receiver import SqsReceiver, _Arrival
 from abe_contract_tests import bounds
@@ -61,126 +62,97 @@ async def counts(lab: Any, kind: str = "group") -> tuple[int, int]:
     return int(found["Attributes"][names[0]]), int(found["Attributes"][names[1]])
 
 
+async def handled_by(lab: Any, done: int, **settings: Any) -> None:
+    """Hold 12 messages in a consumer's handlers, have that many of them done, and stop when the first of them are deleted."""
+    holding, deletable, end = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    held = 0
+
+    async def handle(_: Any) -> None:
+        nonlocal held
+        held += 1
+        if held == 12:
+            holding.set()
+        await (deletable if held <= done else end).wait()
+
+    backend = await lab.backend(**settings)
+    await backend.declare("g")
+    await backend.publish_many([(f"k.{n}", {"n": n}) for n in range(12)])
+    async with AsyncLoopConsumer(backend, "g", concurrency=12, prefetch=12) as consumer:
+        running = asyncio.create_task(consumer.run(handle))
+        await holding.wait()
+        deletable.set()
+        while not deleted(lab):  # noqa: ASYNC110 - the server sets no event of ours
+            await asyncio.sleep(0.01)
+        end.set()
+        await consumer.shutdown()
+        await running
+
+
 async def test_acknowledgements_share_requests(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_handles, "_LINGER", 60)
+    monkeypatch.setattr(_transport, "_LINGER", 60)
     async with bounds.within(15):
-        receiver, held = await holding(lab, 20)
-        outcomes = await asyncio.gather(*(receiver.ack([each.receipt], verify=False) for each in held))
-        assert outcomes == [{}] * 20
-        assert deleted(lab) == [10, 10]
+        await handled_by(lab, 12)
+        assert deleted(lab) == [10, 2]
         assert await counts(lab) == (0, 0)
-        await receiver.close()
 
 
 async def test_one_that_finds_none_to_share_its_request_with_leaves_soon(lab: Any) -> None:
     async with bounds.within(15):
-        receiver, held = await holding(lab, 12)
-        assert not await receiver.ack([held[0].receipt], verify=False)
-        assert deleted(lab) == [1]
-        await receiver.close()
-
-
-async def test_nobody_waits_for_others_in_vain(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_handles, "_LINGER", 60)
-    async with bounds.within(15):
-        receiver, held = await holding(lab, 15)
-        receipts = [each.receipt for each in held]
-        assert not await receiver.ack(receipts[:1], verify=True), "somebody waits for the answer"
-        assert not await receiver.ack(receipts[1:13], verify=False), "the rest of what filled a request"
-        assert not await receiver.ack(receipts[13:14], verify=False), "too few are held to fill one"
-        assert deleted(lab) == [1, 10, 2, 1]
-        await receiver.close()
+        await handled_by(lab, 1)
+        assert deleted(lab)[0] == 1
 
 
 async def test_a_fifo_queue_is_not_kept_waiting_for_a_deletion(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_handles, "_LINGER", 60)
+    monkeypatch.setattr(_transport, "_LINGER", 60)
     async with bounds.within(15):
-        transport = await lab.transport(fifo=True)
-        await transport.declare("g", None, change=False)
-        await transport.send([Envelope(f"id-{n}", f"k.{n}", b"{}", 1) for n in range(12)])
-        receiver = await transport.subscribe("g", 12)
-        held: list[Delivery] = []
-        while len(held) < 12:
-            held += await receiver.receive(12 - len(held))
-        assert not await receiver.ack([held[0].receipt], verify=False)
-        await receiver.close()
+        await handled_by(lab, 1, fifo=True)
+        assert deleted(lab)[0] == 1
 
 
-async def test_those_who_wait_share_what_follows_the_request_under_way(
-    lab: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_handles, "_LINGER", 60)
+async def test_an_acknowledgement_whose_caller_is_cancelled_is_carried_out(lab: Any) -> None:
     async with bounds.within(15):
-        receiver, held = await holding(lab, 4)
-        go, waiting = await stalled(monkeypatch, receiver, "delete_message_batch")
-        acks = [asyncio.create_task(receiver.ack([each.receipt], verify=True)) for each in held]
-        await waiting.wait()
-        go.set()
-        assert await asyncio.gather(*acks) == [{}] * 4
-        assert deleted(lab) == [1, 3]
-        await receiver.close()
+        backend = await lab.backend()
+        async with backend.consume(group="g") as messages:
+            await backend.publish("k", {"n": 1})
+            ack = asyncio.create_task((await messages.receive()).ack())
+            await asyncio.sleep(0)
+            ack.cancel()
+            await asyncio.wait([ack])
+        assert await counts(lab) == (0, 0)
 
 
-async def test_each_who_shares_a_request_hears_of_its_own(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_handles, "_LINGER", 60)
+async def test_each_entry_of_a_request_has_an_outcome_of_its_own(lab: Any) -> None:
     async with bounds.within(15):
         receiver, held = await holding(lab, 10)
         lab.gate.fails(1, "DeleteMessageBatch", (1, "ReceiptHandleIsInvalid", True), (2, "InternalError", False))
-        outcomes = await asyncio.gather(
-            *(receiver.ack([each.receipt], verify=False) for each in held), return_exceptions=True
-        )
-        assert isinstance(outcomes[1], dict)
-        assert list(outcomes[1]) == [held[1].receipt]
-        assert isinstance(outcomes[1][held[1].receipt], LeaseLostError)
+        outcomes = await receiver.ack(held, verify=False)
+        assert isinstance(outcomes[1], LeaseLostError)
         assert isinstance(outcomes[2], BackendConnectionError)
-        assert [outcomes[0], *outcomes[3:]] == [{}] * 8
-        assert not await receiver.ack([held[2].receipt], verify=True)
+        assert [outcomes[0], *outcomes[3:]] == [None] * 8
+        assert not any(await receiver.ack([held[2]], verify=True))
         await receiver.close()
 
 
-async def test_who_stops_waits_for_nobody_to_share_a_request(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_handles, "_LINGER", 60)
-    async with bounds.within(15):
-        receiver, held = await holding(lab, 12)
-        ack = asyncio.create_task(receiver.ack([held[0].receipt], verify=False))
-        await asyncio.wait([ack], timeout=0.1)
-        assert not deleted(lab)
-        await receiver.stop()
-        assert not await ack
-        assert not await receiver.ack([held[1].receipt], verify=False)
-        assert deleted(lab) == [1, 1]
-        await receiver.close()
-
-
-async def test_an_acknowledgement_that_is_cancelled_before_it_leaves_is_carried_out(
-    lab: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_handles, "_LINGER", 60)
-    async with bounds.within(15):
-        receiver, held = await holding(lab, 12)
-        ack = asyncio.create_task(receiver.ack([held[0].receipt], verify=False))
-        await asyncio.wait([ack], timeout=0.1)
-        ack.cancel()
-        await asyncio.wait([ack])
-        await receiver.close()
-        assert await counts(lab) == (11, 0)
-
-
-async def test_what_is_being_deleted_when_the_receiver_is_closed_is_not_given_back(
+async def test_what_may_be_deleted_when_the_receiver_is_closed_is_not_given_back(
     lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with bounds.within(15):
         receiver, held = await holding(lab, 3)
-        go, waiting = await stalled(monkeypatch, receiver, "delete_message_batch")
-        ack = asyncio.create_task(receiver.ack([held[0].receipt], verify=True))
-        await waiting.wait()
+        client = await receiver._transport.clients.calls()
+        answered, delete = asyncio.Event(), client.delete_message_batch
+
+        async def never(**arguments: Any) -> None:
+            await delete(**arguments)
+            answered.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(client, "delete_message_batch", never)
+        ack = asyncio.create_task(receiver.ack([held[0]], verify=True))
+        await answered.wait()
         ack.cancel()
         await asyncio.wait([ack])
-        closing = asyncio.create_task(receiver.close())
-        while not lab.gate.requests("SendMessageBatch"):  # noqa: ASYNC110 - the server sets no event of ours
-            await asyncio.sleep(0.01)
-        go.set()
-        await closing
+        monkeypatch.setattr(client, "delete_message_batch", delete)
+        await receiver.close()
         (copies,) = lab.gate.requests("SendMessageBatch")
         assert sorted(json.loads(each["MessageBody"])["n"] for each in copies["Entries"]) == sorted(
             json.loads(each.body)["n"] for each in held[1:]
@@ -188,60 +160,59 @@ async def test_what_is_being_deleted_when_the_receiver_is_closed_is_not_given_ba
         assert await counts(lab) == (2, 0)
 
 
-async def test_one_verdict_that_fails_does_not_double_another(
+async def test_one_settlement_that_fails_does_not_double_another(
     lab: Any, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with bounds.within(15):
         receiver, held = await holding(lab, 2)
         lab.gate.times(1, "ChangeMessageVisibilityBatch", lambda _: refusal("RequestThrottled"))
         go, waiting = await stalled(monkeypatch, receiver, "send_message_batch")
-        verdicts = [
-            Settlement(held[0].receipt, Verb.RETRY, delay=60),
-            Settlement(held[1].receipt, Verb.DEAD, reason="bad"),
+        settlements = [
+            Settlement(held[0], Disposition.RETRY, delay=60),
+            Settlement(held[1], Disposition.DEAD, reason="bad"),
         ]
-        settling = asyncio.create_task(receiver.settle(verdicts))
+        settling = asyncio.create_task(receiver.settle(settlements))
         await waiting.wait()
         done, _ = await asyncio.wait([settling], timeout=0.3)
         assert not done, "one of its requests is under way"
         go.set()
-        with pytest.raises(BackendConnectionError):
-            await settling
-        assert not await receiver.settle(verdicts)
+        failed, moved = await settling
+        assert isinstance(failed, BackendConnectionError)
+        assert moved is None
+        assert not any(await receiver.settle(settlements))
         assert await counts(lab, "dead") == (1, 0)
         assert len(lab.gate.requests("SendMessageBatch")) == 1
         await receiver.close()
 
 
-async def test_a_lost_lease_is_still_told_when_another_verdict_has_to_be_repeated(lab: Any) -> None:
+async def test_a_lost_lease_is_still_told_when_another_settlement_has_to_be_repeated(lab: Any) -> None:
     async with bounds.within(15):
         receiver, held = await holding(lab, 2)
-        receipts = [each.receipt for each in held]
         lab.gate.fails(1, "DeleteMessageBatch", (0, "ReceiptHandleIsInvalid", True), (1, "InternalError", False))
-        with pytest.raises(BackendConnectionError):
-            await receiver.ack(receipts, verify=True)
-        failures = await receiver.ack(receipts, verify=True)
-        assert list(failures) == receipts[:1]
-        assert isinstance(failures[receipts[0]], LeaseLostError)
+        for second in (BackendConnectionError, type(None)):
+            outcomes = await receiver.ack(held, verify=True)
+            assert [type(each) for each in outcomes] == [LeaseLostError, second]
         await receiver.close()
 
 
 async def test_what_an_answer_leaves_out_is_not_taken_for_done(lab: Any) -> None:
     async with bounds.within(15):
         receiver, held = await holding(lab, 2)
-        receipts = [each.receipt for each in held]
         lab.gate.times(1, "DeleteMessageBatch", lambda _: web.json_response({"Successful": [{"Id": "1"}]}))
-        with pytest.raises(BackendConnectionError, match="leaves out whether"):
-            await receiver.ack(receipts, verify=False)
-        assert not await receiver.ack(receipts[:1], verify=False)
+        left_out, done = await receiver.ack(held, verify=False)
+        assert isinstance(left_out, BackendConnectionError)
+        assert "leaves out whether" in str(left_out)
+        assert done is None
+        assert not any(await receiver.ack(held[:1], verify=False))
         assert await counts(lab) == (0, 1), "the second was said to be deleted, and the server was never asked"
         await receiver.close()
 
 
-async def test_verdicts_of_one_kind_make_no_requests_of_another(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_settlements_of_one_kind_make_no_requests_of_another(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async with bounds.within(15):
         receiver, held = await holding(lab, 2)
         async with receiver._renewing:  # a renewal is under way, which only what is hidden has to wait for
-            assert not await receiver.settle([Settlement(held[0].receipt, Verb.DEAD, reason="bad")])
+            assert not any(await receiver.settle([Settlement(held[0], Disposition.DEAD, reason="bad")]))
         assert not lab.gate.requests("ChangeMessageVisibilityBatch")
         await receiver.close()
 
@@ -258,7 +229,7 @@ async def test_whoever_is_cancelled_waits_for_what_it_began() -> None:
             await asyncio.sleep(0)
             ended.append(number)
 
-    task = asyncio.create_task(beside(call(1), call(2)))
+    task = asyncio.create_task(gather_all(call(1), call(2)))
     await began.wait()
     task.cancel()
     await asyncio.wait([task])
@@ -302,21 +273,21 @@ async def test_a_poll_that_outlives_the_receiver_gives_back_what_arrived_before_
         receiver, held = await holding(lab, 1)
         await receiver.stop()
         # Another poll's, which came while this one's were being looked at.
-        receiver._arrived.append(_Arrival(held[0], receiver._held[held[0].receipt]))
+        receiver._arrived.append(_Arrival(held[0], receiver._held[held[0].native]))
         await receiver._take([])
         assert await counts(lab) == (1, 0)
         await receiver.close()
 
 
-async def test_records_of_verdicts_that_were_given_up_are_let_go(lab: Any) -> None:
+async def test_records_of_settlements_that_were_given_up_are_let_go(lab: Any) -> None:
     async with bounds.within(15):
         receiver, held = await holding(lab, 3)
         for each in held[:2]:
-            receiver._held[each.receipt].deadline = time.monotonic()
-        with receiver._held.being_settled([held[1].receipt]):
-            assert not await receiver.renew([held[2].receipt])
-            assert set(receiver._held) == {held[1].receipt, held[2].receipt}, "one has a verdict on its way"
-        (failure,) = (await receiver.ack([held[0].receipt], verify=False)).values()
+            receiver._held[each.native].deadline = time.monotonic()
+        with receiver._held.being_settled([held[1].native]):
+            assert not await receiver.renew([held[2]])
+            assert set(receiver._held) == {held[1].native, held[2].native}, "one has a settlement on its way"
+        (failure,) = await receiver.ack([held[0]], verify=False)
         assert isinstance(failure, LeaseLostError), "it is not taken for one that was carried out"
         await receiver.close()
 
@@ -373,21 +344,32 @@ async def test_there_are_as_many_polls_as_messages_flow(lab: Any) -> None:
     assert sizes == [2, 3, 3, 2, 1, 1, 2, 3, 1, 2]
 
 
-async def test_stopping_does_not_wait_for_a_group_that_is_being_made_again(lab: Any) -> None:
-    async with bounds.within(15):
-        transport = await lab.transport()
-        await transport.declare("g", None, change=False)
-        receiver = await transport.subscribe("g", 10)
-        begun = asyncio.Event()
-
-        async def restore(group: str) -> None:
-            begun.set()
-            await asyncio.Event().wait()
-
-        transport.restore = restore
+async def test_a_receiver_goes_on_when_its_group_was_declared_again(lab: Any) -> None:
+    async with bounds.within(30):
+        receiver, (gone,) = await holding(lab, 1)
+        transport = receiver._transport
         await lab.ask("delete_queue", QueueUrl=await lab.url("group", "g"))
-        receiving = asyncio.create_task(receiver.receive(10))
-        await begun.wait()
-        await receiver.stop()
-        assert await receiving == ()
+        with pytest.raises(GroupMissingError):
+            while True:
+                await receiver.receive(10)
+        with pytest.raises(GroupMissingError):
+            await receiver.recover([gone])
+        await transport.declare("g", None, change=False)
+        assert not await receiver.recover([gone]), "its lease is what tells"
+        (failure,) = await receiver.ack([gone], verify=True)
+        assert isinstance(failure, LeaseLostError)
+        await transport.send([Envelope("id", "k", b"{}", 1)])
+        (delivery,) = await receiver.receive(10)
+        assert not any(await receiver.ack([delivery], verify=True))
         await receiver.close()
+
+
+async def test_closing_does_not_wait_for_a_group_that_is_being_declared_again(lab: Any, refusal: Refusal) -> None:
+    async with bounds.within(15):
+        backend = await lab.backend()
+        async with backend.consume(group="g"):
+            lab.gate.rules.append(lambda name, _: refusal("RequestThrottled") if name == "CreateQueue" else None)
+            await lab.ask("delete_queue", QueueUrl=await lab.url("group", "g"))
+            before = len(lab.gate.requests("CreateQueue"))
+            while len(lab.gate.requests("CreateQueue")) == before:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.01)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from abe import AsyncLoopConsumer
-from abe.backends.message_queue.base import Delivery, Settlement, Verb
+from abe.backends.message_queue.base import Delivery, Disposition, Settlement
 from abe.errors import LeaseLostError, PermissionDeniedError
 from abe_backend_sqs._receiver import SqsReceiver
 from abe_contract_tests import bounds
@@ -89,7 +89,7 @@ async def test_what_nobody_else_had_is_acknowledged_after_its_lease(lab: Any, fi
         else:
             receiver, held = await receiving(lab, 3)
         await run_out(receiver)
-        assert not await receiver.ack([each.receipt for each in held], verify=True)
+        assert not any(await receiver.ack(held, verify=True))
         if not fifo:
             assert await total(lab) == 0
         await receiver.close()
@@ -107,9 +107,8 @@ async def test_what_somebody_else_has_is_not_acknowledged_after_the_lease(lab: A
                 "receive_message", QueueUrl=url, MaxNumberOfMessages=10, WaitTimeSeconds=1, VisibilityTimeout=60
             )
             theirs += reply.get("Messages", [])
-        failures = await receiver.ack([each.receipt for each in held], verify=False)
-        assert {type(error) for error in failures.values()} == {LeaseLostError}
-        assert len(failures) == 2
+        outcomes = await receiver.ack(held, verify=False)
+        assert [type(error) for error in outcomes] == [LeaseLostError] * 2
         assert await total(lab) == 2
         await receiver.close()
 
@@ -119,7 +118,7 @@ async def test_what_was_handled_and_refused_is_not_handed_out_again(lab: Any) ->
     async with bounds.within(30):
         receiver, held = await receiving(lab, 1)
         lab.gate.fails(1, "DeleteMessageBatch", (0, "ReceiptHandleIsInvalid", True))
-        (failure,) = (await receiver.ack([held[0].receipt], verify=True)).values()
+        (failure,) = await receiver.ack([held[0]], verify=True)
         assert isinstance(failure, LeaseLostError)
         receiving_on = asyncio.create_task(receiver.receive(10))
         while await total(lab):  # noqa: ASYNC110 - nothing tells
@@ -132,11 +131,10 @@ async def test_what_was_handled_and_refused_is_not_handed_out_again(lab: Any) ->
 async def test_a_lease_that_is_renewed_late_is_ours_again(lab: Any) -> None:
     async with bounds.within(30):
         receiver, held = await receiving(lab, 2)
-        receipts = [each.receipt for each in held]
         await run_out(receiver)
-        assert not await receiver.renew(receipts)
-        assert all(receiver._held[each].deadline > time.monotonic() for each in receipts)
-        assert not await receiver.settle([Settlement(each, Verb.RETRY, delay=0) for each in receipts])
+        assert not await receiver.renew(held)
+        assert all(receiver._held[each.native].deadline > time.monotonic() for each in held)
+        assert not any(await receiver.settle([Settlement(each, Disposition.RETRY, delay=0) for each in held]))
         again: list[Delivery] = []
         while len(again) < 2:
             again += await receiver.receive(10)
@@ -167,8 +165,8 @@ async def test_rights_that_are_missing_for_one_entry_are_told_at_once(lab: Any) 
     async with bounds.within(30):
         receiver, held = await receiving(lab, 2)
         lab.gate.fails(1, "DeleteMessageBatch", (0, "AccessDenied", True), (1, "InternalError", False))
-        failures = await receiver.ack([each.receipt for each in held], verify=True)
-        assert isinstance(failures[held[0].receipt], PermissionDeniedError)
+        refused, _ = await receiver.ack(held, verify=True)
+        assert isinstance(refused, PermissionDeniedError)
         await receiver.close()
 
 
@@ -210,10 +208,10 @@ async def test_an_old_handle_is_not_used_where_the_server_would_take_it(moto: Se
         again: Sequence[Delivery] = ()
         while not again:
             again = await other.receive(1)
-        (failure,) = (await one.ack([mine.receipt], verify=True)).values()
+        (failure,) = await one.ack([mine], verify=True)
         assert isinstance(failure, LeaseLostError)
-        assert not await other.renew([again[0].receipt])
-        assert not await other.ack([again[0].receipt], verify=True)
+        assert not await other.renew([again[0]])
+        assert not any(await other.ack([again[0]], verify=True))
         for receiver in (one, other):
             await receiver.close()
         for transport in (ours, theirs):

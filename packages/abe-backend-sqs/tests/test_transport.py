@@ -133,7 +133,7 @@ async def test_a_busy_group_is_polled_several_times_at_once_and_an_idle_one_once
             deliveries = await receiver.receive(100)
             most = max(most, len(receiver._polls._under_way))
             got += len(deliveries)
-            await receiver.ack([delivery.receipt for delivery in deliveries], verify=False)
+            await receiver.ack(deliveries, verify=False)
         assert most == 3
         before = len(lab.gate.requests("ReceiveMessage"))
         idle = asyncio.ensure_future(receiver.receive(100))

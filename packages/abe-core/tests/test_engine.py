@@ -4,7 +4,7 @@ import asyncio
 import gc
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -12,13 +12,13 @@ import pytest
 from abe.backends.message_queue.base import (
     Batching,
     Delivery,
+    Disposition,
     Envelope,
-    Failures,
     Metadata,
+    Outcomes,
     Publication,
-    Receipt,
     Settlement,
-    Verb,
+    Settling,
 )
 from abe.backends.message_queue.base.transport import Transport
 from abe.backends.message_queue.engine.inbox import Inbox
@@ -59,7 +59,7 @@ def envelope(number: int, size: int = 1) -> Envelope:
 class ScriptedTransport:
     """Sends as scripted: raises an exception, returns outcomes, or waits for an event; with no script left, accepts."""
 
-    batching = Batching(messages=3, bytes=100, flights=1)
+    batching = Batching(messages=3, bytes=100, max_concurrent=1)
 
     def __init__(self, *script: Any) -> None:
         self.script = deque(script)
@@ -305,7 +305,7 @@ class TestPublisher:
         self, flights: int, expected: type[AbeError]
     ) -> None:
         transport = ScriptedTransport(asyncio.Event(), asyncio.Event())
-        transport.batching = Batching(messages=3, bytes=100, flights=flights)
+        transport.batching = Batching(messages=3, bytes=100, max_concurrent=flights)
         publisher = publisher_on(transport, timeout=60)
         first = asyncio.create_task(publisher.publish(envelope(1)))
         await turns()
@@ -416,11 +416,11 @@ class ScriptedReceiver:
     def __init__(self, *deliveries: Delivery) -> None:
         self.waiting = deque(deliveries)
         self.limits: list[int] = []
-        self.acks: list[tuple[list[Receipt], bool]] = []
+        self.acks: list[tuple[list[int], bool]] = []
         self.settled: list[Settlement] = []
-        self.renewed: list[list[Receipt]] = []
+        self.renewed: list[list[int]] = []
         self.failures: deque[AbeError] = deque()
-        self.lost: set[Receipt] = set()
+        self.lost: set[int] = set()
         self.errors: deque[AbeError] = deque()
         self.more = asyncio.Event()
         self.stopped = False
@@ -437,25 +437,28 @@ class ScriptedReceiver:
         return ()
 
     def metadata(self, delivery: Delivery) -> Metadata:
-        return Metadata(str(delivery.receipt))
+        return Metadata(str(delivery.native))
 
-    async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
+    async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
         self._fail()
-        self.acks.append((list(receipts), verify))
-        return {receipt: LeaseLostError("lost") for receipt in receipts if receipt in self.lost}
+        self.acks.append(([delivery.native for delivery in deliveries], verify))
+        return self._outcomes(deliveries)
 
-    async def settle(self, settlements: Sequence[Settlement]) -> Failures:
+    async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
         self._fail()
         self.settled.extend(settlements)
-        return {item.receipt: LeaseLostError("lost") for item in settlements if item.receipt in self.lost}
+        return self._outcomes([settlement.delivery for settlement in settlements])
 
-    async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+    async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         self._fail()
-        self.renewed.append(list(receipts))
-        return [receipt for receipt in receipts if receipt in self.lost]
+        self.renewed.append([delivery.native for delivery in deliveries])
+        return [delivery for delivery in deliveries if delivery.native in self.lost]
 
-    async def recover(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
-        return [receipt for receipt in receipts if receipt in self.lost]
+    async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
+        return [delivery for delivery in deliveries if delivery.native in self.lost]
+
+    def _outcomes(self, deliveries: Sequence[Delivery]) -> Outcomes:
+        return [LeaseLostError("lost") if delivery.native in self.lost else None for delivery in deliveries]
 
     async def stop(self) -> None:
         self.stopped = True
@@ -472,7 +475,7 @@ class ScriptedReceiver:
 def delivery(
     number: int, attempt: int = 1, body: bytes = b"{}", fault: str | None = None, uncertain: int = 0
 ) -> Delivery:
-    return Delivery(number, body, None, attempt, fault, uncertain=uncertain)
+    return Delivery(body, None, attempt, number, fault=fault, uncertain=uncertain)
 
 
 def settler_on(
@@ -482,8 +485,25 @@ def settler_on(
     sure: bool = True,
     sent: Callable[[], None] = lambda: None,
     refused: Callable[[AbeError], object] = lambda _: None,
+    settling: Settling | None = None,
+    count: int = 100,
+    leased: bool = True,
 ) -> Settler:
-    return Settler(receiver, lambda: sure, sent, refused, 30.0, clock)
+    return Settler(
+        receiver,
+        settling or Settling(),
+        count=lambda: count,
+        sure=lambda: sure,
+        settled=sent,
+        refused=refused,
+        timeout=30.0,
+        leased=leased,
+        clock=clock,
+    )
+
+
+def numbers(deliveries: Iterable[Delivery]) -> list[int]:
+    return sorted(delivery.native for delivery in deliveries)
 
 
 class TestSettler:
@@ -504,14 +524,14 @@ class TestSettler:
         await settler.drain()
         assert receiver.acks == [([1], True)]
 
-    async def test_a_verdict_that_somebody_waits_for_tells_what_went_wrong_with_it(
+    async def test_a_settlement_that_somebody_waits_for_tells_what_went_wrong_with_it(
         self, manual_clock: ManualClock
     ) -> None:
         receiver = ScriptedReceiver()
         receiver.lost = {2}
         settler = settler_on(receiver, manual_clock)
         dead = [delivery(number) for number in (1, 2)]
-        waiters = [settler.submit(item, Settlement(item.receipt, Verb.DEAD)) for item in dead]
+        waiters = [settler.submit(item, Settlement(item, Disposition.DEAD)) for item in dead]
         acknowledged = settler.submit(delivery(3), None)
         async with bounds.within(5):
             fine, lost, acked = await asyncio.gather(*waiters, acknowledged)
@@ -552,12 +572,12 @@ class TestSettler:
         settler = settler_on(receiver, manual_clock)
         settler.ack(delivery(1))
         settler.submit(delivery(2), None)
-        settler.submit(delivery(3), Settlement(3, Verb.RETRY))
-        assert sorted(settler.receipts()) == [1, 2, 3]  # type: ignore[type-var]
+        settler.submit(delivery(3), Settlement(delivery(3), Disposition.RETRY))
+        assert numbers(settler.deliveries()) == [1, 2, 3]
         await turns()
-        assert sorted(settler.receipts()) == [1, 2, 3]  # type: ignore[type-var]
+        assert numbers(settler.deliveries()) == [1, 2, 3]
         await manual_clock.advance(5)
-        assert settler.receipts() == []
+        assert settler.deliveries() == []
         assert settler.outstanding == 0
 
     async def test_a_fault_in_the_transport_reaches_whoever_waits(
@@ -594,9 +614,9 @@ class TestSettler:
         self, manual_clock: ManualClock, caplog: pytest.LogCaptureFixture
     ) -> None:
         class Silent(ScriptedReceiver):
-            async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
+            async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
                 await asyncio.Event().wait()
-                return {}
+                return ()
 
         settler, item = settler_on(Silent(), manual_clock), delivery(1)
         settler.ack(item)
@@ -618,10 +638,10 @@ class TestSettler:
         self, manual_clock: ManualClock
     ) -> None:
         class Picky(ScriptedReceiver):
-            async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
-                if 3 in receipts:
+            async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
+                if 3 in numbers(deliveries):
                     raise AbeError("a script failed")
-                return await super().ack(receipts, verify=verify)
+                return await super().ack(deliveries, verify=verify)
 
         receiver, refused = Picky(), list[AbeError]()
         settler = settler_on(receiver, manual_clock, refused=refused.append)
@@ -630,13 +650,128 @@ class TestSettler:
         outcomes = [waiter.result() for waiter in waiters]
         assert [number for number, outcome in enumerate(outcomes) if outcome is not None] == [3]
         assert refused == []
-        assert sorted(receipt for receipts, _ in receiver.acks for receipt in receipts) == [0, 1, 2, 4, 5, 6, 7]
+        assert sorted(number for acked, _ in receiver.acks for number in acked) == [0, 1, 2, 4, 5, 6, 7]
+
+    async def test_of_a_batch_only_what_may_be_carried_out_later_is_tried_again(
+        self, manual_clock: ManualClock
+    ) -> None:
+        class Partly(ScriptedReceiver):
+            async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
+                await super().settle(settlements)
+                first = len(self.settled) == len(settlements)
+                errors = {2: LeaseLostError("lost"), 3: BackendConnectionError("busy") if first else None}
+                return [errors.get(settlement.delivery.native) for settlement in settlements]
+
+        receiver = Partly()
+        settler = settler_on(receiver, manual_clock)
+        items = [delivery(number) for number in (1, 2, 3)]
+        waiters = [settler.submit(item, Settlement(item, Disposition.RETRY)) for item in items]
+        await manual_clock.advance(5)
+        outcomes = await within(asyncio.gather(*waiters))
+        assert [type(outcome) for outcome in outcomes] == [type(None), LeaseLostError, type(None)]
+        assert [item.delivery.native for item in receiver.settled] == [1, 2, 3, 3]
+
+    async def test_what_cannot_be_settled_is_given_back_where_no_lease_runs_out(
+        self, manual_clock: ManualClock
+    ) -> None:
+        class Never(ScriptedReceiver):
+            async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
+                await super().settle(settlements)
+                retry = Disposition.RETRY
+                return [None if item.disposition is retry else BackendConnectionError("no") for item in settlements]
+
+        for leased, expected in ((True, []), (False, [Disposition.RETRY])):
+            receiver, item = Never(), delivery(1)
+            settler = settler_on(receiver, manual_clock, leased=leased)
+            waiter = settler.submit(item, Settlement(item, Disposition.DEAD))
+            await manual_clock.advance(31)
+            assert isinstance(await within(waiter), BackendConnectionError)
+            given_back = [each.disposition for each in receiver.settled if each.disposition is not Disposition.DEAD]
+            assert given_back == expected
+
+    @pytest.mark.parametrize(("outcomes", "wrong"), [([None], True), ([], False), ([None, None], False)])
+    async def test_each_settlement_has_one_outcome(
+        self, manual_clock: ManualClock, outcomes: Outcomes, wrong: bool
+    ) -> None:
+        class Short(ScriptedReceiver):
+            async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
+                return outcomes if len(deliveries) == 2 else [LeaseLostError("alone")]
+
+        settler = settler_on(Short(), manual_clock)
+        waiters = [settler.submit(delivery(number), None) for number in (1, 2)]
+        found = await within(asyncio.gather(*waiters))
+        assert [isinstance(each, LeaseLostError) for each in found] == [wrong, wrong]
+
+
+class TestLingering:
+    """Acknowledgements that wait for others, as each request of the broker is expensive."""
+
+    SETTLING = Settling(messages=3, linger=1000)
+
+    async def test_a_full_batch_leaves_and_the_rest_waits(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver()
+        settler = settler_on(receiver, manual_clock, settling=self.SETTLING)
+        for number in range(4):
+            settler.ack(delivery(number))
+        await turns()
+        assert [acked for acked, _ in receiver.acks] == [[0, 1, 2]]
+        assert numbers(settler.deliveries()) == [3]
+        for number in (4, 5):
+            settler.ack(delivery(number))
+        await turns()
+        assert [acked for acked, _ in receiver.acks] == [[0, 1, 2], [3, 4, 5]]
+        assert settler.outstanding == 0
+
+    async def test_they_wait_no_longer_than_that(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver()
+        settler = settler_on(receiver, manual_clock, settling=Settling(messages=3, linger=0.01))
+        settler.ack(delivery(1))
+        async with bounds.within(5):
+            while not receiver.acks:  # noqa: ASYNC110 - the scripted receiver tells nobody
+                await asyncio.sleep(0.001)
+
+    async def test_where_too_few_are_held_nothing_is_waited_for(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver()
+        settler = settler_on(receiver, manual_clock, settling=self.SETTLING, count=2)
+        settler.ack(delivery(1))
+        await turns()
+        assert receiver.acks == [([1], False)]
+
+    async def test_what_somebody_waits_for_waits_only_while_a_call_is_under_way(
+        self, manual_clock: ManualClock
+    ) -> None:
+        gate = asyncio.Event()
+
+        class Slow(ScriptedReceiver):
+            async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
+                outcomes = await super().ack(deliveries, verify=verify)
+                await gate.wait()
+                return outcomes
+
+        receiver = Slow()
+        settler = settler_on(receiver, manual_clock, settling=self.SETTLING)
+        first = settler.submit(delivery(1), None)
+        await turns()
+        assert receiver.acks == [([1], True)]
+        others = [settler.submit(delivery(number), None) for number in (2, 3)]
+        await turns()
+        assert len(receiver.acks) == 1
+        gate.set()
+        assert await within(asyncio.gather(first, *others)) == [None] * 3
+        assert receiver.acks == [([1], True), ([2, 3], True)]
+
+    async def test_draining_waits_for_nobody(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver()
+        settler = settler_on(receiver, manual_clock, settling=self.SETTLING)
+        settler.ack(delivery(1))
+        await within(settler.drain())
+        assert receiver.acks == [([1], False)]
 
 
 class TestLeaseKeeper:
     async def test_leases_are_renewed_every_third(self, manual_clock: ManualClock) -> None:
-        receiver, live = ScriptedReceiver(), {1: delivery(1), 2: delivery(2)}
-        task = asyncio.create_task(LeaseKeeper(receiver, lambda: list(live), lambda _: None, 30, manual_clock).run())  # type: ignore[arg-type]
+        receiver, live = ScriptedReceiver(), [delivery(1), delivery(2)]
+        task = asyncio.create_task(LeaseKeeper(receiver, lambda: live, lambda _: None, 30, manual_clock).run())
         await manual_clock.advance(9.9)
         assert receiver.renewed == []
         await manual_clock.advance(30)
@@ -645,7 +780,7 @@ class TestLeaseKeeper:
 
     async def test_it_is_sure_for_half_a_lease_after_the_last_renewal(self, manual_clock: ManualClock) -> None:
         receiver = ScriptedReceiver()
-        keeper = LeaseKeeper(receiver, lambda: [1], lambda _: None, 30, manual_clock)
+        keeper = LeaseKeeper(receiver, lambda: [delivery(1)], lambda _: None, 30, manual_clock)
         task = asyncio.create_task(keeper.run())
         await manual_clock.advance(100)
         assert keeper.sure()
@@ -658,12 +793,12 @@ class TestLeaseKeeper:
         task.cancel()
 
     async def test_what_is_not_ours_any_more_is_told(self, manual_clock: ManualClock) -> None:
-        receiver, lost = ScriptedReceiver(), list[Receipt]()
+        receiver, lost = ScriptedReceiver(), list[Delivery]()
         receiver.lost = {2}
-        live: dict[Receipt, Delivery] = {1: delivery(1), 2: delivery(2)}
-        task = asyncio.create_task(LeaseKeeper(receiver, lambda: list(live), lost.extend, 30, manual_clock).run())
+        live = [delivery(1), delivery(2)]
+        task = asyncio.create_task(LeaseKeeper(receiver, lambda: live, lost.extend, 30, manual_clock).run())
         await manual_clock.advance(10)
-        assert lost == [2]
+        assert numbers(lost) == [2]
         task.cancel()
 
     async def test_where_the_connection_is_the_lease_it_is_always_sure(self, manual_clock: ManualClock) -> None:
@@ -672,6 +807,10 @@ class TestLeaseKeeper:
         await manual_clock.advance(10**6)
         assert keeper.sure()
         task.cancel()
+
+
+async def restored() -> None:
+    """The group is there again."""
 
 
 def inbox_on(
@@ -691,6 +830,8 @@ def inbox_on(
         max_attempts=3,
         max_delay=max_delay,
         lease=30,
+        settling=Settling(),
+        restore=restored,
         alone=alone,
         codec=codec or JSONCodec(),
         clock=clock,
@@ -756,7 +897,10 @@ class TestGroupSubscription:
         waiting = asyncio.create_task(subscription.receive())
         await turns()
         assert not waiting.done(), "something is in hand still"
-        assert [(item.receipt, item.verb) for item in made[0][1].settled] == [(2, Verb.RELEASE), (3, Verb.RELEASE)]
+        assert [(item.delivery.native, item.disposition) for item in made[0][1].settled] == [
+            (2, Disposition.RELEASE),
+            (3, Disposition.RELEASE),
+        ]
         await within(first.ack())
         suspect = await within(waiting)
         assert (suspect.id, suspect.attempt) == ("2", 4)
@@ -790,7 +934,10 @@ class TestGroupSubscription:
         inbox = inbox_on(receiver, manual_clock, prefetch=20)
         first = await within(inbox.receive())
         await turns()
-        assert [(item.receipt, item.verb) for item in receiver.settled] == [(3, Verb.RELEASE), (4, Verb.RELEASE)]
+        assert [(item.delivery.native, item.disposition) for item in receiver.settled] == [
+            (3, Disposition.RELEASE),
+            (4, Disposition.RELEASE),
+        ]
         assert receiver.stopped, "it must not come back here"
         assert first.id == "1"
         assert (await within(inbox.receive())).id == "2"
@@ -800,8 +947,9 @@ class TestGroupSubscription:
         await within(inbox.close())
 
     async def test_one_that_is_stopped_between_two_inboxes_ends_and_subscribes_no_more(
-        self, manual_clock: ManualClock
+        self, manual_clock: ManualClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr("abe.backends.message_queue.engine.subscription._RESUBSCRIBE", lambda _: 3600.0)
         receiver, starts = ScriptedReceiver(delivery(1), delivery(2, attempt=4)), 0
 
         async def start(_: bool) -> Inbox:
@@ -934,9 +1082,9 @@ class TestGroupSubscription:
         inbox = inbox_on(receiver, manual_clock, alone=True, prefetch=1)
         waiting = asyncio.create_task(inbox.receive())
         await turns(60)
-        assert [(item.receipt, item.verb, item.attempts) for item in receiver.settled] == [
-            (1, Verb.RELEASE, 3),  # it begins its one try with the limit used up
-            (2, Verb.RELEASE, 4),  # it had its try: what comes next is its burial
+        assert [(item.delivery.native, item.disposition, item.attempts) for item in receiver.settled] == [
+            (1, Disposition.RELEASE, 3),  # it begins its one try with the limit used up
+            (2, Disposition.RELEASE, 4),  # it had its try: what comes next is its burial
         ]
         waiting.cancel()
         await within(inbox.close())
@@ -969,7 +1117,7 @@ class TestInbox:
         gc.collect()
         while not receiver.settled:  # noqa: ASYNC110 - the scripted receiver tells nobody
             await asyncio.sleep(0)
-        assert [(item.receipt, item.verb) for item in receiver.settled] == [(2, Verb.RETRY)]
+        assert [(item.delivery.native, item.disposition) for item in receiver.settled] == [(2, Disposition.RETRY)]
         assert "dropped" in caplog.text
         assert kept.attempt == 1
         await within(inbox.close())
@@ -978,9 +1126,9 @@ class TestInbox:
         receiver, gate = ScriptedReceiver(delivery(1)), asyncio.Event()
         carry_out = receiver.ack
 
-        async def slow(receipts: Sequence[Receipt], *, verify: bool) -> Failures:
+        async def slow(deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
             await gate.wait()
-            return await carry_out(receipts, verify=verify)
+            return await carry_out(deliveries, verify=verify)
 
         receiver.ack = slow  # type: ignore[method-assign]
         inbox = inbox_on(receiver, manual_clock)
@@ -1017,7 +1165,7 @@ class TestInbox:
         inbox = inbox_on(receiver, manual_clock, codec=Codec())
         assert (await within(inbox.receive())).id == "2"
         await turns()
-        assert [(item.receipt, item.reason) for item in receiver.settled] == [(1, "undecodable")]
+        assert [(item.delivery.native, item.reason) for item in receiver.settled] == [(1, "undecodable")]
         assert "secret" not in receiver.settled[0].error
         await within(inbox.close())
 
@@ -1039,19 +1187,19 @@ class TestInbox:
     async def test_what_was_settled_while_leases_were_renewed_is_not_called_lost(
         self, manual_clock: ManualClock, caplog: pytest.LogCaptureFixture
     ) -> None:
-        receiver = ScriptedReceiver(delivery(1))
-        inbox = inbox_on(receiver, manual_clock)
+        taken = delivery(1)
+        inbox = inbox_on(ScriptedReceiver(taken), manual_clock)
         message = await within(inbox.receive())
         await within(message.ack())
-        inbox._lose([1])
+        inbox._lose([taken])
         assert "lost" not in caplog.text
         await within(inbox.close())
 
     async def test_closing_takes_its_time_and_no_more_whatever_the_broker_does(self, manual_clock: ManualClock) -> None:
         class Silent(ScriptedReceiver):
-            async def settle(self, settlements: Sequence[Settlement]) -> Failures:
+            async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
                 await asyncio.Event().wait()
-                return {}
+                return ()
 
             async def close(self) -> None:
                 await asyncio.Event().wait()
@@ -1074,10 +1222,10 @@ class TestInbox:
             async def stop(self) -> None:
                 await self._never()
 
-            async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
+            async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
                 return await self._never()
 
-            async def settle(self, settlements: Sequence[Settlement]) -> Failures:
+            async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
                 return await self._never()
 
             async def _never(self) -> Any:
@@ -1109,15 +1257,14 @@ class TestInbox:
             await within(inbox.close())
         assert left == [inbox]
 
-    async def test_one_of_two_deliveries_under_the_same_receipt_takes_no_other_with_it(
-        self, manual_clock: ManualClock
-    ) -> None:
+    async def test_two_deliveries_of_one_message_are_settled_each_for_itself(self, manual_clock: ManualClock) -> None:
         # A broker that names the message, not the delivery, gave it to us again after its lease ran out unnoticed.
         receiver = ScriptedReceiver(delivery(1, attempt=1, body=b"bad"), delivery(1, attempt=2))
         inbox = inbox_on(receiver, manual_clock)
         assert (await within(inbox.receive())).attempt == 2
         await within(inbox.close())
-        assert [(item.receipt, item.verb) for item in receiver.settled] == [(1, Verb.RELEASE)]
+        settled = [(item.delivery.attempt, item.disposition) for item in receiver.settled]
+        assert settled == [(1, Disposition.DEAD), (2, Disposition.RELEASE)]
 
     async def test_an_error_text_with_half_a_character_is_carried(self, manual_clock: ManualClock) -> None:
         receiver = ScriptedReceiver(delivery(1), delivery(2))
@@ -1129,14 +1276,14 @@ class TestInbox:
             (settlement.error + settlement.reason).encode()
         await inbox.close()
 
-    async def test_a_receiver_that_recovers_keeps_what_has_a_verdict_on_its_way(
+    async def test_a_receiver_that_recovers_keeps_what_has_a_settlement_on_its_way(
         self, manual_clock: ManualClock
     ) -> None:
         receiver = ScriptedReceiver(delivery(1), delivery(2))
-        recovered: list[list[Receipt]] = []
+        recovered: list[list[int]] = []
 
-        async def recover(receipts: Collection[Receipt]) -> Collection[Receipt]:
-            recovered.append(sorted(receipts))  # type: ignore[type-var]
+        async def recover(deliveries: Collection[Delivery]) -> Collection[Delivery]:
+            recovered.append(numbers(deliveries))
             return []
 
         receiver.recover = recover  # type: ignore[method-assign]
@@ -1219,14 +1366,15 @@ class TestInbox:
         await inbox.close()
 
     async def test_the_first_settlement_wins(self, manual_clock: ManualClock) -> None:
-        receiver = ScriptedReceiver(delivery(1))
+        taken = delivery(1)
+        receiver = ScriptedReceiver(taken)
         inbox = inbox_on(receiver, manual_clock)
         message = await within(inbox.receive())
         await within(message.reject("because"))
         await within(message.reject("again"))
         with pytest.raises(AlreadySettledError):
             await message.ack()
-        assert receiver.settled == [Settlement(1, Verb.DEAD, reason="because")]
+        assert receiver.settled == [Settlement(taken, Disposition.DEAD, reason="because")]
         await inbox.close()
 
     async def test_a_delay_longer_than_the_broker_can_hold_is_refused_and_settles_nothing(
@@ -1244,7 +1392,7 @@ class TestInbox:
         inbox = inbox_on(receiver, manual_clock)
         for _ in range(2):
             await within((await within(inbox.receive())).nack(0, reason="no"))
-        assert [item.verb for item in receiver.settled] == [Verb.RETRY, Verb.DEAD]
+        assert [item.disposition for item in receiver.settled] == [Disposition.RETRY, Disposition.DEAD]
         await inbox.close()
 
     async def test_what_cannot_be_read_or_killed_its_consumers_even_alone_is_buried_and_never_handed_out(
@@ -1255,10 +1403,10 @@ class TestInbox:
         inbox = inbox_on(receiver, manual_clock)
         assert (await within(inbox.receive())).id == "4"
         await turns()
-        assert [(item.receipt, item.verb, item.reason) for item in receiver.settled] == [
-            (1, Verb.DEAD, "undecodable"),
-            (2, Verb.DEAD, "undecodable"),
-            (3, Verb.DEAD, "max_attempts"),
+        assert [(item.delivery.native, item.disposition, item.reason) for item in receiver.settled] == [
+            (1, Disposition.DEAD, "undecodable"),
+            (2, Disposition.DEAD, "undecodable"),
+            (3, Disposition.DEAD, "max_attempts"),
         ]
         await inbox.close()
 
@@ -1297,8 +1445,8 @@ class TestInbox:
         inbox = inbox_on(receiver, manual_clock)
         message = await within(inbox.receive())
         await within(inbox.close())
-        assert sorted((item.receipt, item.verb) for item in receiver.settled) == [
-            (number, Verb.RELEASE) for number in range(3)
+        assert sorted((item.delivery.native, item.disposition) for item in receiver.settled) == [
+            (number, Disposition.RELEASE) for number in range(3)
         ]
         with pytest.raises(LeaseLostError):
             await message.ack()
@@ -1326,7 +1474,7 @@ class JoiningTransport:
     def __init__(self, *deliveries: Delivery) -> None:
         self.gate = asyncio.Event()
         self.closed: list[str] = []
-        self.batching = Batching(messages=1, bytes=1, flights=1)
+        self.batching = Batching(messages=1, bytes=1, max_concurrent=1)
         self._deliveries = deliveries
 
     async def subscribe(self, group: str, prefetch: int) -> ScriptedReceiver:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from abe.backends.message_queue.base import Settlement, Verb
+from abe.backends.message_queue.base import Disposition, Settlement
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.errors import (
     BackendClosedError,
@@ -255,11 +255,11 @@ class TestTime:
             await manual_clock.advance(1)
             message = await coming
             assert message.attempt == 2
-            late = await silent.ack([delivery.receipt], verify=True)
-            assert isinstance(late[delivery.receipt], LeaseLostError)
-            late = await silent.settle([Settlement(delivery.receipt, Verb.DEAD)])
-            assert isinstance(late[delivery.receipt], LeaseLostError)
-            assert await silent.renew([delivery.receipt]) == [delivery.receipt]
+            late = await silent.ack([delivery], verify=True)
+            assert isinstance(late[0], LeaseLostError)
+            late = await silent.settle([Settlement(delivery, Disposition.DEAD)])
+            assert isinstance(late[0], LeaseLostError)
+            assert await silent.renew([delivery]) == [delivery]
             await message.ack()
         assert (await memory_backend.stats("g")).dead == 0
 

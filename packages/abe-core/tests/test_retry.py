@@ -11,32 +11,32 @@ POLICY = RetryPolicy(backoff=lambda attempt: attempt * 10.0)
 
 
 def test_an_exception_is_retried_after_the_backoff_of_its_attempt() -> None:
-    verdict = POLICY.judge(KeyError("id"), 3)
-    assert isinstance(verdict, Retry)
-    assert (verdict.after, verdict.reason) == (30.0, "KeyError: 'id'")
+    decision = POLICY.judge(KeyError("id"), 3)
+    assert isinstance(decision, Retry)
+    assert (decision.after, decision.reason) == (30.0, "KeyError: 'id'")
 
 
 def test_a_retry_raised_by_the_handler_says_how_long() -> None:
-    verdict = POLICY.judge(Retry(after=7, reason="the bank is closed"), 3)
-    assert isinstance(verdict, Retry)
-    assert (verdict.after, verdict.reason) == (7, "the bank is closed")
+    decision = POLICY.judge(Retry(after=7, reason="the bank is closed"), 3)
+    assert isinstance(decision, Retry)
+    assert (decision.after, decision.reason) == (7, "the bank is closed")
 
 
 def test_a_retry_after_no_time_at_all_is_one_at_once() -> None:
-    verdict = POLICY.judge(Retry(after=0), 3)
-    assert isinstance(verdict, Retry)
-    assert verdict.after == 0
+    decision = POLICY.judge(Retry(after=0), 3)
+    assert isinstance(decision, Retry)
+    assert decision.after == 0
 
 
 def test_a_retry_that_does_not_say_how_long_takes_the_backoff() -> None:
-    verdict = POLICY.judge(Retry(reason="later"), 2)
-    assert isinstance(verdict, Retry)
-    assert (verdict.after, verdict.reason) == (20.0, "later")
+    decision = POLICY.judge(Retry(reason="later"), 2)
+    assert isinstance(decision, Retry)
+    assert (decision.after, decision.reason) == (20.0, "later")
 
 
 def test_a_reject_raised_by_the_handler_stands() -> None:
-    verdict = Reject("no such customer")
-    assert POLICY.judge(verdict, 1) is verdict
+    decision = Reject("no such customer")
+    assert POLICY.judge(decision, 1) is decision
 
 
 def test_a_function_may_decide_about_particular_exceptions() -> None:
@@ -53,7 +53,7 @@ def test_a_function_may_decide_about_particular_exceptions() -> None:
     assert (retried.after, left_alone.after) == (1.5, 9)
 
 
-def test_a_handlers_own_verdict_comes_before_the_function() -> None:
+def test_a_handlers_own_settlement_comes_before_the_function() -> None:
     policy = RetryPolicy(classify=lambda _: Reject("never asked"))
     assert isinstance(policy.judge(Retry(after=1), 1), Retry)
 
@@ -67,13 +67,13 @@ def test_a_policy_allows_at_least_one_attempt(attempts: int) -> None:
 def test_the_default_is_the_backends_number_of_attempts_with_growing_pauses() -> None:
     policy = RetryPolicy()
     assert policy.max_attempts is None
-    verdict = policy.judge(ValueError(), 10**6)
-    assert isinstance(verdict, Retry)
-    assert verdict.after is not None
-    assert 150 <= verdict.after <= 300
+    decision = policy.judge(ValueError(), 10**6)
+    assert isinstance(decision, Retry)
+    assert decision.after is not None
+    assert 150 <= decision.after <= 300
 
 
-def test_verdicts_can_be_raised_without_words() -> None:
+def test_settlements_can_be_raised_without_words() -> None:
     assert str(Retry()) == "the handler asked for a retry"
     assert str(Reject()) == "rejected by the handler"
 
@@ -88,16 +88,16 @@ LEAVES = [
 ]
 
 
-@pytest.mark.parametrize(("leaves", "verdict"), LEAVES)
-def test_in_a_group_of_exceptions_a_reject_wins_and_then_a_retry(leaves: list[Exception], verdict: type) -> None:
-    assert isinstance(POLICY.judge(ExceptionGroup("tasks", leaves), 1), verdict)
+@pytest.mark.parametrize(("leaves", "decision"), LEAVES)
+def test_in_a_group_of_exceptions_a_reject_wins_and_then_a_retry(leaves: list[Exception], decision: type) -> None:
+    assert isinstance(POLICY.judge(ExceptionGroup("tasks", leaves), 1), decision)
 
 
 def test_of_several_retries_in_a_group_the_one_that_waits_longest_counts() -> None:
     group = ExceptionGroup("tasks", [Retry(after=2), ExceptionGroup("inner", [Retry(after=7), Retry()])])
-    verdict = POLICY.judge(group, 1)
-    assert isinstance(verdict, Retry)
-    assert verdict.after == 7
+    decision = POLICY.judge(group, 1)
+    assert isinstance(decision, Retry)
+    assert decision.after == 7
 
 
 def test_the_classifier_is_asked_about_a_group_and_then_about_its_members() -> None:
@@ -150,6 +150,6 @@ def test_a_wait_that_is_none_is_an_error_of_the_policy(after: Any) -> None:
 
 def test_an_exception_outside_of_exception_is_a_failure_like_others() -> None:
     policy = RetryPolicy(backoff=ConstantBackoff(1), classify=lambda exc: Reject("never asked"))
-    verdict = policy.judge(SystemExit(1), 1)
-    assert isinstance(verdict, Retry)
-    assert verdict.reason == "SystemExit: 1"
+    decision = policy.judge(SystemExit(1), 1)
+    assert isinstance(decision, Retry)
+    assert decision.reason == "SystemExit: 1"

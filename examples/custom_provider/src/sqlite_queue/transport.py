@@ -4,21 +4,21 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
-from typing import Final, cast
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from typing import Final
 from uuid import uuid4
 
 from abe.backends.message_queue.base import (
     Batching,
     DeadLetter,
     Delivery,
+    Disposition,
     Envelope,
-    Failures,
     GroupStats,
     Metadata,
-    Receipt,
+    Outcomes,
     Settlement,
-    Verb,
+    Settling,
 )
 from abe.backends.message_queue.base.names import EVERYTHING
 from abe.backends.message_queue.base.routing import group_full, group_missing, matches_any, unroutable
@@ -42,7 +42,8 @@ _MOVED: Final = "space, name, id, key, body, published_at, headers"
 class SqliteTransport:
     """All the queues of a namespace in a file."""
 
-    batching = Batching(messages=500, bytes=1 << 20, flights=1)
+    batching = Batching(messages=500, bytes=1 << 20, max_concurrent=1)
+    settling = Settling()
 
     def __init__(self, path: str, settings: QueueSettings) -> None:
         self._database = Database(path)
@@ -62,11 +63,11 @@ class SqliteTransport:
         """Look into the file."""
         await self._database.run(lambda db: db.execute("SELECT 1").fetchone(), write=False)
 
-    async def send(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
+    async def send(self, envelopes: Sequence[Envelope]) -> Outcomes:
         """Store a copy of each message for each group that wants it."""
         return await self._database.run(lambda db: self._store(db, envelopes))
 
-    def _store(self, db: sqlite3.Connection, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
+    def _store(self, db: sqlite3.Connection, envelopes: Sequence[Envelope]) -> Outcomes:
         groups, now = self._groups(db), time.time()
         room = {group: self._room(db, group) for group in groups} if self._max_backlog is not None else {}
         outcomes: list[AbeError | None] = []
@@ -120,8 +121,8 @@ class SqliteTransport:
 
     async def subscribe(self, group: str, prefetch: int) -> "SqliteReceiver":
         """Join the group under a name that nobody had before."""
-        patterns = await self._database.run(lambda db: self._existing(db, group), write=False)
-        receiver = SqliteReceiver(self._database, self._space, group, patterns, self._lease)
+        await self._database.run(lambda db: self._existing(db, group), write=False)
+        receiver = SqliteReceiver(self._database, self._space, group, self._lease)
         await self._database.run(receiver.sign_in)
         return receiver
 
@@ -199,13 +200,12 @@ class SqliteTransport:
 
 
 class SqliteReceiver:
-    """One consumer. A receipt is a message's serial number and which of its deliveries this is."""
+    """One consumer. It knows a delivery by the message's serial number and which of its deliveries this is."""
 
-    def __init__(self, database: Database, space: str, group: str, patterns: tuple[str, ...], lease: float) -> None:
+    def __init__(self, database: Database, space: str, group: str, lease: float) -> None:
         self._database = database
         self._space = space
         self._group = group
-        self._patterns = patterns
         self._lease = lease
         self._consumer = uuid4().hex
         self._seen = 0.0
@@ -214,8 +214,6 @@ class SqliteReceiver:
     def sign_in(self, db: sqlite3.Connection) -> None:
         """Say that we live, and forget those that have said nothing for two of their leases."""
         self._seen = now = time.time()
-        # A group that was deleted underneath us is made again, with the patterns that it had when we last looked.
-        self._patterns = _declare(db, self._space, self._group, self._patterns, change=False)
         db.execute("DELETE FROM consumers WHERE seen + patience < ?", (now,))
         row = (self._space, self._group, self._consumer, now, 2 * self._lease)
         db.execute(
@@ -240,6 +238,8 @@ class SqliteReceiver:
         return ()
 
     def _something(self, db: sqlite3.Connection) -> bool:
+        if not db.execute("SELECT 1 FROM groups WHERE space = ? AND name = ?", (self._space, self._group)).fetchone():
+            raise group_missing(self._group)
         return bool(self._free(db, "serial", 1))
 
     def _free(self, db: sqlite3.Connection, columns: str, limit: int) -> list[sqlite3.Row]:
@@ -264,54 +264,49 @@ class SqliteReceiver:
         headers = json.loads(row["headers"]) if row["headers"] else None
         return Metadata(row["id"] or f"sqlite-{row['serial']}", row["key"], row["published_at"], headers)
 
-    async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
+    async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
         """Remove messages that are done, where they are still ours."""
-        return await self._database.run(
-            lambda db: _failures(receipt for receipt in receipts if not self._remove(db, receipt))
-        )
+        return await self._database.run(lambda db: [_outcome(self._remove(db, each)) for each in deliveries])
 
-    async def settle(self, settlements: Sequence[Settlement]) -> Failures:
-        """Carry out verdicts, where the messages are still ours."""
-        return await self._database.run(
-            lambda db: _failures(item.receipt for item in settlements if not self._settle(db, item))
-        )
+    async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
+        """Carry out settlements, where the messages are still ours."""
+        return await self._database.run(lambda db: [_outcome(self._settle(db, each)) for each in settlements])
 
     def _settle(self, db: sqlite3.Connection, item: Settlement) -> bool:
-        if item.verb is Verb.DEAD:
+        if item.disposition is Disposition.DEAD:
             insert = f"""INSERT INTO dead ({_MOVED}, attempts, reason, error, dead_at)
                 SELECT space, name, coalesce(id, 'sqlite-' || serial), key, body, published_at, headers, attempts, ?, ?, ?
                 FROM messages WHERE serial = ? AND delivery = ? AND consumer = ?"""
-            db.execute(insert, (item.reason, item.error, time.time(), *self._ours(item.receipt)))
-            return self._remove(db, item.receipt)
+            db.execute(insert, (item.reason, item.error, time.time(), *self._ours(item.delivery)))
+            return self._remove(db, item.delivery)
         update = """UPDATE messages SET consumer = NULL, deadline = NULL, due = ?, attempts = attempts - ?
             WHERE serial = ? AND delivery = ? AND consumer = ?"""
-        released = item.verb is Verb.RELEASE
-        return db.execute(update, (time.time() + item.delay, released, *self._ours(item.receipt))).rowcount == 1
+        released = item.disposition is Disposition.RELEASE
+        return db.execute(update, (time.time() + item.delay, released, *self._ours(item.delivery))).rowcount == 1
 
-    def _remove(self, db: sqlite3.Connection, receipt: Receipt) -> bool:
+    def _remove(self, db: sqlite3.Connection, delivery: Delivery) -> bool:
         delete = "DELETE FROM messages WHERE serial = ? AND delivery = ? AND consumer = ?"
-        return db.execute(delete, self._ours(receipt)).rowcount == 1
+        return db.execute(delete, self._ours(delivery)).rowcount == 1
 
-    def _ours(self, receipt: Receipt) -> tuple[int, int, str]:
-        serial, delivery = cast("tuple[int, int]", receipt)
-        return serial, delivery, self._consumer
+    def _ours(self, delivery: Delivery) -> tuple[int, int, str]:
+        return *delivery.native, self._consumer
 
-    async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+    async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         """Start leases anew, and return those that are lost."""
 
-        def extend(db: sqlite3.Connection) -> list[Receipt]:
+        def extend(db: sqlite3.Connection) -> list[Delivery]:
             self.sign_in(db)
             update = "UPDATE messages SET deadline = ? WHERE serial = ? AND delivery = ? AND consumer = ?"
             deadline = time.time() + self._lease
-            return [item for item in receipts if db.execute(update, (deadline, *self._ours(item))).rowcount == 0]
+            return [each for each in deliveries if db.execute(update, (deadline, *self._ours(each))).rowcount == 0]
 
         return await self._database.run(extend)
 
-    async def recover(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+    async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         """Give back what a failed `receive` may have taken."""
-        serials = {self._ours(receipt)[0] for receipt in receipts}
+        serials = {delivery.native[0] for delivery in deliveries}
         await self._database.run(lambda db: self._give_back(db, keep=serials))
-        return await self.renew(receipts)
+        return await self.renew(deliveries)
 
     async def stop(self) -> None:
         """End a waiting `receive`."""
@@ -334,7 +329,7 @@ class SqliteReceiver:
 
 def _delivery(row: sqlite3.Row) -> Delivery:
     fault = None if row["version"] == _VERSION else f"the message is of version {row['version']}; known is {_VERSION}"
-    return Delivery((row["serial"], row["delivery"] + 1), row["body"], row, row["attempts"] + 1, fault)
+    return Delivery(row["body"], row, row["attempts"] + 1, (row["serial"], row["delivery"] + 1), fault=fault)
 
 
 def _wants(group: str, patterns: Sequence[str], envelope: Envelope) -> bool:
@@ -392,5 +387,5 @@ def _dead_letter(row: sqlite3.Row) -> DeadLetter:
     )
 
 
-def _failures(lost: Iterable[Receipt]) -> Failures:
-    return {receipt: LeaseLostError("somebody else has the message, or will get it") for receipt in lost}
+def _outcome(done: bool) -> AbeError | None:
+    return None if done else LeaseLostError("somebody else has the message, or will get it")

@@ -45,7 +45,7 @@ _MARK: Final = b"x-delivery-count"
 
 _TRIES, _PAUSE = 400, 0.005
 
-_HELD: Final = Delivery(0, b"", None, 1), Header(b"", "", "")
+_HELD: Final = Delivery(b"", None, 1, 0), Header(b"", "", "")
 """Stands for each message in hand: no more than its tag is needed."""
 
 Found: TypeAlias = tuple[int, Header, bytes]

@@ -44,7 +44,7 @@ _MUCH_LATER: Final = 60.0
 """Seconds after which a message that cannot be moved is tried again."""
 
 _GOODBYE: Final = 1.0
-_HELD: Final = Delivery(0, b"", None, 1), Header(b"", "", "")
+_HELD: Final = Delivery(b"", None, 1, 0), Header(b"", "", "")
 
 
 class _Waiting(NamedTuple):

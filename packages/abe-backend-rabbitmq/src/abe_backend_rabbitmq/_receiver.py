@@ -7,9 +7,9 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from abe.backends.message_queue.base import Delivery, Failures, Metadata, Receipt, Settlement, Verb
+from abe.backends.message_queue.base import Delivery, Disposition, Metadata, Outcomes, Settlement
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
-from abe.errors import AbeError, BackendConnectionError
+from abe.errors import AbeError, BackendConnectionError, GroupMissingError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._channel import Channel
 from abe_backend_rabbitmq._connection import finished
@@ -42,7 +42,9 @@ _MOST_PREFETCHED: Final = 65_535
 
 
 class RabbitMQReceiver:
-    """A channel that consumes, and the ones after it when it is lost. A receipt names the channel, by its number in that row, and the tag.
+    """A channel that consumes, and the ones after it when it is lost.
+
+    A delivery's number names the channel, by its place in that row, and the tag.
 
     Args:
         transport: Publishes copies, and opens channels.
@@ -153,49 +155,45 @@ class RabbitMQReceiver:
         assert isinstance(header, Header)
         return _wire.metadata(header, delivery.body)
 
-    async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
+    async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
         """Acknowledge. AMQP does not answer that; a request that it answers, sent after it, shows that it arrived."""
-        tags = [tag for receipt in receipts if (tag := self._tag(receipt)) is not None]
-        failures = (
-            {receipt: lost() for receipt in receipts if self._tag(receipt) is None} if len(tags) < len(receipts) else {}
-        )
+        tags = [self._tag(delivery) for delivery in deliveries]
+        known = [tag for tag in tags if tag is not None]
         channel = self._channel
-        if channel is not None and tags:
+        if channel is not None and known:
             self._acked_at = self._loop.time()
             with translated(self.group):
-                await channel.ack(tags)
+                await channel.ack(known)
                 if verify:
                     try:
                         await finished(channel.native.basic_qos(prefetch_count=self._prefetch))
                     except (OSError, RuntimeError):
-                        return {receipt: lost() for receipt in receipts}
-        return failures
+                        return [lost()] * len(deliveries)
+        return () if len(known) == len(tags) else [lost() if tag is None else None for tag in tags]
 
-    async def settle(self, settlements: Sequence[Settlement]) -> Failures:
+    async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
         """Carry out settlements: a copy is published and confirmed, then the message acknowledged; or the broker takes it back."""
         if self._settlements is None:
-            return {settlement.receipt: lost() for settlement in settlements}
+            return [lost()] * len(settlements)
         try:
             return await self._settlements.carry_out(settlements, self._tag)
         finally:
             self._acked_at = self._loop.time()
 
-    async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+    async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         """Tell which are lost: the connection is the lease."""
-        return [receipt for receipt in receipts if self._tag(receipt) is None]
+        return [delivery for delivery in deliveries if self._tag(delivery) is None]
 
-    async def recover(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+    async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         """Consume on a new channel; what the old one held is lost."""
         try:
             await self._transport.look()
             await self.start()
         except BackendConnectionError as exc:
-            if not isinstance(exc.__cause__, ChannelNotFound):
-                raise
-            _log.warning("group %r was deleted underneath its consumers: it is made again", self.group)
-            await self._transport.restore(self.group)
-            await self.start()
-        return [receipt for receipt in receipts if self._tag(receipt) is None]
+            if isinstance(exc.__cause__, ChannelNotFound):
+                raise GroupMissingError(f"group {self.group!r} was deleted underneath its consumers") from exc
+            raise
+        return await self.renew(deliveries)
 
     async def stop(self) -> Sequence[Delivery]:
         """Have nothing more pushed, and return what nobody was handed yet: giving it back would put it behind its successors."""
@@ -218,8 +216,8 @@ class RabbitMQReceiver:
             await self.stop()
             channel = self._channel if (self._consuming is None or self._consuming.answered) else None
             if channel is not None and channel.held and channel.closed is None:
-                base = self._generation << _TAG_BITS
-                await self.settle([Settlement(base | tag, Verb.RELEASE) for tag in channel.held])
+                held = [delivery for delivery, _ in channel.held.values()]
+                await self.settle([Settlement(delivery, Disposition.RELEASE) for delivery in held])
             if channel is not None and channel.closed is None and self._loop.time() - self._acked_at < _UNSURE:
                 await self._settle_down(channel)
         finally:
@@ -238,13 +236,14 @@ class RabbitMQReceiver:
         it is closed. It has passed on all of them when the queue answered something: here, that a consumer comes and goes. What that
         one is given meanwhile is given back.
         """
-        given: list[int] = []
+        given: list[Delivery] = []
+        base = self._generation << _TAG_BITS
 
         def deliver(tag: int, header: Header, body: bytes, redelivered: bool) -> None:
-            delivery = _wire.delivery(tag, header, body, redelivered)
+            delivery = _wire.delivery(base | tag, header, body, redelivered)
             self._transport.losses.take_off(self.group, delivery, header)
             channel.held[tag] = delivery, header
-            given.append(tag)
+            given.append(delivery)
 
         with translated(self.group):
             try:
@@ -252,16 +251,15 @@ class RabbitMQReceiver:
                 await finished(channel.native.basic_cancel(consumer))
             except ChannelNotFound:
                 return  # the queue was deleted, and what was in it
-        base = self._generation << _TAG_BITS
-        await self.settle([Settlement(base | tag, Verb.RELEASE) for tag in given])
+        await self.settle([Settlement(delivery, Disposition.RELEASE) for delivery in given])
 
-    def _tag(self, receipt: Receipt) -> int | None:
-        """Return the tag in a receipt; None: its channel is gone, or it was settled."""
-        assert isinstance(receipt, int)
+    def _tag(self, delivery: Delivery) -> int | None:
+        """Return the delivery's tag; None: its channel is gone, or it was settled."""
+        number: int = delivery.native
         channel = self._channel
-        if channel is None or channel.closed is not None or receipt >> _TAG_BITS != self._generation:
+        if channel is None or channel.closed is not None or number >> _TAG_BITS != self._generation:
             return None
-        tag = receipt & _TAG
+        tag = number & _TAG
         return tag if tag in channel.held else None
 
     def _wake(self) -> None:
@@ -299,8 +297,8 @@ class RabbitMQReceiver:
 
 
 def _tag(delivery: Delivery) -> int:
-    assert isinstance(delivery.receipt, int)
-    return delivery.receipt & _TAG
+    number: int = delivery.native
+    return number & _TAG
 
 
 _closing: Final[set[asyncio.Task[None]]] = set()

@@ -3,9 +3,9 @@
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
-from abe.backends.message_queue.base import Delivery, Failures, Receipt, Settlement, Verb
+from abe.backends.message_queue.base import Delivery, Disposition, Outcomes, Settlement
 from abe.errors import AbeError, UnroutableError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._channel import Channel, Outgoing
@@ -17,18 +17,17 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger("abe.rabbitmq")
 
-_TIMEOUT: Final = 25.0
-"""Seconds for which a settlement is tried by way of a copy. The engine gives up after 30, and nobody would give the message back then."""
-
-
 _LONGEST: Final = 20.0
-"""Seconds for which a message is held in place of a copy that nobody can publish; less than `_TIMEOUT`."""
+"""Seconds for which a message is held in place of a copy that nobody can publish."""
 
 _GIVEN_UP: Final = 10.0
 """The same for one that is given up, and would lose its reason."""
 
 _MOMENT: Final = 1.0
 """Seconds for which it is held where many are."""
+
+
+_Failures: TypeAlias = dict[Delivery, AbeError]
 
 
 class Settlements:
@@ -46,8 +45,6 @@ class Settlements:
         self._group = group
         self._channel = channel
         self._loop = asyncio.get_running_loop()
-        self._failing: dict[int, float] = {}
-        self._requeued: set[Receipt] = set()
         self._room = room
         self._hurried = asyncio.Event()
 
@@ -55,63 +52,38 @@ class Settlements:
         """Hold nothing any longer: the consumer leaves."""
         self._hurried.set()
 
-    async def carry_out(self, settlements: Sequence[Settlement], tag_of: Callable[[Receipt], int | None]) -> Failures:
-        """Publish a copy, have it confirmed, then acknowledge; or have the broker take the message back.
-
-        Raises:
-            BackendConnectionError: None of the copies was accepted for sure: to be tried again.
-        """
-        failures: dict[Receipt, AbeError] = {}
+    async def carry_out(self, settlements: Sequence[Settlement], tag_of: Callable[[Delivery], int | None]) -> Outcomes:
+        """Publish a copy, have it confirmed, then acknowledge; or have the broker take the message back."""
+        failures: _Failures = {}
         copied: list[tuple[Settlement, int]] = []
         channel = self._channel
         for settlement in settlements:
-            tag = tag_of(settlement.receipt)
-            if settlement.receipt in self._requeued:
-                self._requeued.discard(settlement.receipt)
-            elif tag is None:
-                failures[settlement.receipt] = lost()
-            elif settlement.verb is Verb.RETRY and settlement.delay <= 0:
+            tag = tag_of(settlement.delivery)
+            if tag is None:
+                failures[settlement.delivery] = lost()
+            elif settlement.disposition is Disposition.RETRY and settlement.delay <= 0:
                 await channel.requeue(tag)
             else:
-                channel.held[tag][0].begun = True  # decided: it is taken back no more
+                settlement.delivery.begun = True  # decided: it is taken back no more
                 copied.append((settlement, tag))
         outlet = self._transport.outlet
-        outcomes: Sequence[AbeError | None] = ()
+        outcomes: Outcomes = ()
         while copied:
             if outlet.blocked:
                 copied = await self._without_copies(copied, failures)
                 continue
             try:
                 outcomes = await self._move(copied)
-                break
             except BlockedError:
                 continue
             except AbeError as exc:
-                outcomes = self._failed(exc, settlements, copied, failures)
-                break
+                outcomes = [exc] * len(copied)
+            break
         await self._finish(copied, outcomes, failures)
-        return failures
-
-    def _failed(
-        self,
-        exc: AbeError,
-        settlements: Sequence[Settlement],
-        copied: Sequence[tuple[Settlement, int]],
-        failures: Failures,
-    ) -> Sequence[AbeError]:
-        """Return what becomes of messages whose copies could not be published.
-
-        Raises:
-            AbeError: It is to be tried again.
-        """
-        if exc.retryable and not self._too_late([tag for _, tag in copied]):
-            again = {settlement.receipt for settlement, _ in copied}
-            self._requeued |= {each.receipt for each in settlements} - again - failures.keys()
-            raise exc
-        return [exc] * len(copied)
+        return [failures.get(settlement.delivery) for settlement in settlements] if failures else ()
 
     async def _without_copies(
-        self, copied: Sequence[tuple[Settlement, int]], failures: dict[Receipt, AbeError]
+        self, copied: Sequence[tuple[Settlement, int]], failures: _Failures
     ) -> list[tuple[Settlement, int]]:
         """Settle while the broker is short of memory or disk, and takes no copies: draining is what ends that.
 
@@ -124,10 +96,10 @@ class Settlements:
         outlet, loop = self._transport.outlet, self._loop
         crowded = self._room < len(copied)
         self._room -= len(copied)
-        waits = {Verb.RELEASE: 0.0, Verb.DEAD: _GIVEN_UP}
+        waits = {Disposition.RELEASE: 0.0, Disposition.DEAD: _GIVEN_UP}
         now = loop.time()
         left = [
-            (now + min(waits.get(each.verb, each.delay), _MOMENT if crowded else _LONGEST), each, tag)
+            (now + min(waits.get(each.disposition, each.delay), _MOMENT if crowded else _LONGEST), each, tag)
             for each, tag in copied
         ]
         ends = [asyncio.ensure_future(outlet.unblocked()), asyncio.ensure_future(self._hurried.wait())]
@@ -147,13 +119,13 @@ class Settlements:
                 end.cancel()
         return [(each, tag) for _, each, tag in left]
 
-    async def _leave_to_the_broker(self, settlement: Settlement, tag: int, failures: dict[Receipt, AbeError]) -> None:
+    async def _leave_to_the_broker(self, settlement: Settlement, tag: int, failures: _Failures) -> None:
         channel = self._channel
         if channel.closed is not None or tag not in channel.held:
-            failures[settlement.receipt] = lost()
+            failures[settlement.delivery] = lost()
             return
         delivery, header = channel.held[tag]
-        if settlement.verb is Verb.DEAD:
+        if settlement.disposition is Disposition.DEAD:
             _log.warning(
                 "message %s of group %r becomes a dead letter without its reason: rabbitmq takes no copy of it now",
                 _wire.message_id(header.properties),
@@ -161,39 +133,41 @@ class Settlements:
             )
             channel.discard(tag)
             return
-        if settlement.verb is Verb.RELEASE:  # the broker counts it, and nobody else does
+        if settlement.disposition is Disposition.RELEASE:  # the broker counts it, and nobody else does
             self._transport.losses.note(self._group, header, delivery)
         await channel.requeue(tag)
 
     async def _finish(
         self,
         copied: Sequence[tuple[Settlement, int]],
-        outcomes: Sequence[AbeError | None],
-        failures: dict[Receipt, AbeError],
+        outcomes: Outcomes,
+        failures: _Failures,
     ) -> None:
         """Acknowledge those whose copy is there, and give the others back."""
         done: list[int] = []
         channel, losses = self._channel, self._transport.losses
         for i, (settlement, tag) in enumerate(copied):
             error = outcomes[i] if outcomes else None
-            self._failing.pop(tag, None)
             if channel.closed is not None or tag not in channel.held:
-                failures[settlement.receipt] = lost()
+                failures[settlement.delivery] = lost()
                 continue
             delivery, header = channel.held[tag]
             if error is None:
                 losses.forget(self._group, header, delivery.body)
                 done.append(tag)
                 continue
-            if settlement.verb is Verb.RELEASE:  # the broker counts it, and nobody else does
+            if error.retryable:
+                failures[settlement.delivery] = error  # it is kept, for another try
+                continue
+            if settlement.disposition is Disposition.RELEASE:  # the broker counts it, and nobody else does
                 losses.note(self._group, header, delivery)
             else:
-                failures[settlement.receipt] = error
+                failures[settlement.delivery] = error
             await channel.requeue(tag)
         with translated(self._group):
             await channel.ack(done)
 
-    async def _move(self, copied: Sequence[tuple[Settlement, int]]) -> Sequence[AbeError | None]:
+    async def _move(self, copied: Sequence[tuple[Settlement, int]]) -> Outcomes:
         """Publish what takes the messages' places. Queues that it goes to and that were deleted are made again, once."""
         outcomes: list[AbeError | None] = [lost()] * len(copied)
         places: Sequence[int] = range(len(copied))
@@ -223,29 +197,19 @@ class Settlements:
         return outcomes if any(outcomes) else ()
 
     def _no_copy(self, exc: Exception) -> AbeError:
-        """Return why there is no copy of a message.
-
-        Raises:
-            AbeError: It may work the next time.
-        """
+        """Return why there is no copy of a message."""
         if isinstance(exc, AbeError):
-            if exc.retryable:
-                raise exc
             return exc
         _log.error("a message of group %r cannot be copied: it goes back to its queue", self._group, exc_info=exc)
         return RabbitMQError(f"the message cannot be copied: {type(exc).__name__}")
 
-    def _too_late(self, tags: Sequence[int]) -> bool:
-        now = self._loop.time()
-        return any(now - self._failing.setdefault(tag, now) > _TIMEOUT for tag in tags)
-
     async def _copy(self, settlement: Settlement, delivery: Delivery, header: Header) -> Outgoing:
         body, attempt = delivery.body, delivery.attempt
-        if settlement.verb is Verb.RETRY:
+        if settlement.disposition is Disposition.RETRY:
             place = await self._transport.place(self._group, settlement.delay)
             exchange, key = self._transport.topology.delay, f"0.{place.key}"
             properties = _wire.copy(header, body, attempt, *place.headers)
-        elif settlement.verb is Verb.RELEASE:
+        elif settlement.disposition is Disposition.RELEASE:
             exchange, key = "", self._transport.topology.queue(self._group)
             if settlement.attempts is not None:
                 properties = _wire.copy(header, body, settlement.attempts)

@@ -5,10 +5,10 @@ import logging
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
+from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats, Outcomes, Settling
 from abe.backends.message_queue.base import Transport as TransportProtocol
 from abe.backends.message_queue.base.routing import group_missing
-from abe.errors import AbeError, BackendConnectionError, GroupMissingError
+from abe.errors import BackendConnectionError, GroupMissingError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._channel import Channel, Outgoing
 from abe_backend_rabbitmq._connection import Link
@@ -41,13 +41,14 @@ class RabbitMQTransport:
         settings: Where to, and as whom.
     """
 
-    batching = Batching(messages=250, bytes=512 * 1024, flights=4)
+    batching = Batching(messages=250, bytes=512 * 1024, max_concurrent=4)
+    settling = Settling()
 
     def __init__(self, settings: RabbitMQSettings) -> None:
         self.settings = settings
         self.topology = Topology(settings.namespace, settings.exchange, settings.max_backlog)
         if settings.max_backlog is not None:
-            self.batching = Batching(messages=250, bytes=512 * 1024, flights=1)
+            self.batching = Batching(messages=250, bytes=512 * 1024, max_concurrent=1)
         self.receivers: set[RabbitMQReceiver] = set()
         self.losses = Losses()
         self.consumer_timeout = CONSUMER_TIMEOUT
@@ -79,7 +80,7 @@ class RabbitMQTransport:
         """Ask for a queue that is always there."""
         await self.control.call(lambda channel: channel.queue_declare(self.topology.held, passive=True))
 
-    async def send(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
+    async def send(self, envelopes: Sequence[Envelope]) -> Outcomes:
         """Publish, and wait for the confirms."""
         return await self._sender.send(envelopes)
 

@@ -129,28 +129,29 @@ def _reserved(name: str) -> bool:
     return name.startswith(_RESERVED) or name in _ADDRESSES
 
 
-def delivery(receipt: int, header: Header, body: bytes, redelivered: bool) -> Delivery:
+def delivery(number: int, header: Header, body: bytes, redelivered: bool) -> Delivery:
     """Make a delivery of what the broker pushed.
 
     Args:
-        receipt: What names it.
+        number: By what its receiver knows it: the delivery tag, and which of its channels that is of.
         header: What came with it.
         body: The body.
         redelivered: Whether the broker says that it may have been delivered before.
     """
     raw = header.properties
     if not redelivered and raw.startswith(_HEAD) and raw.startswith(_FIRST, _OURS) and _MARK not in raw:
-        return Delivery(receipt, body, header, 1)
+        return Delivery(body, header, 1, number)
     try:
         headers = parse(raw).headers
         _strings(headers)
     except Exception as exc:  # noqa: BLE001 - whatever is wrong with one message is that message's fault
-        return Delivery(receipt, body, header, 1, str(exc) if isinstance(exc, DecodeError) else repr(exc))
+        why = str(exc) if isinstance(exc, DecodeError) else repr(exc)
+        return Delivery(body, header, 1, number, fault=why)
     version = headers.get("abe-version", VERSION)
     fault = None if version == VERSION else UNKNOWN_VERSION
     # What the broker counts may have been a lost connection; a copy that was only given back says how many of its attempts were so.
     uncertain = _number(headers, "abe-uncertain") + _number(headers, "x-delivery-count")
-    return Delivery(receipt, body, header, attempts(headers), fault, uncertain=uncertain)
+    return Delivery(body, header, attempts(headers), number, fault=fault, uncertain=uncertain)
 
 
 def attempts(headers: Mapping[str, Value]) -> int:

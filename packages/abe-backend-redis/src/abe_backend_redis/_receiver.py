@@ -9,9 +9,9 @@ from collections.abc import Collection, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Final, cast
 
-from abe.backends.message_queue.base import Delivery, Failures, Metadata, Receipt, Settlement, Verb
+from abe.backends.message_queue.base import Delivery, Disposition, Metadata, Outcomes, Settlement
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
-from abe.errors import AbeError, ConfigurationError, GroupMissingError, LeaseLostError
+from abe.errors import AbeError, GroupMissingError, LeaseLostError
 from abe_backend_redis import _wire
 from abe_backend_redis._connection import REPLY_TIMEOUT, Link
 from abe_backend_redis._errors import ReplyError, code, is_refused, translate, translated
@@ -61,7 +61,6 @@ class RedisReceiver:
         self._next_adoption = 0.0
         self._on_record: set[bytes] = set()
         self._off_record: Sequence[bytes] = ()
-        self._carried_out: set[Receipt] = set()
         self._stopping = False
 
     async def join(self) -> None:
@@ -90,12 +89,10 @@ class RedisReceiver:
                     return left_behind
             entries = await self._read(wire, limit)
         except ReplyError as exc:
-            if code(exc) not in ("NOGROUP", "UNBLOCKED"):
-                with translated(self._transport.settings.address):
-                    raise
-            _log.warning("group %r was deleted underneath its consumers: it is made again", self._group)
-            await self._transport.restore(self._group)
-            return ()
+            if code(exc) in ("NOGROUP", "UNBLOCKED"):
+                raise GroupMissingError(f"group {self._group!r} was deleted underneath its consumers") from exc
+            with translated(self._transport.settings.address):
+                raise
         return [_wire.delivery(entry, fields) for entry, fields in entries]
 
     def metadata(self, delivery: Delivery) -> Metadata:
@@ -103,53 +100,63 @@ class RedisReceiver:
         header = delivery.header
         return _wire.unpack(header) if isinstance(header, bytes) else cast("Metadata", header)
 
-    async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
+    async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
         """Delete and acknowledge. That order: an entry that is only deleted heals by itself, one only acknowledged would stay."""
         if verify:
-            return await self._settle([(receipt, "ack", 0, "", "") for receipt in receipts])
+            return await self._settle([(delivery.native, "ack", 0, "", "") for delivery in deliveries])
+        entries = [delivery.native for delivery in deliveries]
         wire = await self._transport.control()
         with translated(self._transport.settings.address):
             if self._transport.has_xackdel:
                 try:
-                    gone = await wire.call(b"XACKDEL", self._stream, GROUP, b"IDS", len(receipts), *receipts)
+                    gone = await wire.call(b"XACKDEL", self._stream, GROUP, b"IDS", len(entries), *entries)
                 except ReplyError as exc:
                     if not is_refused(exc):
                         raise
                     self._transport.has_xackdel = False
                     _log.info("redis at %s refuses XACKDEL: XDEL and XACK do it", self._transport.settings.address)
                 else:
-                    return {receipt: _lost() for receipt, status in zip(receipts, gone, strict=True) if status < 0}
-            calls = wire.call_many((b"XDEL", self._stream, *receipts), (b"XACK", self._stream, GROUP, *receipts))
+                    return [_lost() if status < 0 else None for status in gone]
+            calls = wire.call_many((b"XDEL", self._stream, *entries), (b"XACK", self._stream, GROUP, *entries))
             _, acked = await asyncio.gather(*calls)
-            if (missing := len(receipts) - acked) > 0:
+            if (missing := len(entries) - acked) > 0:
                 _log.warning(
                     "%d of %d acknowledged messages of group %r were not ours any more",
                     missing,
-                    len(receipts),
+                    len(entries),
                     self._group,
                 )
-        return {}
+        return ()
 
-    async def settle(self, settlements: Sequence[Settlement]) -> Failures:
-        """Carry out verdicts."""
-        return await self._settle(
-            [(s.receipt, s.verb.value, -int(-s.delay * 1000 // 1), s.reason, s.error) for s in settlements]
+    async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
+        """Carry out settlements by one script."""
+        outcomes = await self._settle(
+            [
+                (s.delivery.native, s.disposition.value, -int(-s.delay * 1000 // 1), s.reason, s.error)
+                for s in settlements
+            ]
         )
+        if delays := [settlement.delay for settlement in settlements if settlement.delay]:
+            self._next_tick = min(self._next_tick, self._loop.time() + min(delays))  # to look when the first is due
+        return outcomes
 
-    async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+    async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         """Reset the idle times of those that are still ours."""
-        lost: list[Receipt] = []
-        ids = list(receipts)
-        for start in range(0, len(ids), _PAGE):
-            some = ids[start : start + _PAGE]
-            lost += await self._run("renew", [self._stream, self._alive], [self._consumer, self._lease, *some], some)
+        ours = {delivery.native: delivery for delivery in deliveries}
+        lost: list[Delivery] = []
+        entries = list(ours)
+        for start in range(0, len(entries), _PAGE):
+            some = entries[start : start + _PAGE]
+            keys, args = [self._stream, self._alive], [self._consumer, self._lease, *some]
+            lost += [ours[entry] for entry in await self._run("renew", keys, args, some)]
         return lost
 
-    async def recover(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+    async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         """Give back what a lost reply brought, and learn what was lost meanwhile."""
         await self._link.get()
         self._next_tick = 0.0
-        return await self._give_back(receipts)
+        ours = {delivery.native: delivery for delivery in deliveries}
+        return [ours[entry] for entry in await self._give_back(ours)]
 
     async def stop(self) -> None:
         """End the read that waits: Redis is asked to, as a cancelled read could still be given messages.
@@ -188,14 +195,17 @@ class RedisReceiver:
             else:
                 await asyncio.wait([self._reading], timeout=_UNBLOCK_EVERY)
 
-    async def _give_back(self, known: Collection[Receipt]) -> Collection[Receipt]:
+    async def _give_back(self, known: Collection[bytes]) -> Collection[bytes]:
         """Release what Redis counts as ours and we do not know of; return what we know of and is not ours."""
         lost, start = set(known), b"-"
         while start:
             page = await self._pending(start)
             ours = [entry for entry, *_ in page]
-            if strange := [entry for entry in ours if entry not in known]:
-                await self._settle([(entry, Verb.RELEASE.value, 0, "", "") for entry in strange])
+            if unknown := [entry for entry in ours if entry not in known]:
+                release = Disposition.RELEASE.value
+                for error in await self._settle([(entry, release, 0, "", "") for entry in unknown]):
+                    if error is not None and not isinstance(error, LeaseLostError):
+                        raise error
             lost.difference_update(ours)
             start = b"(" + ours[-1] if len(ours) == _PAGE else b""
         return lost
@@ -260,50 +270,34 @@ class RedisReceiver:
         reply = await self._reading
         return reply[0][1] if reply else ()
 
-    async def _settle(self, verdicts: Sequence[tuple[Receipt, str, int, str, str]]) -> Failures:
-        """Carry out verdicts, some at a time.
+    async def _settle(self, settlements: Sequence[tuple[bytes, str, int, str, str]]) -> Outcomes:
+        """Carry them out, as many at a time as the script likes to."""
+        outcomes: list[AbeError | None] = []
+        while len(outcomes) < len(settlements):
+            left = settlements[len(outcomes) :]
+            try:
+                outcomes += await self._settle_some(left)
+            except AbeError as exc:
+                if not outcomes:
+                    raise
+                outcomes += [exc] * len(left)
+        return outcomes
 
-        When some cannot be carried out now, or not at all, the error is raised after the others were; they are then not tried again.
-        """
-        failures: dict[Receipt, AbeError] = {}
-        todo = [verdict for verdict in verdicts if verdict[0] not in self._carried_out]
-        while todo:
-            looked, failed = await self._settle_some(todo[:_PAGE])
-            # Not what was released: it may be ours again, by the same receipt.
-            self._carried_out.update(
-                receipt for receipt, verb, *_ in todo[:looked] if receipt not in failed and verb != Verb.RELEASE.value
-            )
-            failures |= failed
-            todo = todo[looked:]
-        self._wake(verdicts)
-        for error in failures.values():
-            if error.retryable or isinstance(error, ConfigurationError):
-                raise error
-        self._carried_out.difference_update(verdict[0] for verdict in verdicts)
-        return failures
-
-    async def _settle_some(
-        self, verdicts: Sequence[tuple[Receipt, str, int, str, str]]
-    ) -> tuple[int, dict[Receipt, AbeError]]:
-        """Return how many of them were looked at, and which of those were not carried out."""
+    async def _settle_some(self, settlements: Sequence[tuple[bytes, str, int, str, str]]) -> Outcomes:
+        """Return the outcomes of those that the script looked at, the first ones."""
         keys = [self._stream, self._delayed, self._dead]
-        args = [self._consumer, *chain.from_iterable(verdicts)]
+        args = [self._consumer, *chain.from_iterable(settlements)]
         try:
             looked, lost, failed = await self._transport.run("settle", keys, args)
         except AbeError as exc:
             if _is_deleted(exc):
-                return len(verdicts), {verdict[0]: _lost() for verdict in verdicts}
+                return [_lost()] * len(settlements)
             raise
-        errors: dict[Receipt, AbeError] = {receipt: _lost() for receipt in lost}
-        for receipt, text in zip(failed[::2], failed[1::2], strict=True):
+        errors: dict[bytes, AbeError] = {entry: _lost() for entry in lost}
+        for entry, text in zip(failed[::2], failed[1::2], strict=True):
             reply = ReplyError(text.decode(errors="replace"))
-            errors[receipt] = _lost() if code(reply) == "NOGROUP" else self._translated(reply)
-        return looked, errors
-
-    def _wake(self, verdicts: Sequence[tuple[Receipt, str, int, str, str]]) -> None:
-        """Look again when the first of those that were put off is due."""
-        if delays := [delay for _, _, delay, _, _ in verdicts if delay]:
-            self._next_tick = min(self._next_tick, self._loop.time() + min(delays) / 1000)
+            errors[entry] = _lost() if code(reply) == "NOGROUP" else self._translated(reply)
+        return [errors.get(entry) for entry, *_ in settlements[:looked]]
 
     def _translated(self, reply: ReplyError) -> AbeError:
         error = translate(reply, self._transport.settings.address)
@@ -311,14 +305,14 @@ class RedisReceiver:
         return error
 
     async def _run(
-        self, script: str, keys: Sequence[bytes], args: Sequence[object], receipts: Collection[Receipt]
-    ) -> Collection[Receipt]:
-        """Run a script that returns those of the receipts that are lost: all, when the group was deleted."""
+        self, script: str, keys: Sequence[bytes], args: Sequence[object], entries: Collection[bytes]
+    ) -> Collection[bytes]:
+        """Run a script that returns those of the entries that are lost: all, when the group was deleted."""
         try:
             return await self._transport.run(script, keys, args)  # type: ignore[no-any-return]
         except AbeError as exc:
             if _is_deleted(exc):
-                return receipts
+                return entries
             raise
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats
+from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats, Outcomes, Settling
 from abe.backends.message_queue.base import Transport as TransportProtocol
 from abe.backends.message_queue.base.names import EVERYTHING
 from abe.errors import AbeError, BackendConnectionError, ConfigurationError, PublishUnknownError
@@ -35,7 +35,8 @@ class RedisTransport:
     each receiver has its own to read.
     """
 
-    batching = Batching(messages=250, bytes=256 * 1024, flights=2)
+    batching = Batching(messages=250, bytes=256 * 1024, max_concurrent=2)
+    settling = Settling()
 
     def __init__(self, settings: RedisSettings) -> None:
         self.settings = settings
@@ -46,7 +47,6 @@ class RedisTransport:
         self._controlling = Link(settings, "abe-control", timeout, self._prepare)
         self._browsing = Link(settings, "abe-browse", timeout, self._prepare)
         self._registry: Registry | None = None
-        self._patterns: dict[str, tuple[str, ...]] = {}
         self._checked = False
 
     async def open(self) -> None:
@@ -72,7 +72,7 @@ class RedisTransport:
         for link in (self._publishing, self._controlling):
             link.drop(silence)
 
-    async def send(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
+    async def send(self, envelopes: Sequence[Envelope]) -> Outcomes:
         """Publish by one script call, again if the groups changed meanwhile."""
         wire = await self._publishing.get()
         for _ in range(_STALE):
@@ -86,13 +86,15 @@ class RedisTransport:
 
     async def declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> tuple[str, ...]:
         """Register the group, and move the parked messages that it wants."""
-        present = await self._declare(group, patterns, change=change)
-        self._patterns[group] = present
-        return present
-
-    async def restore(self, group: str) -> None:
-        """Make a group again that was deleted underneath its consumers, with the patterns that it had when we last knew."""
-        await self._declare(group, self._patterns.get(group, EVERYTHING), change=False)
+        wanted = b"" if patterns is None else msgspec.json.encode(patterns)
+        while True:
+            joining, present = await self._join(group, wanted, change)
+            if not joining:
+                return patterns_of(group, present)
+            if joining == group.encode():
+                change = False  # it is on record, and somebody else may change it from now on
+            else:
+                await self._join(joining.decode(), b"", change=False)
 
     async def delete_group(self, group: str) -> None:
         """Delete what the group has."""
@@ -171,17 +173,6 @@ class RedisTransport:
     def _dead_letters(self, group: str) -> DeadLetters:
         return DeadLetters(self._browse, self.topology, group, self.settings.address)
 
-    async def _declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> tuple[str, ...]:
-        wanted = b"" if patterns is None else msgspec.json.encode(patterns)
-        while True:
-            joining, present = await self._join(group, wanted, change)
-            if not joining:
-                return patterns_of(group, present)
-            if joining == group.encode():
-                change = False  # it is on record, and somebody else may change it from now on
-            else:
-                await self._join(joining.decode(), b"", change=False)
-
     async def _join(self, group: str, wanted: bytes, change: bool) -> tuple[bytes, bytes]:
         names = self.topology
         keys = [names.groups, names.version, names.joining, names.held, names.held_delayed, names.held_passed]
@@ -244,7 +235,6 @@ class RedisTransport:
             version, flat = await self.run("registry", keys, [], wire=wire)
         named = ((group.decode(errors="replace"), text) for group, text in zip(flat[::2], flat[1::2], strict=True))
         groups = {group: patterns_of(group, text) for group, text in sorted(named)}
-        self._patterns.update(groups)
         self._registry = Registry(self.topology, version, groups, self.settings.max_backlog or 0)
         return self._registry
 

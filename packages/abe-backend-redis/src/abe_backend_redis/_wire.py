@@ -36,22 +36,22 @@ def delivery(entry: bytes, fields: Fields, count: int = 1) -> Delivery:
     """Make a delivery of a stream entry.
 
     Args:
-        entry: The entry's id in the stream, which is the receipt.
+        entry: The entry's id in the stream, by which Redis knows the delivery.
         fields: Its fields.
         count: How often the entry was delivered from where it is now.
     """
     if len(fields) == 4 and fields[0] == b"m" and fields[2] == b"p" and fields[1].startswith(MARK):
-        return Delivery(entry, fields[3], fields[1], count)
+        return Delivery(fields[3], fields[1], count, entry)
     named = dict(zip(fields[::2], fields[1::2], strict=True))
     body, header = named.get(b"p"), named.get(b"m")
     attempt = _number(named.get(b"a")) + count
     if body is None:
-        return Delivery(entry, b"", _stranger(entry, named), attempt, "the entry has no field 'p'")
+        return Delivery(b"", _stranger(entry, named), attempt, entry, fault="the entry has no field 'p'")
     if header is None:
-        return Delivery(entry, body, _stranger(entry, named), attempt)
+        return Delivery(body, _stranger(entry, named), attempt, entry)
     if not header.startswith(MARK):
-        return Delivery(entry, body, _stranger(entry, named), attempt, UNKNOWN_VERSION)
-    return Delivery(entry, body, header, attempt)
+        return Delivery(body, _stranger(entry, named), attempt, entry, fault=UNKNOWN_VERSION)
+    return Delivery(body, header, attempt, entry)
 
 
 def dead_letter(entry: bytes, fields: Fields) -> DeadLetter:

@@ -3,7 +3,7 @@
 import time
 from typing import Final, NamedTuple
 
-from abe.backends.message_queue.base import Settlement, Verb
+from abe.backends.message_queue.base import Disposition, Settlement
 from abe_backend_sqs import _wire
 from abe_backend_sqs._settings import SqsSettings
 from abe_backend_sqs._topology import Topology
@@ -38,22 +38,22 @@ class Copies:
         self._message_group = settings.message_group
         self._names = names
 
-    def settled(self, group: str, message: Message, attempt: int, verdict: Settlement) -> Copy:
-        """Return what a verdict makes of a message of a group that was delivered for the `attempt`-th time."""
+    def settled(self, group: str, message: Message, attempt: int, settlement: Settlement) -> Copy:
+        """Return what a settlement makes of a message of a group that was delivered for the `attempt`-th time."""
         names = self._names
-        if verdict.verb is Verb.DEAD:
+        if settlement.disposition is Disposition.DEAD:
             at = int(time.time() * 1000)
-            entry = _wire.bury(message, attempts=attempt, reason=verdict.reason, error=verdict.error, at=at)
+            entry = _wire.bury(message, attempts=attempt, reason=settlement.reason, error=settlement.error, at=at)
             if self._fifo:
                 # Each dead letter is a message group of its own, so that none is kept from those who look through them by another; and
                 # what is buried again after a replay is no repetition.
                 id = str(message["MessageId"])
                 entry = _wire.in_order(_wire.leaving(message, entry), id, f"{id}-{_wire.received(message)}")
             return Copy(names.dead(group), entry)
-        if verdict.verb is Verb.RELEASE:
+        if settlement.disposition is Disposition.RELEASE:
             return Copy(names.queue(group), _wire.repack(message, attempts=attempt - 1))
-        due = int((time.time() + verdict.delay) * 1000) if verdict.delay > LONGEST_DELAY else 0
-        entry = delayed(_wire.repack(message, attempts=attempt, due=due), verdict.delay)
+        due = int((time.time() + settlement.delay) * 1000) if settlement.delay > LONGEST_DELAY else 0
+        entry = delayed(_wire.repack(message, attempts=attempt, due=due), settlement.delay)
         if self._fifo:
             return Copy(names.later(group), _wire.leaving(message, entry))
         return Copy(names.queue(group), entry)

@@ -6,15 +6,15 @@ from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Final
 
-from abe.backends.message_queue.base import Receipt, Settlement, Verb
+from abe.backends.message_queue.base import Disposition, Settlement
 from abe.errors import AbeError
-from abe_backend_sqs._handles import LONGEST_HIDING, not_ours
+from abe_backend_sqs._handles import LONGEST_HIDING, Receipt, not_ours
 from abe_backend_sqs._wire import Message, received
 
 _log: Final = logging.getLogger("abe.sqs")
 
 _MOST_LOST: Final = 10_000
-"""Receipts whose loss is remembered, for verdicts that were under way when it was found out."""
+"""Receipts whose loss is remembered, for settlements that were under way when it was found out."""
 
 _EVER: Final = 2**53
 
@@ -73,12 +73,12 @@ class Held:
         In a FIFO queue a hidden message holds up those behind it, so that only what comes back at once stays; it keeps its place, and a
         release counts as an attempt. In any other, a release cannot be uncounted, and a delay may be longer than a message can be hidden.
         """
-        if settlement.verb is Verb.DEAD:
+        if settlement.disposition is Disposition.DEAD:
             return False
         if fifo:
-            return settlement.verb is Verb.RELEASE or not settlement.delay
+            return settlement.disposition is Disposition.RELEASE or not settlement.delay
         shown_in_time = self.hideable >= -int(-settlement.delay // 1)
-        return settlement.verb is Verb.RETRY and shown_in_time and not self.received_again
+        return settlement.disposition is Disposition.RETRY and shown_in_time and not self.received_again
 
     def uncount(self) -> None:
         """Remember that this delivery is no attempt, however often that is said."""
@@ -166,7 +166,7 @@ class Holding(dict[Receipt, Held]):
         return True
 
     def lose(self, receipt: Receipt) -> None:
-        """Know that it is not ours any more, and that no verdict has seen to that."""
+        """Know that it is not ours any more, and that no settlement has seen to that."""
         if (held := self.pop(receipt, None)) is None:
             return
         self._receipts.pop(str(held.message["MessageId"]), None)

@@ -53,16 +53,12 @@ class Queues:
         self._topics: Topics | None = Topics(settings, clients) if settings.fanout == "sns" else None
         self._known_by: dict[str, tuple[float, float]] = {}
         """Of each group: since when it is what it is, and by when, by the monotonic clock, every publisher knows."""
-        self.patterns: dict[str, tuple[str, ...]] = {}
-        """Those of the groups that were declared here, as we last knew them."""
         self.deletions: Counter[str] = Counter()
         """How many times groups were deleted through this object."""
 
     async def registry(self, *, since: float | None = None) -> Registry:
         """Return the groups, as read no longer ago than the setting says, or than `since` by the monotonic clock."""
-        found = await self.reader.registry(since)
-        self.patterns.update((group, found.groups[group]) for group in self.patterns if group in found.groups)
-        return found
+        return await self.reader.registry(since)
 
     def forget(self, name: str | None = None) -> None:
         """Look again next time, for the groups and for the queue of that name. A topic that is gone is not published to any more."""
@@ -132,7 +128,6 @@ class Queues:
         registry = await self.registry(since=time.monotonic())
         if self._settings.pinned is not None:
             self._check_pinned(registry, group, patterns if change else None)
-        self.patterns.setdefault(group, patterns or EVERYTHING)
         try:
             return await self._declare(registry, group, patterns, change=change)
         except QueueMissingError:  # deleted by another process since we knew its address: the next try makes it
@@ -156,8 +151,9 @@ class Queues:
         for name in (dead, *others):
             await self.ensure(name, ours=ours)
         if present is None:
-            # One that was deleted underneath gets the patterns again that it had, as far as we know.
-            made = await self._make(group, patterns or registry.groups.get(group) or EVERYTHING)
+            # One that was deleted underneath gets the patterns again that it had.
+            before = None if change else registry.groups.get(group)
+            made = await self._make(group, before or patterns or EVERYTHING)
         else:
             await self.ensure(queue, dead=dead, ours=ours)
             since, subscription = registry.since.get(group, 0.0), registry.subscriptions.get(group, "")
@@ -168,7 +164,6 @@ class Queues:
             made = await self._tag(made._replace(patterns=wanted, subscription=subscription))
         elif self._settings.pinned is None and self._settings.ensure:
             await self._tidy(queue)
-        self.patterns[group] = made.patterns
         return Declared(made.patterns, self._propagation(group, made.since))
 
     async def _make(self, group: str, wanted: tuple[str, ...]) -> Group:

@@ -7,18 +7,19 @@ from collections import deque
 from collections.abc import Awaitable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from abe.backends.message_queue.base import Delivery, Failures, Metadata, Receipt, Settlement, Verb
+from abe.backends.message_queue.base import Delivery, Disposition, Metadata, Outcomes, Settlement
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
-from abe.errors import AbeError, LeaseLostError
+from abe.backends.message_queue.base.tasks import gather_all
+from abe.errors import AbeError, GroupMissingError, LeaseLostError
 from abe_backend_sqs import _wire
 from abe_backend_sqs._copies import LONGEST_DELAY, Copy, delayed
 from abe_backend_sqs._errors import QueueMissingError
-from abe_backend_sqs._handles import LONGEST_HIDING, Deletions, Handles, beside, insist, nothing
+from abe_backend_sqs._handles import LONGEST_HIDING, Failures, Handles, Receipt, insist
 from abe_backend_sqs._held import Held, Holding, uncounted
 from abe_backend_sqs._polls import Polls
 from abe_backend_sqs._revival import Revival
 from abe_backend_sqs._topics import wanted
-from abe_backend_sqs._wire import BATCH, Message
+from abe_backend_sqs._wire import Message
 
 if TYPE_CHECKING:
     from abe_backend_sqs._transport import SqsTransport
@@ -30,6 +31,9 @@ _EARLY: Final = LONGEST_DELAY - 300
 
 _ON_ITS_WAY: Final = 0.5
 """Seconds for which a message may have been on its way to us while its lease ran."""
+
+_RELEASE: Final = Settlement(Delivery(b"", None, 1, ""), Disposition.RELEASE)
+"""Stands for that of any message."""
 
 
 class _Arrival(NamedTuple):
@@ -58,11 +62,10 @@ class SqsReceiver:
         self._handles = Handles(transport, url, self._held.handle)
         self._polls = Polls(transport, name, url, self._take)
         self._revival = Revival(self._held, self._polls, transport.in_background)
-        self._deletions = Deletions(transport, self._delete, self._more_to_delete)
         self._renewing = asyncio.Lock()
         self._arrived: deque[_Arrival] = deque()
         self._stopping = False
-        self._restoring: asyncio.Future[None] | None = None
+        self._missing = False
         if self._fifo:
             transport.later(group).join()
 
@@ -72,8 +75,9 @@ class SqsReceiver:
         while not self._stopping and not self._arrived:
             if (error := polls.error) is not None:
                 polls.error = None
-                await self._reported(error)
-                return ()
+                if isinstance(error, QueueMissingError):
+                    raise self._deleted() from error
+                raise error
             polls.ask_for(limit - polls.asked_for)
             polls.news.clear()
             await polls.news.wait()
@@ -87,7 +91,7 @@ class SqsReceiver:
                 deliveries.append(delivery)
             else:  # nobody had the time to take it before its lease ran out, which is no attempt
                 held.uncount()
-                self._held.lose(delivery.receipt)
+                self._held.lose(delivery.native)
         return deliveries
 
     def metadata(self, delivery: Delivery) -> Metadata:
@@ -95,26 +99,28 @@ class SqsReceiver:
         assert isinstance(delivery.header, Metadata)
         return delivery.header
 
-    async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
+    async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
         """Delete. What may not be ours any more is received again first: by an old handle, SQS may delete what somebody else has by now."""
+        receipts: list[Receipt] = [delivery.native for delivery in deliveries]
         ours, doubtful, failures = self._held.ours(receipts)
-        self._held.leaving.update([*ours, *doubtful])
-        done = self._deletions.delete(ours, awaited=verify) if ours else nothing()
-        for some in await beside(done, self._ack_again(doubtful, verify)):
-            failures.update(some)
-        return insist(failures)
+        with self._held.being_settled([*ours, *doubtful]):
+            for some in await gather_all(self._delete(ours), self._ack_again(doubtful)):
+                failures.update(some)
+        return [failures.get(receipt) for receipt in receipts]
 
-    async def settle(self, settlements: Sequence[Settlement]) -> Failures:
+    async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
         """Carry out settlements: hide, move, or put a copy in its place."""
-        by_receipt = {settlement.receipt: settlement for settlement in settlements}
+        by_receipt: dict[Receipt, Settlement] = {settlement.delivery.native: settlement for settlement in settlements}
         ours, doubtful, failures = self._held.ours(by_receipt)
         with self._held.being_settled([*ours, *doubtful]):
             # What is given back is given back by its lease, too.
-            again = await self._revival.of(each for each in doubtful if by_receipt[each].verb is not Verb.RELEASE)
+            again = await self._revival.of(
+                each for each in doubtful if by_receipt[each].disposition is not Disposition.RELEASE
+            )
             failures.update(self._lost(doubtful, again))
-            for done in await beside(*self._settle([*ours, *again], by_receipt)):
+            for done in await gather_all(*self._settle([*ours, *again], by_receipt)):
                 failures.update(done)
-        return insist(failures)
+        return [failures.get(receipt) for receipt in by_receipt]
 
     def _settle(
         self, receipts: Sequence[Receipt], by_receipt: Mapping[Receipt, Settlement]
@@ -126,7 +132,7 @@ class SqsReceiver:
             held, settlement = self._held[receipt], by_receipt[receipt]
             if not held.stays(settlement, fifo=self._fifo):
                 moved[receipt] = self._copy(held, settlement)
-            elif settlement.verb is Verb.RELEASE:
+            elif settlement.disposition is Disposition.RELEASE:
                 released.append(receipt)
             else:
                 hidden[receipt] = -int(-settlement.delay // 1)
@@ -139,9 +145,13 @@ class SqsReceiver:
             parts.append(self._move(moved))
         return parts
 
-    async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+    async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         """Hide anew what is still ours, and what arrived and waits to be asked for; receive again what may be."""
-        waiting = [arrival.delivery.receipt for arrival in self._arrived]
+        lost = await self._renew([delivery.native for delivery in deliveries])
+        return [delivery for delivery in deliveries if delivery.native in lost]
+
+    async def _renew(self, receipts: Sequence[Receipt]) -> Collection[Receipt]:
+        waiting: list[Receipt] = [arrival.delivery.native for arrival in self._arrived]
         ours, doubtful, failures = self._held.ours([*receipts, *waiting])
         self._held.expire({*receipts, *waiting})
         refused = await self._prolong(ours)
@@ -155,11 +165,16 @@ class SqsReceiver:
         lost = {*failures, *self._lost(doubtful, again.result()), *(each for each in ours if self._held.is_lost(each))}
         return lost.intersection(receipts)
 
-    async def recover(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+    async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         """Say which are lost. What a lost answer brought comes back when its lease runs out."""
+        if self._missing:
+            self._handles.url = self._polls.url = await self._url()
+            self._missing = False
+        receipts: list[Receipt] = [delivery.native for delivery in deliveries]
         _, doubtful, lost = self._held.ours(receipts)
         doubtful = [each for each in doubtful if each not in self._held.leaving]
-        return [*lost, *self._lost(doubtful, await self._revival.of(doubtful))]
+        lost.update(self._lost(doubtful, await self._revival.of(doubtful)))
+        return [delivery for delivery in deliveries if delivery.native in lost]
 
     async def stop(self) -> None:
         """Take nothing new, and give back what nobody was handed. The polls under way end by themselves, in the background."""
@@ -167,27 +182,22 @@ class SqsReceiver:
         await self._give_back_arrived()
 
     async def close(self) -> None:
-        """Give back what is still ours, when what was acknowledged is deleted."""
+        """Give back what is still ours. What may be deleted comes back when its lease runs out, or never."""
         self._leave_polls()
         self._revival.end()
         self._arrived.clear()
-        await beside(self._deletions.drain(), self._give_back(list(self._held)))
+        await self._give_back([each for each, held in self._held.items() if held.replaced or not held.uncertain])
 
-    async def _ack_again(self, receipts: Sequence[Receipt], verify: bool) -> Failures:
+    async def _ack_again(self, receipts: Sequence[Receipt]) -> Failures:
         if not receipts:
             return {}
         done = {each: held for each in receipts if (held := self._held.get(each)) is not None}
-        try:
-            again = await self._revival.of(receipts)
-        except BaseException:
-            self._held.leaving.difference_update(receipts)
-            raise
+        again = await self._revival.of(receipts)
         failures = dict(self._lost(receipts, again))
-        self._held.leaving.difference_update(failures)
         for receipt in failures:
             if (held := done.get(receipt)) is not None:  # should it come to us next, it was handled
                 self._transport.settled.add(held, certain=False)
-        failures.update(await self._deletions.delete(again, awaited=verify))
+        failures.update(await self._delete(again))
         return failures
 
     def _lost(self, doubtful: Sequence[Receipt], again: Collection[Receipt]) -> Mapping[Receipt, AbeError]:
@@ -202,9 +212,6 @@ class SqsReceiver:
         if self._fifo and not self._stopping:
             self._transport.later(self._group).leave()
         self._stopping = True
-        if self._restoring is not None:
-            self._restoring.cancel()
-        self._deletions.leave()
         self._polls.leave()
 
     async def _take(self, messages: Sequence[Message]) -> None:
@@ -225,10 +232,10 @@ class SqsReceiver:
                 parsed = parsed._replace(due=0, fault="the time that it waits for comes when SQS has it no more")
             delivery = _wire.delivery(message, parsed)
             delivery.attempt = max(1, delivery.attempt - uncounted(message))
-            held = self._held[delivery.receipt] = Held(message, delivery.attempt, deadline)
+            held = self._held[delivery.native] = Held(message, delivery.attempt, deadline)
             # One that was put off, and that nobody was there for since it is due, has counted what was no attempt.
             if parsed.due and (parsed.due > now + 500 or _wire.received(message) > 1):
-                early.append(delivery.receipt)
+                early.append(delivery.native)
             else:
                 self._arrived.append(_Arrival(delivery, held))
         if repeated:  # SQS was told that they are done, or would have been
@@ -255,11 +262,11 @@ class SqsReceiver:
             else:
                 moved[receipt] = Copy(self._name, delayed(_wire.repack(message, attempts=parsed.attempts), left))
         with self._held.being_settled(receipts):
-            for failures in await beside(self._hide(hidden), self._move(moved)):
+            for failures in await gather_all(self._hide(hidden), self._move(moved)):
                 insist(failures)
 
     async def _give_back_arrived(self) -> None:
-        receipts = [arrival.delivery.receipt for arrival in self._arrived]
+        receipts: list[Receipt] = [arrival.delivery.native for arrival in self._arrived]
         self._arrived.clear()
         try:
             await self._give_back(receipts)
@@ -274,11 +281,11 @@ class SqsReceiver:
             if self._fifo:
                 insist(await self._release(ours))
             else:
-                copies = {each: self._copy(self._held[each], Settlement(each, Verb.RELEASE)) for each in ours}
+                copies = {each: self._copy(self._held[each], _RELEASE) for each in ours}
                 insist(await self._move(copies))
 
-    def _copy(self, held: Held, verdict: Settlement) -> Copy:
-        return self._transport.copies.settled(self._group, held.message, held.attempt, verdict)
+    def _copy(self, held: Held, settlement: Settlement) -> Copy:
+        return self._transport.copies.settled(self._group, held.message, held.attempt, settlement)
 
     async def _move(self, moves: Mapping[Receipt, Copy]) -> Failures:
         """Store copies, then delete what they are copies of: a crash in between doubles, and never loses."""
@@ -299,13 +306,17 @@ class SqsReceiver:
             failures.update(await self._delete(stored))
         return failures
 
-    def _more_to_delete(self) -> bool:
-        """Whether a full batch may come together soon: where as many are held. In a FIFO queue, others wait for each deletion."""
-        return not self._fifo and not self._stopping and len(self._held) >= BATCH
-
     async def _delete(self, receipts: Sequence[Receipt]) -> dict[Receipt, AbeError]:
+        if not receipts:
+            return {}
         with self._held.being_settled(receipts):
-            failures = await self._handles.delete(receipts)
+            try:
+                failures = await self._handles.delete(receipts)
+            except asyncio.CancelledError:
+                for receipt in receipts:
+                    if (held := self._held.get(receipt)) is not None:
+                        held.uncertain = True
+                raise
             for receipt in receipts:
                 error, held = failures.get(receipt), self._held.get(receipt)
                 if held is None:
@@ -377,21 +388,16 @@ class SqsReceiver:
         insist({receipt: error for receipt, error in failures.items() if error.retryable})
         return refused
 
-    async def _reported(self, error: AbeError) -> None:
-        """Raise what a poll failed with, unless it can be put right here."""
-        if not isinstance(error, QueueMissingError):
-            raise error
-        _log.warning("group %r was deleted underneath its consumers: it is made again", self._group)
-        self._transport.queues.forget(self._name)
-        self._restoring = asyncio.ensure_future(self._transport.restore(self._group))
+    async def _url(self) -> str:
         try:
-            await asyncio.wait([self._restoring])
-        finally:
-            self._restoring.cancel()
-        if self._restoring.cancelled():  # stopped meanwhile
-            return
-        self._restoring.result()
-        self._handles.url = self._polls.url = await self._transport.queues.url(self._name)
+            return await self._transport.queues.url(self._name)
+        except QueueMissingError as exc:
+            raise self._deleted() from exc
+
+    def _deleted(self) -> GroupMissingError:
+        self._missing = True
+        self._transport.queues.forget(self._name)
+        return GroupMissingError(f"group {self._group!r} was deleted underneath its consumers")
 
 
 if TYPE_CHECKING:

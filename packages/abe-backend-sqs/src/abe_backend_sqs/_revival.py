@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Final
 
-from abe.backends.message_queue.base import Receipt
 from abe.errors import AbeError
+from abe_backend_sqs._handles import Receipt
 from abe_backend_sqs._held import Holding
 from abe_backend_sqs._polls import Polls
 from abe_backend_sqs._wire import BATCH

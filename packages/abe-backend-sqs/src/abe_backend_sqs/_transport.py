@@ -8,7 +8,15 @@ from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Gen
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, ExponentialBackoff, GroupStats
+from abe.backends.message_queue.base import (
+    Batching,
+    DeadLetter,
+    Envelope,
+    ExponentialBackoff,
+    GroupStats,
+    Outcomes,
+    Settling,
+)
 from abe.backends.message_queue.base import Transport as TransportProtocol
 from abe.backends.message_queue.base.clock import pause
 from abe.backends.message_queue.base.routing import group_missing
@@ -36,6 +44,8 @@ _CLOCKS: Final = 5_000
 _FULL_LOOK: Final = 100_000
 """Parked messages of a look. SQS lets 120,000 of a queue be out of sight at once."""
 _SHORT_LOOK: Final = 1_000
+_LINGER: Final = 0.02
+"""Seconds for which an acknowledgement that nobody waits for may wait for others to share its request."""
 _T = TypeVar("_T")
 
 _LOOKS: Final = 5
@@ -51,7 +61,9 @@ class SqsTransport:
     def __init__(self, settings: SqsSettings) -> None:
         self.settings = settings
         # More than one at a time, and what is sent first would not always be first in a FIFO queue.
-        self.batching = Batching(messages=100, bytes=1_048_576, flights=1 if settings.fifo else 4)
+        self.batching = Batching(messages=100, bytes=1_048_576, max_concurrent=1 if settings.fifo else 4)
+        # Requests are billed. In a FIFO queue, others wait for each deletion.
+        self.settling = Settling(messages=_wire.BATCH, linger=0.0 if settings.fifo else _LINGER)
         self.clients = Clients(settings)
         self.queues = Queues(settings, self.clients)
         self.copies = Copies(settings, self.queues.names)
@@ -110,7 +122,7 @@ class SqsTransport:
         with translated(self.settings.address):
             await client.list_queues(QueueNamePrefix=self.queues.names.prefix, MaxResults=1)
 
-    async def send(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
+    async def send(self, envelopes: Sequence[Envelope]) -> Outcomes:
         """Put each message into the queues of the groups that want it."""
         registry = await self.queues.registry()
         outcomes = await self.sender.send(envelopes, registry)
@@ -141,10 +153,6 @@ class SqsTransport:
         # However many are parked, it goes on beside what comes next.
         await asyncio.wait([looking], timeout=self.settings.publish_timeout / 4)
         return wanted
-
-    async def restore(self, group: str) -> None:
-        """Make a group again that was deleted underneath, with the patterns that it had when we last knew."""
-        await self.declare(group, self.queues.patterns.get(group), change=False)
 
     async def delete_group(self, group: str) -> None:
         """Delete the group's queues."""

@@ -216,7 +216,7 @@ def _faulty(message: Message, fault: str) -> Parsed:
 def delivery(message: Message, parsed: Parsed) -> Delivery:
     """Make a delivery of a received message."""
     attempt = parsed.attempts + received(message)
-    return Delivery(message["ReceiptHandle"], parsed.body, parsed.metadata, attempt, parsed.fault)
+    return Delivery(parsed.body, parsed.metadata, attempt, message["ReceiptHandle"], fault=parsed.fault)
 
 
 def received(message: Message) -> int:

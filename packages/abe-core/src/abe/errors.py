@@ -136,7 +136,7 @@ class LeaseLostError(AbeError):
 
 
 class AlreadySettledError(AbeError):
-    """The message was already settled, with the opposite verdict."""
+    """The message was already settled, in the opposite way."""
 
 
 class UnsupportedCapabilityError(AbeError):

@@ -1,6 +1,6 @@
--- Carries out verdicts on entries that are still the consumer's, each in one step and each for itself.
--- KEYS: stream, delayed set, dead letters. ARGV: consumer, then for each: id, verb (ack, retry, release, dead), delay in ms, reason, error.
--- Returns how many verdicts were looked at, which is not all when much had to be moved; the ids that were not the consumer's; and by turns
+-- Carries out settlements on entries that are still the consumer's, each in one step and each for itself.
+-- KEYS: stream, delayed set, dead letters. ARGV: consumer, then for each: id, disposition (ack, retry, release, dead), delay in ms, reason, error.
+-- Returns how many settlements were looked at, which is not all when much had to be moved; the ids that were not the consumer's; and by turns
 -- the ids that failed, and why.
 local now, lost, failed, bytes, looked = clock(), {}, {}, 0, 0
 
@@ -25,23 +25,23 @@ local function moved(entry, pending)
   return fields
 end
 
-local function carry_out(id, verb, delay, reason, trace)
+local function carry_out(id, disposition, delay, reason, trace)
   local pending = call('XPENDING', KEYS[1], 'group', id, id, 1, ARGV[1])[1]
   if not pending then
     lost[#lost + 1] = id
     return
   end
-  if verb == 'release' then
+  if disposition == 'release' then
     -- Old enough for anybody to claim, and its delivery forgotten.
     local before = tostring(math.max(0, pending[4] - 1))
     call('XCLAIM', KEYS[1], 'group', 'released', '0', id, 'IDLE', '10000000000', 'RETRYCOUNT', before, 'JUSTID')
     return
   end
-  local entry = verb ~= 'ack' and call('XRANGE', KEYS[1], id, id)[1]
+  local entry = disposition ~= 'ack' and call('XRANGE', KEYS[1], id, id)[1]
   if entry then
     local fields = moved(entry, pending)
     bytes = bytes + size(fields)
-    if verb == 'dead' then
+    if disposition == 'dead' then
       for _, field in ipairs({'r', reason, 'e', trace, 't', string.format('%d', now)}) do fields[#fields + 1] = field end
       add(KEYS[3], fields)
     elseif delay > 0 then

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from abe.backends.message_queue.base.clock import Clock
 
 _TURNS: Final = 50
-"""Turns of the event loop that what became due gets: a verdict, its way through the engine, a new delivery need 20."""
+"""Turns of the event loop that what became due gets: a settlement, its way through the engine, a new delivery need 20."""
 
 
 class _Timer:

@@ -1,4 +1,4 @@
-"""What becomes of a message whose handler failed: the policy's verdict, a log line that says which message, and the settlement."""
+"""What becomes of a message whose handler failed: the policy's decision, a log line that says which message, and the settlement."""
 
 import asyncio
 import logging
@@ -53,10 +53,10 @@ class Failures:
             told = "the handler had settled %s before it failed: %s"
             _say(logging.WARNING, told, _named(facts), reason_of(exc), exc_info=likeness, extra=facts)
             return
-        verdict = self._judge(exc, message.attempt, facts)
-        self._tell(verdict, likeness, facts)
+        decision = self._judge(exc, message.attempt, facts)
+        self._tell(decision, likeness, facts)
         # A task of its own: settlements go on while the consumer stops, and closing the subscription bounds them.
-        task = asyncio.create_task(_settle(message, verdict, error, facts))
+        task = asyncio.create_task(_settle(message, decision, error, facts))
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
         await asyncio.wait([task, self._stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -68,7 +68,7 @@ class Failures:
         if self._settling:
             await asyncio.wait(self._settling)
 
-    def _judge(self, exc: BaseException, attempt: int, facts: dict[str, Any]) -> "_Verdict":
+    def _judge(self, exc: BaseException, attempt: int, facts: dict[str, Any]) -> "_Decision":
         after: float | None
         try:
             judged = self._policy.judge(exc, attempt)
@@ -79,21 +79,21 @@ class Failures:
         except BaseException as fault:  # noqa: BLE001 - the policy is the application's code: its faults must not stop the others' messages
             told = "the retry policy failed on %s, the default backoff is taken: %s"
             _say(logging.ERROR, told, _named(facts), reason_of(fault), exc_info=shown(fault)[0], extra=facts)
-            return _Verdict(min(_DEFAULT(attempt), self._max_delay), reason_of(exc))
+            return _Decision(min(_DEFAULT(attempt), self._max_delay), reason_of(exc))
         if after is not None and not 0 <= after <= self._max_delay:
             told = "a backoff of %r s is not possible, it is brought within 0 to %g s"
             _say(logging.WARNING, told, after, self._max_delay, extra=facts)
             after = self._max_delay if after > self._max_delay else 0.0
-        return _Verdict(after, reason)
+        return _Decision(after, reason)
 
-    def _tell(self, verdict: "_Verdict", likeness: BaseException, facts: dict[str, Any]) -> None:
+    def _tell(self, decision: "_Decision", likeness: BaseException, facts: dict[str, Any]) -> None:
         level, then = logging.ERROR, _GIVEN_UP
         told = "the handler failed on %s, attempt %d of %d: %s (%s)"
-        if verdict.after is None:
+        if decision.after is None:
             told = "the handler rejected %s, attempt %d of %d: %s (%s)"
         elif facts["attempt"] < self._max_attempts:
-            level, then = logging.WARNING, f"it is tried again in {verdict.after:.3g} s"
-        attempt, reason = facts["attempt"], verdict.reason
+            level, then = logging.WARNING, f"it is tried again in {decision.after:.3g} s"
+        attempt, reason = facts["attempt"], decision.reason
         _say(
             level,
             told,
@@ -108,18 +108,18 @@ class Failures:
 
 
 @dataclass(frozen=True, slots=True)
-class _Verdict:
+class _Decision:
     after: float | None
     """Seconds until it is tried again; None: it is rejected."""
     reason: str
 
 
-async def _settle(message: Message, verdict: _Verdict, error: str, facts: dict[str, Any]) -> None:
+async def _settle(message: Message, decision: _Decision, error: str, facts: dict[str, Any]) -> None:
     try:
-        if verdict.after is None:
-            await message.reject(verdict.reason, error=error)
+        if decision.after is None:
+            await message.reject(decision.reason, error=error)
         else:
-            await message.nack(verdict.after, reason=verdict.reason, error=error)
+            await message.nack(decision.after, reason=decision.reason, error=error)
     except AlreadySettledError:
         _say(logging.INFO, "%s was settled meanwhile", _named(facts), extra=facts)
     except Exception as failure:  # noqa: BLE001 - nobody else would see it: whoever failed takes the next message

@@ -14,7 +14,7 @@ from abe.errors import ConfigurationError
 __all__ = ["Backoff", "Classifier", "ConstantBackoff", "ExponentialBackoff", "Reject", "Retry", "RetryPolicy"]
 
 
-class Retry(Exception):  # noqa: N818 - a verdict, not an error
+class Retry(Exception):  # noqa: N818 - a decision, not an error
     """Raised by a handler: deliver the message again.
 
     Args:
@@ -28,7 +28,7 @@ class Retry(Exception):  # noqa: N818 - a verdict, not an error
         self.reason = reason
 
 
-class Reject(Exception):  # noqa: N818 - a verdict, not an error
+class Reject(Exception):  # noqa: N818 - a decision, not an error
     """Raised by a handler: the message will never succeed, move it to the dead letters.
 
     Args:
@@ -41,7 +41,7 @@ class Reject(Exception):  # noqa: N818 - a verdict, not an error
 
 
 Classifier: TypeAlias = Callable[[Exception], Retry | Reject | None]
-"""From a handler's exception to a verdict; None leaves it to the policy."""
+"""From a handler's exception to a decision; None leaves it to the policy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,48 +75,48 @@ class RetryPolicy:
             _check_function("classify", self.classify, "a function from an exception to Retry, Reject or None")
 
     def judge(self, exc: BaseException, attempt: int) -> Retry | Reject:
-        """Return the verdict on a failure, with the wait filled in.
+        """Return the decision on a failure, with the wait filled in.
 
         Raises:
             ValueError: The backoff, the classifier or a `Retry` gave something else than it should. Besides, what they raise.
         """
-        verdict = _first([leaf for leaf in _leaves(exc) if isinstance(leaf, Retry | Reject)]) or self._classified(exc)
-        if isinstance(verdict, Reject):
-            return verdict
-        if verdict is None:
-            verdict = Retry(reason=reason_of(exc))
-        after: Any = self.backoff(attempt) if verdict.after is None else verdict.after
+        decision = _first([leaf for leaf in _leaves(exc) if isinstance(leaf, Retry | Reject)]) or self._classified(exc)
+        if isinstance(decision, Reject):
+            return decision
+        if decision is None:
+            decision = Retry(reason=reason_of(exc))
+        after: Any = self.backoff(attempt) if decision.after is None else decision.after
         if isinstance(after, bool) or not isinstance(after, int | float) or not math.isfinite(after):
-            source = "the backoff returned" if verdict.after is None else "Retry(after=) was given"
+            source = "the backoff returned" if decision.after is None else "Retry(after=) was given"
             raise ValueError(f"{source} a {type(after).__name__} that is no number of seconds")
-        return Retry(after=float(after), reason=verdict.reason)
+        return Retry(after=float(after), reason=decision.reason)
 
     def _classified(self, exc: BaseException) -> Retry | Reject | None:
         if self.classify is None or not isinstance(exc, Exception):
             return None
-        verdicts = [self._ask(exc)]
-        if verdicts == [None] and isinstance(exc, ExceptionGroup):
-            verdicts = [self._ask(leaf) for leaf in _leaves(cast("BaseException", exc)) if isinstance(leaf, Exception)]
-        return _first([verdict for verdict in verdicts if verdict is not None])
+        decisions = [self._ask(exc)]
+        if decisions == [None] and isinstance(exc, ExceptionGroup):
+            decisions = [self._ask(leaf) for leaf in _leaves(cast("BaseException", exc)) if isinstance(leaf, Exception)]
+        return _first([decision for decision in decisions if decision is not None])
 
     def _ask(self, exc: Exception) -> Retry | Reject | None:
         assert self.classify is not None
-        verdict: Any = self.classify(exc)
-        if verdict is Retry or verdict is Reject:
-            verdict = verdict()
-        if verdict is not None and not isinstance(verdict, Retry | Reject):
-            raise ValueError(f"the classifier returned a {type(verdict).__name__}, not Retry, Reject or None")
-        return verdict
+        decision: Any = self.classify(exc)
+        if decision is Retry or decision is Reject:
+            decision = decision()
+        if decision is not None and not isinstance(decision, Retry | Reject):
+            raise ValueError(f"the classifier returned a {type(decision).__name__}, not Retry, Reject or None")
+        return decision
 
 
-def _first(verdicts: list[Retry | Reject]) -> Retry | Reject | None:
+def _first(decisions: list[Retry | Reject]) -> Retry | Reject | None:
     """A rejection comes first, then the retry that waits longest."""
-    rejected = next((verdict for verdict in verdicts if isinstance(verdict, Reject)), None)
-    return rejected or max(verdicts, key=_wait, default=None)
+    rejected = next((decision for decision in decisions if isinstance(decision, Reject)), None)
+    return rejected or max(decisions, key=_wait, default=None)
 
 
-def _wait(verdict: Retry | Reject) -> float:
-    after = verdict.after if isinstance(verdict, Retry) else None
+def _wait(decision: Retry | Reject) -> float:
+    after = decision.after if isinstance(decision, Retry) else None
     return after if isinstance(after, int | float) and math.isfinite(after) else -1.0
 
 

@@ -8,7 +8,7 @@ from abe.errors import DecodeError, UnsupportedCapabilityError
 
 
 class MessageSource(Protocol):
-    """Where a message came from, and where its verdict goes."""
+    """Where a message came from, and where its settlement goes."""
 
     group: str
 
@@ -36,16 +36,16 @@ class Message(dict[str, Any]):
     """
 
     # Made by the engine with `Message(payload)` and these three assignments: an __init__ would be half of the cost.
-    __slots__ = ("_delivery", "_source", "_verdict")
+    __slots__ = ("_delivery", "_settled", "_source")
 
     _delivery: Delivery
     _source: MessageSource
-    _verdict: str | None
+    _settled: str | None
 
     def __del__(self) -> None:
         # Taken and dropped, it would keep its place in the bound for ever.
         try:
-            if self._verdict is None:
+            if self._settled is None:
                 self._source.dropped(self)
         except AttributeError:
             return  # it never came from a broker
@@ -83,7 +83,7 @@ class Message(dict[str, Any]):
     @property
     def settled(self) -> bool:
         """Whether it was acknowledged, failed or rejected already, by whomever."""
-        return self._verdict is not None
+        return self._settled is not None
 
     @property
     def lease_lost(self) -> bool:
@@ -144,8 +144,8 @@ class Message(dict[str, Any]):
         if name == "_source":
             return _UNDELIVERED
         if name == "_delivery":
-            return Delivery("", b"", None, 1)
-        if name == "_verdict":
+            return Delivery(b"", None, 1, None)
+        if name == "_settled":
             return None
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -190,9 +190,9 @@ _UNDELIVERED: Final = _Detached("", Metadata(""))
 
 def _copied(payload: dict[str, Any], metadata: tuple[Any, ...], group: str, attempt: int) -> Message:
     message = Message(payload)
-    message._delivery = Delivery("", b"", None, attempt)  # pyright: ignore[reportPrivateUsage]
+    message._delivery = Delivery(b"", None, attempt, None)  # pyright: ignore[reportPrivateUsage]
     message._source = _Detached(group, Metadata(*metadata))  # pyright: ignore[reportPrivateUsage]
-    message._verdict = None  # pyright: ignore[reportPrivateUsage]
+    message._settled = None  # pyright: ignore[reportPrivateUsage]
     return message
 
 

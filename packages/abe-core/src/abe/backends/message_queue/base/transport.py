@@ -3,20 +3,23 @@
 A transport speaks its broker's primitives in batches, and nothing else: no retries, no timers of its own, no policy. The engine
 coalesces, bounds, times out, retries with backoff, renews leases, and decides about dead letters, once for all providers.
 
-Every method raises errors of ``abe.errors`` only. `BackendConnectionError` means that the operation certainly did not happen and may be
-tried again, which reconnects; the transport connects whenever it has to. Any of them may be cancelled: the broker may then have
-done it, or not, and the transport stays usable.
+Every method raises errors of ``abe.errors`` only. What goes wrong with one message of a batch is its outcome, and concerns no other:
+the engine repeats those whose error is `retryable`, and them alone. Raising concerns the whole batch.
+
+`BackendConnectionError` means that the operation certainly did not happen and may be tried again, which reconnects; the transport
+connects whenever it has to. Any of the methods may be cancelled: the broker may then have done it, or not, and the transport stays
+usable.
 """
 
-from collections.abc import AsyncGenerator, Collection, Hashable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from abe.errors import AbeError
 
-Receipt: TypeAlias = Hashable
-"""What names one delivery to the broker; unique among those that a receiver holds."""
+Outcomes: TypeAlias = Sequence[AbeError | None]
+"""What went wrong with each of a batch, in its order; None: it was done. An empty sequence: all were."""
 
 
 class Envelope(NamedTuple):
@@ -35,7 +38,7 @@ class Envelope(NamedTuple):
 
 
 class Metadata(NamedTuple):
-    """What travels beside a body. The defaults are for a message that a stranger wrote."""
+    """What travels beside a body. The defaults are for a foreign message."""
 
     id: str
     key: str = ""
@@ -44,32 +47,37 @@ class Metadata(NamedTuple):
 
 
 class Delivery:
-    """A message that the broker gave us, until it is settled.
+    """A message that the broker gave us, until it is settled. It is compared by identity: the next delivery of a message is another.
 
-    `header` is the metadata as the broker carried it, parsed by `Receiver.metadata` when somebody asks; `fault` says why the
-    envelope cannot be read, if so; `lost` becomes true when it turns out that the delivery is not ours any more. `attempt` is 1 for the
-    first delivery; `uncertain` of the attempts before this one may have been no more than a connection that was lost, where the broker
-    counts those too. `begun` becomes true when a handler gets it: what is not begun, the transport may take back, and say so by `lost`.
-    `handled` becomes true when its handler was done with it, and nobody waits to hear whether it was acknowledged: when it was lost by
-    then and comes again, the transport may remove it.
+    Attributes:
+        body: The payload, as bytes.
+        header: The metadata as the broker carried it, parsed by `Receiver.metadata` when it is asked for.
+        attempt: 1 for the first delivery.
+        native: What the provider needs to settle it: the name that the broker knows it by, for one. The engine does not look at it.
+        fault: Why the envelope cannot be read, if so.
+        uncertain: Attempts before this one that may have been no more than a lost connection, where the broker counts those too.
+        begun: A handler has got it. What is not begun, the provider may take back, and say so by `lost`.
+        handled: Its handler was done with it, and nobody waits to hear whether it was acknowledged: where it was lost by then and comes
+            again, the provider may remove it.
+        lost: It is known not to be ours any more.
     """
 
-    __slots__ = ("attempt", "begun", "body", "fault", "handled", "header", "lost", "receipt", "uncertain")
+    __slots__ = ("attempt", "begun", "body", "fault", "handled", "header", "lost", "native", "uncertain")
 
     def __init__(
         self,
-        receipt: Receipt,
         body: bytes,
         header: object,
         attempt: int,
-        fault: str | None = None,
+        native: Any,
         *,
+        fault: str | None = None,
         uncertain: int = 0,
     ) -> None:
-        self.receipt: Receipt = receipt
         self.body: bytes = body
         self.header: object = header
         self.attempt: int = attempt
+        self.native: Any = native
         self.fault: str | None = fault
         self.uncertain: int = uncertain
         self.begun: bool = False
@@ -77,7 +85,7 @@ class Delivery:
         self.lost: bool = False
 
 
-class Verb(Enum):
+class Disposition(Enum):
     """What becomes of a delivery that is not simply acknowledged."""
 
     RETRY = "retry"
@@ -90,19 +98,23 @@ class Verb(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """A verdict on a delivery."""
+    """What a delivery's consumer decided, where it did not simply acknowledge.
 
-    receipt: Receipt
-    verb: Verb
+    Attributes:
+        delivery: Which.
+        disposition: What becomes of it.
+        delay: With `Disposition.RETRY`: seconds before which it must not be delivered again.
+        reason: Why, in a word or a line, for the dead letter.
+        error: The traceback, for the dead letter.
+        attempts: With `Disposition.RELEASE`, of a delivery that has uncertain attempts: how many count from now on. None: those that did.
+    """
+
+    delivery: Delivery
+    disposition: Disposition
     delay: float = 0.0
     reason: str = ""
     error: str = ""
     attempts: int | None = None
-    """With `Verb.RELEASE`, of a delivery that has uncertain attempts: how many attempts count from now on. None: those that did."""
-
-
-Failures: TypeAlias = Mapping[Receipt, AbeError]
-"""What went wrong with which delivery. Empty: nothing did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +154,31 @@ class GroupStats:
 
 @dataclass(frozen=True, kw_only=True)
 class Batching:
-    """How much `Transport.send` takes at a time."""
+    """How much `Transport.send` takes at a time.
+
+    Attributes:
+        messages: Messages of one call, at most.
+        bytes: Bytes of their bodies together, at most; a single message may exceed it.
+        max_concurrent: Calls that may be under way at once.
+    """
 
     messages: int
     bytes: int
-    flights: int
-    """Calls of `send` that may be under way at once."""
+    max_concurrent: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settling:
+    """How much `Receiver.ack` and `Receiver.settle` take at a time.
+
+    Attributes:
+        messages: Deliveries of one call, at most: what keeps one request short.
+        linger: Seconds for which acknowledgements that nobody waits for may wait until `messages` of them share a call, where a broker's
+            requests are expensive. 0: those of one turn of the event loop leave together.
+    """
+
+    messages: int = 500
+    linger: float = 0.0
 
 
 class Receiver(Protocol):
@@ -161,6 +192,7 @@ class Receiver(Protocol):
 
         Raises:
             BackendConnectionError: Nothing is lost: call `recover`, then `receive` again.
+            GroupMissingError: The group was deleted underneath. It is declared again by whoever called, then as above.
         """
         ...
 
@@ -172,26 +204,34 @@ class Receiver(Protocol):
         """
         ...
 
-    async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
+    async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
         """Remove messages that are done. Repeating it is harmless.
 
         Args:
-            receipts: Which; the batch is bounded by what the receiver handed out.
-            verify: The leases may have run out: remove only what is still ours, and report the rest as `LeaseLostError`.
+            deliveries: Which; at most `Transport.settling.messages`.
+            verify: Their leases may have run out: remove only what is still ours. The others' outcome is `LeaseLostError`.
         """
         ...
 
-    async def settle(self, settlements: Sequence[Settlement]) -> Failures:
-        """Carry out verdicts, each only if the delivery is still ours; the others are reported as `LeaseLostError`."""
+    async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
+        """Carry out settlements, each only if the delivery is still ours; the others' outcome is `LeaseLostError`.
+
+        Args:
+            settlements: Which; at most `Transport.settling.messages`.
+        """
         ...
 
-    async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+    async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         """Start the leases anew of those that are still ours, and return those that are not."""
         ...
 
-    async def recover(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+    async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         """After a failed `receive`: reconnect, make deliverable again what the broker gave us and we never saw, and return which of
-        the deliveries that we hold are lost."""
+        these, all that we hold, are lost.
+
+        Raises:
+            GroupMissingError: As `receive`.
+        """
         ...
 
     async def stop(self) -> Sequence[Delivery] | None:
@@ -212,6 +252,7 @@ class Transport(Protocol):
     """One broker. Its methods may be called by many tasks at once."""
 
     batching: Batching
+    settling: Settling
 
     async def open(self) -> None:
         """Connect; a no-op when connected. Checks what can be checked about the broker.
@@ -226,8 +267,8 @@ class Transport(Protocol):
         """Disconnect. May be called repeatedly, and before `open`."""
         ...
 
-    async def send(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
-        """Hand messages to the broker, in this order; return each one's outcome, in this order too. An empty result: all were accepted.
+    async def send(self, envelopes: Sequence[Envelope]) -> Outcomes:
+        """Hand messages to the broker, in this order; return each one's outcome.
 
         The outcome `UnroutableError` means that groups exist and none of them wants the key. While no group exists, messages are held
         for the first one that wants them.

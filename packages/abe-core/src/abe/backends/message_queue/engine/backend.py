@@ -287,7 +287,7 @@ class TransportBackend(ABC):
             keys: Its key patterns. None: those that it has; everything, for a new group.
         """
         name, patterns = self._group(group), self._patterns(keys)
-        await self._calls.call(lambda session: session.transport.declare(name, patterns, change=True), groups=False)
+        await self._calls.call(lambda session: session.declare(name, patterns, change=True), groups=False)
 
     async def delete_group(self, group: str | None = None) -> None:
         """End a group: its messages, dead letters included, are gone. A no-op when there is none."""

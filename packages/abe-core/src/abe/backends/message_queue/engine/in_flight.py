@@ -8,7 +8,7 @@ from typing import Final
 from abe.backends.message_queue.base.backoff import Backoff, ExponentialBackoff
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.names import check_seconds
-from abe.backends.message_queue.base.transport import Delivery, Metadata, Receipt, Receiver, Settlement, Verb
+from abe.backends.message_queue.base.transport import Delivery, Disposition, Metadata, Receiver, Settlement
 from abe.backends.message_queue.engine.settler import Settler
 from abe.errors import AbeError, AlreadySettledError, DecodeError, LeaseLostError, UnsupportedCapabilityError
 
@@ -42,7 +42,7 @@ class InFlight:
         lease: float | None,
     ) -> None:
         self.group = group
-        self.live: dict[Receipt, Delivery] = {}
+        self.live: dict[Delivery, None] = {}
         """Buffered, or handed out and not settled."""
         self.closing = False
         """Whether what is not settled is about to be given back."""
@@ -53,17 +53,17 @@ class InFlight:
         self._lease = lease
         self._loop = asyncio.get_running_loop()
 
-    def receipts(self) -> list[Receipt]:
+    def deliveries(self) -> list[Delivery]:
         """Return what the broker counts as ours, as far as we know."""
-        return [*self.live, *self._settler.receipts()]
+        return [*self.live, *self._settler.deliveries()]
 
     def count(self) -> int:
         """Return how many messages the broker counts as ours."""
         return len(self.live) + self._settler.outstanding
 
-    def lose(self, receipts: Collection[Receipt]) -> None:
+    def lose(self, deliveries: Collection[Delivery]) -> None:
         """Note that these are not ours any more. One that was settled meanwhile is not lost, but done."""
-        lost = [delivery for receipt in receipts if (delivery := self.live.pop(receipt, None)) is not None]
+        lost = [delivery for delivery in deliveries if self.forget(delivery)]
         for delivery in lost:
             delivery.lost = True
         if lost:
@@ -72,17 +72,17 @@ class InFlight:
             )
 
     def forget(self, delivery: Delivery) -> bool:
-        """Take a delivery out of what is ours; return whether it was. Another one may have its receipt by now."""
-        ours = self.live.get(delivery.receipt) is delivery
+        """Take a delivery out of what is ours; return whether it was."""
+        ours = delivery in self.live
         if ours:
-            del self.live[delivery.receipt]
+            del self.live[delivery]
         return ours
 
     def bury(self, delivery: Delivery, reason: str, error: str) -> None:
         """Have a delivery that no handler is to see moved to the dead letters."""
         if self.forget(delivery):
             self._tell(logging.ERROR, delivery, f"goes to the dead letters ({reason}): {error}")
-            self._settler.submit(delivery, Settlement(delivery.receipt, Verb.DEAD, reason=reason, error=_text(error)))
+            self._settler.submit(delivery, Settlement(delivery, Disposition.DEAD, reason=reason, error=_text(error)))
 
     def give_back(self, delivery: Delivery, attempts: int | None = None) -> "asyncio.Future[AbeError | None] | None":
         """Give a delivery back as if it had never been taken; return the future outcome, None if it is not ours.
@@ -93,7 +93,7 @@ class InFlight:
         """
         if not self.forget(delivery) or delivery.lost:
             return None
-        return self._settler.submit(delivery, Settlement(delivery.receipt, Verb.RELEASE, attempts=attempts))
+        return self._settler.submit(delivery, Settlement(delivery, Disposition.RELEASE, attempts=attempts))
 
     async def give_back_all(self, deliveries: Collection[Delivery]) -> None:
         """Give these back, and wait until that was carried out."""
@@ -122,12 +122,12 @@ class InFlight:
 
     def ack_soon(self, message: Message) -> None:
         """Acknowledge with the next batch; a failure is logged."""
-        if message._verdict is None:  # pyright: ignore[reportPrivateUsage]
-            message._verdict = "ack"  # pyright: ignore[reportPrivateUsage]
+        if message._settled is None:  # pyright: ignore[reportPrivateUsage]
+            message._settled = "ack"  # pyright: ignore[reportPrivateUsage]
             delivery = _delivery(message)
             delivery.handled = True
-            if self.live.get(delivery.receipt) is delivery:
-                del self.live[delivery.receipt]
+            if delivery in self.live:
+                del self.live[delivery]
                 self._settler.ack(delivery)
             else:
                 self._tell(logging.WARNING, delivery, "was handled, but its lease was lost: it may be handled again")
@@ -150,13 +150,13 @@ class InFlight:
 
     async def reject(self, message: Message, reason: str, error: str) -> None:
         """Bury it; see `Message.reject`."""
-        settlement = Settlement(_delivery(message).receipt, Verb.DEAD, reason=_text(reason), error=_text(error))
+        settlement = Settlement(_delivery(message), Disposition.DEAD, reason=_text(reason), error=_text(error))
         await self._settle(message, "reject", settlement)
 
     async def release(self, message: Message) -> None:
         """Give a message back as if it had never been taken. Nothing happens when it is settled already."""
-        if message._verdict is None:  # pyright: ignore[reportPrivateUsage]
-            await self._settle(message, "release", Settlement(_delivery(message).receipt, Verb.RELEASE))
+        if message._settled is None:  # pyright: ignore[reportPrivateUsage]
+            await self._settle(message, "release", Settlement(_delivery(message), Disposition.RELEASE))
 
     async def extend(self, message: Message, seconds: float) -> None:
         """Start the lease anew; see `Message.extend`."""
@@ -169,9 +169,9 @@ class InFlight:
                 f"extend({seconds:g}): the lease is {self._lease:g} s. It is renewed by itself as long as the event loop runs; "
                 f"set QUEUE_LEASE_SECONDS higher if the loop must be kept busy for longer"
             )
-        if delivery.lost or self.live.get(delivery.receipt) is not delivery:
+        if delivery.lost or delivery not in self.live:
             raise LeaseLostError("the message is not ours any more")
-        self.lose(await self._receiver.renew([delivery.receipt]))
+        self.lose(await self._receiver.renew([delivery]))
         if delivery.lost:
             raise LeaseLostError("the message is not ours any more: its lease had run out")
 
@@ -203,8 +203,8 @@ class InFlight:
     def _failure(self, delivery: Delivery, delay: float, reason: str, error: str) -> Settlement:
         reason, error = _text(reason), _text(error)
         if delivery.attempt >= self._max_attempts:
-            return Settlement(delivery.receipt, Verb.DEAD, reason=reason or "max_attempts", error=error)
-        return Settlement(delivery.receipt, Verb.RETRY, delay=delay, reason=reason, error=error)
+            return Settlement(delivery, Disposition.DEAD, reason=reason or "max_attempts", error=error)
+        return Settlement(delivery, Disposition.RETRY, delay=delay, reason=reason, error=error)
 
     def _retry_dropped(self, delivery: Delivery) -> None:
         if self.closing or not self.forget(delivery):
@@ -213,17 +213,17 @@ class InFlight:
         delay = min(_RETRY(delivery.attempt), self._max_delay or 0.0)
         self._settler.submit(delivery, self._failure(delivery, delay, "dropped without being settled", ""))
 
-    async def _settle(self, message: Message, verdict: str, settlement: Settlement | None) -> None:
+    async def _settle(self, message: Message, how: str, settlement: Settlement | None) -> None:
         delivery = _delivery(message)
-        if not _decide(message, verdict):
-            await self._settler.carried_out(delivery.receipt)
+        if not _decide(message, how):
+            await self._settler.carried_out(delivery)
             if delivery.lost:
-                raise LeaseLostError(f"{verdict}: it was asked for before, and could not be carried out")
+                raise LeaseLostError(f"{how}: it was asked for before, and could not be carried out")
             return
         if not self.forget(delivery):
             delivery.lost = True
             raise LeaseLostError(
-                f"{verdict}: the message is not ours any more: its lease was lost, or its subscription was closed"
+                f"{how}: the message is not ours any more: its lease was lost, or its subscription was closed"
             )
         error = await self._settler.submit(delivery, settlement)
         if error is not None:
@@ -239,16 +239,16 @@ def _text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _decide(message: Message, verdict: str) -> bool:
+def _decide(message: Message, how: str) -> bool:
     """Whether this is the first settlement.
 
     Raises:
         AlreadySettledError: It was settled otherwise.
     """
-    before = message._verdict  # pyright: ignore[reportPrivateUsage]
+    before = message._settled  # pyright: ignore[reportPrivateUsage]
     if before is None:
-        message._verdict = verdict  # pyright: ignore[reportPrivateUsage]
+        message._settled = how  # pyright: ignore[reportPrivateUsage]
         return True
-    if before != verdict:
-        raise AlreadySettledError(f"{verdict}: the message was settled before, with {before}")
+    if before != how:
+        raise AlreadySettledError(f"{how}: the message was settled before, with {before}")
     return False

@@ -3,13 +3,13 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Final
 
-from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.clock import Clock, sleep
 from abe.backends.message_queue.base.message import Message
-from abe.backends.message_queue.base.transport import Delivery, Receipt, Receiver
+from abe.backends.message_queue.base.transport import Delivery, Receiver, Settling
+from abe.backends.message_queue.engine.fetcher import Fetcher
 from abe.backends.message_queue.engine.in_flight import InFlight
 from abe.backends.message_queue.engine.leases import LeaseKeeper
 from abe.backends.message_queue.engine.settler import Settler
@@ -17,7 +17,6 @@ from abe.codec import Codec
 from abe.errors import AbeError, BackendClosedError, DecodeError
 
 _log: Final = logging.getLogger("abe.engine")
-_RECONNECT: Final = ExponentialBackoff(initial=0.05, maximum=5.0)
 _UNRENEWED_TIMEOUT: Final = 30.0
 """Seconds for which a settlement is tried, and others are waited for, where the broker has no lease that would run out."""
 
@@ -43,6 +42,8 @@ class Inbox:
         max_attempts: Deliveries of one message before it is dead.
         max_delay: The longest delay that the broker can hold, in seconds; None: no delay at all.
         lease: Seconds; None where the broker has no leases.
+        settling: How much the receiver settles at a time.
+        restore: Makes the group again, when it was deleted underneath.
         alone: Whether suspects are tried here. The bound must be 1 then.
         codec: Decodes bodies.
         clock: What leases and pauses are measured by.
@@ -59,6 +60,8 @@ class Inbox:
         max_attempts: int,
         max_delay: float | None,
         lease: float | None,
+        settling: Settling,
+        restore: Callable[[], Awaitable[object]],
         alone: bool = False,
         codec: Codec,
         clock: Clock,
@@ -78,15 +81,25 @@ class Inbox:
         self._left = left
         self._loop = asyncio.get_running_loop()
         self._timeout = _UNRENEWED_TIMEOUT if lease is None else lease
-        self._keeper = LeaseKeeper(receiver, self._receipts, self._lose, lease, clock)
-        self._settler = Settler(receiver, self._keeper.sure, self._make_space, self._refused, self._timeout, clock)
+        self._keeper = LeaseKeeper(receiver, lambda: self._in_flight.deliveries(), self._lose, lease, clock)
+        self._settler = Settler(
+            receiver,
+            settling,
+            count=self._count,
+            sure=self._keeper.sure,
+            settled=self._make_space,
+            refused=self._refused,
+            timeout=self._timeout,
+            leased=lease is not None,
+            clock=clock,
+        )
         self._in_flight = InFlight(
             receiver, self._settler, group=group, max_attempts=max_attempts, max_delay=max_delay, lease=lease
         )
         self._live = self._in_flight.live
         self._buffer: deque[Delivery] = deque()
         self._waiters: deque[asyncio.Future[None]] = deque()
-        self._space: asyncio.Future[None] | None = None
+        self._changed: asyncio.Future[None] | None = None
         self._error: BaseException | None = None
         self._shut = False
         self._stopping = False
@@ -94,9 +107,18 @@ class Inbox:
         self._giving_back: asyncio.Task[None] | None = None
         self._retiring: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._fetcher = Fetcher(
+            receiver,
+            group=group,
+            room=self._room,
+            held=self._in_flight.deliveries,
+            arrived=self._take_in,
+            lost=self._lose,
+            restore=restore,
+            clock=clock,
+        )
         self._keeping = self._loop.create_task(self._keeper.run())
-        self._fetching = self._loop.create_task(self._fetch())
-        for task in (self._keeping, self._fetching):
+        for task in (self._keeping, self._fetcher.task):
             task.add_done_callback(self._ended)
 
     @property
@@ -128,7 +150,7 @@ class Inbox:
                 delivery.begun = True
                 message._delivery = delivery  # pyright: ignore[reportPrivateUsage]
                 message._source = self._in_flight  # pyright: ignore[reportPrivateUsage]
-                message._verdict = None  # pyright: ignore[reportPrivateUsage]
+                message._settled = None  # pyright: ignore[reportPrivateUsage]
                 return message
         return None
 
@@ -238,15 +260,9 @@ class Inbox:
         self._stopping = True
         self._make_space()
         self._wake(len(self._waiters))
-        rest: Sequence[Delivery] | None = None
-        try:
-            rest = await self._receiver.stop()
-        except Exception as exc:  # noqa: BLE001 - whatever it is, what we hold must go back
-            _log.warning("the receiver of group %r could not be told to stop: %r", self.group, exc)
-            self._fetching.cancel()
-        await asyncio.wait([self._fetching])
+        rest = await self._fetcher.stop()
         if rest:
-            self._live.update({delivery.receipt: delivery for delivery in rest})
+            self._live.update(dict.fromkeys(rest))
             self._buffer.extend(rest)
             self._wake(1)
 
@@ -270,8 +286,8 @@ class Inbox:
 
     async def _retire(self) -> None:
         while self._live and self._closing is None:
-            self._space = self._loop.create_future()  # set whenever a settlement was carried out, or a lease was lost
-            await self._space
+            self._changed = self._loop.create_future()  # set whenever a settlement was carried out, or a lease was lost
+            await self._changed
         await self.close()
 
     async def _close(self, timeout: float) -> None:
@@ -280,7 +296,7 @@ class Inbox:
             async with asyncio.timeout_at(began + _SETTLING * timeout):
                 await self.stop()
                 await self._settler.drain()
-                await self._in_flight.give_back_all(list(self._live.values()))
+                await self._in_flight.give_back_all(list(self._live))
                 await self._settler.drain()
         except (AbeError, TimeoutError) as exc:
             _log.warning(
@@ -290,7 +306,7 @@ class Inbox:
             )
         finally:
             self._settler.abandon()
-            ending = [self._fetching, self._keeping, self._halt_once(), self._stop_once()]
+            ending = [self._fetcher.task, self._keeping, self._halt_once(), self._stop_once()]
             for task in ending:
                 task.cancel()
             await asyncio.wait(ending, timeout=max(0.0, began + timeout - self._loop.time()))
@@ -302,42 +318,18 @@ class Inbox:
             finally:
                 self._left(self)
 
-    async def _fetch(self) -> None:
-        failures = 0
-        broken = False
-        while not self._stopping:
-            try:
-                if broken:
-                    self._lose(await self._receiver.recover(self._receipts()))
-                    _log.info("group %r is being consumed again", self.group)
-                    broken = False
-                room = self._room()
-                if not room:
-                    await self._wait_for_space()
-                    continue
-                deliveries = await self._receiver.receive(room)
-            except Exception as exc:
-                if isinstance(exc, AbeError) and not exc.retryable:
-                    raise
-                failures += 1
-                broken = True
-                if isinstance(exc, AbeError):
-                    _log.warning("group %r cannot be consumed, trying again: %s", self.group, exc)
-                else:
-                    _log.exception("unexpected exception from the transport (a bug of the provider), trying again")
-                await sleep(self._clock, _RECONNECT(failures))
-            else:
-                failures = 0
-                if deliveries:
-                    self._live.update({delivery.receipt: delivery for delivery in deliveries})
-                    place = None if self.alone else self._suspect(deliveries)
-                    self._buffer.extend(deliveries[:place])
-                    self._wake(1)
-                    if place is not None:
-                        self._change()
-                        for delivery in deliveries[place:]:
-                            self._in_flight.give_back(delivery)
-                        return
+    def _take_in(self, deliveries: Sequence[Delivery]) -> bool:
+        """Have what was received; return whether more is to be taken."""
+        self._live.update(dict.fromkeys(deliveries))
+        place = None if self.alone else self._suspect(deliveries)
+        self._buffer.extend(deliveries[:place])
+        self._wake(1)
+        if place is None:
+            return True
+        self._change()
+        for delivery in deliveries[place:]:
+            self._in_flight.give_back(delivery)
+        return False
 
     def _suspect(self, deliveries: Sequence[Delivery]) -> int | None:
         """Where the first is that is to be tried alone, if there is one."""
@@ -347,8 +339,8 @@ class Inbox:
                 return place
         return None
 
-    def _receipts(self) -> list[Receipt]:
-        return self._in_flight.receipts()
+    def _count(self) -> int:
+        return 0 if self._stopping else self._in_flight.count()
 
     def _room(self) -> int:
         """How many to ask for: at most half the bound, so that the next ones travel while these are handled.
@@ -360,14 +352,10 @@ class Inbox:
         worth_it = max(1, self._prefetch // 4) if self._buffer or self._settler.outstanding else 1
         return room if room >= worth_it else 0
 
-    async def _wait_for_space(self) -> None:
-        self._space = self._loop.create_future()
-        if not self._room() and not self._stopping:
-            await self._space
-
     def _make_space(self) -> None:
-        if self._space is not None and not self._space.done():
-            self._space.set_result(None)
+        self._fetcher.look()
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)
 
     def _wake(self, count: int) -> None:
         while count and self._waiters:
@@ -394,7 +382,7 @@ class Inbox:
         self._shut = True
         self._wake(len(self._waiters))
 
-    def _lose(self, receipts: Collection[Receipt]) -> None:
-        if receipts:
-            self._in_flight.lose(receipts)
+    def _lose(self, deliveries: Collection[Delivery]) -> None:
+        if deliveries:
+            self._in_flight.lose(deliveries)
             self._make_space()

@@ -1,10 +1,10 @@
 """How a subscription comes to its inboxes."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Protocol
 
-from abe.backends.message_queue.base.transport import Receiver
+from abe.backends.message_queue.base.transport import Receiver, Settling
 from abe.backends.message_queue.engine.calls import Calls
 from abe.backends.message_queue.engine.inbox import Inbox
 from abe.backends.message_queue.engine.session import Session
@@ -14,7 +14,16 @@ from abe.errors import BackendClosedError, BackendConnectionError, GroupMissingE
 class MakesInbox(Protocol):
     """Makes an inbox of a receiver."""
 
-    def __call__(self, receiver: Receiver, *, prefetch: int, alone: bool, left: Callable[[Inbox], object]) -> Inbox: ...
+    def __call__(
+        self,
+        receiver: Receiver,
+        *,
+        prefetch: int,
+        alone: bool,
+        settling: Settling,
+        restore: Callable[[], Awaitable[object]],
+        left: Callable[[Inbox], object],
+    ) -> Inbox: ...
 
 
 class Joining:
@@ -52,11 +61,18 @@ class Joining:
         prefetch = 1 if alone else self._prefetch
 
         async def join(session: Session) -> Inbox:
-            inbox = partial(self._inbox, prefetch=prefetch, alone=alone, left=session.inboxes.discard)
+            inbox = partial(
+                self._inbox,
+                prefetch=prefetch,
+                alone=alone,
+                left=session.inboxes.discard,
+                settling=session.transport.settling,
+                restore=partial(session.restore, self._group),
+            )
             if self._session is None:
-                await session.declare(self._group, self._patterns)
+                await session.agree(self._group, self._patterns)
             else:
-                await session.transport.declare(self._group, self._patterns, change=False)
+                await session.declare(self._group, self._patterns, change=False)
             try:
                 joined = await session.join(self._group, prefetch, inbox)
             except GroupMissingError as exc:  # deleted in between: to be declared again, as after a lost connection

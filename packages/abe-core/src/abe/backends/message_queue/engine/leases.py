@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import Final
 
 from abe.backends.message_queue.base.clock import Clock, sleep
-from abe.backends.message_queue.base.transport import Receipt, Receiver
+from abe.backends.message_queue.base.transport import Delivery, Receiver
 from abe.errors import AbeError
 
 _log: Final = logging.getLogger("abe.engine")
@@ -17,8 +17,8 @@ class LeaseKeeper:
 
     Args:
         receiver: Whose deliveries they are.
-        held: Returns what we hold: buffered, in handlers, or with a verdict that the broker does not know yet.
-        lost: Called with the receipts that are not ours any more.
+        held: Returns what we hold: buffered, in handlers, or with a settlement that the broker does not know yet.
+        lost: Called with those that are not ours any more.
         lease: Seconds; None where the broker has no leases.
         clock: What the lease is measured by.
     """
@@ -26,8 +26,8 @@ class LeaseKeeper:
     def __init__(
         self,
         receiver: Receiver,
-        held: Callable[[], Collection[Receipt]],
-        lost: Callable[[Collection[Receipt]], None],
+        held: Callable[[], Collection[Delivery]],
+        lost: Callable[[Collection[Delivery]], None],
         lease: float | None,
         clock: Clock,
     ) -> None:

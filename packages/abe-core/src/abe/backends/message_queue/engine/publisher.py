@@ -190,7 +190,7 @@ class Publisher:
         return batch, future
 
     def _schedule(self) -> None:
-        if self._flying < self._limits.flights and not self._scheduled:
+        if self._flying < self._limits.max_concurrent and not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._fly)
 
@@ -218,7 +218,7 @@ class Publisher:
 
     def _fly(self) -> None:
         self._scheduled = False
-        while self._flying < self._limits.flights and (self._ready or self._current is not None):
+        while self._flying < self._limits.max_concurrent and (self._ready or self._current is not None):
             if self._ready:
                 batch = self._ready.popleft()
             else:

@@ -37,6 +37,7 @@ class Session:
         """The bounds of the calls that are under way: closing ends them."""
         self._joining: set[asyncio.Task[Inbox]] = set()
         self._undeclared: Mapping[str, tuple[str, ...]] = settings.groups
+        self._patterns: dict[str, tuple[str, ...]] = {}
         self._close_timeout = settings.close_timeout
         self._closing: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
@@ -50,10 +51,15 @@ class Session:
         await self.transport.open()
         if groups and self._undeclared:
             for group, patterns in self._undeclared.items():
-                await self.declare(group, check_patterns(patterns) if patterns else None, by="QUEUE_GROUPS")
+                await self.agree(group, check_patterns(patterns) if patterns else None, by="QUEUE_GROUPS")
             self._undeclared = {}
 
-    async def declare(self, group: str, patterns: tuple[str, ...] | None, *, by: str = "keys=") -> None:
+    async def declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> tuple[str, ...]:
+        """Make a group exist, and return the patterns that it has now; see `Transport.declare`."""
+        present = self._patterns[group] = await self.transport.declare(group, patterns, change=change)
+        return present
+
+    async def agree(self, group: str, patterns: tuple[str, ...] | None, *, by: str = "keys=") -> None:
         """Make a group exist, with these patterns if it is new.
 
         Args:
@@ -64,13 +70,17 @@ class Session:
         Raises:
             ConfigurationError: It exists, and has other patterns.
         """
-        present = await self.transport.declare(group, patterns, change=False)
+        present = await self.declare(group, patterns, change=False)
         if patterns is not None and set(present) != set(patterns):
             raise ConfigurationError(
                 f"group {group!r} has the key patterns {_listed(present)}, and {by} asks for {_listed(patterns)}. "
                 f"Patterns belong to the group: leave them out to take what it has, change them for all of its consumers with "
                 f"declare({group!r}, keys=[...]), or use a group of another name"
             )
+
+    async def restore(self, group: str) -> None:
+        """Make a group again that was deleted underneath its consumers, with the patterns that it had when we last knew."""
+        await self.declare(group, self._patterns.get(group), change=False)
 
     @property
     def ended(self) -> bool:

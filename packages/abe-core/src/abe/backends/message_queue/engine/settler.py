@@ -1,6 +1,6 @@
-"""Settlement: the verdicts of one turn of the event loop leave together.
+"""Settlement: what was decided in one turn of the event loop leaves together.
 
-A verdict that cannot be carried out because the connection broke is tried again until the lease must have run out.
+What cannot be carried out now, because the connection broke for one, is tried again until the lease must have run out.
 """
 
 import asyncio
@@ -11,55 +11,67 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.clock import Clock, sleep
-from abe.backends.message_queue.base.transport import Delivery, Failures, Receipt, Receiver, Settlement
+from abe.backends.message_queue.base.transport import Delivery, Disposition, Outcomes, Receiver, Settlement, Settling
 from abe.errors import AbeError, ConfigurationError, LeaseLostError
 
 _log: Final = logging.getLogger("abe.engine")
 _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=2.0)
-_MOST: Final = 500
-"""Verdicts a call: what keeps one call to the broker short."""
 
 Waiter: TypeAlias = asyncio.Future[AbeError | None]
 _Item = TypeVar("_Item")
 
 
 class Settler:
-    """Coalesces acknowledgements and other verdicts.
+    """Batches acknowledgements and other settlements.
 
     Args:
         receiver: Carries them out.
+        settling: How many a call takes, and whether acknowledgements wait for others.
+        count: Returns how many messages are ours: only where these fill a call may waiting for others pay.
         sure: Whether the leases of what we hold are certainly still ours.
-        settled: Called when verdicts were carried out, so that more messages can be taken.
+        settled: Called when a batch was carried out, so that more messages can be taken.
         refused: Called with a permanent error: the broker will carry out no settlement of ours.
         timeout: Seconds for which a settlement is worth trying.
+        leased: Whether what is not settled comes back when its lease runs out. Where it does not, it is given back after that time.
         clock: What `timeout` is measured by.
     """
 
     def __init__(
         self,
         receiver: Receiver,
+        settling: Settling,
+        *,
+        count: Callable[[], int],
         sure: Callable[[], bool],
         settled: Callable[[], None],
         refused: Callable[[AbeError], None],
         timeout: float,
+        leased: bool,
         clock: Clock,
     ) -> None:
         self._receiver = receiver
+        self._most = settling.messages
+        self._linger = settling.linger
+        self._count = count
         self._sure = sure
         self._settled = settled
         self._refused = refused
         self._timeout = timeout
+        self._leased = leased
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._acks: list[Delivery] = []
         self._asked: list[tuple[Delivery, Waiter]] = []
-        self._verdicts: list[tuple[Delivery, Waiter, Settlement]] = []
+        self._settlements: list[tuple[Settlement, Waiter]] = []
+        self._pending: list[tuple[Delivery, Waiter | None]] = []  # acknowledgements that wait for others
+        self._pending_until: asyncio.TimerHandle | None = None
+        self._acking = 0
         self._scheduled = False
         self._abandoned = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._leaving: dict[Receipt, None] = {}
+        self._leaving: dict[Delivery, None] = {}
         self.outstanding: int = 0
-        """Verdicts that the broker does not know yet: it still counts these messages as ours."""
+        """Messages whose settlement the broker does not know yet: it still counts them as ours."""
 
     def ack(self, delivery: Delivery) -> None:
         """Acknowledge with the next batch. A failure is logged."""
@@ -70,37 +82,38 @@ class Settler:
             self._loop.call_soon(self._flush)
 
     def submit(self, delivery: Delivery, settlement: Settlement | None) -> Waiter:
-        """Carry out a verdict (None: acknowledge) with the next batch; the future's result is what went wrong, or None."""
+        """Settle (None: acknowledge) with the next batch; the future's result is what went wrong, or None."""
         waiter: Waiter = self._loop.create_future()
         self.outstanding += 1
         if settlement is None:
             self._asked.append((delivery, waiter))
         else:
-            self._verdicts.append((delivery, waiter, settlement))
+            self._settlements.append((settlement, waiter))
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._flush)
         return waiter
 
-    def receipts(self) -> list[Receipt]:
-        """Return the messages whose verdict the broker does not know yet."""
+    def deliveries(self) -> list[Delivery]:
+        """Return the messages whose settlement the broker does not know yet."""
         return [
             *self._leaving,
-            *(delivery.receipt for delivery in self._acks),
-            *(delivery.receipt for delivery, _ in self._asked),
-            *(delivery.receipt for delivery, _, _ in self._verdicts),
+            *self._acks,
+            *(delivery for delivery, _ in self._pending),
+            *(delivery for delivery, _ in self._asked),
+            *(settlement.delivery for settlement, _ in self._settlements),
         ]
 
-    async def carried_out(self, receipt: Receipt) -> None:
+    async def carried_out(self, delivery: Delivery) -> None:
         """Return when the broker knows the settlement of this delivery, or it was given up; at once, where none is on its way."""
-        if receipt in self.receipts():
-            self._flush()
-        while receipt in self._leaving:
+        if delivery in self.deliveries():
+            self._flush_all()
+        while delivery in self._leaving:
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
 
     async def drain(self) -> None:
         """Return when everything submitted so far has been carried out, or given up."""
-        self._flush()
+        self._flush_all()
         while self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -112,121 +125,168 @@ class Settler:
 
     def _flush(self) -> None:
         self._scheduled = False
+        settlements, self._settlements = self._settlements, []
+        for start in range(0, len(settlements), self._most):
+            part = settlements[start : start + self._most]
+            items = [settlement for settlement, _ in part]
+            deliveries = [settlement.delivery for settlement in items]
+            self._start(self._run(self._receiver.settle, items, deliveries, [waiter for _, waiter in part]), deliveries)
         acks, self._acks = self._acks, []
         asked, self._asked = self._asked, []
-        verdicts, self._verdicts = self._verdicts, []
-        for start in range(0, len(acks), _MOST):
-            part = acks[start : start + _MOST]
-            receipts = [delivery.receipt for delivery in part]
-            self._start(self._send_acks(part, receipts), receipts)
-        for start in range(0, len(asked), _MOST):
-            batch = asked[start : start + _MOST]
-            receipts = [delivery.receipt for delivery, _ in batch]
-            # Somebody waits for the answer, so each one is verified: a plain acknowledgement may not tell which of them was lost.
-            self._start(self._answer(batch, partial(self._receiver.ack, verify=True), receipts), receipts)
-        for start in range(0, len(verdicts), _MOST):
-            some = verdicts[start : start + _MOST]
-            settlements = [settlement for _, _, settlement in some]
-            receipts = [settlement.receipt for settlement in settlements]
-            self._start(self._answer([item[:2] for item in some], self._receiver.settle, settlements), receipts)
+        if self._linger:
+            self._pending += asked
+            self._pending += [(delivery, None) for delivery in acks]
+            # Those that somebody waits for wait for others at most while a call is under way.
+            self._flush_pending(linger=self._acking > 0 if asked else self._count() >= self._most)
+            return
+        for start in range(0, len(acks), self._most):
+            self._start_acks(acks[start : start + self._most], None)
+        for start in range(0, len(asked), self._most):
+            some = asked[start : start + self._most]
+            self._start_acks([delivery for delivery, _ in some], [waiter for _, waiter in some])
 
-    def _start(self, coroutine: Coroutine[Any, Any, None], receipts: Sequence[Receipt]) -> None:
-        def done(task: asyncio.Task[None]) -> None:
-            self._tasks.discard(task)
-            self.outstanding -= len(receipts)
-            for receipt in receipts:
-                self._leaving.pop(receipt, None)
-            self._settled()
+    def _flush_all(self) -> None:
+        self._flush()
+        self._flush_pending(linger=False)
 
-        self._leaving.update(dict.fromkeys(receipts))
-        task = self._loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(done)
+    def _flush_pending(self, *, linger: bool) -> None:
+        """Send acknowledgements that waited for others: full batches, and the rest unless it is to wait on."""
+        pending = self._pending
+        leaving = len(pending) - (len(pending) % self._most if linger else 0)
+        self._pending = pending[leaving:]
+        for start in range(0, leaving, self._most):
+            some = pending[start : min(start + self._most, leaving)]
+            self._start_acks([delivery for delivery, _ in some], [waiter for _, waiter in some])
+        if self._pending_until is not None and (leaving or not self._pending):
+            self._pending_until.cancel()
+            self._pending_until = None
+        if self._pending and self._pending_until is None:
+            self._pending_until = self._loop.call_later(self._linger, partial(self._flush_pending, linger=False))
 
-    async def _send_acks(self, deliveries: Sequence[Delivery], receipts: Sequence[Receipt]) -> None:
-        verify = not self._sure()
+    def _start_acks(self, deliveries: list[Delivery], waiters: Sequence[Waiter | None] | None) -> None:
+        # Where somebody waits for the answer, each one is verified: a plain acknowledgement may not tell which of them was lost.
+        verify = (waiters is not None and any(waiters)) or not self._sure()
 
-        def ack(some: Sequence[Receipt]) -> Awaitable[Failures]:
+        def ack(some: Sequence[Delivery]) -> Awaitable[Outcomes]:
             nonlocal verify
             now, verify = verify, True  # a retry may come when the leases are long over
             return self._receiver.ack(some, verify=now)
 
-        failures: Failures = dict.fromkeys(receipts, _closed())
+        def acked(_: object) -> None:
+            self._acking -= 1
+            if self._pending and not self._acking:
+                self._flush_pending(linger=all(waiter is None for _, waiter in self._pending))
+
+        self._acking += 1
+        self._start(self._run(ack, deliveries, deliveries, waiters), deliveries).add_done_callback(acked)
+
+    def _start(self, coroutine: Coroutine[Any, Any, None], deliveries: Sequence[Delivery]) -> asyncio.Task[None]:
+        def done(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self.outstanding -= len(deliveries)
+            for delivery in deliveries:
+                self._leaving.pop(delivery, None)
+            self._settled()
+
+        self._leaving.update(dict.fromkeys(deliveries))
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(done)
+        return task
+
+    async def _run(
+        self,
+        call: Callable[[Sequence[_Item]], Awaitable[Outcomes]],
+        items: Sequence[_Item],
+        deliveries: Sequence[Delivery],
+        waiters: Sequence[Waiter | None] | None,
+    ) -> None:
+        """Have a batch carried out, and tell whoever waits; the log, where nobody does."""
+        outcomes: Outcomes = [_closed()] * len(items)
         try:
-            failures = await self._carry_out(ack, receipts, receipts)
+            outcomes = await self._carry_out(call, items)
+            late = [each for each, error in zip(deliveries, outcomes, strict=False) if error and error.retryable]
+            await self._give_back(late)
         finally:
+            failures: list[AbeError] = []
+            if waiters is None:
+                waiters = [None] * len(outcomes)
+            for delivery, waiter, error in zip(deliveries, waiters, outcomes or [None] * len(items), strict=False):
+                delivery.lost = error is not None
+                if waiter is None:
+                    if error is not None:
+                        failures.append(error)
+                elif not waiter.done():
+                    waiter.set_result(error)
             if failures:
-                for delivery in deliveries:
-                    delivery.lost = delivery.lost or delivery.receipt in failures
                 _log.warning(
                     "%d of %d acknowledgements were not carried out, so these messages will be delivered again: %s",
                     len(failures),
-                    len(deliveries),
-                    next(iter(failures.values())),
+                    len(items),
+                    failures[0],
                 )
 
-    async def _answer(
-        self,
-        batch: Sequence[tuple[Delivery, Waiter]],
-        call: Callable[[Sequence[_Item]], Awaitable[Failures]],
-        items: Sequence[_Item],
-    ) -> None:
-        failures: Failures = dict.fromkeys((delivery.receipt for delivery, _ in batch), _closed())
-        try:
-            failures = await self._carry_out(call, items, list(failures))
-        finally:
-            for delivery, waiter in batch:
-                error = failures.get(delivery.receipt)
-                delivery.lost = error is not None
-                if not waiter.done():
-                    waiter.set_result(error)
-
     async def _carry_out(
-        self,
-        call: Callable[[Sequence[_Item]], Awaitable[Failures]],
-        items: Sequence[_Item],
-        receipts: Sequence[Receipt],
-    ) -> Failures:
-        """Make the call, and return what went wrong with which delivery.
+        self, call: Callable[[Sequence[_Item]], Awaitable[Outcomes]], items: Sequence[_Item]
+    ) -> Outcomes:
+        """Make the call, again for those of the items that may be carried out later, and return each one's outcome."""
+        deadline = self._clock.time() + self._timeout
+        outcomes = list(await self._attempt(call, items))
+        places: Sequence[int] = range(len(outcomes))
+        tries = 0
+        while places := [place for place in places if (error := outcomes[place]) is not None and error.retryable]:
+            tries += 1
+            pause = _BACKOFF(tries)
+            if self._abandoned or self._clock.time() + pause > deadline:
+                break
+            _log.debug("%d settlements failed, trying again: %s", len(places), outcomes[places[0]])
+            await sleep(self._clock, pause)
+            again = await self._attempt(call, [items[place] for place in places])
+            for place, error in zip(places, again or [None] * len(places), strict=True):
+                outcomes[place] = error
+        return outcomes
+
+    async def _give_back(self, deliveries: Sequence[Delivery]) -> None:
+        """See to it that what could not be settled is delivered again, where no lease sees to that."""
+        if deliveries and not self._leased:
+            await self._attempt(self._receiver.settle, [Settlement(each, Disposition.RETRY) for each in deliveries])
+
+    async def _attempt(
+        self, call: Callable[[Sequence[_Item]], Awaitable[Outcomes]], items: Sequence[_Item]
+    ) -> Outcomes:
+        """Make the call once.
 
         A batch that fails as a whole and for good is halved until what it fails for stands alone: one settlement keeps no other from
         being carried out. What will always fail is told to `refused`.
         """
+        error: AbeError
         if self._abandoned:
-            return dict.fromkeys(receipts, _closed())
-        failures: Failures
-        error: AbeError | None
+            return [_closed()] * len(items)
         try:
-            failures = await self._persist(partial(call, items))
-            error = next((error for error in failures.values() if isinstance(error, ConfigurationError)), None)
+            outcomes = _one_each(await call(items), items)
         except AbeError as exc:
-            failures, error = dict.fromkeys(receipts, exc), exc
+            error = exc
         except Exception as exc:  # noqa: BLE001 - a fault in a transport must not leave anybody waiting for ever
             _log.exception("unexpected exception from the transport (a bug of the provider)")
             error = LeaseLostError(f"the transport failed, so that the broker may not know the settlement: {exc!r}")
             error.__cause__ = exc
-            failures = dict.fromkeys(receipts, error)
+        else:
+            if refusal := next((each for each in outcomes if isinstance(each, ConfigurationError)), None):
+                self._refused(refusal)
+            return outcomes
         if isinstance(error, ConfigurationError):
             self._refused(error)
-        elif error is not None and not error.retryable and len(items) > 1:
+        elif not error.retryable and len(items) > 1:
             half = len(items) // 2
-            first = await self._carry_out(call, items[:half], receipts[:half])
-            return {**first, **await self._carry_out(call, items[half:], receipts[half:])}
-        return failures
+            parts = items[:half], items[half:]
+            return [each for part in parts for each in await self._attempt(call, part) or [None] * len(part)]
+        return [error] * len(items)
 
-    async def _persist(self, call: Callable[[], Awaitable[Failures]]) -> Failures:
-        deadline = self._clock.time() + self._timeout
-        tries = 0
-        while True:
-            try:
-                return await call()
-            except AbeError as exc:
-                tries += 1
-                pause = _BACKOFF(tries)
-                if not exc.retryable or self._abandoned or self._clock.time() + pause > deadline:
-                    raise
-                _log.debug("settlement failed, trying again: %s", exc)
-                await sleep(self._clock, pause)
+
+def _one_each(outcomes: Outcomes, items: Sequence[object]) -> Outcomes:
+    if outcomes and len(outcomes) != len(items):
+        raise RuntimeError(f"{len(outcomes)} outcomes of {len(items)} settlements")
+    return outcomes
 
 
 def _closed() -> LeaseLostError:

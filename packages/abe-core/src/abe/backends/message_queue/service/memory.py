@@ -16,20 +16,20 @@ from abe.backends.message_queue.base import (
     Clock,
     DeadLetter,
     Delivery,
+    Disposition,
     Durability,
     Envelope,
-    Failures,
     GroupStats,
     Metadata,
-    Receipt,
+    Outcomes,
     Settlement,
+    Settling,
     Transport,
-    Verb,
 )
 from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
 from abe.backends.message_queue.base.routing import group_full, unroutable
 from abe.backends.message_queue.engine import TransportBackend
-from abe.backends.message_queue.service.namespaces import Dead, Item, Namespace, Queue, namespace
+from abe.backends.message_queue.service.namespaces import Dead, Held, Item, Namespace, Queue, namespace
 from abe.errors import AbeError, LeaseLostError, UnroutableError
 from abe.settings import QueueSettings
 
@@ -41,7 +41,7 @@ class _MemoryReceiver:
     def __init__(self, namespace: Namespace, group: str, lease: float, clock: Clock) -> None:
         self._namespace = namespace
         self._group = group
-        self._patterns = namespace.queue(group).patterns
+        namespace.queue(group)  # or there is no such group
         self._lease = lease
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -52,7 +52,7 @@ class _MemoryReceiver:
         while not self._stopped:
             self._woken.clear()
             with self._namespace.lock:
-                queue = self._queue()
+                queue = self._namespace.queue(self._group)
                 deliveries = queue.take(self, limit, self._clock.time(), self._lease)
                 if deliveries:
                     queue.wake()
@@ -75,44 +75,46 @@ class _MemoryReceiver:
         assert isinstance(envelope, Envelope)
         return Metadata(envelope.id, envelope.key, envelope.published_at, envelope.headers)
 
-    async def ack(self, receipts: Sequence[Receipt], *, verify: bool) -> Failures:
-        # A receipt names a delivery, not a message, so that a late one finds nothing: there is no need to verify more.
+    async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
+        # The number is of a delivery, not of a message, so that a late one finds nothing: there is no need to verify more.
         with self._namespace.lock:
-            held = self._queue().held
-            return {receipt: _lost() for receipt in receipts if held.pop(receipt, None) is None}
+            held = self._held()
+            return [None if held.pop(delivery.native, None) else _lost() for delivery in deliveries]
 
-    async def settle(self, settlements: Sequence[Settlement]) -> Failures:
-        failures: dict[Receipt, AbeError] = {}
+    async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
+        outcomes: list[AbeError | None] = [None] * len(settlements)
         now = self._clock.time()
         with self._namespace.lock:
-            queue = self._queue()
+            queue = self._namespace.queues.get(self._group)
+            if queue is None:
+                return [_lost()] * len(settlements)
             released: list[Item] = []
-            for settlement in settlements:
-                held = queue.held.pop(settlement.receipt, None)
+            for place, settlement in enumerate(settlements):
+                held = queue.held.pop(settlement.delivery.native, None)
                 if held is None:
-                    failures[settlement.receipt] = _lost()
-                elif settlement.verb is Verb.DEAD:
+                    outcomes[place] = _lost()
+                elif settlement.disposition is Disposition.DEAD:
                     queue.bury(held.item, settlement.reason, settlement.error)
-                elif settlement.verb is Verb.RELEASE:
+                elif settlement.disposition is Disposition.RELEASE:
                     held.item.attempts -= 1
                     released.append(held.item)
                 else:
                     queue.put(held.item.envelope, now + settlement.delay, now, held.item.attempts)
             queue.give_back(released)
             queue.wake(everybody=True)
-        return failures
+        return outcomes
 
-    async def renew(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
+    async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         with self._namespace.lock:
-            held = self._queue().held
+            held = self._held()
             deadline = self._clock.time() + self._lease
-            for receipt in receipts:
-                if receipt in held:
-                    held[receipt].deadline = deadline
-            return [receipt for receipt in receipts if receipt not in held]
+            for delivery in deliveries:
+                if delivery.native in held:
+                    held[delivery.native].deadline = deadline
+            return [delivery for delivery in deliveries if delivery.native not in held]
 
-    async def recover(self, receipts: Collection[Receipt]) -> Collection[Receipt]:
-        return await self.renew(receipts)
+    async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
+        return await self.renew(deliveries)
 
     async def stop(self) -> None:
         self._stopped = True
@@ -122,18 +124,14 @@ class _MemoryReceiver:
         with self._namespace.lock:
             queue = self._namespace.queues.get(self._group)
             if queue is not None:
-                ours = [receipt for receipt, held in queue.held.items() if held.owner is self]
-                queue.give_back([queue.held.pop(receipt).item for receipt in ours])
+                ours = [number for number, held in queue.held.items() if held.owner is self]
+                queue.give_back([queue.held.pop(number).item for number in ours])
                 queue.wake(everybody=True)
 
-    def _queue(self) -> Queue:
-        """Return the group's queue; one that was deleted underneath is made again, with the patterns that it had."""
+    def _held(self) -> dict[int, Held]:
+        """Return what the group's consumers hold: nothing, when it was deleted underneath."""
         queue = self._namespace.queues.get(self._group)
-        if queue is None:
-            self._namespace.declare(self._group, self._patterns, self._clock.time())
-            return self._namespace.queues[self._group]
-        self._patterns = queue.patterns
-        return queue
+        return {} if queue is None else queue.held
 
     def wake(self) -> bool:
         """Let a waiting `receive` look again, from whatever thread; False when its event loop was closed under it."""
@@ -149,7 +147,8 @@ def _lost() -> LeaseLostError:
 
 
 class _MemoryTransport:
-    batching = Batching(messages=250, bytes=1 << 20, flights=1)
+    batching = Batching(messages=250, bytes=1 << 20, max_concurrent=1)
+    settling = Settling()
 
     def __init__(self, settings: QueueSettings, clock: Clock) -> None:
         self._namespace = namespace(settings.namespace)

@@ -10,7 +10,7 @@ from itertools import count
 from time import time
 from typing import Final, Protocol, TypeAlias
 
-from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope, Receipt
+from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope
 from abe.backends.message_queue.base.names import EVERYTHING
 from abe.backends.message_queue.base.routing import group_missing, matches_any
 
@@ -58,7 +58,7 @@ class Queue:
         self.patterns = patterns
         self.ready: deque[Item] = deque()
         self.delayed: list[tuple[float, int, Item]] = []
-        self.held: dict[Receipt, Held] = {}
+        self.held: dict[int, Held] = {}
         self.dead: dict[int, Dead] = {}
         self.waiting: dict[Waiter, None] = {}
         self._serial = count().__next__
@@ -80,19 +80,17 @@ class Queue:
         while (expired or self.ready) and len(deliveries) < limit:
             item = expired.popleft() if expired else self.ready.popleft()
             item.attempts += 1
-            receipt = self._number()
-            self.held[receipt] = Held(item, receiver, deadline)
-            deliveries.append(Delivery(receipt, item.envelope.body, item.envelope, item.attempts))
+            number = self._number()
+            self.held[number] = Held(item, receiver, deadline)
+            deliveries.append(Delivery(item.envelope.body, item.envelope, item.attempts, number))
         if deliveries:
             self._next_deadline = min(self._next_deadline, deadline)
         return deliveries
 
     def _take_expired(self, receiver: "Waiter", limit: int, now: float, lease: float) -> deque[Item]:
         """Take items whose leases ran out from consumers other than the receiver: what it holds itself, it is about to renew."""
-        expired = [
-            receipt for receipt, held in self.held.items() if held.deadline <= now and held.owner is not receiver
-        ]
-        items = deque(self.held.pop(receipt).item for receipt in expired[:limit])
+        expired = [number for number, held in self.held.items() if held.deadline <= now and held.owner is not receiver]
+        items = deque(self.held.pop(number).item for number in expired[:limit])
         again = now + lease / 10
         deadlines = (
             again if held.owner is receiver and held.deadline <= now else held.deadline for held in self.held.values()
