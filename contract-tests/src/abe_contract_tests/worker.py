@@ -20,6 +20,7 @@ from unittest.mock import patch
 
 from abe.types import MessageQueueBackendProtocol
 from abe_contract_tests import timeline
+from abe_contract_tests.bounds import slowness
 from abe_contract_tests.harness import Harness
 from abe_contract_tests.loops import new_event_loop
 
@@ -216,7 +217,7 @@ class ThreadWorker:
             with suppress(RuntimeError):  # its loop has ended by itself
                 self._loop.call_soon_threadsafe(self._loop.stop)
             await self.resume()
-        await asyncio.to_thread(self._thread.join, _KILL_PATIENCE)
+        await asyncio.to_thread(self._thread.join, _KILL_PATIENCE * slowness())
         if self._thread.is_alive():
             raise WorkerFailed("the worker keeps its event loop busy, so that it cannot be stopped")
 
