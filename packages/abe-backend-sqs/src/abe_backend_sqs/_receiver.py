@@ -101,12 +101,11 @@ class SqsReceiver:
 
     async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
         """Delete. What may not be ours any more is received again first: by an old handle, SQS may delete what somebody else has by now."""
-        receipts: list[Receipt] = [delivery.native for delivery in deliveries]
-        ours, doubtful, failures = self._held.ours(receipts)
+        ours, doubtful, failures = self._held.ours([delivery.native for delivery in deliveries])
         with self._held.being_settled([*ours, *doubtful]):
             for some in await gather_all(self._delete(ours), self._ack_again(doubtful)):
                 failures.update(some)
-        return [failures.get(receipt) for receipt in receipts]
+        return [failures.get(delivery.native) for delivery in deliveries]
 
     async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
         """Carry out settlements: hide, move, or put a copy in its place."""
@@ -168,10 +167,12 @@ class SqsReceiver:
     async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         """Say which are lost. What a lost answer brought comes back when its lease runs out."""
         if self._missing:
-            self._handles.url = self._polls.url = await self._url()
+            try:
+                self._handles.url = self._polls.url = await self._transport.queues.url(self._name)
+            except QueueMissingError as exc:
+                raise self._deleted() from exc
             self._missing = False
-        receipts: list[Receipt] = [delivery.native for delivery in deliveries]
-        _, doubtful, lost = self._held.ours(receipts)
+        _, doubtful, lost = self._held.ours([delivery.native for delivery in deliveries])
         doubtful = [each for each in doubtful if each not in self._held.leaving]
         lost.update(self._lost(doubtful, await self._revival.of(doubtful)))
         return [delivery for delivery in deliveries if delivery.native in lost]
@@ -387,12 +388,6 @@ class SqsReceiver:
                 raise failures[receipt]
         insist({receipt: error for receipt, error in failures.items() if error.retryable})
         return refused
-
-    async def _url(self) -> str:
-        try:
-            return await self._transport.queues.url(self._name)
-        except QueueMissingError as exc:
-            raise self._deleted() from exc
 
     def _deleted(self) -> GroupMissingError:
         self._missing = True
