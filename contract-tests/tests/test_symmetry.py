@@ -59,6 +59,7 @@ EXTRA: dict[str, dict[str, str]] = {
         "test_tap": "frames in pieces, torn, out of order, and a broker that is silent",
     },
     "redis": {
+        "_broker": "transport and receivers share the server's connections and scripts",
         "_dead_letters": "a script must not look at more than a part of them at a time",
         "_login": "the transport is ours, and so is the login: what is wrong is said by the variable's name",
         "_options": "one URL says where, as whom, and with which TLS",

@@ -20,8 +20,8 @@ from abe.errors import (
     PublishRejectedError,
 )
 from abe_backend_redis import RedisBackend, RedisSettings
+from abe_backend_redis._broker import Broker
 from abe_backend_redis._login import connect
-from abe_backend_redis._transport import RedisTransport
 from abe_contract_tests import bounds
 from abe_contract_tests.services import TlsFiles
 
@@ -113,7 +113,7 @@ class TestReplies:
 
     async def test_after_the_end_every_call_is_told(self, one_lab: Any) -> None:
         wire = await connect(one_lab.settings(), "test", 5.0)
-        waiting = wire.call(b"XREAD", b"BLOCK", 0, b"STREAMS", one_lab.names.held, b"$")
+        waiting = wire.call(b"XREAD", b"BLOCK", 0, b"STREAMS", one_lab.names.parked, b"$")
         wire.close()
         with pytest.raises(BackendConnectionError, match="lost"):
             await waiting
@@ -299,14 +299,14 @@ class TestServer:
         assert len(caplog.messages) == 1
 
     async def test_a_server_that_is_too_old_is_refused(self, one_lab: Any) -> None:
-        transport = RedisTransport(one_lab.settings())
+        broker = Broker(one_lab.settings())
 
         class Old:
             async def call(self, *_: object) -> bytes:
                 return b"redis_version:6.0.16\r\naof_enabled:1\r\n"
 
         with pytest.raises(ConfigurationError, match=r"version 6\.0\.16"):
-            await transport._check(Old())  # type: ignore[arg-type]
+            await broker._check(Old())  # type: ignore[arg-type]
 
     async def test_a_full_memory_refuses_and_stores_nothing(self, launch: Any, lab_at: Any) -> None:
         lab = lab_at(launch("--maxmemory", "8mb", "--maxmemory-policy", "noeviction").url)

@@ -124,4 +124,4 @@ async def test_the_namespace_goes_with_everything_in_it(lab: Any) -> None:
     await transport.delete_namespace()
     assert await transport.groups() == {}
     assert await transport.send([lab.envelope("k")]) == ()
-    assert await lab.redis.xlen(lab.names.held) == 1
+    assert await lab.redis.xlen(lab.names.parked) == 1

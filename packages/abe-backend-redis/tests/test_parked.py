@@ -46,7 +46,7 @@ async def test_order_is_kept_over_many_steps(lab: Any, collect: Collect) -> None
     assert await transport.declare("a", ("a.*",), change=False) == ("a.*",)
     wanted += await park(lab, transport, 10, "a.x")
     assert await received(lab, transport, collect, "a", len(wanted)) == wanted
-    assert await lab.redis.xlen(lab.names.held) == 1200
+    assert await lab.redis.xlen(lab.names.parked) == 1200
     assert not await lab.redis.exists(lab.names.joining)
 
 
@@ -111,7 +111,7 @@ async def test_nothing_is_lost_or_doubled_while_others_publish(lab: Any, collect
     for group in "ab":
         found = await received(lab, transports[0], collect, group, len(sent[group]))
         assert sorted(found) == sorted(sent[group])
-    assert not await lab.redis.exists(lab.names.held, lab.names.held_delayed, lab.names.held_passed)
+    assert not await lab.redis.exists(lab.names.parked, lab.names.parked_delayed, lab.names.parked_passed)
 
 
 @pytest.mark.parametrize("parked", [0, 3 * STEP])
@@ -169,6 +169,6 @@ async def test_delayed_ones_that_are_parked_meanwhile_are_looked_at_whenever_the
     await transport.declare("g", ("a",), change=False)
     assert await received(lab, transport, collect, "g", 3) == late
     assert (await transport.stats("g")).delayed == 2 * STEP
-    assert await lab.redis.zcard(lab.names.held_passed) == 2 * STEP
+    assert await lab.redis.zcard(lab.names.parked_passed) == 2 * STEP
     await transport.declare("rest", ("b",), change=False)
     assert (await transport.stats("rest")).delayed == 2 * STEP

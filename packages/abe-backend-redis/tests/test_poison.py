@@ -115,9 +115,9 @@ class TestOddThings:
     async def test_among_the_parked(self, one_lab: Any, until: Until) -> None:
         backend = await one_lab.backend()
         for entry in ENTRIES.values():
-            await one_lab.redis.execute_command("XADD", one_lab.names.held, "*", *entry)
+            await one_lab.redis.execute_command("XADD", one_lab.names.parked, "*", *entry)
         for number, odd in enumerate(MEMBERS.values()):
-            await one_lab.redis.zadd(one_lab.names.held_delayed, {odd: number})
+            await one_lab.redis.zadd(one_lab.names.parked_delayed, {odd: number})
         await backend.publish("good", {"good": 0})
         await backend.publish("good", {"good": 0}, delay=0.01)
         await backend.declare("narrow", ["good"])

@@ -53,13 +53,13 @@ class TestNewerCommands:
     async def test_xackdel_is_asked_for_once(self, launch: Any, lab_at: Any, collect: Collect) -> None:
         lab = lab_at(launch(server="redis8").url)
         transport = await lab.transport(**await user(lab, "-xackdel"))
-        assert transport.has_xackdel
+        assert transport._broker.has_xackdel
         await transport.declare("g", None, change=False)
         receiver = await lab.receiver(transport)
         await transport.send(lab.envelopes(20))
         for delivery in await collect(receiver, 20):
             assert not any(await receiver.ack([delivery], verify=False))
-        assert not transport.has_xackdel
+        assert not transport._broker.has_xackdel
         assert await lab.redis.xlen(lab.names.queue("g")) == 0
         assert await lab.pending() == 0
         refused = (await lab.redis.info("errorstats"))["errorstat_NOPERM"]["count"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from abe.errors import AbeError, BackendConnectionError
-from abe_backend_redis import RedisBackend, _connection, _protocol, _receiver, _transport
+from abe_backend_redis import RedisBackend, _broker, _connection, _protocol, _receiver
 from abe_backend_redis._login import connect
 from abe_contract_tests import bounds
 
@@ -83,7 +83,7 @@ class Tunnel:
 @pytest.fixture
 async def tunnel(one_server: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Tunnel]:
     slowness = bounds.slowness()
-    for module in (_connection, _receiver, _transport):
+    for module in (_broker, _connection, _receiver):
         monkeypatch.setattr(module, "REPLY_TIMEOUT", REPLY_TIMEOUT * slowness)
     monkeypatch.setattr(_protocol, "IDLE", IDLE * slowness)
     complaints: list[str] = []
@@ -175,7 +175,7 @@ async def test_closing_carries_out_what_was_decided_over_connections_that_answer
     tunnel: Tunnel, one_lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has less time than a reply may take."""
-    for module in (_connection, _receiver, _transport):
+    for module in (_broker, _connection, _receiver):
         monkeypatch.setattr(module, "REPLY_TIMEOUT", 60.0)
     backend = await one_lab.backend(
         url=await tunnel.start(), lease=120.0, publish_timeout=120.0, close_timeout=30.0, groups={"g": ()}

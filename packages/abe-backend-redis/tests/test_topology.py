@@ -14,7 +14,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def all_names(namespace: str, group: str) -> list[bytes]:
     names = Topology(namespace)
-    parked = [names.held, names.held_delayed, names.held_passed, names.joining]
+    parked = [names.parked, names.parked_delayed, names.parked_passed, names.joining]
     return [names.groups, names.version, *parked, *names.all_of(group)]
 
 
@@ -22,9 +22,9 @@ def test_the_names_are_the_documented_ones() -> None:
     assert all_names("shop", "billing") == [
         b"{shop}:groups",
         b"{shop}:version",
-        b"{shop}:held",
-        b"{shop}:held:delayed",
-        b"{shop}:held:delayed:passed",
+        b"{shop}:parked",
+        b"{shop}:parked:delayed",
+        b"{shop}:parked:delayed:passed",
         b"{shop}:joining",
         b"{shop}:queue:billing",
         b"{shop}:delayed:billing",

@@ -181,7 +181,7 @@ class TestHeld:
         await transport.declare("g", None, change=True)
         received = await collect(receiver := await lab.receiver(transport), 1500)
         assert [receiver.metadata(delivery).id for delivery in received] == [envelope.id for envelope in sent]
-        assert not await lab.redis.exists(lab.names.held)
+        assert not await lab.redis.exists(lab.names.parked)
 
     async def test_patterns_choose_among_any_number(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport()
@@ -193,10 +193,10 @@ class TestHeld:
         receiver = await lab.receiver(transport, "a")
         received = await collect(receiver, len(wanted))
         assert [receiver.metadata(delivery).id for delivery in received] == wanted
-        assert await lab.redis.xlen(lab.names.held) == 2500 - len(wanted)
+        assert await lab.redis.xlen(lab.names.parked) == 2500 - len(wanted)
         await transport.declare("rest", None, change=True)
         assert (await transport.stats("rest")).waiting == 2500 - len(wanted)
-        assert not await lab.redis.exists(lab.names.held)
+        assert not await lab.redis.exists(lab.names.parked)
 
     async def test_a_later_group_gets_no_second_copy(self, lab: Any) -> None:
         transport = await lab.transport()
@@ -219,7 +219,7 @@ class TestHeld:
         started = time.monotonic()
         await transport.declare("g", ("a",), change=True)
         assert (await transport.stats("g")).delayed == 2
-        assert await lab.redis.zcard(lab.names.held_passed) == 1
+        assert await lab.redis.zcard(lab.names.parked_passed) == 1
         receiver = await lab.receiver(transport)
         [delivery] = await collect(receiver, 1)
         assert receiver.metadata(delivery).key == "a"
@@ -227,8 +227,8 @@ class TestHeld:
 
     async def test_what_a_stranger_left_there_stops_nobody(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport()
-        await lab.redis.xadd(lab.names.held, {"m": "[1,broken", "p": "{}"})
-        await lab.redis.xadd(lab.names.held, {"p": "{}", "k": "a"})
+        await lab.redis.xadd(lab.names.parked, {"m": "[1,broken", "p": "{}"})
+        await lab.redis.xadd(lab.names.parked, {"p": "{}", "k": "a"})
         await transport.send([lab.envelope("a"), lab.envelope("b")])
         await transport.declare("g", ("a",), change=True)
         assert (await transport.stats("g")).waiting == 2
@@ -257,7 +257,7 @@ class TestHeld:
             found = [re.match(rb'\[1,"[^"]*","([^"]*)"', fields[b"m"]).group(1).decode() for _, fields in entries]  # type: ignore[union-attr]
             assert found == [key for key in keys if matches(pattern, key)], pattern
             await transport.delete_group("g")
-            await lab.redis.delete(lab.names.held)
+            await lab.redis.delete(lab.names.parked)
 
     async def test_no_pattern_keeps_the_server_busy(self, lab: Any) -> None:
         transport = await lab.transport()
@@ -328,14 +328,14 @@ class TestSettling:
 
     async def test_xackdel_is_used_where_there_is_one(self, lab: Any, server: Any, collect: Collect) -> None:
         transport = await lab.transport()
-        assert transport.has_xackdel is server.version.startswith("Redis 8")
+        assert transport._broker.has_xackdel is server.version.startswith("Redis 8")
         await transport.declare("g", None, change=True)
         receiver = await lab.receiver(transport)
         await transport.send(lab.envelopes(1))
         before = {name: await commands_called(lab, name) for name in ("xackdel", "xack")}
         await receiver.ack(await collect(receiver, 1), verify=False)
         used = [name for name in before if await commands_called(lab, name) > before[name]]
-        assert used == (["xackdel"] if transport.has_xackdel else ["xack"])
+        assert used == (["xackdel"] if transport._broker.has_xackdel else ["xack"])
 
     async def test_attempts_are_counted_and_releases_are_not(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport(lease=0.3)

@@ -13,13 +13,11 @@ from abe.backends.message_queue.base import Delivery, Disposition, Metadata, Out
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
 from abe.errors import AbeError, GroupMissingError, LeaseLostError
 from abe_backend_redis import _wire
+from abe_backend_redis._broker import Broker
 from abe_backend_redis._connection import REPLY_TIMEOUT, Link
 from abe_backend_redis._errors import ReplyError, code, is_refused, translate, translated
 from abe_backend_redis._protocol import Reply, Wire
 from abe_backend_redis._topology import GROUP, RELEASED
-
-if TYPE_CHECKING:
-    from abe_backend_redis._transport import RedisTransport
 
 _log: Final = logging.getLogger("abe.redis")
 
@@ -38,29 +36,29 @@ class RedisReceiver:
     """Reads a group's stream on a connection of its own, as a consumer that never existed before.
 
     Args:
-        transport: Runs the scripts and holds the connection for everything but reading.
+        broker: Runs the scripts and holds the connection for everything but reading.
         group: The group.
         lease: Seconds.
     """
 
-    def __init__(self, transport: "RedisTransport", group: str, lease: float) -> None:
-        self._transport = transport
+    def __init__(self, broker: Broker, group: str, lease: float) -> None:
+        self._broker = broker
         self._group = group
-        names = transport.topology
+        names = broker.topology
         self._stream, self._delayed, self._dead = names.queue(group), names.delayed(group), names.dead(group)
         self._alive = names.alive(group)
         self._lease = max(1, int(lease * 1000))
         # The lease is in the name, so that whoever claims goes by this consumer's lease, not by its own.
         self._consumer = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}@{self._lease}".encode()
-        self._adopt_every = lease / 3
+        self._register_every = lease / 3
         self._loop = asyncio.get_running_loop()
-        self._link = Link(transport.settings, f"abe-read-{group}", TICK + REPLY_TIMEOUT, self._prepare)
+        self._link = Link(broker.settings, f"abe-read-{group}", TICK + REPLY_TIMEOUT, self._prepare)
         self._client = 0
         self._reading: asyncio.Future[Reply] | None = None
         self._next_tick = 0.0
-        self._next_adoption = 0.0
-        self._on_record: set[bytes] = set()
-        self._off_record: Sequence[bytes] = ()
+        self._next_registration = 0.0
+        self._registered: set[bytes] = set()
+        self._unregistered: Sequence[bytes] = ()
         self._stopping = False
 
     async def join(self) -> None:
@@ -69,9 +67,9 @@ class RedisReceiver:
         Raises:
             GroupMissingError: There is no such group, or it was deleted underneath.
         """
-        keys = [self._transport.topology.groups, self._stream, self._alive]
+        keys = [self._broker.topology.groups, self._stream, self._alive]
         try:
-            await self._transport.run("join", keys, [self._group, self._consumer, self._lease])
+            await self._broker.run("join", keys, [self._group, self._consumer, self._lease])
         except AbeError as exc:
             if _is_deleted(exc):
                 raise GroupMissingError(f"group {self._group!r} was deleted underneath its consumers") from exc
@@ -91,7 +89,7 @@ class RedisReceiver:
         except ReplyError as exc:
             if code(exc) in ("NOGROUP", "UNBLOCKED"):
                 raise GroupMissingError(f"group {self._group!r} was deleted underneath its consumers") from exc
-            with translated(self._transport.settings.address):
+            with translated(self._broker.settings.address):
                 raise
         return [_wire.delivery(entry, fields) for entry, fields in entries]
 
@@ -105,16 +103,16 @@ class RedisReceiver:
         if verify:
             return await self._settle([(delivery.native, "ack", 0, "", "") for delivery in deliveries])
         entries = [delivery.native for delivery in deliveries]
-        wire = await self._transport.control()
-        with translated(self._transport.settings.address):
-            if self._transport.has_xackdel:
+        wire = await self._broker.control()
+        with translated(self._broker.settings.address):
+            if self._broker.has_xackdel:
                 try:
                     gone = await wire.call(b"XACKDEL", self._stream, GROUP, b"IDS", len(entries), *entries)
                 except ReplyError as exc:
                     if not is_refused(exc):
                         raise
-                    self._transport.has_xackdel = False
-                    _log.info("redis at %s refuses XACKDEL: XDEL and XACK do it", self._transport.settings.address)
+                    self._broker.has_xackdel = False
+                    _log.info("redis at %s refuses XACKDEL: XDEL and XACK do it", self._broker.settings.address)
                 else:
                     return [_lost() if status < 0 else None for status in gone]
             calls = wire.call_many((b"XDEL", self._stream, *entries), (b"XACK", self._stream, GROUP, *entries))
@@ -169,7 +167,7 @@ class RedisReceiver:
                 await self._end_read()
         except (TimeoutError, AbeError):
             self._link.drop()
-            self._transport.drop(silence=_STOPPED / 2)
+            self._broker.drop(silence=_STOPPED / 2)
 
     async def close(self) -> None:
         """Give back everything, and be forgotten."""
@@ -185,7 +183,7 @@ class RedisReceiver:
             _log.debug("a read will not be ended early, as its connection's id is not told: %s", exc)
 
     async def _end_read(self) -> None:
-        wire = await self._transport.control()
+        wire = await self._broker.control()
         while self._reading is not None and not self._reading.done():
             try:
                 await wire.call(b"CLIENT", b"UNBLOCK", self._client)
@@ -211,9 +209,9 @@ class RedisReceiver:
         return lost
 
     async def _pending(self, start: bytes) -> Sequence[tuple[bytes, bytes, int, int]]:
-        wire = await self._transport.control()
+        wire = await self._broker.control()
         try:
-            with translated(self._transport.settings.address):
+            with translated(self._broker.settings.address):
                 return await wire.call(  # type: ignore[no-any-return]
                     b"XPENDING", self._stream, GROUP, start, b"+", _PAGE, self._consumer
                 )
@@ -226,30 +224,30 @@ class RedisReceiver:
         keys = [self._stream, self._delayed, self._dead, self._alive]
         # After a standstill leases have run out that are about to be renewed.
         late = self._loop.time() - self._next_tick > self._lease / 4_000
-        args = [self._consumer, self._lease, limit, int(late), *self._off_record]
-        entries, due, server_time = await self._transport.run("tick", keys, args, wire=wire)
+        args = [self._consumer, self._lease, limit, int(late), *self._unregistered]
+        entries, due, server_time = await self._broker.run("tick", keys, args, wire=wire)
         pause = TICK if due < 0 else min(TICK, due / 1000)
         now = self._loop.time()
         self._next_tick = now + pause
-        if now >= self._next_adoption:
-            self._next_adoption = now + self._adopt_every
-            await self._adopt(wire, server_time)
+        if now >= self._next_registration:
+            self._next_registration = now + self._register_every
+            await self._register_holders(wire, server_time)
         return [_wire.delivery(entry, fields, count) for entry, fields, count in entries]
 
-    async def _adopt(self, wire: Wire, server_time: int) -> None:
-        """Put consumers on record that hold messages and could not do so themselves: memory was full, or they are foreign."""
+    async def _register_holders(self, wire: Wire, server_time: int) -> None:
+        """Register consumers that hold messages and could not do so themselves: memory was full, or they are foreign."""
         _, _, _, holding = await wire.call(b"XPENDING", self._stream, GROUP)
         names = {name for name, _ in holding or ()} - {RELEASED}
-        strange = [*(names - self._on_record)]
-        self._on_record, self._off_record = names, ()
-        for start in range(0, len(strange), _PAGE):
-            scores = ((server_time, name) for name in strange[start : start + _PAGE])
+        foreign = [*(names - self._registered)]
+        self._registered, self._unregistered = names, ()
+        for start in range(0, len(foreign), _PAGE):
+            scores = ((server_time, name) for name in foreign[start : start + _PAGE])
             try:
                 await wire.call(b"ZADD", self._alive, b"NX", *chain.from_iterable(scores))
             except ReplyError as exc:
                 if code(exc) != "OOM":
                     raise
-                self._on_record, self._off_record = set(), strange[:_PAGE]
+                self._registered, self._unregistered = set(), foreign[:_PAGE]
                 break
 
     async def _read(self, wire: Wire, limit: int) -> Sequence[tuple[bytes, list[bytes]]]:
@@ -288,7 +286,7 @@ class RedisReceiver:
         keys = [self._stream, self._delayed, self._dead]
         args = [self._consumer, *chain.from_iterable(settlements)]
         try:
-            looked, lost, failed = await self._transport.run("settle", keys, args)
+            looked, lost, failed = await self._broker.run("settle", keys, args)
         except AbeError as exc:
             if _is_deleted(exc):
                 return [_lost()] * len(settlements)
@@ -300,7 +298,7 @@ class RedisReceiver:
         return [errors.get(entry) for entry, *_ in settlements[:looked]]
 
     def _translated(self, reply: ReplyError) -> AbeError:
-        error = translate(reply, self._transport.settings.address)
+        error = translate(reply, self._broker.settings.address)
         error.__cause__ = reply
         return error
 
@@ -309,7 +307,7 @@ class RedisReceiver:
     ) -> Collection[bytes]:
         """Run a script that returns those of the entries that are lost: all, when the group was deleted."""
         try:
-            return await self._transport.run(script, keys, args)  # type: ignore[no-any-return]
+            return await self._broker.run(script, keys, args)  # type: ignore[no-any-return]
         except AbeError as exc:
             if _is_deleted(exc):
                 return entries

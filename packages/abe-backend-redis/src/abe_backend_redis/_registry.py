@@ -42,7 +42,7 @@ class Registry:
         for group in groups:
             keys += [topology.queue(group), topology.delayed(group)]
         if not groups:
-            keys += [topology.held, topology.held_delayed]
+            keys += [topology.parked, topology.parked_delayed]
         self._head = (b"EVALSHA", SCRIPTS["publish"].sha, len(keys), *keys, version, max_backlog)
         self._routes = Routes(groups, self._mask)
         self.all_routed = True

@@ -46,11 +46,11 @@ def delivery(entry: bytes, fields: Fields, count: int = 1) -> Delivery:
     body, header = named.get(b"p"), named.get(b"m")
     attempt = _number(named.get(b"a")) + count
     if body is None:
-        return Delivery(b"", _stranger(entry, named), attempt, entry, fault="the entry has no field 'p'")
+        return Delivery(b"", _foreign(entry, named), attempt, entry, fault="the entry has no field 'p'")
     if header is None:
-        return Delivery(body, _stranger(entry, named), attempt, entry)
+        return Delivery(body, _foreign(entry, named), attempt, entry)
     if not header.startswith(MARK):
-        return Delivery(body, _stranger(entry, named), attempt, entry, fault=UNKNOWN_VERSION)
+        return Delivery(body, _foreign(entry, named), attempt, entry, fault=UNKNOWN_VERSION)
     return Delivery(body, header, attempt, entry)
 
 
@@ -76,10 +76,10 @@ def _metadata(entry: bytes, named: dict[bytes, bytes]) -> Metadata:
     try:
         return unpack(named.get(b"m", b""))
     except DecodeError:
-        return _stranger(entry, named)
+        return _foreign(entry, named)
 
 
-def _stranger(entry: bytes, named: dict[bytes, bytes]) -> Metadata:
+def _foreign(entry: bytes, named: dict[bytes, bytes]) -> Metadata:
     return Metadata(named.get(b"i", entry).decode(errors="replace"), named.get(b"k", b"").decode(errors="replace"))
 
 

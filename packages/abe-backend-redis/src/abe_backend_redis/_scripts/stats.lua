@@ -4,11 +4,11 @@ local call = redis.call
 if not call('HGET', KEYS[1], ARGV[1]) then return redis.error_reply("MISSING there is no group '" .. ARGV[1] .. "'") end
 local t = call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
-local length, held, released, oldest = call('XLEN', KEYS[2]), 0, 0, nil
+local length, pending, released, oldest = call('XLEN', KEYS[2]), 0, 0, nil
 if call('EXISTS', KEYS[2]) == 1 then
   local known, summary = pcall(call, 'XPENDING', KEYS[2], 'group')
   if not known then summary = {0} end -- a publisher made the stream anew after it was deleted; its next consumer makes the group
-  held = summary[1]
+  pending = summary[1]
   for _, consumer in ipairs(type(summary[4]) == 'table' and summary[4] or {}) do
     if consumer[1] == 'released' then released = tonumber(consumer[2]) end
   end
@@ -21,4 +21,4 @@ if call('EXISTS', KEYS[2]) == 1 then
   end
 end
 local age = oldest and math.max(0, now - tonumber(string.match(oldest, '^(%d+)-'))) or -1
-return {length - held + released, held - released, call('ZCARD', KEYS[3]), call('XLEN', KEYS[4]), age}
+return {length - pending + released, pending - released, call('ZCARD', KEYS[3]), call('XLEN', KEYS[4]), age}
