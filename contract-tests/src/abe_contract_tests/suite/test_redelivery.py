@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -174,7 +175,6 @@ async def test_a_handler_may_take_three_leases(contract: Contract) -> None:
 @clause("C-RED-03", capability="lease")
 async def test_a_consumer_that_stood_still_is_not_given_again_what_it_holds(contract: Contract) -> None:
     backend = contract.backend()
-    oracle = await contract.oracle()
     async with contract.within(20):
         await backend.declare("g")
         await backend.publish_many(contract.apart(numbered(3)))
@@ -183,13 +183,15 @@ async def test_a_consumer_that_stood_still_is_not_given_again_what_it_holds(cont
             held = [await subscription.receive() for _ in range(3)]
             await backend.publish("numbered.last", {"n": 3})
             time.sleep(2 * contract.lease)  # noqa: ASYNC251 - the leases run out, as in a program that blocks its event loop
-            held += await collect(subscription, 1)
-            await assert_silent(subscription, contract.lease)
-            assert sorted(numbers(held)) == list(range(4))
-            # Nobody else was there to have them. (`collect` has acknowledged the last one.)
-            for message in held[:3]:
+            last = await subscription.receive()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(contract.lease):
+                    while numbers([last]) == [3]:  # on its way for longer than its lease, it may come again
+                        last = await subscription.receive()
+            assert numbers([last]) == [3]
+            assert sorted(numbers(held)) == list(range(3))
+            for message in held:  # nobody else was there to have them
                 await message.ack()
-            await until_empty(oracle, "g")
 
 
 @clause("C-RED-03", capability="lease")
