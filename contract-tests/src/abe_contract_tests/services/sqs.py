@@ -194,8 +194,16 @@ def sqs_service(server: Literal["", "moto", "ministack"] = "", *, environ: Mappi
     return choose(broker, process_only=name == "ministack" or bool(wanted and not forced), environ=values)
 
 
-def ask(url: str, operation: str, arguments: Mapping[str, object]) -> tuple[Mapping[str, object], Mapping[str, str]]:
+def ask(
+    url: str, operation: str, arguments: Mapping[str, object], *, timeout: float = _PROBE_TIMEOUT
+) -> tuple[Mapping[str, object], Mapping[str, str]]:
     """Make a request in the protocol's JSON form, unsigned and without a client library, and return reply and headers.
+
+    Args:
+        url: Where the server is.
+        operation: The request's name.
+        arguments: Its arguments.
+        timeout: Seconds for which nothing may come.
 
     Raises:
         NotReadyError: The reply is an error, or none.
@@ -207,7 +215,7 @@ def ask(url: str, operation: str, arguments: Mapping[str, object]) -> tuple[Mapp
         # moto finds the service by what a signature would name.
         "Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/sqs/aws4_request, SignedHeaders=host, Signature=0",
     }
-    status, found, text = _request(url, "POST", "/", json.dumps(arguments), headers)
+    status, found, text = _request(url, "POST", "/", json.dumps(arguments), headers, timeout)
     if status != 200:
         raise NotReadyError(f"the reply to {operation} has status {status}")
     try:
@@ -217,11 +225,16 @@ def ask(url: str, operation: str, arguments: Mapping[str, object]) -> tuple[Mapp
 
 
 def _request(
-    url: str, method: str, path: str, body: str | None = None, headers: Mapping[str, str] | None = None
+    url: str,
+    method: str,
+    path: str,
+    body: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout: float = _PROBE_TIMEOUT,
 ) -> tuple[int, Mapping[str, str], bytes]:
     parts = urlsplit(url)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=_PROBE_TIMEOUT)
+    connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=timeout)
     try:
         connection.request(method, path, body, dict(headers or {}))
         reply = connection.getresponse()
