@@ -93,9 +93,9 @@ class Contract:
 
     def environment(self, **overrides: str) -> Mapping[str, str]:
         """Return the environment variables of this test's backends."""
-        patience = {"QUEUE_PUBLISH_TIMEOUT_SECONDS": f"{_PUBLISH_TIMEOUT * slowness():.1f}"}
+        timeouts = {"QUEUE_PUBLISH_TIMEOUT_SECONDS": f"{_PUBLISH_TIMEOUT * slowness():.1f}"}
         with trusted():
-            return {**patience, **self.harness.environment(self.namespace, lease=self.lease), **overrides}
+            return {**timeouts, **self.harness.environment(self.namespace, lease=self.lease), **overrides}
 
     def unreachable(self) -> Mapping[str, str]:
         """Return an environment whose broker refuses connections (networked only)."""

@@ -29,7 +29,7 @@ Receive: TypeAlias = Callable[[], Awaitable[Any]]
 WorkerFunction: TypeAlias = Callable[..., Awaitable[object]]
 
 _LINE_LIMIT: Final = 16 * 1024 * 1024
-_KILL_PATIENCE: Final = 10.0
+_KILL_TIMEOUT: Final = 10.0
 _NOTED: Final = 300
 """Characters of a value that the timeline takes."""
 
@@ -217,7 +217,7 @@ class ThreadWorker:
             with suppress(RuntimeError):  # its loop has ended by itself
                 self._loop.call_soon_threadsafe(self._loop.stop)
             await self.resume()
-        await asyncio.to_thread(self._thread.join, _KILL_PATIENCE * slowness())
+        await asyncio.to_thread(self._thread.join, _KILL_TIMEOUT * slowness())
         if self._thread.is_alive():
             raise WorkerFailed("the worker keeps its event loop busy, so that it cannot be stopped")
 

@@ -36,6 +36,7 @@ from abe.errors import (
     BackendConnectionError,
     BackpressureError,
     ConfigurationError,
+    GroupMissingError,
     LeaseLostError,
     PermissionDeniedError,
     PublishRejectedError,
@@ -689,6 +690,22 @@ class TestSettler:
             given_back = [each.disposition for each in receiver.settled if each.disposition is not Disposition.DEAD]
             assert given_back == expected
 
+    async def test_what_was_carried_out_before_closing_gave_the_others_up_is_not_called_failed(
+        self, manual_clock: ManualClock
+    ) -> None:
+        class Partly(ScriptedReceiver):
+            async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
+                return [BackendConnectionError("busy") if each.native == 2 else None for each in deliveries]
+
+        settler, items = settler_on(Partly(), manual_clock), [delivery(1), delivery(2)]
+        done, given_up = [settler.submit(item, None) for item in items]
+        await turns()
+        settler.abandon()
+        await within(settler.drain())
+        assert await within(done) is None
+        assert isinstance(await within(given_up), BackendConnectionError)
+        assert [item.lost for item in items] == [False, True]
+
     @pytest.mark.parametrize(("outcomes", "wrong"), [([None], True), ([], False), ([None, None], False)])
     async def test_each_settlement_has_one_outcome(
         self, manual_clock: ManualClock, outcomes: Outcomes, wrong: bool
@@ -822,6 +839,7 @@ def inbox_on(
     alone: bool = False,
     codec: JSONCodec | None = None,
     left: Callable[[Inbox], object] = lambda _: None,
+    restore: Callable[[], Awaitable[None]] = restored,
 ) -> Inbox:
     return Inbox(
         receiver,
@@ -831,7 +849,7 @@ def inbox_on(
         max_delay=max_delay,
         lease=30,
         settling=Settling(),
-        restore=restored,
+        restore=restore,
         alone=alone,
         codec=codec or JSONCodec(),
         clock=clock,
@@ -1182,6 +1200,40 @@ class TestInbox:
         await manual_clock.advance(5)
         assert (await within(waiting)).id == "1"
         assert "a bug of the provider" in caplog.text
+        await within(inbox.close())
+
+    async def test_a_group_that_was_deleted_is_made_again_whatever_goes_wrong_with_that(
+        self, manual_clock: ManualClock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        faults: deque[Exception] = deque([KeyError("a fault"), BackendConnectionError("away")])
+
+        async def restore() -> None:
+            if faults:
+                raise faults.popleft()
+
+        receiver = ScriptedReceiver()
+        receiver.errors.extend([GroupMissingError("gone")] * 3)
+        receiver.waiting.append(delivery(1))
+        inbox = inbox_on(receiver, manual_clock, restore=restore)
+        waiting = asyncio.create_task(inbox.receive())
+        await turns()
+        await manual_clock.advance(20)
+        assert (await within(waiting)).id == "1"
+        assert not faults
+        assert "a bug of the provider" in caplog.text
+        await within(inbox.close())
+
+    async def test_a_group_whose_making_is_refused_for_good_ends_the_subscription(
+        self, manual_clock: ManualClock
+    ) -> None:
+        async def restore() -> None:
+            raise PermissionDeniedError("no")
+
+        receiver = ScriptedReceiver()
+        receiver.errors.append(GroupMissingError("gone"))
+        inbox = inbox_on(receiver, manual_clock, restore=restore)
+        with pytest.raises(PermissionDeniedError):
+            await within(inbox.receive())
         await within(inbox.close())
 
     async def test_what_was_settled_while_leases_were_renewed_is_not_called_lost(

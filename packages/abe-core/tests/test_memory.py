@@ -241,6 +241,18 @@ class TestTime:
             assert not message.lease_lost
             await message.ack()
 
+    async def test_what_a_silent_consumer_held_keeps_its_order_whatever_the_order_it_was_taken_in(
+        self, memory_backend: MemoryBackend, manual_clock: ManualClock
+    ) -> None:
+        await memory_backend.declare("g")
+        await memory_backend.publish_many([("a", {"n": n}) for n in range(3)])
+        silent, other = [await memory_backend.make_transport().subscribe("g", 5) for _ in range(2)]
+        first, *_ = await silent.receive(2)
+        await silent.settle([Settlement(first, Disposition.RELEASE)])
+        await silent.receive(2)
+        await manual_clock.advance(31)
+        assert [delivery.body for delivery in await other.receive(5)] == [b'{"n":%d}' % n for n in range(3)]
+
     async def test_what_a_silent_consumer_holds_goes_to_another_when_its_lease_has_run_out(
         self, memory_backend: MemoryBackend, manual_clock: ManualClock
     ) -> None:

@@ -21,13 +21,13 @@ from abe_contract_tests.suite.steps import collect, collect_distinct
 if TYPE_CHECKING:
     from abe.backends.message_queue.engine import TransportBackend
 
-PATIENCE: Final = 60.0
+HANGS: Final = 60.0
 """Seconds after which something hangs. The test that runs this in a process of its own gives up sooner, unless the machine is busy."""
 
 
 async def _use(backend: "TransportBackend", n: int) -> None:
     """Publish, and be in the middle of consuming."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(HANGS):
         await backend.declare("g")
         subscription = backend.consume(group="g")
         await subscription.__aenter__()
@@ -40,7 +40,7 @@ async def _use(backend: "TransportBackend", n: int) -> None:
 
 async def _works(backend: "TransportBackend", n: int) -> None:
     """Assert that the backend is as good as new, and that nothing but `n` is there."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(HANGS):
         await backend.publish("order.created", {"n": n})
         async with backend.consume(group="g") as subscription:
             await collect_distinct(subscription, [n])
@@ -70,7 +70,7 @@ def another_loop_meanwhile(make: Callable[[], "TransportBackend"]) -> None:
     outcomes: list[str] = []
 
     async def intrude() -> None:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(HANGS):
             for use in (
                 lambda: backend.publish("order.created", {"n": 1}),
                 lambda: anext(backend.consume(group="g")),
@@ -97,7 +97,7 @@ def fork(make: Callable[[], "TransportBackend"]) -> None:
     backend = make()
 
     async def child() -> None:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(HANGS):
             with suppress(AbeError):
                 await backend.publish("order.created", {"n": 100})
             own = make()
@@ -111,7 +111,7 @@ def fork(make: Callable[[], "TransportBackend"]) -> None:
             os._exit(_in_child(child))
         status = await asyncio.to_thread(_wait_for, pid)
         assert status == 0, f"the child ended with status {status}"
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(HANGS):
             for n in range(1, 20):
                 await backend.publish("order.created", {"n": n})
         await backend.disconnect()
@@ -135,7 +135,7 @@ def dropped(make: Callable[[], "TransportBackend"]) -> None:
 def _in_child(child: Callable[[], Any]) -> int:
     # The parent's loop is, in the child's eyes, still running in this thread.
     asyncio._set_running_loop(None)
-    threading.Timer(PATIENCE + 2, os._exit, (3,)).start()
+    threading.Timer(HANGS + 2, os._exit, (3,)).start()
     try:
         loops.run(child())
     except BaseException as exc:

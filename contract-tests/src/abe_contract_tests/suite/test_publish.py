@@ -109,10 +109,10 @@ async def test_whatever_a_publish_that_ran_out_of_time_says_is_true(contract: Co
     async with contract.within(20):
         await checker.declare("g")
         # From far too short to long enough, so that time runs out before, during and after the way to the broker.
-        for patience in (1e-6, 1e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 2e-3, 1e-2):
-            backend = contract.backend(QUEUE_PUBLISH_TIMEOUT_SECONDS=f"{patience:f}")
+        for timeout in (1e-6, 1e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 2e-3, 1e-2):
+            backend = contract.backend(QUEUE_PUBLISH_TIMEOUT_SECONDS=f"{timeout:f}")
             for _ in range(15):
-                await account.publish(backend, "order.created", {"patience": patience})
+                await account.publish(backend, "order.created", {"timeout": timeout})
             await backend.disconnect()
         async with checker.consume(group="g") as subscription:
             while (await oracle.counts("g")).total:

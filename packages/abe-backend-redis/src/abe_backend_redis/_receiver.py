@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from abe.backends.message_queue.base import Delivery, Disposition, Metadata, Outcomes, Settlement
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
+from abe.backends.message_queue.base.routing import lease_lost
 from abe.errors import AbeError, GroupMissingError, LeaseLostError
 from abe_backend_redis import _wire
 from abe_backend_redis._broker import Broker
@@ -114,7 +115,7 @@ class RedisReceiver:
                     self._broker.has_xackdel = False
                     _log.info("redis at %s refuses XACKDEL: XDEL and XACK do it", self._broker.settings.address)
                 else:
-                    return [_lost() if status < 0 else None for status in gone]
+                    return [lease_lost() if status < 0 else None for status in gone]
             calls = wire.call_many((b"XDEL", self._stream, *entries), (b"XACK", self._stream, GROUP, *entries))
             _, acked = await asyncio.gather(*calls)
             if (missing := len(entries) - acked) > 0:
@@ -289,12 +290,12 @@ class RedisReceiver:
             looked, lost, failed = await self._broker.run("settle", keys, args)
         except AbeError as exc:
             if _is_deleted(exc):
-                return [_lost()] * len(settlements)
+                return [lease_lost()] * len(settlements)
             raise
-        errors: dict[bytes, AbeError] = {entry: _lost() for entry in lost}
+        errors: dict[bytes, AbeError] = {entry: lease_lost() for entry in lost}
         for entry, text in zip(failed[::2], failed[1::2], strict=True):
             reply = ReplyError(text.decode(errors="replace"))
-            errors[entry] = _lost() if code(reply) == "NOGROUP" else self._translated(reply)
+            errors[entry] = lease_lost() if code(reply) == "NOGROUP" else self._translated(reply)
         return [errors.get(entry) for entry, *_ in settlements[:looked]]
 
     def _translated(self, reply: ReplyError) -> AbeError:
@@ -316,10 +317,6 @@ class RedisReceiver:
 
 def _is_deleted(error: AbeError) -> bool:
     return isinstance(error.__cause__, ReplyError) and code(error.__cause__) == "NOGROUP"
-
-
-def _lost() -> LeaseLostError:
-    return LeaseLostError("the message is not ours any more: its lease had run out, or it was settled before")
 
 
 if TYPE_CHECKING:

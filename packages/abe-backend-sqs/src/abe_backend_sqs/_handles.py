@@ -4,8 +4,9 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
+from abe.backends.message_queue.base.routing import lease_lost
 from abe.backends.message_queue.base.tasks import gather_all
-from abe.errors import AbeError, BackendConnectionError, ConfigurationError, LeaseLostError
+from abe.errors import AbeError, BackendConnectionError, ConfigurationError
 from abe_backend_sqs._errors import CLIENT_ERRORS, EntryRefusedError, QueueMissingError, translate, translate_entry
 from abe_backend_sqs._wire import BATCH
 
@@ -77,7 +78,7 @@ class Handles:
                 error = translate(exc, address)
                 error.__cause__ = exc
                 if isinstance(error, QueueMissingError):
-                    error = not_ours()
+                    error = lease_lost()
                 failures.update(dict.fromkeys(some, error))
                 return
             refused = {each["Id"]: each for each in reply.get("Failed") or ()}
@@ -87,18 +88,13 @@ class Handles:
                 if id in refused:
                     error = translate_entry(refused[id], address)
                     # All that an entry says is the handle: one that SQS does not take, under whatever name, is none any more.
-                    failures[receipt] = not_ours() if isinstance(error, EntryRefusedError) else error
+                    failures[receipt] = lease_lost() if isinstance(error, EntryRefusedError) else error
                 elif id not in done:
                     text = f"SQS at {address}: the answer leaves out whether it was done"
                     failures[receipt] = BackendConnectionError(text)
 
         await gather_all(*(batch(receipts[start : start + BATCH]) for start in range(0, len(receipts), BATCH)))
         return failures
-
-
-def not_ours() -> LeaseLostError:
-    """Return what a settlement fails with that comes too late."""
-    return LeaseLostError("the message is not ours any more: its lease had run out, or it was settled before")
 
 
 def insist(failures: Failures) -> Failures:

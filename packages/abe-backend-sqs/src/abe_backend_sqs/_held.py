@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Final
 
 from abe.backends.message_queue.base import Disposition, Settlement
+from abe.backends.message_queue.base.routing import lease_lost
 from abe.errors import AbeError
-from abe_backend_sqs._handles import LONGEST_HIDING, Receipt, not_ours
+from abe_backend_sqs._handles import LONGEST_HIDING, Receipt
 from abe_backend_sqs._wire import Message, received
 
 _log: Final = logging.getLogger("abe.sqs")
@@ -143,7 +144,7 @@ class Holding(dict[Receipt, Held]):
             if held is not None:
                 (ours if held.deadline > now else doubtful).append(receipt)
             elif receipt in self._lost:
-                lost[receipt] = not_ours()
+                lost[receipt] = lease_lost()
         return ours, doubtful, lost
 
     def receive_again(self, message: Message, deadline: float) -> bool:

@@ -110,7 +110,7 @@ class Fetcher:
             _log.warning("group %r was deleted underneath its consumers: it is made again", self._group)
             try:
                 await self._restore()
-            except AbeError as exc:
+            except Exception as exc:  # noqa: BLE001 - seen to below
                 error = exc
             else:
                 if failures == 1:

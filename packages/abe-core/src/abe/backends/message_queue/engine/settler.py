@@ -202,16 +202,14 @@ class Settler:
         waiters: Sequence[Waiter | None] | None,
     ) -> None:
         """Have a batch carried out, and tell whoever waits; the log, where nobody does."""
-        outcomes: Outcomes = [_closed()] * len(items)
+        outcomes: list[AbeError | None] = [_closed()] * len(items)
         try:
-            outcomes = await self._carry_out(call, items)
-            late = [each for each, error in zip(deliveries, outcomes, strict=False) if error and error.retryable]
+            await self._carry_out(call, items, outcomes)
+            late = [each for each, error in zip(deliveries, outcomes, strict=True) if error and error.retryable]
             await self._give_back(late)
-        finally:
+        finally:  # when closing gives it up, too
             failures: list[AbeError] = []
-            if waiters is None:
-                waiters = [None] * len(outcomes)
-            for delivery, waiter, error in zip(deliveries, waiters, outcomes or [None] * len(items), strict=False):
+            for delivery, waiter, error in zip(deliveries, waiters or [None] * len(items), outcomes, strict=True):
                 delivery.lost = error is not None
                 if waiter is None:
                     if error is not None:
@@ -227,12 +225,15 @@ class Settler:
                 )
 
     async def _carry_out(
-        self, call: Callable[[Sequence[_Item]], Awaitable[Outcomes]], items: Sequence[_Item]
-    ) -> Outcomes:
-        """Make the call, again for those of the items that may be carried out later, and return each one's outcome."""
+        self,
+        call: Callable[[Sequence[_Item]], Awaitable[Outcomes]],
+        items: Sequence[_Item],
+        outcomes: list[AbeError | None],
+    ) -> None:
+        """Make the call, again for those of the items that may be carried out later; put each one's outcome in its place."""
         deadline = self._clock.time() + self._timeout
-        outcomes = list(await self._attempt(call, items))
-        places: Sequence[int] = range(len(outcomes))
+        outcomes[:] = await self._attempt(call, items)
+        places: Sequence[int] = range(len(items))
         tries = 0
         while places := [place for place in places if (error := outcomes[place]) is not None and error.retryable]:
             tries += 1
@@ -242,9 +243,8 @@ class Settler:
             _log.debug("%d settlements failed, trying again: %s", len(places), outcomes[places[0]])
             await sleep(self._clock, pause)
             again = await self._attempt(call, [items[place] for place in places])
-            for place, error in zip(places, again or [None] * len(places), strict=True):
+            for place, error in zip(places, again, strict=True):
                 outcomes[place] = error
-        return outcomes
 
     async def _give_back(self, deliveries: Sequence[Delivery]) -> None:
         """See to it that what could not be settled is delivered again, where no lease sees to that."""
@@ -279,14 +279,14 @@ class Settler:
         elif not error.retryable and len(items) > 1:
             half = len(items) // 2
             parts = items[:half], items[half:]
-            return [each for part in parts for each in await self._attempt(call, part) or [None] * len(part)]
+            return [each for part in parts for each in await self._attempt(call, part)]
         return [error] * len(items)
 
 
 def _one_each(outcomes: Outcomes, items: Sequence[object]) -> Outcomes:
     if outcomes and len(outcomes) != len(items):
         raise RuntimeError(f"{len(outcomes)} outcomes of {len(items)} settlements")
-    return outcomes
+    return outcomes or [None] * len(items)
 
 
 def _closed() -> LeaseLostError:

@@ -27,10 +27,10 @@ from abe.backends.message_queue.base import (
     Transport,
 )
 from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
-from abe.backends.message_queue.base.routing import group_full, unroutable
+from abe.backends.message_queue.base.routing import group_full, lease_lost, unroutable
 from abe.backends.message_queue.engine import TransportBackend
 from abe.backends.message_queue.service.namespaces import Dead, Held, Item, Namespace, Queue, namespace
-from abe.errors import AbeError, LeaseLostError, UnroutableError
+from abe.errors import AbeError, UnroutableError
 from abe.settings import QueueSettings
 
 _PAGE: Final = 100
@@ -79,7 +79,7 @@ class _MemoryReceiver:
         # The number is of a delivery, not of a message, so that a late one finds nothing: there is no need to verify more.
         with self._namespace.lock:
             held = self._held()
-            return [None if held.pop(delivery.native, None) else _lost() for delivery in deliveries]
+            return [None if held.pop(delivery.native, None) else lease_lost() for delivery in deliveries]
 
     async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
         outcomes: list[AbeError | None] = [None] * len(settlements)
@@ -87,12 +87,12 @@ class _MemoryReceiver:
         with self._namespace.lock:
             queue = self._namespace.queues.get(self._group)
             if queue is None:
-                return [_lost()] * len(settlements)
+                return [lease_lost()] * len(settlements)
             released: list[Item] = []
             for place, settlement in enumerate(settlements):
                 held = queue.held.pop(settlement.delivery.native, None)
                 if held is None:
-                    outcomes[place] = _lost()
+                    outcomes[place] = lease_lost()
                 elif settlement.disposition is Disposition.DEAD:
                     queue.bury(held.item, settlement.reason, settlement.error)
                 elif settlement.disposition is Disposition.RELEASE:
@@ -140,10 +140,6 @@ class _MemoryReceiver:
         except RuntimeError:
             return False
         return True
-
-
-def _lost() -> LeaseLostError:
-    return LeaseLostError("the message is not ours any more: its lease had run out")
 
 
 class _MemoryTransport:

@@ -12,9 +12,7 @@ from typing import Final, Protocol, TypeAlias
 
 from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope
 from abe.backends.message_queue.base.names import EVERYTHING
-from abe.backends.message_queue.base.routing import group_missing, matches_any
-
-_MOST_ROUTES: Final = 10_000
+from abe.backends.message_queue.base.routing import Routes, group_missing, matches_any
 
 Dead: TypeAlias = tuple[DeadLetter, Envelope]
 
@@ -89,8 +87,12 @@ class Queue:
 
     def _take_expired(self, receiver: "Waiter", limit: int, now: float, lease: float) -> deque[Item]:
         """Take items whose leases ran out from consumers other than the receiver: what it holds itself, it is about to renew."""
-        expired = [number for number, held in self.held.items() if held.deadline <= now and held.owner is not receiver]
-        items = deque(self.held.pop(number).item for number in expired[:limit])
+        expired = sorted(
+            (held.item.serial, number)
+            for number, held in self.held.items()
+            if held.deadline <= now and held.owner is not receiver
+        )
+        items = deque(self.held.pop(number).item for _, number in expired[:limit])
         again = now + lease / 10
         deadlines = (
             again if held.owner is receiver and held.deadline <= now else held.deadline for held in self.held.values()
@@ -157,15 +159,14 @@ class Namespace:
         self.queues: dict[str, Queue] = {}
         self.unclaimed: deque[tuple[Envelope, float]] = deque()
         self._number = count().__next__
-        self._routes: dict[str, list[Queue]] = {}
+        self._reroute()
 
     def route(self, key: str) -> list[Queue]:
-        queues = self._routes.get(key)
-        if queues is None:
-            if len(self._routes) >= _MOST_ROUTES:
-                self._routes.clear()
-            queues = self._routes[key] = [queue for queue in self.queues.values() if matches_any(queue.patterns, key)]
-        return queues
+        return self._routes[key]
+
+    def _reroute(self) -> None:
+        patterns = {group: queue.patterns for group, queue in self.queues.items()}
+        self._routes = Routes(patterns, lambda groups: [self.queues[group] for group in groups])
 
     def declare(
         self, group: str, patterns: tuple[str, ...] | None, now: float, *, change: bool = False
@@ -175,7 +176,7 @@ class Namespace:
             queue = self.queues[group] = Queue(patterns or EVERYTHING, self._number)
         elif patterns is not None and change:
             queue.patterns = patterns
-        self._routes.clear()
+        self._reroute()
         unclaimed, self.unclaimed = self.unclaimed, deque()
         for envelope, due in unclaimed:
             if matches_any(queue.patterns, envelope.key):
@@ -187,7 +188,7 @@ class Namespace:
 
     def delete(self, group: str) -> None:
         queue = self.queues.pop(group, None)
-        self._routes.clear()
+        self._reroute()
         if queue is not None:
             for receiver in queue.waiting:
                 receiver.wake()
