@@ -740,7 +740,10 @@ class TestLockHolder:
         assert not listing.done()
         process.kill()
         async with bounds.within(5):
-            assert sorted(json.loads(letter.body)["n"] for letter in await listing) == [0, 1, 2, 3, 4]
+            letters = await listing
+            while len(letters) < 5:  # the queue may take back what it held a moment after the lock is free
+                letters = await backend.dead_letters("g").list()
+            assert sorted(json.loads(letter.body)["n"] for letter in letters) == [0, 1, 2, 3, 4]
             assert await backend.dead_letters("g").replay_all() == 5
             async with backend.consume(group="g") as subscription:
                 assert sorted([(await anext(subscription))["n"] for _ in range(5)]) == [0, 1, 2, 3, 4]
