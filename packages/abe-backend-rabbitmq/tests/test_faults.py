@@ -214,6 +214,16 @@ class TestClosedConnections:
         assert [record.getMessage() for record in theirs if record.levelno >= logging.WARNING] == []
         assert lab.url.partition("@")[0] not in caplog.text
 
+    async def test_an_event_loop_that_ends_amid_requests_says_nothing_of_them(self, lab: Any) -> None:
+        program = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-X", "dev", "-W", "ignore::ResourceWarning", "-c", ENDS_AMID_REQUESTS, lab.url),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        output, errors = await program.communicate()
+        assert (program.returncode, output.split()) == (0, [b"under", b"way"] * 20), errors.decode()
+        assert errors.decode() == ""
+
     async def test_the_address_that_lives_is_found_again(self, lab: Any, shell: RabbitMQShell) -> None:
         backend = await lab.backend(url=f"amqp://127.0.0.1:1,{lab.url}", groups={"g": ()})
         for number in range(3):
@@ -221,6 +231,31 @@ class TestClosedConnections:
             assert await shell.close_connections("abe-publish") == 1
         async with backend.consume(group="g") as subscription, bounds.within(10):
             assert [(await anext(subscription))["n"] for _ in range(3)] == [0, 1, 2]
+
+
+ENDS_AMID_REQUESTS = """
+import asyncio, sys
+from abe_backend_rabbitmq._connection import Link
+from abe_backend_rabbitmq._control import Control
+from abe_backend_rabbitmq._settings import RabbitMQSettings
+
+async def main():
+    control = Control(Link(RabbitMQSettings(url=sys.argv[1]), "ends"))
+    await control.count("abe-no-such-queue")
+    begun = asyncio.Event()
+
+    async def request(channel):
+        begun.set()
+        return await channel.queue_declare("abe-no-such-queue", passive=True)
+
+    asyncio.ensure_future(control.call(request))
+    await begun.wait()
+    await asyncio.sleep(0)
+    print("under way")
+
+for _ in range(20):
+    asyncio.run(main())
+"""
 
 
 async def killed(victim: ProcessService, shell: RabbitMQShell) -> None:

@@ -61,10 +61,12 @@ iolist_to_binary([Row(R, 200) || {resource, _, _, Name} = R <- rabbit_amqqueue:l
   binary:longest_common_prefix([Name, %(prefix)s]) =:= byte_size(%(prefix)s)]).
 """
 
+# An exclusive queue may end by itself, with its connection, between the look and the deletion.
 _DELETE: Final = """
 Ours = fun({resource, _, _, Name}) -> binary:longest_common_prefix([Name, %(prefix)s]) =:= byte_size(%(prefix)s) end,
 [case rabbit_amqqueue:lookup(R) of
-  {ok, Q} -> rabbit_amqqueue:delete(Q, false, false, <<"abe">>);
+  {ok, Q} -> try rabbit_amqqueue:delete(Q, false, false, <<"abe">>)
+    catch exit:{Gone, _} when Gone =:= normal; Gone =:= noproc -> ok end;
   {error, not_found} -> ok
 end || R <- rabbit_amqqueue:list_names(<<"/">>), Ours(R)],
 [rabbit_exchange:delete(R, false, <<"abe">>) || R <- rabbit_exchange:list_names(), Ours(R)],

@@ -7,7 +7,7 @@ is no state that could come back wrong.
 import asyncio
 import logging
 import ssl
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 
 import aiormq
@@ -114,12 +114,12 @@ class Connection:
             BackendConnectionError: The connection is lost.
         """
         with translated(self.address):
-            return await finished(_quietly(self._tapped))
+            return await finished(self._tapped())
 
     async def plain(self) -> AbstractChannel:
         """Open a channel of aiormq's, for what is rare."""
         with translated(self.address):
-            channel: AbstractChannel = await finished(_quietly(lambda: self._native.channel()))
+            channel: AbstractChannel = await finished(self._native.channel())
             return channel
 
     async def close(self) -> None:
@@ -323,13 +323,13 @@ def _no_password() -> str:
     raise ConfigurationError("RABBITMQ_KEY_FILE must hold a private key without a password: it cannot be asked for")
 
 
-async def finished(work: Coroutine[Any, Any, _T]) -> _T:
-    """Await something that goes on to its end even if the caller is cancelled: aiormq closes a channel whose request is cancelled.
+async def finished(work: Awaitable[_T]) -> _T:
+    """Await work of aiormq that goes on to its end even if the caller is cancelled: aiormq closes a channel whose request is cancelled.
 
     Raises:
         BackendConnectionError: The connection was closed here meanwhile. (aiormq cancels what waits then; the caller was not cancelled.)
     """
-    task = asyncio.ensure_future(work)
+    task = asyncio.ensure_future(_quietly(lambda: work))
     task.add_done_callback(_retrieved)
     await asyncio.wait([task])
     if task.cancelled():
