@@ -116,7 +116,7 @@ def test_every_installed_provider_of_the_project_is_found_under_its_name() -> No
 
 def test_a_registered_backend_is_loaded_by_name(register_backend: RegisterBackend) -> None:
     register_backend("stranger", Stranger)
-    assert type(load_backend("stranger")) is Stranger
+    assert isinstance(load_backend("stranger"), Stranger)
 
 
 def test_each_call_makes_a_new_backend(register_backend: RegisterBackend) -> None:
@@ -130,7 +130,7 @@ def test_the_environment_names_the_backend(
 ) -> None:
     register_backend("stranger", Stranger)
     monkeypatch.setenv(variable, "stranger")
-    assert type(load_backend()) is Stranger
+    assert isinstance(load_backend(), Stranger)
 
 
 def test_the_argument_comes_before_the_environment(
@@ -139,7 +139,7 @@ def test_the_argument_comes_before_the_environment(
     register_backend("stranger", Stranger)
     register_backend("other", Other)
     monkeypatch.setenv("QUEUE_BACKEND", "stranger")
-    assert type(load_backend("other")) is Other
+    assert isinstance(load_backend("other"), Other)
 
 
 def test_two_variables_that_name_different_backends_are_an_error_that_names_both(
@@ -151,7 +151,7 @@ def test_two_variables_that_name_different_backends_are_an_error_that_names_both
     monkeypatch.setenv("MESSAGE_QUEUE_BACKEND", "other")
     with pytest.raises(ConfigurationError, match="QUEUE_BACKEND='stranger' and MESSAGE_QUEUE_BACKEND='other'"):
         load_backend()
-    assert type(load_backend("other")) is Other, "whoever names it himself is not concerned"
+    assert isinstance(load_backend("other"), Other), "whoever names it himself is not concerned"
 
 
 @pytest.mark.parametrize("alias", ["stranger", "Stranger", " stranger ", ""])
@@ -161,7 +161,7 @@ def test_two_variables_that_name_one_backend_are_none(
     register_backend("stranger", Stranger)
     monkeypatch.setenv("QUEUE_BACKEND", "stranger")
     monkeypatch.setenv("MESSAGE_QUEUE_BACKEND", alias)
-    assert type(load_backend()) is Stranger
+    assert isinstance(load_backend(), Stranger)
 
 
 @pytest.mark.parametrize("name", [" Redis", "redis\n", "REDIS", "\tredis "])
@@ -170,13 +170,13 @@ def test_case_and_spaces_around_a_name_do_not_matter(
 ) -> None:
     installed.add("redis", f"{HERE}:Stranger")
     monkeypatch.setenv("QUEUE_BACKEND", name)
-    assert type(load_backend()) is Stranger
-    assert type(load_backend(name)) is Stranger
+    assert isinstance(load_backend(), Stranger)
+    assert isinstance(load_backend(name), Stranger)
 
 
 def test_a_provider_registered_with_capitals_is_found_too(installed: "Installed") -> None:
     installed.add("Stranger", f"{HERE}:Stranger")
-    assert type(load_backend("stranger")) is Stranger
+    assert isinstance(load_backend("stranger"), Stranger)
 
 
 def test_a_backend_in_place_of_its_name_is_refused() -> None:
@@ -188,7 +188,7 @@ def test_a_backend_in_place_of_its_name_is_refused() -> None:
 def test_a_variable_that_is_empty_is_not_set(text: str, installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
     installed.add("stranger", f"{HERE}:Stranger")
     monkeypatch.setenv("QUEUE_BACKEND", text)
-    assert type(load_backend()) is Stranger
+    assert isinstance(load_backend(), Stranger)
 
 
 def test_the_one_installed_provider_is_taken_when_none_is_named_and_that_is_logged(
@@ -197,7 +197,7 @@ def test_the_one_installed_provider_is_taken_when_none_is_named_and_that_is_logg
     installed.add("stranger", f"{HERE}:Stranger")
     with caplog.at_level(logging.INFO, "abe.loader"), warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert type(load_backend()) is Stranger
+        assert isinstance(load_backend(), Stranger)
     assert "'stranger'" in caplog.text
 
 
@@ -205,7 +205,7 @@ def test_of_several_providers_the_first_by_name_is_taken_with_a_warning_that_nam
     installed.add("zebra", f"{HERE}:Other")
     installed.add("aardvark", f"{HERE}:Stranger")
     with pytest.warns(UserWarning, match=r"aardvark, zebra.*'aardvark'.*QUEUE_BACKEND") as caught:
-        assert type(load_backend()) is Stranger
+        assert isinstance(load_backend(), Stranger)
     assert caught[0].filename == __file__, "the warning points at the caller"
 
 
@@ -306,7 +306,7 @@ def test_one_name_of_two_distributions_raises_and_names_both_when_it_is_to_be_lo
     for wanted in ("twice", "TWICE"):
         with pytest.raises(ConfigurationError, match=r"abe-twice and fork-of-abe-twice.*'twice'.*pip uninstall"):
             load_backend(wanted)
-    assert type(load_backend("other")) is Other, "the others are not concerned"
+    assert isinstance(load_backend("other"), Other), "the others are not concerned"
     monkeypatch.setenv("QUEUE_BACKEND", "twice")
     with pytest.raises(ConfigurationError, match="abe-twice and fork-of-abe-twice"):
         load_backend()
@@ -325,7 +325,7 @@ def test_two_installed_distributions_are_told_apart_by_their_real_metadata(
         load_backend("memory")
     assert "memory" in installed_backends()
     register_backend("memory", Other)
-    assert type(load_backend("memory")) is Other
+    assert isinstance(load_backend("memory"), Other)
 
 
 def test_one_name_of_one_distribution_in_both_groups_is_one_provider(installed: Installed) -> None:
@@ -333,7 +333,7 @@ def test_one_name_of_one_distribution_in_both_groups_is_one_provider(installed: 
     installed.add("twice", f"{HERE}:Other", loader.OLDER_ENTRY_POINT_GROUP)
     for point in installed.points[1:]:
         of("abe-twice", point)
-    assert type(load_backend("twice")) is Stranger
+    assert isinstance(load_backend("twice"), Stranger)
 
 
 def test_a_tests_backend_shadows_even_two_distributions(
@@ -347,7 +347,7 @@ def test_a_tests_backend_shadows_even_two_distributions(
     # Found among the installed ones, wherever it stands.
     for points in ([real, *installed.points], [*installed.points, real]):
         monkeypatch.setattr(installed, "points", points)
-        assert type(load_backend("twice")) is Other
+        assert isinstance(load_backend("twice"), Other)
 
 
 class Told(Stranger):
@@ -391,7 +391,7 @@ def test_a_provider_with_the_three_methods_is_told_nothing_and_that_is_said(
     register_backend("stranger", Stranger)
     with pytest.raises(ConfigurationError, match=text):
         load_backend("stranger", **given)
-    assert type(load_backend("stranger", middleware=[], codec=None, environ=None)) is Stranger
+    assert isinstance(load_backend("stranger", middleware=[], codec=None, environ=None), Stranger)
 
 
 def test_an_environment_with_nothing_installed_says_so(installed: Installed) -> None:
@@ -409,14 +409,14 @@ def test_not_found_is_of_our_tree_and_a_runtime_error(installed: Installed) -> N
 
 def test_the_older_group_is_read(installed: Installed) -> None:
     installed.add("elder", f"{HERE}:Stranger", loader.OLDER_ENTRY_POINT_GROUP)
-    assert type(load_backend("elder")) is Stranger
+    assert isinstance(load_backend("elder"), Stranger)
     assert loader.OLDER_ENTRY_POINT_GROUP == "abe.backends.message_queue.service"
 
 
 def test_of_one_name_in_both_groups_the_newer_group_is_taken(installed: Installed) -> None:
     installed.add("twice", f"{HERE}:Stranger")
     installed.add("twice", f"{HERE}:Other", loader.OLDER_ENTRY_POINT_GROUP)
-    assert type(load_backend("twice")) is Stranger
+    assert isinstance(load_backend("twice"), Stranger)
 
 
 def test_a_provider_that_cannot_be_imported_is_reported_with_its_cause(installed: Installed) -> None:
@@ -446,7 +446,7 @@ def test_a_provider_that_cannot_be_imported_does_not_hide_the_others(installed: 
     installed.add("broken", "no_such_package_anywhere:Backend")
     installed.add("stranger", f"{HERE}:Stranger")
     assert list(installed_backends()) == ["broken", "memory", "stranger"]
-    assert type(load_backend("stranger")) is Stranger
+    assert isinstance(load_backend("stranger"), Stranger)
 
 
 def test_a_provider_without_the_three_methods_is_refused_and_what_it_lacks_is_named(installed: Installed) -> None:

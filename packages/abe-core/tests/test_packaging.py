@@ -149,13 +149,11 @@ APPLICATION = textwrap.dedent("""
 
 
 BROKER_APPLICATION = textwrap.dedent("""
-    from abe import FullBackend, load_backend
+    from abe import load_backend
 
 
     async def main() -> None:
-        backend = load_backend()
-        assert isinstance(backend, FullBackend)
-        async with backend:
+        async with load_backend() as backend:
             await backend.publish("orders.created", {"order_id": "o-1"}, headers={"tenant": "acme"}, delay=0.5)
             async with backend.consume(group="billing", keys=["orders.*"]) as messages:
                 async for message in messages:

@@ -33,16 +33,16 @@ from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.codec import Codec, JSONCodec
 from abe.settings import QueueSettings
 from abe.testing import ManualClock, RecordingBackend, fresh_memory_backend, registered_backend
-from abe.types import EventHandlerFunc, EventHandlerProtocol, JSONValue, MessageQueueBackendProtocol
+from abe.types import EventHandlerFunc, EventHandlerProtocol, JSONValue
 
 assert_type(__version__, str)
-assert_type(load_backend(), MessageQueueBackendProtocol)
-assert_type(load_backend("redis"), MessageQueueBackendProtocol)
+assert_type(load_backend(), FullBackend)
+assert_type(load_backend("redis"), FullBackend)
 assert_type(
     load_backend(middleware=[Middleware()], codec=JSONCodec(types=True), environ={"QUEUE_BACKEND": "memory"}),
-    MessageQueueBackendProtocol,
+    FullBackend,
 )
-assert_type(get_message_queue_backend(), MessageQueueBackendProtocol)
+assert_type(get_message_queue_backend(), FullBackend)
 
 
 class Stranger:
@@ -238,4 +238,4 @@ async def testing(backend: RecordingBackend, clock: ManualClock) -> None:
     MemoryBackend(QueueSettings(lease=5.0), clock=clock)
     assert_type(fresh_memory_backend(clock), MemoryBackend)
     with registered_backend("mine", Stranger), registered_backend("other", backend):
-        assert_type(load_backend("mine"), MessageQueueBackendProtocol)
+        assert_type(load_backend("mine"), FullBackend)

@@ -3,15 +3,15 @@
 import asyncio
 from weakref import WeakKeyDictionary
 
-from abe.backends.message_queue.base.protocol import MessageQueueBackend
+from abe.backends.message_queue.base.protocol import FullBackend
 from abe.backends.message_queue.loader import load_backend
 
 __all__ = ["get_message_queue_backend"]
 
-_shared: "WeakKeyDictionary[asyncio.AbstractEventLoop, MessageQueueBackend]" = WeakKeyDictionary()
+_shared: "WeakKeyDictionary[asyncio.AbstractEventLoop, FullBackend]" = WeakKeyDictionary()
 
 
-def get_message_queue_backend() -> MessageQueueBackend:
+def get_message_queue_backend() -> FullBackend:
     """Return the application's one backend in the running event loop, made by `load_backend` when first asked for.
 
     A call in a hot path opens no new connection. Close it once, where the application ends.

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Coroutine, Generator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.consumer import EventConsumer
@@ -18,12 +18,12 @@ from abe.backends.message_queue.base.names import (
     check_patterns,
     check_seconds,
 )
-from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
+from abe.backends.message_queue.base.protocol import MessageQueueBackend
 from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.failures import Failures
 from abe.backends.message_queue.handler import AnyHandler, CheckedHandler, Handle
 from abe.backends.message_queue.look_ahead import LookAhead
-from abe.backends.message_queue.minimal import MinimalSubscription
+from abe.backends.message_queue.minimal import MinimalBackend, full
 from abe.backends.message_queue.report import reason_of, shown
 from abe.backends.message_queue.retry import RetryPolicy
 from abe.backends.message_queue.threads import Threads
@@ -136,7 +136,7 @@ class AsyncLoopConsumer:
             raise ConfigurationError(f"retry must be a RetryPolicy, not {retry!r}")
         check_seconds("timeout", timeout)
         check_seconds("grace", grace, zero=True)
-        self._backend = backend
+        self._backend = full(backend)
         self._group = group
         self._concurrency = concurrency
         self._policy = retry or RetryPolicy()
@@ -149,12 +149,13 @@ class AsyncLoopConsumer:
         self._handler = None if handler is None else CheckedHandler(handler)
         self._latest = _Run()
         self._left = False
-        if isinstance(backend, FullBackend):
+        self._minimal = isinstance(self._backend, MinimalBackend)
+        if not self._minimal:
             check_group(group)
             self._keys = None if keys is None else check_patterns(keys)
         elif retry or concurrency > 1 or ordered_by_key or keys is not None or prefetch is not None:
             raise UnsupportedCapabilityError(
-                f"{type(backend).__name__} has only the three methods of the protocol: "
+                f"{backend.__class__.__name__} has only the three methods of the protocol: "
                 "retry, concurrency, ordered_by_key, keys and prefetch need more"
             )
 
@@ -165,7 +166,7 @@ class AsyncLoopConsumer:
         first settlement wins.
 
         Args:
-            message: The message; a plain dict, from a backend that has no more.
+            message: The message.
             handler: The application's handler, made async, within its time limit.
         """
         await handler(message)
@@ -323,13 +324,15 @@ class AsyncLoopConsumer:
 
     @property
     def _max_delay(self) -> float:
-        return (self._backend.capabilities.max_delay or 0.0) if isinstance(self._backend, FullBackend) else 0.0
+        return self._backend.capabilities.max_delay or 0.0
 
-    def _subscription(self, backend: FullBackend, prefetch: int) -> Subscription:
-        return backend.consume(group=self._group, keys=self._keys, prefetch=prefetch, max_attempts=self._max_attempts)
+    def _subscription(self, prefetch: int) -> Subscription:
+        return self._backend.consume(
+            group=self._group, keys=self._keys, prefetch=prefetch, max_attempts=self._max_attempts
+        )
 
     async def _entered(self, prefetch: int) -> Subscription:
-        subscription = self._subscription(cast("FullBackend", self._backend), prefetch)
+        subscription = self._subscription(prefetch)
         try:
             await subscription.__aenter__()
         except BaseException:
@@ -339,17 +342,16 @@ class AsyncLoopConsumer:
 
     async def _subscribe(self, stopping: "asyncio.Task[Any]") -> Subscription | None:
         """Subscribe, however long the broker is away; None when `shutdown` came first."""
-        backend = self._backend
-        if not isinstance(backend, FullBackend):
+        if self._minimal:
             _log.warning(
                 "%s has only the three methods of the protocol: messages are handled one at a time, and one whose handler fails "
                 "is logged and not retried",
-                type(backend).__name__,
+                self._backend.__class__.__name__,
             )
-            return None if stopping.done() else MinimalSubscription(backend.consume(group=self._group))
+            return None if stopping.done() else self._backend.consume(group=self._group)
         tries = 0
         while not stopping.done():
-            subscription = self._subscription(backend, self._prefetch)
+            subscription = self._subscription(self._prefetch)
             entering = asyncio.create_task(subscription.__aenter__())
             entered: Subscription | None = None
             try:

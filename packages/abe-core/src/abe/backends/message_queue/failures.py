@@ -8,6 +8,7 @@ from typing import Any, Final, cast
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.message import Message
+from abe.backends.message_queue.minimal import PlainMessage
 from abe.backends.message_queue.report import reason_of, shown, text_of
 from abe.backends.message_queue.retry import Reject, RetryPolicy
 from abe.errors import AlreadySettledError
@@ -40,11 +41,11 @@ class Failures:
         """Settle a failed message. Returns when that is done, or goes on by itself as the consumer stops.
 
         Args:
-            message: The message; a plain dict, from a backend that has no more.
+            message: The message.
             exc: What its handler raised.
         """
         likeness, error = shown(exc)
-        if not isinstance(message, Message):
+        if not isinstance(message, Message) or isinstance(message, PlainMessage):  # nobody can be told
             told = "the handler failed, and the message is not retried: %s"
             _say(logging.ERROR, told, reason_of(exc), exc_info=likeness)
             return

@@ -8,7 +8,8 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final
 
 from abe.backends.message_queue.base.middleware import Middleware
-from abe.backends.message_queue.base.protocol import MessageQueueBackend
+from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
+from abe.backends.message_queue.minimal import full
 from abe.codec import Codec
 from abe.errors import BackendNotFoundError, ConfigurationError
 from abe.logging.utils import apply_debug_switches
@@ -38,8 +39,8 @@ def load_backend(
     middleware: Sequence[Middleware] = (),
     codec: Codec | None = None,
     environ: Mapping[str, str] | None = None,
-) -> MessageQueueBackend:
-    """Return a new backend, made by its `from_env`.
+) -> FullBackend:
+    """Return a new backend, made by its `from_env`; a provider with the protocol's three methods alone, as a `MinimalBackend` around it.
 
     Args:
         name: The provider. None: what ``QUEUE_BACKEND`` (or ``MESSAGE_QUEUE_BACKEND``) names; else the first installed provider that is not
@@ -67,7 +68,7 @@ def load_backend(
     given = {argument: value for argument, value in arguments.items() if value is not None}
     _check_takes(point.name, backend, given)
     _log.info("backend %r (by %s) is %s.%s", point.name, source, backend.__module__, backend.__qualname__)
-    return backend.from_env(**given)
+    return full(backend.from_env(**given))
 
 
 def _found() -> dict[str, list[EntryPoint]]:

@@ -1,20 +1,259 @@
-"""A provider that has only the three methods of the protocol, made to look like one that has subscriptions.
+"""A provider that has only the three methods of the protocol, as a full backend.
 
-Its messages are plain dicts. Asking for the next one is all that it can be told.
+Asking for the next message is all that such a provider can be told of the one before. Whatever else a full backend does raises
+`UnsupportedCapabilityError`, unless the provider has a method of that name.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterable, AsyncIterator
+import sys
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, cast
 
+from abe.backends.message_queue.base.capabilities import Capabilities, Durability
 from abe.backends.message_queue.base.message import Message
-from abe.errors import BackendClosedError, ConfigurationError
+from abe.backends.message_queue.base.middleware import Publication
+from abe.backends.message_queue.base.names import check_seconds
+from abe.backends.message_queue.base.protocol import DeadLetterBox, FullBackend, MessageQueueBackend
+from abe.backends.message_queue.base.transport import GroupStats
+from abe.codec import JSONCodec
+from abe.errors import (
+    AbeError,
+    BackendClosedError,
+    ConfigurationError,
+    PartialPublishError,
+    PublishUnknownError,
+    UnsupportedCapabilityError,
+)
+from abe.types import Publishable
 
 _log: Final = logging.getLogger("abe.consumer")
 _CLOSING: Final = 5.0
 """Seconds that a provider gets to end its iterator."""
+
+
+def full(backend: MessageQueueBackend) -> FullBackend:
+    """Return the backend itself if it is a full one, else as a `MinimalBackend`."""
+    return backend if isinstance(backend, FullBackend) else MinimalBackend(backend)
+
+
+class MinimalBackend:
+    """A full backend around a provider that has only ``publish``, ``consume`` and ``from_env``.
+
+    To ``isinstance`` it is an object of the provider's class, and it has the provider's other attributes.
+
+    Args:
+        provider: The provider's backend.
+    """
+
+    capabilities = Capabilities(
+        groups=True,
+        key_patterns=False,
+        ordered=False,
+        ordered_per_key=False,
+        spurious_duplicates=True,
+        dead_letter=False,
+        max_delay=None,
+        lease=None,
+        redelivery_bound=None,
+        silence_bound=None,
+        publish_dedup=None,
+        max_payload_bytes=sys.maxsize,
+        durability=Durability.NONE,
+    )
+    """What the protocol alone promises, and so the least. `max_payload_bytes` is not known."""
+
+    unroutable = 0
+
+    def __init__(self, provider: MessageQueueBackend) -> None:
+        self._provider = provider
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return type(self._provider)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_provider":  # of an object that is being copied
+            raise AttributeError(name)
+        return getattr(self._provider, name)
+
+    def __repr__(self) -> str:
+        return f"<MinimalBackend around {self._provider!r}>"
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """Raise `ConfigurationError`: `load_backend` makes one."""
+        raise ConfigurationError("a MinimalBackend is made around a provider's backend, as load_backend() does")
+
+    async def publish(
+        self,
+        key: str,
+        payload: Publishable,
+        *,
+        headers: Mapping[str, str] | None = None,
+        id: str | None = None,
+        delay: float | None = None,
+        mandatory: bool = False,
+        group: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Publish by the provider, which raises what it raises.
+
+        Args:
+            key: What the message is about.
+            payload: A JSON object, or an object that becomes one.
+            headers: Not supported, as are `id`, `delay`, `mandatory` and `group`.
+            timeout: Seconds within which it returns or raises; None: the provider's own time.
+
+        Raises:
+            UnsupportedCapabilityError: An argument was given that the protocol has no word for.
+            PublishUnknownError: The provider took longer than `timeout`.
+        """
+        given = {"headers": headers, "id": id, "delay": delay or None, "mandatory": mandatory or None, "group": group}
+        for name, value in given.items():
+            if value is not None:
+                self._unsupported(f"publish({name}=...)")
+        check_seconds("timeout", timeout)
+        plain = payload if isinstance(payload, dict) else _plain(payload)
+        bound = asyncio.timeout(timeout)
+        try:
+            async with bound:
+                await self._provider.publish(key, plain)
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            raise PublishUnknownError(f"{self._name} did not confirm the message within {timeout:g} s") from None
+
+    async def publish_many(self, items: Iterable[Publication | tuple[str, Publishable]]) -> None:
+        """Publish messages, one after the other.
+
+        Raises:
+            PartialPublishError: Some were not published; it says which, and why. The others were.
+        """
+        publications = [
+            item if isinstance(item, Publication) else Publication(item[0], cast("dict[str, Any]", item[1]))
+            for item in items
+        ]
+        failures: list[tuple[int, AbeError]] = []
+        for index, item in enumerate(publications):
+            options: dict[str, Any] = {"headers": item.headers, "id": item.id, "delay": item.delay, "group": item.group}
+            try:
+                await self.publish(item.key, item.payload, mandatory=item.mandatory, timeout=item.timeout, **options)
+            except AbeError as exc:
+                failures.append((index, exc))
+        if failures:
+            raise PartialPublishError(failures, len(publications))
+
+    def consume(
+        self,
+        *,
+        group: str | None = None,
+        keys: Sequence[str] | None = None,
+        prefetch: int | None = None,
+        max_attempts: int | None = None,
+    ) -> "MinimalSubscription":
+        """Return the messages of a group, one at a time.
+
+        Args:
+            group: The group; None: the provider's own default.
+            keys: Not supported, as are `prefetch` and `max_attempts`.
+
+        Raises:
+            UnsupportedCapabilityError: An argument was given that the protocol has no word for.
+        """
+        for name, value in {"keys": keys, "prefetch": prefetch, "max_attempts": max_attempts}.items():
+            if value is not None:
+                self._unsupported(f"consume({name}=...)")
+        return MinimalSubscription(self._provider.consume(group=group))
+
+    async def connect(self) -> None:
+        """Connect, if the provider has such a method."""
+        await self._if_any("connect")
+
+    async def disconnect(self) -> None:
+        """Disconnect, if the provider has such a method."""
+        await self._if_any("disconnect")
+
+    async def __aenter__(self) -> Self:
+        if hasattr(type(self._provider), "__aenter__"):
+            await cast("Any", self._provider).__aenter__()
+        else:
+            await self.connect()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if hasattr(type(self._provider), "__aexit__"):
+            await cast("Any", self._provider).__aexit__(exc_type, exc, traceback)
+        else:
+            await self.disconnect()
+
+    async def ping(self) -> None:
+        """Ask the broker for a sign of life."""
+        await self._own("ping")()
+
+    async def declare(self, group: str | None = None, keys: Sequence[str] | None = None) -> None:
+        """Make a group exist."""
+        await self._own("declare")(group, keys)
+
+    async def delete_group(self, group: str | None = None) -> None:
+        """End a group."""
+        await self._own("delete_group")(group)
+
+    async def delete_namespace(self) -> None:
+        """Remove everything that the namespace has in the broker."""
+        await self._own("delete_namespace")()
+
+    async def groups(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the groups that exist, each with its key patterns."""
+        return cast("Mapping[str, tuple[str, ...]]", await self._own("groups")())
+
+    async def stats(self, group: str | None = None) -> GroupStats:
+        """Count a group's messages."""
+        return cast("GroupStats", await self._own("stats")(group))
+
+    def dead_letters(self, group: str | None = None) -> DeadLetterBox:
+        """Return the dead letters of a group."""
+        return cast("DeadLetterBox", self._own("dead_letters")(group))
+
+    @property
+    def _name(self) -> str:
+        return type(self._provider).__name__
+
+    def _own(self, method: str) -> Any:
+        own = getattr(self._provider, method, None)
+        return own if callable(own) else self._unsupported(f"{method}()")
+
+    async def _if_any(self, method: str) -> None:
+        own: Any = getattr(self._provider, method, None)
+        if callable(own):
+            await own()
+
+    def _unsupported(self, what: str) -> NoReturn:
+        raise UnsupportedCapabilityError(f"{self._name} has only the three methods of the protocol: {what} needs more")
+
+
+class PlainMessage(Message):
+    """A message of a provider that cannot be told what became of it, except by being asked for the next one."""
+
+    __slots__ = ()
+
+    async def ack(self) -> None:
+        """Do nothing: asking for the next message is the acknowledgement."""
+
+    async def nack(self, delay: float | None = None, *, reason: str = "", error: str = "") -> None:
+        """Raise `UnsupportedCapabilityError`."""
+        raise UnsupportedCapabilityError("this provider has no way to take a message back")
+
+    async def reject(self, reason: str = "rejected", *, error: str = "") -> None:
+        """Raise `UnsupportedCapabilityError`."""
+        raise UnsupportedCapabilityError("this provider keeps no dead letters")
+
+    async def extend(self, seconds: float) -> None:
+        """Raise `UnsupportedCapabilityError`."""
+        raise UnsupportedCapabilityError("this provider has no leases")
 
 
 class MinimalSubscription:
@@ -72,9 +311,11 @@ class MinimalSubscription:
         if asking.cancelled():
             raise BackendClosedError("the subscription was closed")
         try:
-            return cast("Message", asking.result())
+            message = asking.result()
         except StopAsyncIteration:
             raise BackendClosedError("the provider has no more messages") from None
+        # Whatever a provider made of its messages beyond a dict is left as it is.
+        return PlainMessage(message) if type(message) is dict else cast("Message", message)
 
     def ack_soon(self, message: Message) -> None:
         """Do nothing: asking for the next message is the acknowledgement."""
@@ -106,3 +347,12 @@ class MinimalSubscription:
                     await close()
             except TimeoutError:
                 _log.warning("the provider did not close its iterator within %g s", _CLOSING)
+
+
+def _plain(payload: Publishable) -> dict[str, Any]:
+    codec = JSONCodec()
+    return codec.decode(codec.encode(cast("dict[str, Any]", payload)))
+
+
+if TYPE_CHECKING:
+    _: type[FullBackend] = MinimalBackend

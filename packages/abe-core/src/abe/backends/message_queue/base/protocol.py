@@ -1,7 +1,7 @@
 """The protocols of a message-queue backend, under the names applications import.
 
-`MessageQueueBackend` is the least that a provider has. `FullBackend` is what every backend on the engine has, our own included; an
-application that needs it narrows what it loaded: ``assert isinstance(backend, FullBackend)``.
+`MessageQueueBackend` is the least that a provider has. `FullBackend` is what `load_backend` returns: every backend on the engine is one,
+and a provider with less is wrapped.
 """
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
