@@ -149,7 +149,7 @@ APPLICATION = textwrap.dedent("""
 
 
 BROKER_APPLICATION = textwrap.dedent("""
-    from abe import load_backend
+    from abe import FullBackend, load_backend
 
 
     async def main() -> None:

@@ -73,9 +73,11 @@ end || R <- rabbit_amqqueue:list_names(<<"/">>), Ours(R)],
 ok.
 """
 
+# Of a connection that is just opening or closing, no properties are known, or the process is gone.
 _CLOSE: Final = """
-Named = fun(C) -> try rabbit_networking:connection_info(C, [client_properties]) of
-  [{_, Table}] -> lists:member({<<"connection_name">>, longstr, %(name)s}, Table)
+Named = fun(C) -> try
+  [{_, Table}] = rabbit_networking:connection_info(C, [client_properties]),
+  lists:member({<<"connection_name">>, longstr, %(name)s}, Table)
 catch _:_ -> false end end,
 Found = [C || C <- rabbit_networking:connections(), %(name)s =:= <<>> orelse Named(C)],
 rabbit_networking:close_connections(Found, "closed by a test"),

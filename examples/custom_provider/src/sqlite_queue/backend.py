@@ -19,7 +19,7 @@ class SqliteSettings(QueueSettings):
     )
 
 
-class SqliteBackend(TransportBackend):
+class SqliteBackend(TransportBackend[SqliteSettings]):
     """Message queues that the processes of one machine share through a file."""
 
     capabilities = Capabilities(
@@ -38,7 +38,6 @@ class SqliteBackend(TransportBackend):
         durability=Durability.PROCESS_CRASH,
     )
     settings_type = SqliteSettings
-    settings: SqliteSettings
 
     def make_transport(self) -> Transport:
         """Return a transport to the file, not opened yet."""

@@ -1,24 +1,21 @@
 """The backend's public face."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from abe.backends.message_queue.base import (
     Capabilities,
     Durability,
     MessageQueueBackend,
-    Middleware,
     Transport,
 )
 from abe.backends.message_queue.engine import TransportBackend
-from abe.codec import Codec
 from abe.settings import QueueSettings
 from abe_backend_rabbitmq._settings import RabbitMQSettings
 from abe_backend_rabbitmq._topology import MAX_DELAY
 from abe_backend_rabbitmq._transport import RabbitMQTransport
 
 
-class RabbitMQBackend(TransportBackend):
+class RabbitMQBackend(TransportBackend[RabbitMQSettings]):
     """A message queue on RabbitMQ from 3.10.
 
     Args:
@@ -28,7 +25,6 @@ class RabbitMQBackend(TransportBackend):
     """
 
     settings_type: ClassVar[type[QueueSettings]] = RabbitMQSettings
-    settings: RabbitMQSettings
     capabilities: Capabilities = Capabilities(
         groups=True,
         key_patterns=True,
@@ -44,15 +40,6 @@ class RabbitMQBackend(TransportBackend):
         max_payload_bytes=16 * 1024 * 1024,
         durability=Durability.POWER_LOSS,
     )
-
-    def __init__(
-        self,
-        settings: RabbitMQSettings | None = None,
-        *,
-        codec: Codec | None = None,
-        middleware: Sequence[Middleware] = (),
-    ) -> None:
-        super().__init__(settings, codec=codec, middleware=middleware)
 
     def make_transport(self) -> Transport:
         """Return a transport to the broker of the settings."""

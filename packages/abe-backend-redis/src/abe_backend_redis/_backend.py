@@ -1,18 +1,14 @@
 """The backend's public face."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from abe.backends.message_queue.base import (
     Capabilities,
     Durability,
     MessageQueueBackend,
-    Middleware,
     Transport,
 )
 from abe.backends.message_queue.engine import TransportBackend
-from abe.codec import Codec
-from abe.errors import ConfigurationError
 from abe.settings import QueueSettings
 from abe_backend_redis._settings import RedisSettings
 from abe_backend_redis._transport import RedisTransport
@@ -21,7 +17,7 @@ _CENTURY: Final = 100 * 365.25 * 24 * 3600
 """Sorted sets hold due times to the millisecond for far longer; but infinity is no time."""
 
 
-class RedisBackend(TransportBackend):
+class RedisBackend(TransportBackend[RedisSettings]):
     """A message queue on Redis Streams: Redis from 6.2, or Valkey.
 
     Args:
@@ -31,7 +27,6 @@ class RedisBackend(TransportBackend):
     """
 
     settings_type: ClassVar[type[QueueSettings]] = RedisSettings
-    settings: RedisSettings
     capabilities: Capabilities = Capabilities(
         groups=True,
         key_patterns=True,
@@ -47,19 +42,6 @@ class RedisBackend(TransportBackend):
         max_payload_bytes=16 * 1024 * 1024,
         durability=Durability.PROCESS_CRASH,
     )
-
-    def __init__(
-        self,
-        settings: RedisSettings | None = None,
-        *,
-        codec: Codec | None = None,
-        middleware: Sequence[Middleware] = (),
-    ) -> None:
-        if isinstance(settings, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigurationError(
-                "RedisBackend takes RedisSettings(url=...), not a string; RedisBackend.from_env() reads REDIS_URL"
-            )
-        super().__init__(settings, codec=codec, middleware=middleware)
 
     def make_transport(self) -> Transport:
         """Return a transport to the server of the settings."""

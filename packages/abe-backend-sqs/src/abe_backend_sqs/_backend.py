@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from abe.backends.message_queue.base import (
     Capabilities,
+    Clock,
     Durability,
     MessageQueueBackend,
     Middleware,
@@ -20,17 +21,17 @@ from abe_backend_sqs._transport import SqsTransport
 _DAY: Final = 86_400.0
 
 
-class SqsBackend(TransportBackend):
+class SqsBackend(TransportBackend[SqsSettings]):
     """A message queue on Amazon SQS, or on something that speaks its protocol.
 
     Args:
         settings: The account, the region, and what every backend can be told.
         codec: Payload to bytes and back.
         middleware: Wraps each publish, the first outermost.
+        clock: What the engine measures leases by.
     """
 
     settings_type: ClassVar[type[QueueSettings]] = SqsSettings
-    settings: SqsSettings
     capabilities: Capabilities = Capabilities(
         groups=True,
         key_patterns=True,
@@ -53,8 +54,9 @@ class SqsBackend(TransportBackend):
         *,
         codec: Codec | None = None,
         middleware: Sequence[Middleware] = (),
+        clock: Clock | None = None,
     ) -> None:
-        super().__init__(settings, codec=codec, middleware=middleware)
+        super().__init__(settings, codec=codec, middleware=middleware, clock=clock)
         if self.settings.fifo:
             self.capabilities = replace(
                 self.capabilities,

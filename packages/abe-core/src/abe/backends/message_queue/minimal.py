@@ -47,7 +47,7 @@ class MinimalBackend:
         provider: The provider's backend.
     """
 
-    capabilities = Capabilities(
+    capabilities: Capabilities = Capabilities(
         groups=True,
         key_patterns=False,
         ordered=False,
@@ -64,7 +64,7 @@ class MinimalBackend:
     )
     """What the protocol alone promises, and so the least. `max_payload_bytes` is not known."""
 
-    unroutable = 0
+    unroutable: int = 0
 
     def __init__(self, provider: MessageQueueBackend) -> None:
         self._provider = provider
@@ -228,7 +228,7 @@ class MinimalBackend:
 
     async def _if_any(self, method: str) -> None:
         own: Any = getattr(self._provider, method, None)
-        if callable(own):
+        if own is not None:
             await own()
 
     def _unsupported(self, what: str) -> NoReturn:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import ClassVar, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Generic, Self, cast
 
 from abe.backends.message_queue.base.capabilities import Capabilities
 from abe.backends.message_queue.base.clock import Clock, MonotonicClock
@@ -35,9 +35,20 @@ from abe.errors import (
 from abe.settings import QueueSettings
 from abe.types import MessageQueuePayload, Publishable
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar  # for the default, which type checkers know before Python 3.13 does
 
-class TransportBackend(ABC):
+    SettingsT = TypeVar("SettingsT", bound=QueueSettings, default=QueueSettings)
+else:
+    from typing import TypeVar
+
+    SettingsT = TypeVar("SettingsT", bound=QueueSettings)
+
+
+class TransportBackend(ABC, Generic[SettingsT]):
     """A message queue on a transport. A provider names its capabilities and settings, and makes its transport; the rest is here.
+
+    ``class MyBackend(TransportBackend[MySettings])`` names the class of the settings to type checkers, and `settings_type` at run time.
 
     It connects when it is first used, or by `connect`, reconnects by itself, and belongs to the event loop and process of its first
     use. When that loop is closed, the next use begins anew in the loop that runs then.
@@ -60,7 +71,7 @@ class TransportBackend(ABC):
 
     def __init__(
         self,
-        settings: QueueSettings | None = None,
+        settings: SettingsT | None = None,
         *,
         codec: Codec | None = None,
         middleware: Sequence[Middleware] = (),
@@ -68,13 +79,13 @@ class TransportBackend(ABC):
     ) -> None:
         wanted = self.settings_type
         if settings is None:
-            settings = wanted()
+            settings = cast("SettingsT", wanted())
         elif not isinstance(settings, wanted):
             raise ConfigurationError(
                 f"{type(self).__name__} takes its settings as {wanted.__name__}(...), not as a {type(settings).__name__}; "
                 f"{type(self).__name__}.from_env() reads them from the environment"
             )
-        self.settings = settings
+        self.settings: SettingsT = settings
         if self.capabilities.lease is not None:
             self.capabilities = replace(self.capabilities, lease=settings.lease)
         self.unroutable: int = 0
@@ -105,7 +116,7 @@ class TransportBackend(ABC):
         Raises:
             ConfigurationError: A variable is missing or malformed; the text names it.
         """
-        return cls(cls.settings_type.from_env(environ), codec=codec, middleware=middleware)
+        return cls(cast("SettingsT", cls.settings_type.from_env(environ)), codec=codec, middleware=middleware)
 
     @abstractmethod
     def make_transport(self) -> Transport:
