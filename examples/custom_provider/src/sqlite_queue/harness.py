@@ -47,25 +47,23 @@ class _SqliteOracle:
         self._space = namespace
 
     async def inject(self, group: str, body: bytes, *, key: str = "injected") -> None:
-        await self._put(group, body, key, version=1)
+        await self._put(group, body, key, header=b"")
 
     async def inject_version(self, group: str, body: bytes) -> None:
-        await self._put(group, body, "injected", version=9)
+        await self._put(group, body, "injected", header=b'[9,"id","injected",0]')
 
     async def counts(self, group: str) -> Counts:
         query = """SELECT
-            count(*) FILTER (WHERE due <= :now AND coalesce(deadline, 0) <= :now) AS waiting,
-            count(*) FILTER (WHERE deadline > :now) AS in_flight,
-            count(*) FILTER (WHERE due > :now AND coalesce(deadline, 0) <= :now) AS delayed,
-            (SELECT count(*) FROM dead WHERE space = :space AND name = :name) AS dead
+            count(*) FILTER (WHERE dead_at = 0 AND due <= :now) AS waiting,
+            count(*) FILTER (WHERE dead_at = 0 AND due > :now AND consumer IS NOT NULL) AS in_flight,
+            count(*) FILTER (WHERE dead_at = 0 AND due > :now AND consumer IS NULL) AS delayed,
+            count(*) FILTER (WHERE dead_at > 0) AS dead
             FROM messages WHERE space = :space AND name = :name"""
         row = await self._query(query, {"now": time.time(), "space": self._space, "name": group})
         return Counts(waiting=row[0], in_flight=row[1], delayed=row[2], dead=row[3])
 
-    async def consumers(self, group: str) -> int:
-        query = "SELECT count(*) FROM consumers WHERE space = :space AND name = :name"
-        row = await self._query(query, {"space": self._space, "name": group})
-        return int(row[0])
+    async def consumers(self, group: str) -> None:
+        """The file knows messages, and the names of those who have some."""
 
     async def connections(self) -> int:
         return 0
@@ -73,11 +71,9 @@ class _SqliteOracle:
     async def aclose(self) -> None:
         """Each question opens the file for itself."""
 
-    async def _put(self, group: str, body: bytes, key: str, *, version: int) -> None:
-        now = time.time()
-        insert = """INSERT INTO messages (space, name, key, body, published_at, version, due, since)
-            VALUES (:space, :name, :key, :body, 0, :version, :now, :now)"""
-        values = {"space": self._space, "name": group, "key": key, "body": body, "version": version, "now": now}
+    async def _put(self, group: str, body: bytes, key: str, *, header: bytes) -> None:
+        insert = "INSERT INTO messages (space, name, key, header, body, due) VALUES (:space, :name, :key, :header, :body, :now)"
+        values = {"space": self._space, "name": group, "key": key, "header": header, "body": body, "now": time.time()}
         await self._query(insert, values)
 
     async def _query(self, query: str, values: Mapping[str, Any]) -> Any:

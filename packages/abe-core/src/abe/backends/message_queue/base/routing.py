@@ -3,14 +3,17 @@
 While no group exists, messages are parked, and belong to the first group that wants their keys.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, TypeVar
 
 from abe.backends.message_queue.base.names import matches
 from abe.backends.message_queue.base.transport import Envelope
-from abe.errors import BackpressureError, GroupMissingError, LeaseLostError, UnroutableError
+from abe.errors import AbeError, BackpressureError, GroupMissingError, LeaseLostError, UnroutableError
 
 _T = TypeVar("_T")
+
+PARKED: Final = ""
+"""The group of parked messages. No group has this name."""
 
 _MOST_ROUTES: Final = 10_000
 
@@ -39,6 +42,38 @@ class Routes(dict[str, _T]):
         wanting = tuple(group for group, patterns in self._groups.items() if matches_any(patterns, key))
         route = self[key] = self._make(wanting)
         return route
+
+
+def fan_out(
+    envelopes: Iterable[Envelope], groups: Mapping[str, Iterable[str]], room: Mapping[str, int] | None = None
+) -> tuple[Sequence[AbeError | None], Sequence[tuple[str, Envelope]]]:
+    """Decide who gets these messages, for a transport that stores a copy for each group.
+
+    Args:
+        envelopes: The messages.
+        groups: The patterns of each group.
+        room: How many messages each group has room for. None: for any number.
+
+    Returns:
+        Each message's outcome, in order, as `Transport.send` returns them; and the copies to store, each with its group. Where no group
+        exists, that is `PARKED`.
+    """
+    routes = Routes(groups, lambda wanting: wanting)
+    left = None if room is None else dict(room)
+    outcomes: list[AbeError | None] = []
+    copies: list[tuple[str, Envelope]] = []
+    for envelope in envelopes:
+        wanting = routes[envelope.key] if envelope.group is None else tuple({envelope.group} & groups.keys())
+        if not wanting and (groups or envelope.group is not None):
+            outcomes.append(unroutable(envelope))
+        elif left is not None and any(left[group] < 1 for group in wanting):
+            outcomes.append(group_full())
+        else:
+            outcomes.append(None)
+            copies += [(group, envelope) for group in wanting or (PARKED,)]
+            if left is not None:
+                left.update({group: left[group] - 1 for group in wanting})
+    return outcomes, copies
 
 
 def unroutable(envelope: Envelope) -> UnroutableError:

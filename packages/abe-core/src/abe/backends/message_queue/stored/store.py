@@ -1,0 +1,197 @@
+"""A transport over a store of messages: tables of a database, a file, a directory. A provider writes a `Store`, and no more.
+
+The store is two tables: groups with their patterns, and messages, of which each group has its own copies. A message is in one of
+these states:
+
+    waiting    its `due` time has come: its delay passed, or its consumer's lease ran out
+    delayed    its `due` time is to come, and no consumer has it
+    in flight  a consumer has it, until `due`, when its lease ends
+    dead       it has a time of death; nothing delivers it
+    parked     its group is `PARKED`: it was published while no group existed
+
+Times are seconds, by one clock for all who share the store: its own, where it has one.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+from abe.backends.message_queue.base.transport import GroupStats
+
+Groups: TypeAlias = Mapping[str, tuple[str, ...]]
+"""The patterns of each group."""
+
+
+class Claim(NamedTuple):
+    """What a consumer's hold on a message is known by. A message that another has, or had since, does not fit it."""
+
+    serial: int
+    """The message's place in the order of its group. No other message has or had it."""
+    delivery: int
+    """Which of the message's deliveries: a number that grows with each, and is never taken back."""
+    consumer: str
+
+
+class Copy(NamedTuple):
+    """A message to store for a group."""
+
+    group: str
+    key: str
+    header: bytes
+    body: bytes
+    delay: float
+    """Seconds until it may be delivered."""
+
+
+class Row(NamedTuple):
+    """A message as it is stored."""
+
+    serial: int
+    key: str
+    header: bytes
+    """As in `Copy`. Empty: another program put the message there."""
+    body: bytes
+    attempts: int
+    """How often it was delivered, those deliveries left out that were given back."""
+    delivery: int
+    """See `Claim`."""
+    dead_at: float = 0.0
+    """Seconds since the epoch."""
+    reason: str = ""
+    error: str = ""
+
+
+class Change(NamedTuple):
+    """What becomes of a message that no consumer has any more; see `Settlement`."""
+
+    serial: int
+    """With the next two: the claim."""
+    delivery: int
+    consumer: str
+    delay: float
+    """Seconds until it is due."""
+    uncounted: int
+    """How many attempts the message loses: 1 if it was given back, else 0."""
+    dead: bool
+    reason: str
+    error: str
+
+
+class Span(NamedTuple):
+    """Which dead messages are wanted: those after `died` and `serial`, that died by `until`."""
+
+    died: float = 0.0
+    serial: int = 0
+    until: float | None = None
+    """None: by now."""
+
+
+Choose: TypeAlias = Callable[[Groups, Mapping[str, int]], Sequence[Copy]]
+"""Says what to store, given the groups, and how many messages each has waiting and delayed (absent: none)."""
+
+
+class Store(ABC):
+    """What a provider writes: each method is one transaction, or as good as that.
+
+    Each may be called by several tasks at once, and be cancelled: it is then carried out as a whole, or not at all.
+
+    Raises:
+        BackendConnectionError: By each method: it was certainly not carried out, and can be tried again, which connects anew.
+    """
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Connect, make what is missing, and ask for a sign of life.
+
+        Raises:
+            ConfigurationError: The store refuses us, or is none.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Disconnect. May be called repeatedly, and before `open`."""
+
+    @abstractmethod
+    async def groups(self) -> Groups:
+        """Return all groups."""
+
+    @abstractmethod
+    async def put(self, choose: Choose, *, counted: bool) -> None:
+        """Store what `choose` returns. No group comes or changes between the two: what is chosen to be parked would be parked for ever.
+
+        Args:
+            choose: Does no I/O, and may be called again where a transaction is repeated.
+            counted: Whether the numbers are wanted. If not, they are {}.
+
+        Raises:
+            PublishUnknownError: The copies may be stored, or not: no answer came.
+        """
+
+    @abstractmethod
+    async def declare(self, group: str, patterns: tuple[str, ...], *, change: bool) -> tuple[str, ...]:
+        """Make the group unless it is there; return the patterns that it has now.
+
+        A group that is made or changed gets those parked messages whose key its patterns want (`matches_any`).
+
+        Args:
+            group: The group.
+            patterns: Those of a new group.
+            change: Whether a group that is there gets them too.
+        """
+
+    @abstractmethod
+    async def delete(self, group: str | None) -> None:
+        """Delete a group with all its messages. None: everything of the namespace."""
+
+    @abstractmethod
+    async def count(self, group: str) -> GroupStats:
+        """Count the messages of a group by their states; no group: no messages."""
+
+    @abstractmethod
+    async def take(self, group: str, consumer: str, limit: int, lease: float) -> tuple[Sequence[Row], float | None]:
+        """Put messages that are waiting in flight, in the order of their serials; see `PollingReceiver.take`.
+
+        Returns:
+            At most `limit` of them, their attempts and deliveries one higher; if there are none, the seconds until there may be, where that
+            is known.
+
+        Raises:
+            GroupMissingError: There is no such group.
+        """
+
+    @abstractmethod
+    async def remove(self, claims: Sequence[Claim]) -> Sequence[bool]:
+        """Delete messages; return for each whether the claim holds. The others stay as they are, here and below."""
+
+    @abstractmethod
+    async def settle(self, changes: Sequence[Change]) -> Sequence[bool]:
+        """End what consumers have in flight: it waits, is delayed, or is dead from now on. Return for each whether the claim holds."""
+
+    @abstractmethod
+    async def renew(self, claims: Sequence[Claim], lease: float) -> Sequence[bool]:
+        """Begin leases anew; return for each whether the claim holds, be the lease over or not."""
+
+    @abstractmethod
+    async def give_back(self, consumer: str, keep: Collection[int]) -> None:
+        """Make waiting what a consumer has in flight, its attempts one lower, but for the messages with these serials."""
+
+    @abstractmethod
+    async def dead(self, group: str, span: Span, size: int) -> tuple[Sequence[Row], float]:
+        """Read dead messages of a group in the order of their time of death, and of their serials where that is the same.
+
+        Args:
+            group: The group.
+            span: Which.
+            size: Bytes of their bodies together, at most; but the first one in any case. A few hundred messages will do, too.
+
+        Returns:
+            The first ones of the span; and what the time is, by the clock of the times of death.
+        """
+
+    @abstractmethod
+    async def revive(self, serials: Collection[int]) -> int:
+        """Make those of these messages that are dead wait, their attempts 0; return how many."""
+
+    @abstractmethod
+    async def purge(self, serials: Collection[int]) -> int:
+        """Delete those of these messages that are dead; return how many."""
