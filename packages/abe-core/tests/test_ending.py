@@ -158,10 +158,10 @@ async def test_a_settlement_that_fails_for_now_is_logged_with_its_message_and_en
     consumer = AsyncLoopConsumer(backend, retry=RetryPolicy(max_attempts=1))
     async with within(10):
         running = asyncio.create_task(consumer.run(fails))
-        while "could not be given back" not in caplog.text:  # noqa: ASYNC110
+        while "could not be settled" not in caplog.text:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         assert not running.done()
-        assert "message 'seven' (key 'k') of group 'default' failed and could not be given back" in caplog.text
+        assert "message 'seven' (key 'k') of group 'default' failed and could not be settled" in caplog.text
         await consumer.shutdown()
         await running
     await backend.disconnect()

@@ -91,9 +91,9 @@ class TestWhichMessage:
         first, last = records(caplog)
         message = "the handler failed on message 'seven' (key 'order.created') of group 'billing', attempt"
         assert first.levelno == logging.WARNING
-        assert first.getMessage() == f"{message} 1 of 2: ValueError: the bank is gone (it is tried again in 3 s)"
+        assert first.getMessage() == f"{message} 1 of 2: ValueError: the bank is gone (retrying in 3 s)"
         assert last.levelno == logging.ERROR
-        assert last.getMessage() == f"{message} 2 of 2: ValueError: the bank is gone (it is given up: a dead letter)"
+        assert last.getMessage() == f"{message} 2 of 2: ValueError: the bank is gone (moved to the dead letters)"
         for attempt, record in enumerate((first, last), start=1):
             fields = [getattr(record, name) for name in ("message_id", "key", "group", "attempt")]
             assert fields == ["seven", "order.created", "billing", attempt]
@@ -112,7 +112,7 @@ class TestWhichMessage:
         (record,) = records(caplog)
         assert record.levelno == logging.ERROR
         assert "the handler rejected message 'seven'" in record.getMessage()
-        assert "attempt 1 of 5: no such customer (it is given up: a dead letter)" in record.getMessage()
+        assert "attempt 1 of 5: no such customer (moved to the dead letters)" in record.getMessage()
 
     async def test_a_failure_after_the_handler_has_settled_the_message_says_so(
         self, memory_backend: MemoryBackend, caplog: pytest.LogCaptureFixture
@@ -126,7 +126,7 @@ class TestWhichMessage:
             while not records(caplog):  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
         (record,) = records(caplog)
-        assert record.getMessage().startswith("the handler had settled message 'seven'")
+        assert record.getMessage().startswith("the handler settled message 'seven'")
         assert record.levelno == logging.WARNING
 
 

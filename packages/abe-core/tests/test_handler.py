@@ -254,7 +254,7 @@ async def asks_for_a_number_or_nothing(number: int | None) -> None: ...
 
 
 WRONG = [
-    (yields, "yields contains a yield, so that calling it would run nothing"),
+    (yields, "yields contains a yield, so calling it would run nothing"),
     (yields_asynchronously, "yields_asynchronously contains a yield"),
     (YieldingObject(), "contains a yield"),
     (functools.partial(yields), "contains a yield"),

@@ -103,18 +103,18 @@ async def test_it_holds_no_more_than_its_prefetch_when_the_busy_key_is_done(
 async def test_what_it_holds_is_bounded_and_it_says_when_that_is_reached(
     memory_backend: MemoryBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(look_ahead, "_MOST", 20)
+    monkeypatch.setattr(look_ahead, "_MAX_IN_FLIGHT", 20)
     handler = Keyed(others=1)
     await publish(memory_backend, hot=100, cold=1)
     async with running(AsyncLoopConsumer(memory_backend, ordered_by_key=True, concurrency=2, prefetch=4), handler):
-        while "wait behind keys that are being handled" not in caplog.text:  # noqa: ASYNC110
+        while "wait for busy keys" not in caplog.text:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         assert (await memory_backend.stats()).in_flight == 28
         assert not handler.all_cold.is_set()
         handler.go.set()
         await empty(memory_backend)
     assert handler.hot == list(range(100))
-    assert caplog.text.count("wait behind keys") == 1
+    assert caplog.text.count("wait for busy keys") == 1
 
 
 async def test_at_shutdown_everything_that_waits_goes_back_in_its_order(memory_backend: MemoryBackend) -> None:
@@ -158,7 +158,7 @@ async def test_a_broker_that_is_away_for_a_moment_delays_that_and_ends_nothing(
         await handler.all_cold.wait()
         handler.go.set()
         await empty(backend)
-    assert caplog.text.count("subscribed to again, trying again: no broker") == 2
+    assert caplog.text.count("again failed, retrying: no broker") == 2
     await backend.disconnect()
 
 

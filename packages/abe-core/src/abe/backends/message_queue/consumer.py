@@ -36,11 +36,11 @@ from abe.types import MessageQueueBackendProtocol
 _log: Final = logging.getLogger("abe.consumer")
 _RECONNECT: Final = ExponentialBackoff(initial=0.1, maximum=10.0)
 _PREFETCH: Final = 4
-"""Messages held for each that is handled at once: while one batch travels and another is confirmed, the workers have work."""
+"""Prefetched messages per worker: enough to keep the workers busy while one batch travels and another is confirmed."""
 
 
 class Started:
-    """Says when a consumer has subscribed: from then on every publish that starts reaches its group. Awaiting it is `wait`."""
+    """Set once a consumer has subscribed: every publish that starts after that reaches its group. Awaiting it calls `wait`."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
@@ -54,8 +54,8 @@ class Started:
         """Wait until it has subscribed.
 
         Raises:
-            BackendClosedError: It was shut down, or cancelled, before.
-            AbeError: What ended `run` before.
+            BackendClosedError: The consumer was shut down or cancelled first.
+            AbeError: `run` failed first, with this error.
         """
         await self._event.wait()
         if self._error is not None:
@@ -71,7 +71,7 @@ class Started:
 
 
 class _Run:
-    """One call of `run`, from the call on: it can be told to stop before it has had its first turn."""
+    """The state of one call of `run`. It exists from the call on, so `shutdown` works before the task's first step."""
 
     def __init__(self) -> None:
         self.stopping = asyncio.Event()
@@ -81,15 +81,15 @@ class _Run:
 
 
 class AsyncLoopConsumer:
-    """Runs a handler over a group's messages, by a fixed set of workers.
+    """Runs a handler over a group's messages, with a fixed set of workers.
 
-    A message is acknowledged after its handler returned, and never before. Whatever a handler raises, ``SystemExit`` included, is logged,
-    and the message is tried again after the policy's backoff, or moved to the dead letters; the others go on. Only ``KeyboardInterrupt``
-    ends the consumer, when its message is settled, and what the application's function for a signal raises in the midst of a handler, when
-    its message is given back: it is the process that is to end. So does a fatal error of the backend (credentials,
-    configuration), which `run` logs and raises. Each message has a context of its own: what a handler sets in a ContextVar ends with it.
+    A message is acknowledged after its handler returned, and never before. Any exception of a handler, ``SystemExit`` included, is logged,
+    and its message is retried after the policy's backoff or becomes a dead letter; other messages go on. Three things end the consumer:
+    ``KeyboardInterrupt``, after its message is settled; an exception that the application's signal handler raises while a message handler
+    runs, after the message is given back; and a fatal error of the backend (credentials, configuration), which `run` logs and raises.
+    Each message has its own context: what a handler sets in a ContextVar ends with the message.
 
-    A backend that offers only the three methods of the protocol is run one message at a time, without retries; it says so in the log.
+    With a backend that has only the protocol's three methods, it handles one message at a time, without retries, and logs a warning.
 
     To add behaviour around the handler, pass middleware, or override `handle`.
 
@@ -97,20 +97,20 @@ class AsyncLoopConsumer:
         backend: Where messages come from.
         group: The group to consume; None: ``default``.
         concurrency: Messages handled at once.
-        retry: What becomes of failed messages; None: the backend's number of attempts, with exponential backoff.
-        timeout: Seconds that a handler may take; it is cancelled then, and the message fails. A synchronous handler's thread cannot be
-            stopped: the message fails, the thread runs on, and until it returns there is one thread fewer. With none left nothing is taken.
+        retry: How failed messages are retried; None: the backend's number of attempts, with exponential backoff.
+        timeout: Seconds that a handler may take; then it is cancelled, and the message fails. A synchronous handler's thread cannot be
+            stopped: the message fails, and one thread fewer is available until it returns. With none left, the consumer unsubscribes.
         grace: Seconds that handlers get to finish in `shutdown`.
-        ordered_by_key: Handle messages of one key one after the other, in the order received, while other keys run beside them. A message
-            that has to be retried lets its successors pass. While messages of a busy key fill what may be held, more are taken, up to
-            about 1,000 in all, so that other keys go on.
+        ordered_by_key: Handle messages of one key one after the other, in the order received, and different keys concurrently. The
+            successors of a message that is retried overtake it. While messages of a busy key fill the prefetch, it grows, up to about
+            1,000 messages in all, so that other keys go on.
         middleware: Wraps the handler, the first outermost.
         keys: The key patterns that the group wants; None: see ``consume``.
-        prefetch: Messages held at most; None: four times the concurrency.
-        handler: What `run` is to run, when it is given none.
+        prefetch: Messages in flight at most; None: four times the concurrency.
+        handler: The handler for `run` when it is called without one.
 
     Raises:
-        ConfigurationError: An argument is out of range, or the handler cannot be one.
+        ConfigurationError: An argument is out of range, or the handler has a wrong signature.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class AsyncLoopConsumer:
         self._prefetch = _PREFETCH * concurrency if prefetch is None else prefetch
         self._handler = None if handler is None else CheckedHandler(handler)
         self._latest = _Run()
-        self._left = False
+        self._exited = False
         self._minimal = isinstance(self._backend, MinimalBackend)
         if not self._minimal:
             check_group(group)
@@ -173,22 +173,22 @@ class AsyncLoopConsumer:
 
     @property
     def started(self) -> Started:
-        """Says when the group is subscribed to: ``await consumer.started``. It raises what ended `run` before that."""
+        """Await it to wait for the subscription: ``await consumer.started``. It raises the error of a `run` that failed before that."""
         return self._latest.started
 
     def run(self, handler: AnyHandler | None = None) -> Coroutine[Any, Any, None]:
         """Handle messages until cancelled, or until `shutdown` is done.
 
-        While the broker cannot be reached it tries again, with backoff. What ends it otherwise is logged as an error, and raised.
+        While the broker is unreachable, it retries with backoff. Any other error ends it: it is logged, and raised.
 
         Args:
             handler: The handler; None: the constructor's.
 
         Raises:
-            ConfigurationError: The handler cannot be one; the text says why, and is logged at the call already. Or the broker refuses us.
+            ConfigurationError: The handler has a wrong signature (logged at the call), or the broker refuses the configuration.
             AbeError: Another error that a retry does not help.
         """
-        # Not an async function: what is called before the task's first turn, `shutdown` above all, holds for it too.
+        # Not an async function: a `shutdown` that comes before the task's first step must stop this run too.
         if self._latest.ended.is_set() or (self._latest.stopping.is_set() and not self._latest.begun):
             self._latest = _Run()
         try:
@@ -199,10 +199,10 @@ class AsyncLoopConsumer:
         return self._run(self._latest, checked)
 
     async def shutdown(self) -> None:
-        """Take nothing new, let the handlers that run finish within the grace period, acknowledge, and return when `run` has ended.
+        """Stop taking messages, let running handlers finish within the grace period, acknowledge, and return when `run` has ended.
 
-        What is not finished by then is cancelled, and given back. Called by a handler, or by what it has started, it returns at once: the
-        handler has to finish first.
+        Handlers that are not finished by then are cancelled, and their messages given back. Called from a handler, or from a task that it
+        started, it returns at once, as the handler has to finish first.
         """
         run = self._latest
         run.stopping.set()
@@ -212,13 +212,13 @@ class AsyncLoopConsumer:
             await run.ended.wait()
 
     async def __aenter__(self) -> Self:
-        self._left = False
+        self._exited = False
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._left = True
+        self._exited = True
         await self.shutdown()
 
     def _checked(self, handler: AnyHandler | None) -> CheckedHandler:
@@ -236,20 +236,20 @@ class AsyncLoopConsumer:
 
     async def _run(self, run: _Run, handler: CheckedHandler) -> None:
         if run.begun:
-            raise RuntimeError("this consumer is running already: make another one to run two")
-        if self._left or run.stopping.is_set():
-            # `shutdown`, or the end of the block, came before this task had its first turn.
+            raise RuntimeError("this consumer is already running: make a second one to run two")
+        if self._exited or run.stopping.is_set():
+            # `shutdown`, or the end of the `async with` block, came before this task's first step.
             run.started._set(BackendClosedError("the consumer was shut down before it had subscribed"))  # pyright: ignore[reportPrivateUsage]
             run.ended.set()
             return
         run.begun = True
-        error: BaseException = BackendClosedError("the consumer has ended before it had subscribed")
+        error: BaseException = BackendClosedError("the consumer ended before it had subscribed")
         try:
             await self._consume(run, handler)
         except Exception as exc:
             error = exc
-            told = "the consumer of group %r has ended: %s"
-            _log.error(told, self._group or DEFAULT_GROUP, reason_of(exc), exc_info=shown(exc)[0])
+            template = "the consumer of group %r has ended: %s"
+            _log.error(template, self._group or DEFAULT_GROUP, reason_of(exc), exc_info=shown(exc)[0])
             raise
         finally:
             run.started._set(error)  # pyright: ignore[reportPrivateUsage]
@@ -266,7 +266,7 @@ class AsyncLoopConsumer:
                 await self._work(run, subscription, call, threads, stopping)
                 if threads is None or not threads.exhausted:
                     return
-                # Other consumers have the messages meanwhile.
+                # The subscription is closed meanwhile, so that other consumers get its messages.
                 await asyncio.wait(
                     [stopping, waiting := asyncio.create_task(threads.available())],
                     return_when=asyncio.FIRST_COMPLETED,
@@ -306,7 +306,7 @@ class AsyncLoopConsumer:
             threads,
             concurrency=self._concurrency,
             run=run,
-            told_to_stop=run.stopping,
+            stop_taking=run.stopping,
         )
         _log.info("consuming group %r, %d messages at once", group, self._concurrency)
         try:
@@ -314,13 +314,13 @@ class AsyncLoopConsumer:
         finally:
             await source.aclose()
             await failures.close()
-            _log.info("group %r is consumed no more by this consumer", group)
+            _log.info("stopped consuming group %r", group)
 
     @property
     def _max_attempts(self) -> int:
         settings = getattr(self._backend, "settings", None)
-        theirs = settings.max_attempts if isinstance(settings, QueueSettings) else QueueSettings().max_attempts
-        return self._policy.max_attempts or theirs
+        default = settings.max_attempts if isinstance(settings, QueueSettings) else QueueSettings().max_attempts
+        return self._policy.max_attempts or default
 
     @property
     def _max_delay(self) -> float:
@@ -341,11 +341,11 @@ class AsyncLoopConsumer:
         return subscription
 
     async def _subscribe(self, stopping: "asyncio.Task[Any]") -> Subscription | None:
-        """Subscribe, however long the broker is away; None when `shutdown` came first."""
+        """Subscribe, retrying while the broker is unreachable; None when `shutdown` came first."""
         if self._minimal:
             _log.warning(
-                "%s has only the three methods of the protocol: messages are handled one at a time, and one whose handler fails "
-                "is logged and not retried",
+                "%s has only the three methods of the protocol: messages are handled one at a time, and failed ones are "
+                "logged, not retried",
                 self._backend.__class__.__name__,
             )
             return None if stopping.done() else self._backend.consume(group=self._group)
@@ -363,13 +363,13 @@ class AsyncLoopConsumer:
                 if not exc.retryable:
                     raise
                 tries += 1
-                _log.warning("group %r cannot be subscribed to, trying again: %s", self._group or DEFAULT_GROUP, exc)
+                _log.warning("subscribing to group %r failed, retrying: %s", self._group or DEFAULT_GROUP, exc)
                 await asyncio.wait([stopping], timeout=_RECONNECT(tries))
             finally:
-                if entered is None:  # also where this was cancelled in the very turn in which it ended
+                if entered is None:  # also when this task was cancelled in the loop turn in which `entering` ended
                     entering.cancel()
                     await subscription.aclose()
-                    await asyncio.gather(entering, return_exceptions=True)  # its failure has nobody else to see it
+                    await asyncio.gather(entering, return_exceptions=True)  # retrieves its exception
         return None
 
 
@@ -378,7 +378,7 @@ def _check_backend(backend: object) -> None:
         raise ConfigurationError(f"{backend.__name__} is a class: give an instance of it, as load_backend() returns")
     if not isinstance(backend, MessageQueueBackendProtocol):
         raise ConfigurationError(
-            f"a consumer needs a backend, as load_backend() returns, not {type(backend).__name__}: an address belongs into its settings"
+            f"a consumer needs a backend, as load_backend() returns, not {type(backend).__name__}: an address belongs in its settings"
         )
 
 

@@ -1,4 +1,4 @@
-"""What becomes of a message whose handler failed: the policy's decision, a log line that says which message, and the settlement."""
+"""Handles a message whose handler failed: asks the retry policy, logs the failure, settles the message."""
 
 import asyncio
 import logging
@@ -15,17 +15,17 @@ from abe.errors import AlreadySettledError
 
 _log: Final = logging.getLogger("abe.consumer")
 _DEFAULT: Final = ExponentialBackoff()
-_GIVEN_UP: Final = "it is given up: a dead letter"
+_GIVEN_UP: Final = "moved to the dead letters"
 
 
 class Failures:
-    """Judges, logs and settles failed messages. Nothing that the application does can make it raise.
+    """Judges, logs and settles failed messages. Never raises because of application code.
 
     Args:
-        policy: The application's.
+        policy: The retry policy.
         max_attempts: Deliveries of one message in all.
-        max_delay: The longest backoff that the broker can hold.
-        stopping: Done when nobody is to wait for a settlement any more.
+        max_delay: The broker's longest delay, in seconds.
+        stopping: Done when `failed` must no longer wait for settlements.
     """
 
     def __init__(
@@ -38,24 +38,24 @@ class Failures:
         self._settling: set[asyncio.Task[None]] = set()
 
     async def failed(self, message: object, exc: BaseException) -> None:
-        """Settle a failed message. Returns when that is done, or goes on by itself as the consumer stops.
+        """Settle a failed message. Returns when that is done; when the consumer stops, it returns and a task completes the settlement.
 
         Args:
             message: The message.
-            exc: What its handler raised.
+            exc: The exception that its handler raised.
         """
-        likeness, error = shown(exc)
-        if not isinstance(message, Message) or isinstance(message, PlainMessage):  # nobody can be told
-            told = "the handler failed, and the message is not retried: %s"
-            _say(logging.ERROR, told, reason_of(exc), exc_info=likeness)
+        printable, error = shown(exc)
+        if not isinstance(message, Message) or isinstance(message, PlainMessage):  # the provider takes no settlement
+            template = "the handler failed, and the message is not retried: %s"
+            _say(logging.ERROR, template, reason_of(exc), exc_info=printable)
             return
         facts = _facts(message)
         if message.settled:
-            told = "the handler had settled %s before it failed: %s"
-            _say(logging.WARNING, told, _named(facts), reason_of(exc), exc_info=likeness, extra=facts)
+            template = "the handler settled %s and then failed: %s"
+            _say(logging.WARNING, template, _named(facts), reason_of(exc), exc_info=printable, extra=facts)
             return
         decision = self._judge(exc, message.attempt, facts)
-        self._tell(decision, likeness, facts)
+        self._report(decision, printable, facts)
         # A task of its own: settlements go on while the consumer stops, and closing the subscription bounds them.
         task = asyncio.create_task(_settle(message, decision, error, facts))
         self._settling.add(task)
@@ -63,7 +63,7 @@ class Failures:
         await asyncio.wait([task, self._stopping], return_when=asyncio.FIRST_COMPLETED)
 
     async def close(self) -> None:
-        """End the settlements that the closed subscription left behind."""
+        """Cancel the settlements that are still pending after the subscription was closed."""
         for task in self._settling:
             task.cancel()
         if self._settling:
@@ -77,33 +77,33 @@ class Failures:
             reason = text_of(judged.reason)
         except KeyboardInterrupt:
             raise
-        except BaseException as fault:  # noqa: BLE001 - the policy is the application's code: its faults must not stop the others' messages
-            told = "the retry policy failed on %s, the default backoff is taken: %s"
-            _say(logging.ERROR, told, _named(facts), reason_of(fault), exc_info=shown(fault)[0], extra=facts)
+        except BaseException as fault:  # noqa: BLE001 - the policy is application code: its failure must not stop other messages
+            template = "the retry policy failed on %s, using the default backoff: %s"
+            _say(logging.ERROR, template, _named(facts), reason_of(fault), exc_info=shown(fault)[0], extra=facts)
             return _Decision(min(_DEFAULT(attempt), self._max_delay), reason_of(exc))
         if after is not None and not 0 <= after <= self._max_delay:
-            told = "a backoff of %r s is not possible, it is brought within 0 to %g s"
-            _say(logging.WARNING, told, after, self._max_delay, extra=facts)
+            template = "a backoff of %r s is not possible, limiting it to 0 to %g s"
+            _say(logging.WARNING, template, after, self._max_delay, extra=facts)
             after = self._max_delay if after > self._max_delay else 0.0
         return _Decision(after, reason)
 
-    def _tell(self, decision: "_Decision", likeness: BaseException, facts: dict[str, Any]) -> None:
+    def _report(self, decision: "_Decision", printable: BaseException, facts: dict[str, Any]) -> None:
         level, then = logging.ERROR, _GIVEN_UP
-        told = "the handler failed on %s, attempt %d of %d: %s (%s)"
+        template = "the handler failed on %s, attempt %d of %d: %s (%s)"
         if decision.after is None:
-            told = "the handler rejected %s, attempt %d of %d: %s (%s)"
+            template = "the handler rejected %s, attempt %d of %d: %s (%s)"
         elif facts["attempt"] < self._max_attempts:
-            level, then = logging.WARNING, f"it is tried again in {decision.after:.3g} s"
+            level, then = logging.WARNING, f"retrying in {decision.after:.3g} s"
         attempt, reason = facts["attempt"], decision.reason
         _say(
             level,
-            told,
+            template,
             _named(facts),
             attempt,
             self._max_attempts,
             reason,
             then,
-            exc_info=likeness,
+            exc_info=printable,
             extra=facts,
         )
 
@@ -111,7 +111,7 @@ class Failures:
 @dataclass(frozen=True, slots=True)
 class _Decision:
     after: float | None
-    """Seconds until it is tried again; None: it is rejected."""
+    """Seconds until the retry; None: rejected."""
     reason: str
 
 
@@ -123,22 +123,22 @@ async def _settle(message: Message, decision: _Decision, error: str, facts: dict
             await message.nack(decision.after, reason=decision.reason, error=error)
     except AlreadySettledError:
         _say(logging.INFO, "%s was settled meanwhile", _named(facts), extra=facts)
-    except Exception as failure:  # noqa: BLE001 - nobody else would see it: whoever failed takes the next message
-        told = "%s failed and could not be given back, its lease will run out: %s"
-        _say(logging.WARNING, told, _named(facts), reason_of(failure), extra=facts)
+    except Exception as failure:  # noqa: BLE001 - this task's only observer is the log
+        template = "%s failed and could not be settled, it is delivered again when its lease runs out: %s"
+        _say(logging.WARNING, template, _named(facts), reason_of(failure), extra=facts)
 
 
-def _say(level: int, told: str, *arguments: object, **options: Any) -> None:
-    # A filter of the application's that raises must not keep a message from being settled.
+def _say(level: int, template: str, *arguments: object, **options: Any) -> None:
+    # A logging filter of the application that raises must not prevent the settlement.
     with suppress(Exception):
-        _log.log(level, told, *arguments, **options)
+        _log.log(level, template, *arguments, **options)
 
 
 def _facts(message: Message) -> dict[str, Any]:
-    """Return which message it is, as a log record's ``extra``."""
+    """Return the log record's ``extra`` that identifies the message."""
     try:
         id, key = message.id, message.key
-    except Exception:  # noqa: BLE001 - an envelope that cannot be read must not keep its message from being settled
+    except Exception:  # noqa: BLE001 - an unreadable envelope must not prevent the settlement
         id, key = "?", "?"
     return {"message_id": id, "key": key, "group": message.group, "attempt": message.attempt}
 

@@ -1,9 +1,9 @@
-"""Handlers: whatever an application gives us, made into one shape.
+"""Handlers: checks an application's handler and adapts it to one async function of a message.
 
-A handler is an async function, a function (it runs in a thread), or an object with `handle_event`. Its parameter's annotation decides
-what it gets: the message as it is (``dict``, ``Message``, nothing), or the payload converted and validated (a dataclass, TypedDict,
-attrs class, msgspec Struct, Pydantic model, or a union of them). One that asks for a type may have the `Message` too, as a second
-parameter: annotated with it, or called ``message``.
+A handler is an async function, a function (it runs in a thread), or an object with `handle_event`. The annotation of its parameter
+decides what it receives: the message itself (``dict``, ``Message``, no annotation), or the payload, converted and validated (a dataclass,
+TypedDict, attrs class, msgspec Struct, Pydantic model, or a union of them). A handler of a converted payload can take the `Message` as a
+second parameter, annotated with `Message` or called ``message``.
 """
 
 import inspect
@@ -21,17 +21,17 @@ from abe.types import EventHandlerFunc, EventHandlerProtocol
 
 Handle: TypeAlias = Callable[[Any], Awaitable[object]]
 AnyHandler: TypeAlias = EventHandlerFunc | EventHandlerProtocol | Callable[[Any, Message], object]
-"""What an application may give: a function of what the payload becomes, or of that and its Message, or an object with `handle_event`."""
+"""A function of the converted payload, or of that and its Message, or an object with `handle_event`."""
 
 
 class CheckedHandler:
-    """An application's handler, checked.
+    """An application's handler, with a checked signature.
 
     Args:
-        handler: The application's.
+        handler: The application's handler.
 
     Raises:
-        ConfigurationError: It is no handler, takes something else than a message, or asks for a type that no payload can become.
+        ConfigurationError: It is no handler, does not take one message, or asks for a type that no payload converts to.
     """
 
     def __init__(self, handler: AnyHandler) -> None:
@@ -41,14 +41,14 @@ class CheckedHandler:
         self._as_second = asked.message
         called = getattr(_unbound(function), "__call__", None)  # noqa: B004 - of an object that is callable
         self.in_thread: bool = not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called))
-        """Whether it is a synchronous one."""
+        """Whether it is synchronous, and so runs in a thread."""
 
     def bound(self, threads: Threads | None, limit: TimeLimit | None) -> Handle:
         """Return an async function of one message.
 
         Args:
-            threads: For a synchronous handler.
-            limit: How long it may take.
+            threads: The threads of a synchronous handler.
+            limit: The handler's time limit.
         """
         call: Callable[[Any], Any] = self._function
         if self._convert is not None or self._as_second is not None:
@@ -61,7 +61,7 @@ class CheckedHandler:
 
 
 def _function(handler: object) -> Callable[..., Any]:
-    # Not by isinstance: a mock without a specification has every method that it is asked for.
+    # Not isinstance: a mock without a spec has every attribute.
     named = "handle_event" in dir(handler) or (not callable(handler) and hasattr(handler, "handle_event"))
     function: Any = cast("EventHandlerProtocol", handler).handle_event if named else handler
     if not callable(function):
@@ -76,7 +76,7 @@ def _function(handler: object) -> Callable[..., Any]:
     called = getattr(unwrapped, "__call__", None)  # noqa: B004 - of an object that is callable
     if any(inspect.isgeneratorfunction(what) or inspect.isasyncgenfunction(what) for what in (unwrapped, called)):
         raise ConfigurationError(
-            f"the handler {name_of(function)} contains a yield, so that calling it would run nothing: return instead"
+            f"the handler {name_of(function)} contains a yield, so calling it would run nothing: use return"
         )
     return cast("Callable[..., Any]", function)
 
@@ -88,7 +88,7 @@ def _unbound(function: Any) -> Any:
 
 
 def _converter(function: Callable[..., object], asked: Parameters) -> Convert | None:
-    """Return the converter for the parameter that takes the payload: the first of the possible ones that a payload can become."""
+    """Return the converter for the payload's parameter, by the first candidate annotation that a payload converts to."""
     problem: TypeError | None = None
     for wanted in asked.payload:
         try:
@@ -128,10 +128,10 @@ async def _call_in_thread(
 ) -> object:
     result = await threads.run(function, message, begun)
     if inspect.isgenerator(result) or inspect.isasyncgen(result):
-        raise TypeError(f"the handler returned a {type(result).__name__}, which nobody runs: its work was not done")
-    # A function that returns an awaitable (a lambda around an async one, say) has only begun its work.
+        raise TypeError(f"the handler returned a {type(result).__name__}, which is never run: its work was not done")
+    # A function that returns an awaitable, such as a lambda around an async function, has only started its work.
     return await result if inspect.isawaitable(result) else result
 
 
 def _unlimited(call: ThreadCall) -> None:
-    """Nobody measures its time."""
+    """Do nothing: there is no time limit."""

@@ -1,8 +1,8 @@
-"""Messages of a group for `ordered_by_key`: while the successors of a busy key fill the bound, it is widened, so that other keys go on.
+"""Messages of a group for `ordered_by_key`: the prefetch grows while successors of a busy key fill it, so that other keys go on.
 
-A broker hands out a queue in its order: what waits behind a busy key has to be taken, and kept, to come to what is behind it. When
-everything that a subscription may hold has been handed out and there is a worker with nothing to do, another subscription, of twice the
-size, takes over. Only the latest takes messages, so that the order holds; the others end when their last message is settled.
+A broker delivers a queue in order, so a consumer has to take and buffer the messages that wait for a busy key to reach those behind them.
+When every message within the prefetch is in flight and a worker is idle, another subscription with twice the prefetch takes over. Only the
+newest subscription receives, which keeps the order; an older one is closed when its last message is settled.
 """
 
 import asyncio
@@ -17,33 +17,33 @@ from abe.backends.message_queue.base.tasks import result_of
 from abe.errors import AbeError, BackendClosedError
 
 _log: Final = logging.getLogger("abe.consumer")
-_MOST: Final = 1000
-"""Messages held in all, about: as many as a process can hold without that being noticed, whatever their size."""
+_MAX_IN_FLIGHT: Final = 1000
+"""Limit for the messages in flight in all, approximately: small enough for a process's memory whatever their size."""
 
 _SETTLED: Final = 2.0
-"""Seconds after which what was settled has surely arrived at any broker."""
+"""Seconds within which settlements have certainly arrived at any broker."""
 
 _RECONNECT: Final = ExponentialBackoff(initial=0.1, maximum=1.0)
 
 
-class _Room:
-    """A subscription, how much it may hold, and how much of that was handed out and is not done."""
+class _Source:
+    """A subscription, its prefetch, and how many of its messages are in flight."""
 
     def __init__(self, subscription: Subscription, size: int) -> None:
         self.subscription = subscription
         self.size = size
-        self.held = 0
+        self.in_flight = 0
         self.empty = False
-        """Whether it was halted, and has handed out everything."""
+        """Whether it is halted and its buffer is empty."""
 
 
 class LookAhead:
-    """The messages of one subscription, and of those that follow it.
+    """The messages of one subscription, and of the ones that replace it.
 
     Args:
-        first: The subscription, entered.
+        first: The first subscription, entered.
         size: Its prefetch.
-        subscribe: Enters another, with the prefetch that it is called with.
+        subscribe: Returns another, entered, with the given prefetch.
         group: The group's name, for the log.
     """
 
@@ -53,81 +53,81 @@ class LookAhead:
         self._base = size
         self._subscribe = subscribe
         self._group = group
-        self._rooms = [_Room(first, size)]
-        self._homes: dict[int, _Room] = {}
-        self._changing = asyncio.Lock()
+        self._sources = [_Source(first, size)]
+        self._source_of: dict[int, _Source] = {}
+        self._replacing = asyncio.Lock()
         self._subscribing: asyncio.Task[Subscription] | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._ending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopped = False
-        self._told = False
+        self._warned = False
 
     async def receive(self) -> Message:
-        """Wait for the next message; see `Subscription.receive`. Each is to be followed by a `done`."""
+        """Wait for the next message; see `Subscription.receive`. Call `done` for each."""
         while True:
-            room, message = self._take()
+            source, message = self._take()
             if message is None:
-                if await self._changed(room):
+                if await self._replaced(source):
                     continue
                 try:
-                    message = await room.subscription.receive()
+                    message = await source.subscription.receive()
                 except BackendClosedError:
-                    if room is self._rooms[-1] and not self._changing.locked():
+                    if source is self._sources[-1] and not self._replacing.locked():
                         raise
-                    async with self._changing:
-                        continue  # another takes over
-            room.held += 1
-            self._homes[id(message)] = room
+                    async with self._replacing:
+                        continue  # another subscription has taken over
+            source.in_flight += 1
+            self._source_of[id(message)] = source
             return message
 
     def done(self, message: Message) -> None:
-        """The message is settled, or given back."""
-        room = self._homes.pop(id(message), None)
-        if room is None:
+        """Take note that a message is settled or given back."""
+        source = self._source_of.pop(id(message), None)
+        if source is None:
             return
-        room.held -= 1
-        if not room.held and room.empty and room in self._rooms[:-1]:
-            self._leave(room)
+        source.in_flight -= 1
+        if not source.in_flight and source.empty and source in self._sources[:-1]:
+            self._retire(source)
 
     def ack_soon(self, message: Message) -> None:
         """Acknowledge with the next batch; see `Subscription.ack_soon`."""
-        self._home(message).ack_soon(message)
+        self._subscription_of(message).ack_soon(message)
 
     async def release(self, message: Message) -> None:
         """Give a message back; see `Subscription.release`."""
-        await self._home(message).release(message)
+        await self._subscription_of(message).release(message)
 
     async def stop(self) -> None:
-        """Take nothing new; see `Subscription.stop`."""
+        """Stop receiving; see `Subscription.stop`."""
         self._stop()
-        await asyncio.gather(*(room.subscription.stop() for room in self._rooms))
+        await asyncio.gather(*(source.subscription.stop() for source in self._sources))
 
     async def aclose(self) -> None:
-        """Close all of the subscriptions."""
+        """Close all subscriptions."""
         self._stop()
         if not self._ending.done():
             self._ending.set_result(None)
-        await asyncio.gather(*(room.subscription.aclose() for room in self._rooms), *self._closing)
+        await asyncio.gather(*(source.subscription.aclose() for source in self._sources), *self._closing)
 
-    def _take(self) -> tuple[_Room, Message | None]:
-        """Return the next message that is at hand, and where it is from: what came while a subscription was halted is the oldest."""
-        for room in self._rooms[:-1]:
-            if not room.empty and (message := room.subscription.take()) is not None:
-                return room, message
-            room.empty = True
-            if not room.held:
-                self._leave(room)
-        return self._rooms[-1], self._rooms[-1].subscription.take()
+    def _take(self) -> tuple[_Source, Message | None]:
+        """Return the next buffered message and its source. Halted subscriptions come first, as their messages are older."""
+        for source in self._sources[:-1]:
+            if not source.empty and (message := source.subscription.take()) is not None:
+                return source, message
+            source.empty = True
+            if not source.in_flight:
+                self._retire(source)
+        return self._sources[-1], self._sources[-1].subscription.take()
 
-    def _leave(self, room: _Room) -> None:
-        self._rooms.remove(room)
-        task = asyncio.create_task(self._close_later(room.subscription))
+    def _retire(self, source: _Source) -> None:
+        self._sources.remove(source)
+        task = asyncio.create_task(self._close_later(source.subscription))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
     async def _close_later(self, subscription: Subscription) -> None:
-        # Closing just after acknowledgements a provider may look whether they arrived, and take messages for that: the next ones of the
-        # subscription that goes on, which would come behind their successors.
+        # A provider that is closed just after acknowledgements may receive messages to verify them. Those would be the next ones of the
+        # newest subscription, and would then come after their successors.
         await asyncio.wait([self._ending], timeout=_SETTLED)
         await subscription.aclose()
 
@@ -136,29 +136,29 @@ class LookAhead:
         if self._subscribing is not None:
             self._subscribing.cancel()
 
-    def _home(self, message: Message) -> Subscription:
-        return self._homes.get(id(message), self._rooms[-1]).subscription
+    def _subscription_of(self, message: Message) -> Subscription:
+        return self._source_of.get(id(message), self._sources[-1]).subscription
 
-    async def _changed(self, room: _Room) -> bool:
-        """Let another subscription take over from `room`, if it is full or larger than it need be; return whether one has."""
-        size = self._size_after(room)
+    async def _replaced(self, source: _Source) -> bool:
+        """Replace `source` by another subscription if its prefetch is too small or too large; return whether it is replaced."""
+        size = self._size_after(source)
         if size is None:
             return False
-        async with self._changing:
-            if room is not self._rooms[-1]:
+        async with self._replacing:
+            if source is not self._sources[-1]:
                 return True
-            if (size := self._size_after(room)) is None:
+            if (size := self._size_after(source)) is None:
                 return False
-            # First of all it takes nothing more, as two that take beside each other would mix the order up.
-            await room.subscription.halt()
-            following = await self._following(size)
-            self._rooms.append(_Room(following, size))
+            # Halt the old one first: two subscriptions that receive concurrently would break the order.
+            await source.subscription.halt()
+            replacement = await self._subscribed(size)
+            self._sources.append(_Source(replacement, size))
         if self._stopped:
-            await following.stop()
+            await replacement.stop()
         return True
 
-    async def _following(self, size: int) -> Subscription:
-        """Subscribe again, however long the broker is away."""
+    async def _subscribed(self, size: int) -> Subscription:
+        """Subscribe, retrying while the broker is unreachable."""
         tries = 0
         while not self._stopped:
             self._subscribing = asyncio.create_task(self._subscribe(size))
@@ -168,23 +168,23 @@ class LookAhead:
                 if not exc.retryable:
                     raise
                 tries += 1
-                _log.warning("group %r cannot be subscribed to again, trying again: %s", self._group, exc)
+                _log.warning("subscribing to group %r again failed, retrying: %s", self._group, exc)
                 await asyncio.sleep(_RECONNECT(tries))
         raise BackendClosedError("the consumer stops")
 
-    def _size_after(self, room: _Room) -> int | None:
+    def _size_after(self, source: _Source) -> int | None:
         if self._stopped:
             return None
-        if room.held < room.size:
-            return self._base if room.size > self._base and 2 * room.held < self._base else None
-        if sum(room.size for room in self._rooms) < _MOST:
-            self._told = False
-            return 2 * room.size
-        if not self._told:
-            self._told = True
+        if source.in_flight < source.size:
+            return self._base if source.size > self._base and 2 * source.in_flight < self._base else None
+        if sum(each.size for each in self._sources) < _MAX_IN_FLIGHT:
+            self._warned = False
+            return 2 * source.size
+        if not self._warned:
+            self._warned = True
             _log.warning(
-                "%d messages of group %r wait behind keys that are being handled: other keys wait too, until those are done",
-                sum(room.held for room in self._rooms),
+                "%d messages of group %r wait for busy keys: messages of other keys behind them wait too",
+                sum(each.in_flight for each in self._sources),
                 self._group,
             )
         return None

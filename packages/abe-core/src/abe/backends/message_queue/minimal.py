@@ -338,7 +338,7 @@ class MinimalSubscription:
         """Close the iterator, if it can be."""
         await self.stop()
         if self._asking is not None and not self._asking.done():
-            _log.warning("the provider does not end its wait for a message, and is left behind")
+            _log.warning("the provider ignored the cancellation of its wait for a message, and is abandoned")
             return
         close = getattr(self._iterator, "aclose", None)
         if close is not None:

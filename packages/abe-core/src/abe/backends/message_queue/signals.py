@@ -1,4 +1,4 @@
-"""Whether it was a signal that ended a handler, whose handling raises in the midst of whatever code runs just then."""
+"""Tells exceptions that a signal handler raised, in whatever code ran just then, from failures of that code."""
 
 import signal
 from functools import partial
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def is_of_signal(exc: BaseException) -> bool:
-    """Whether one of the functions that are installed for signals has raised it: the process is to end, and no message is at fault."""
+    """Whether an installed signal handler raised the exception: then the process is to end, and no message has failed."""
     codes = {_code(signal.getsignal(number)) for number in signal.valid_signals()}
     traceback: TracebackType | None = exc.__traceback__
     while traceback is not None:

@@ -1,4 +1,4 @@
-"""The threads of synchronous handlers. One that hangs keeps its thread, and nothing is begun, or taken, for a thread that is not there."""
+"""The threads of synchronous handlers. A handler that hangs keeps its thread; no message is taken for a thread that is not available."""
 
 import asyncio
 import logging
@@ -16,12 +16,12 @@ _log: Final = logging.getLogger("abe.consumer")
 
 
 class ThreadCall:
-    """A call in a thread.
+    """A call of a handler in a thread.
 
     Args:
-        function: What to call.
-        message: With what.
-        future: Done when the call has ended; its result is what the call returned, and what it raised.
+        function: The handler.
+        message: Its argument.
+        future: Done when the call has ended, with a pair: the returned value, and the raised exception or None.
     """
 
     def __init__(
@@ -35,26 +35,26 @@ class ThreadCall:
         self._context = copy_context()
         self.future = future
         self.began: float | None = None
-        """When the thread came to it, by ``time.monotonic``."""
+        """When the thread started it, by ``time.monotonic``."""
         self.abandoned = False
-        """Nobody waits for it any more."""
+        """Whether its caller was cancelled and no longer waits."""
 
     def run(self) -> tuple[object, BaseException | None]:
-        """Call, in the thread."""
+        """Call the handler. Runs in the thread."""
         self.began = time.monotonic()
         try:
             return self._context.run(self._function, self._message), None
-        except BaseException as exc:  # noqa: BLE001 - to be raised where it is awaited: a future takes no StopIteration
+        except BaseException as exc:  # noqa: BLE001 - raised by the awaiting task: a future takes no StopIteration
             return None, exc
 
 
 class Threads:
-    """At most that many calls at once, each in a thread that does not keep the process alive.
+    """A bounded pool of daemon threads.
 
-    A call that is cancelled goes on in its thread. `ready` keeps as many callers back as there are such threads.
+    A cancelled call goes on in its thread, which is then *stuck*. `ready` blocks one caller for each stuck thread.
 
     Args:
-        most: How many threads.
+        most: The maximum number of threads.
         group: The group's name, for the log.
     """
 
@@ -71,7 +71,7 @@ class Threads:
 
     @property
     def exhausted(self) -> bool:
-        """Whether every thread is stuck in a call that nobody waits for."""
+        """Whether every thread is stuck in an abandoned call."""
         return len(self._busy) >= self._most and all(call.abandoned for call in self._busy)
 
     async def run(
@@ -80,9 +80,9 @@ class Threads:
         """Call ``function(message)`` in a thread, in a copy of the context, as soon as one is free.
 
         Args:
-            function: What to call.
-            message: With what.
-            begun: Told of the call when a thread has been found for it.
+            function: The handler.
+            message: Its argument.
+            begun: Called with the call once it has a thread.
         """
         while len(self._busy) >= self._most:
             await self._turn(self._waiting)
@@ -102,10 +102,10 @@ class Threads:
         except asyncio.CancelledError:
             if call in self._busy:
                 call.abandoned = True
-                self._tell()
+                self._report_stuck()
             raise
         if isinstance(exc, StopIteration | KeyboardInterrupt):
-            # The one cannot leave a coroutine; the other is no signal, as signals come to the main thread only.
+            # A coroutine cannot raise StopIteration; KeyboardInterrupt is no signal here, as only the main thread gets signals.
             raise RuntimeError(f"the handler raised {type(exc).__name__}") from exc  # noqa: TRY004
         if exc is not None:
             raise exc
@@ -117,22 +117,22 @@ class Threads:
         return not self.exhausted and sum(call.abandoned for call in self._busy) > len(self._kept_back)
 
     async def ready(self) -> None:
-        """Wait, one caller for each stuck thread. Returns when a thread was given back, or all of them are stuck."""
+        """Wait while a thread is stuck, one caller for each. Returns when one became free, or when all are stuck."""
         if self.keeps_back:
             await self._turn(self._kept_back)
 
     async def available(self) -> None:
-        """Wait until not all of the threads are stuck."""
+        """Wait until at least one thread is not stuck."""
         while self.exhausted:
             await self._turn(self._kept_back)
 
     def wake(self) -> None:
-        """Let everybody go who waits in `ready`."""
+        """Wake all callers that wait in `ready`."""
         while self._kept_back:
             _wake(self._kept_back)
 
     def close(self) -> None:
-        """Let the threads end, each after its call."""
+        """End the threads, each after its current call."""
         self._closed = True
         for _ in range(self._started):
             self._calls.put(None)
@@ -153,26 +153,24 @@ class Threads:
             call.future.set_result(outcome)
         if call.abandoned and not self._closed:
             how = "returned" if outcome[1] is None else f"raised {reason_of(outcome[1])}"
-            then = ": messages are taken again" if was_exhausted else ""
+            then = ": consuming resumes" if was_exhausted else ""
             seconds = time.monotonic() - (call.began or 0.0)
-            _log.warning(
-                "a handler of group %r that was given up has %s after %.1f s%s", self._group, how, seconds, then
-            )
+            _log.warning("an abandoned handler of group %r has %s after %.1f s%s", self._group, how, seconds, then)
             _wake(self._kept_back)
         _wake(self._waiting)
 
-    def _tell(self) -> None:
+    def _report_stuck(self) -> None:
         stuck = [call for call in self._busy if call.abandoned]
         since = min((call.began for call in stuck if call.began is not None), default=time.monotonic())
         seconds = time.monotonic() - since
-        level, then = logging.WARNING, "the others go on"
+        level, then = logging.WARNING, "the other threads go on"
         if self.exhausted:
-            level, then = logging.ERROR, "nothing is taken until one returns"
+            level, then = logging.ERROR, "consuming pauses until one returns"
             self.wake()
         if not self._closed:
             _log.log(
                 level,
-                "%d of %d threads of group %r are stuck in handlers that were given up, since %s (%.1f s): %s",
+                "%d of %d threads of group %r are stuck in abandoned handlers, since %s (%.1f s): %s",
                 len(stuck),
                 self._most,
                 self._group,

@@ -1,4 +1,4 @@
-"""A time limit for handlers, kept by one timer for all of them: ``asyncio.timeout`` for each would cost more than the rest of the loop."""
+"""A time limit for handlers, with one timer for all: an ``asyncio.timeout`` for each would cost more than the rest of the loop."""
 
 import asyncio
 import logging
@@ -12,14 +12,14 @@ from abe.backends.message_queue.threads import ThreadCall
 _log: Final = logging.getLogger("abe.consumer")
 _T = TypeVar("_T")
 _PRECISION: Final = 0.1
-"""A handler is cancelled at most that part of the limit late."""
+"""How late a handler may be cancelled, as a fraction of the limit."""
 
 
 class TimeLimit:
     """Cancels handlers that take longer than `limit` seconds.
 
     Args:
-        limit: Seconds. A handler is cancelled between that and a tenth more.
+        limit: Seconds. A handler is cancelled after that time, at most a tenth of it late.
     """
 
     def __init__(self, limit: float) -> None:
@@ -27,7 +27,7 @@ class TimeLimit:
         self._loop = asyncio.get_running_loop()
         self._deadlines: dict[asyncio.Task[Any], float] = {}
         self._cancelled: dict[asyncio.Task[Any], int] = {}
-        """How often the sweep has cancelled a task: a handler that goes on all the same is cancelled again."""
+        """How often the sweep has cancelled each task: a handler that ignores it is cancelled again."""
         self._calls: dict[asyncio.Task[Any], ThreadCall] = {}
         self._timer = self._loop.call_later(limit * _PRECISION, self._sweep)
 
@@ -37,10 +37,10 @@ class TimeLimit:
         Args:
             call: The handler.
             message: Its message.
-            in_thread: The time counts from when the call has begun in its thread, of which `began` is told.
+            in_thread: Whether the time counts only from the call of `began`, when a thread starts the handler.
 
         Raises:
-            TimeoutError: It took longer than the limit.
+            TimeoutError: The handler took longer than the limit.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -52,19 +52,19 @@ class TimeLimit:
             if in_thread:
                 self._calls.pop(task, None)
             del self._deadlines[task]
-            if self._cancelled and self._take_back(task) and task.cancelling() <= before:
-                # Nobody else has cancelled it, so that ends here, whatever the handler made of it.
+            if self._cancelled and self._uncancel(task) and task.cancelling() <= before:
+                # Only the sweep has cancelled this task, so the cancellation ends here, whatever the handler did with it.
                 raise TimeoutError(f"the handler took longer than {self._limit:g} s")
 
     def began(self, call: ThreadCall) -> None:
-        """A thread was found for the call of this task."""
+        """Start the time of the current task: its call has a thread."""
         task = asyncio.current_task()
         assert task is not None
         self._calls[task] = call
         self._deadlines[task] = self._loop.time() + self._limit
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop the timer."""
         self._timer.cancel()
 
     def _sweep(self) -> None:
@@ -78,16 +78,18 @@ class TimeLimit:
             if left <= 0:
                 self._cancelled[task] = times = self._cancelled.get(task, 0) + 1
                 if times == 2:
-                    _log.warning("a handler goes on after its time limit of %g s: it is cancelled again", self._limit)
+                    _log.warning(
+                        "a handler ignores the cancellation at its time limit of %g s: cancelling it again", self._limit
+                    )
                 task.cancel()
         self._timer = self._loop.call_later(self._limit * _PRECISION, self._sweep)
 
-    def _take_back(self, task: asyncio.Task[Any]) -> bool:
+    def _uncancel(self, task: asyncio.Task[Any]) -> bool:
         times = self._cancelled.pop(task, 0)
         for _ in range(times):
             task.uncancel()
         return times > 0
 
     def _left(self, call: ThreadCall) -> float:
-        """On a busy machine a thread may come to its call late."""
+        """Return the seconds that the call has left. On a busy machine a thread may start its call late."""
         return self._limit if call.began is None else call.began + self._limit - time.monotonic()

@@ -1,4 +1,4 @@
-"""The workers of a consumer: a fixed set of tasks that take messages and hand them to the handler, one each at a time."""
+"""The workers of a consumer: a fixed set of tasks, each of which takes one message at a time and calls the handler."""
 
 import asyncio
 import logging
@@ -19,26 +19,26 @@ from abe.errors import AbeError, BackendClosedError
 
 _log: Final = logging.getLogger("abe.consumer")
 _STUBBORN: Final = 5.0
-"""Seconds for which a cancelled handler is waited for."""
+"""Seconds to wait for handlers that were cancelled."""
 
-_LAST_WORDS: Final = 2.0
-"""Seconds that the message of a handler which a signal interrupted gets to be settled."""
+_LAST_SETTLEMENT: Final = 2.0
+"""Seconds for settling the message whose handler was interrupted by a signal."""
 
 WORKS_FOR: Final[ContextVar[object]] = ContextVar("abe_works_for", default=None)
-"""The run that the code works for: set in workers, and so in handlers and in what they start."""
+"""The consumer run that the current context belongs to: set in workers, so in handlers and in the tasks that they start too."""
 
 
 class Workers:
     """Handles the messages of a subscription.
 
     Args:
-        subscription: Where messages come from; a `LookAhead`: those of one key are handled one after the other.
-        call: The handler, with all that is around it.
-        failures: Settles what failed.
-        threads: Those of a synchronous handler.
-        concurrency: How many messages at once.
-        run: What `WORKS_FOR` is to say.
-        told_to_stop: Set when nothing new is to be taken.
+        subscription: Where messages come from; with a `LookAhead`, messages of one key are handled one after the other.
+        call: The handler, with its middleware.
+        failures: Settles failed messages.
+        threads: For a synchronous handler.
+        concurrency: Messages handled at once.
+        run: The value for `WORKS_FOR`.
+        stop_taking: Set when the workers must take no more messages.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Workers:
         *,
         concurrency: int,
         run: object,
-        told_to_stop: asyncio.Event,
+        stop_taking: asyncio.Event,
     ) -> None:
         self._subscription = subscription
         self._call = call
@@ -60,7 +60,7 @@ class Workers:
         self._ahead = subscription if isinstance(subscription, LookAhead) else None
         self._lanes: dict[str, _Lane] = {}
         self._run = run
-        self._told_to_stop = told_to_stop
+        self._stop_taking = stop_taking
         self._stopping = False
         self._cancelled = False
         self._host: asyncio.Task[Any] | None = None
@@ -69,26 +69,26 @@ class Workers:
         """Handle messages until `stopping` is done, the subscription is closed, or every thread is stuck.
 
         Args:
-            stopping: Done when nothing new is to be taken.
-            grace: Seconds that the handlers get to finish then.
+            stopping: Done when the workers must take no more messages.
+            grace: Seconds that the running handlers then get to finish.
         """
         self._host = asyncio.current_task()
         workers = [asyncio.create_task(self._slot()) for _ in range(self._concurrency)]
         giving_back: asyncio.Task[None] | None = None
         try:
             done, _ = await asyncio.wait([*workers, stopping], return_when=asyncio.FIRST_COMPLETED)
-            # A worker that ended by itself found the subscription closed or no threads, or raised something fatal.
+            # A worker ends by itself when the subscription is closed, when no thread is left, or by a fatal exception.
             if all(task.exception() is None for task in done):
                 self._stop()
                 giving_back = asyncio.create_task(self._subscription.stop())
                 _, late = await asyncio.wait(workers, timeout=grace)
                 if late:
-                    told = "%d handlers did not finish within %g s: they are cancelled, their messages go back"
-                    _log.warning(told, len(late), grace)
+                    template = "%d handlers did not finish within %g s: cancelling them, giving their messages back"
+                    _log.warning(template, len(late), grace)
         finally:
             self._stop()
             self._cancelled = True
-            # A stop that waits for the broker goes on within the subscription, which `aclose` bounds.
+            # A `stop` that waits for the broker goes on inside the subscription, and `aclose` bounds it.
             for task in (*workers, giving_back):
                 if task is not None:
                     task.cancel()
@@ -96,7 +96,7 @@ class Workers:
                 await asyncio.gather(giving_back, return_exceptions=True)
             _, stubborn = await asyncio.wait(workers, timeout=_STUBBORN)
             if stubborn:
-                _log.error("%d handlers ignore their cancellation and are left behind", len(stubborn))
+                _log.error("%d handlers ignored their cancellation and are abandoned", len(stubborn))
         for task in workers:
             if task.done() and not task.cancelled():
                 task.result()
@@ -107,8 +107,10 @@ class Workers:
             self._threads.wake()
 
     async def _slot(self) -> None:
-        """Keep a worker at work. What a handler sets in a ContextVar ends with its message, as the worker's task, whose context has
-        it, is then replaced: to make a task, or to drive a coroutine in a context of its own, for each message would cost each of them."""
+        """Run a worker; replace its task, and with it its context, once a handler has set a ContextVar.
+
+        So a variable that a handler sets ends with its message, without the cost of a task or a context for every message.
+        """
         context = copy_context()
         context.run(WORKS_FOR.set, self._run)
         lane = _Lane()
@@ -119,13 +121,13 @@ class Workers:
             except asyncio.CancelledError:
                 if self._ends() or _cancelling():
                     raise
-                # Something that a handler has left behind cancelled its task, between two messages.
+                # A task that a handler left running has cancelled the worker's task between two messages.
 
     async def _worker(self, clean: Context, lane: "_Lane") -> bool:
-        """Handle messages until there are no more (False), or until one has changed the context that was `clean` (True)."""
+        """Handle messages until there are no more (return False), or until a handler has changed the `clean` context (True)."""
         task = asyncio.current_task()
         assert task is not None
-        ahead, threads, stopped = self._ahead, self._threads, self._told_to_stop.is_set
+        ahead, threads, stopped = self._ahead, self._threads, self._stop_taking.is_set
         handled = 0
         take = _nothing if isinstance(self._subscription, LookAhead) else self._subscription.take
         while not (self._stopping or stopped()) and (threads is None or await self._has_thread(threads, lane)):
@@ -140,10 +142,10 @@ class Workers:
                 ahead.done(message)
             handled += 1
             if not handled & 63:
-                await asyncio.sleep(0)  # a handler that never suspends must not keep the loop to itself
+                await asyncio.sleep(0)  # handlers that never suspend must not block the event loop
             try:
-                changed = copy_context() != clean  # at once, if nothing was set
-            except Exception:  # noqa: BLE001 - values of the application's are compared
+                changed = copy_context() != clean  # compares two pointers if nothing was set
+            except Exception:  # noqa: BLE001 - comparing calls the application's __eq__
                 changed = True
             if changed:
                 return True
@@ -151,7 +153,7 @@ class Workers:
         return False
 
     async def _next(self, ahead: LookAhead, lane: "_Lane") -> Message:
-        """Return the next message of the worker's own key, or else the first of a key that nobody handles."""
+        """Return the next message of the worker's own key, or else the first one of a key that no worker handles."""
         while lane.key is not None:
             if not lane.waiting:
                 del self._lanes[lane.key]
@@ -159,26 +161,26 @@ class Workers:
             elif not (waiting := lane.waiting.popleft()).lease_lost:
                 return waiting
             else:
-                ahead.done(waiting)  # somebody else has it by now
+                ahead.done(waiting)  # another consumer may have it by now
         while True:
             message = await ahead.receive()
             try:
                 key = message.key
-            except Exception as exc:  # noqa: BLE001 - an envelope that cannot be read is its message's failure
+            except Exception as exc:  # noqa: BLE001 - an unreadable envelope fails its message only
                 await self._failures.failed(message, exc)
                 ahead.done(message)
                 continue
             if key not in self._lanes:
                 lane.key, self._lanes[key] = key, lane
                 return message
-            self._lanes[key].waiting.append(message)  # whoever handles this key now will come to it
+            self._lanes[key].waiting.append(message)  # the worker of this key handles it later
 
     async def _give_back(self, lane: "_Lane") -> None:
         if lane.key is not None:
             del self._lanes[lane.key]
             lane.key = None
         waiting, lane.waiting = lane.waiting, deque()
-        # What cannot be given back comes back when its lease runs out.
+        # A message that cannot be given back is delivered again when its lease runs out.
         await asyncio.gather(*map(self._subscription.release, waiting), return_exceptions=True)
         for message in waiting:
             if self._ahead is not None:
@@ -186,9 +188,9 @@ class Workers:
 
     async def _has_thread(self, threads: Threads, lane: "_Lane") -> bool:
         if threads.keeps_back:
-            await self._give_back(lane)  # others handle this key meanwhile
+            await self._give_back(lane)  # another worker may handle this key meanwhile
             await threads.ready()
-        return not (threads.exhausted or self._stopping or self._told_to_stop.is_set())
+        return not (threads.exhausted or self._stopping or self._stop_taking.is_set())
 
     async def _one(self, message: Message, task: asyncio.Task[Any]) -> None:
         exc: BaseException | None = None
@@ -196,7 +198,7 @@ class Workers:
             await self._call(message)
         except BaseException as raised:
             if isinstance(raised, GeneratorExit) and not _is_running(task):
-                raise  # nobody's failure: this coroutine is closed, as its event loop is gone
+                raise  # not a failure of the handler: this coroutine is closed because its event loop is gone
             exc = raised
         if task.cancelling() or isinstance(exc, asyncio.CancelledError):
             exc = await self._cancelled_or(exc, task)
@@ -206,22 +208,22 @@ class Workers:
             await _in_time(self._subscription.release(message))
             raise exc
         elif isinstance(exc, KeyboardInterrupt):
-            # It is the whole process that is to end. The message has had its attempt, and must not begin the next process with it.
+            # The process is to end. This was an attempt: the message must not be the first one of the next process.
             await _in_time(self._failures.failed(message, exc))
             raise exc
         else:
             await self._failures.failed(message, exc)
 
     async def _cancelled_or(self, exc: BaseException | None, task: asyncio.Task[Any]) -> BaseException | None:
-        """Tell the end of this worker from what the handler did to itself, which is its message's failure.
+        """Return the message's failure when the handler cancelled its own task; raise when the worker itself is cancelled.
 
         Raises:
-            CancelledError: It is the worker that is cancelled.
+            CancelledError: The worker is cancelled.
         """
         pending = False
         if task.cancelling() and not self._ends():
             try:
-                await asyncio.sleep(0)  # one that the handler asked for and did not wait to see
+                await asyncio.sleep(0)  # raises a cancellation that the handler requested and that is still pending
             except asyncio.CancelledError:
                 pending = True
             if not self._ends():
@@ -241,7 +243,7 @@ class Workers:
 
 
 class _Lane:
-    """The key that a worker is at, and the messages that wait behind it."""
+    """The key that a worker handles now, and the next messages of that key."""
 
     __slots__ = ("key", "waiting")
 
@@ -261,7 +263,7 @@ def _cancelling() -> bool:
 
 async def _in_time(settling: Coroutine[Any, Any, None]) -> None:
     with suppress(TimeoutError, AbeError):
-        async with asyncio.timeout(_LAST_WORDS):
+        async with asyncio.timeout(_LAST_SETTLEMENT):
             await settling
 
 
