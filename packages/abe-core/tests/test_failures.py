@@ -21,8 +21,8 @@ from abe import (
     Retry,
     RetryPolicy,
 )
+from abe.backends.message_queue.base.groups import DeadLetter
 from abe.backends.message_queue.base.middleware import HandleNext
-from abe.backends.message_queue.base.transport import DeadLetter
 from abe.backends.message_queue.report import reason_of, shown
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.settings import QueueSettings

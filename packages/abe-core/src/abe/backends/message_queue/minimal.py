@@ -12,11 +12,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, cast
 
 from abe.backends.message_queue.base.capabilities import Capabilities, Durability
+from abe.backends.message_queue.base.groups import GroupStats
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.middleware import Publication
 from abe.backends.message_queue.base.names import check_seconds
 from abe.backends.message_queue.base.protocol import DeadLetterBox, FullBackend, MessageQueueBackend
-from abe.backends.message_queue.base.transport import GroupStats
 from abe.codec import JSONCodec
 from abe.errors import (
     AbeError,

@@ -4,17 +4,16 @@ from abe.backends.message_queue.base.backoff import Backoff, ConstantBackoff, Ex
 from abe.backends.message_queue.base.capabilities import Capabilities, Durability
 from abe.backends.message_queue.base.clock import Clock, MonotonicClock
 from abe.backends.message_queue.base.consumer import EventConsumer
+from abe.backends.message_queue.base.groups import DeadLetter, GroupStats
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.middleware import Middleware, Publication
 from abe.backends.message_queue.base.protocol import DeadLetterBox, FullBackend, MessageQueueBackend, QueueBackend
 from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.base.transport import (
     Batching,
-    DeadLetter,
     Delivery,
     Disposition,
     Envelope,
-    GroupStats,
     Metadata,
     Outcomes,
     Receiver,

@@ -8,7 +8,8 @@ from typing import Annotated, Final, Generic, TypeAlias, TypeVar
 
 import msgspec
 
-from abe.backends.message_queue.base.transport import DeadLetter, Envelope, Metadata
+from abe.backends.message_queue.base.groups import DeadLetter
+from abe.backends.message_queue.base.transport import Envelope, Metadata
 from abe.errors import DecodeError
 
 VERSION: Final = 1

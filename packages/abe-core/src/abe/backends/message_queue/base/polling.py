@@ -17,12 +17,16 @@ _SHORTEST: Final = 1 / 16
 
 
 class Taken(NamedTuple):
-    """What `PollingReceiver.take` found."""
+    """What `PollingReceiver.take` found.
+
+    Attributes:
+        deliveries: What was taken.
+        due_in: Where that is nothing: seconds until something can be taken, as a delay has passed by then, or a lease run out. None: the
+            broker cannot tell, or there is no message.
+    """
 
     deliveries: Sequence[Delivery] = ()
     due_in: float | None = None
-    """Seconds until a message can be taken, where none was and the broker can tell: a delay passes, or a lease runs out. None: unknown,
-    or none is there."""
 
 
 class PollingReceiver(ABC):

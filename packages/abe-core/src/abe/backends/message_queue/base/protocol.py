@@ -9,9 +9,9 @@ from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
 from abe.backends.message_queue.base.capabilities import Capabilities
+from abe.backends.message_queue.base.groups import DeadLetter, GroupStats
 from abe.backends.message_queue.base.middleware import Publication
 from abe.backends.message_queue.base.subscription import Subscription
-from abe.backends.message_queue.base.transport import DeadLetter, GroupStats
 from abe.types import MessageQueueBackendProtocol, Publishable
 
 MessageQueueBackend = MessageQueueBackendProtocol

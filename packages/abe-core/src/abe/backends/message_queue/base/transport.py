@@ -6,9 +6,12 @@ coalesces, bounds, times out, retries with backoff, renews leases, and decides a
 Every method raises errors of ``abe.errors`` only. What goes wrong with one message of a batch is its outcome, and concerns no other:
 the engine repeats those whose error is `retryable`, and them alone. Raising concerns the whole batch.
 
-`BackendConnectionError` means that the operation certainly did not happen and may be tried again, which reconnects; the transport
-connects whenever it has to. Any of the methods may be cancelled: the broker may then have done it, or not, and the transport stays
-usable.
+`BackendConnectionError` means: call it again, which reconnects; the transport connects whenever it has to. Only `send` does harm where
+it is repeated, so that there it means besides that nothing was accepted. Any of the methods may be cancelled: the broker may then have
+done it, or not, and the transport stays usable.
+
+Times and durations are seconds, moments since the epoch, all of them floats; with one exception, which says so: `published_at` of
+`Envelope` and `Metadata`.
 """
 
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from abe.backends.message_queue.base.groups import DeadLetter, GroupStats
 from abe.errors import AbeError
 
 Outcomes: TypeAlias = Sequence[AbeError | None]
@@ -23,22 +27,36 @@ Outcomes: TypeAlias = Sequence[AbeError | None]
 
 
 class Envelope(NamedTuple):
-    """A message on its way to the broker."""
+    """A message on its way to the broker.
+
+    Attributes:
+        id: The message's id, 1 to 200 bytes of UTF-8.
+        key: What it is about, 1 to 200 bytes of UTF-8. Patterns are matched against it (`base.names`, `base.routing`).
+        body: The payload, as bytes.
+        published_at: When it was published, by the publisher's clock, in *milliseconds* since the epoch, as it is written on the wire.
+        headers: Strings that travel beside the body; None: none.
+        delay: Seconds before which it must not be delivered.
+        group: The one group that gets it, whatever its patterns; None: every group that wants the key.
+    """
 
     id: str
     key: str
     body: bytes
     published_at: int
-    """Milliseconds since the epoch, by the publisher's clock."""
     headers: Mapping[str, str] | None = None
     delay: float = 0.0
-    """Seconds before which it must not be delivered."""
     group: str | None = None
-    """The one group that gets it, whatever its patterns; None: every group that wants the key."""
 
 
 class Metadata(NamedTuple):
-    """What travels beside a body. The defaults are for a foreign message."""
+    """What travels beside a body. The defaults are for a foreign message.
+
+    Attributes:
+        id: The message's id; the broker's own name for it where it has none.
+        key: As in `Envelope`.
+        published_at: As in `Envelope`, in *milliseconds* since the epoch; 0 where that is not known.
+        headers: As in `Envelope`.
+    """
 
     id: str
     key: str = ""
@@ -118,47 +136,13 @@ class Settlement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeadLetter:
-    """A message that was given up."""
-
-    id: str
-    """The message's id; the broker's own where the message had none."""
-    key: str
-    body: bytes
-    headers: Mapping[str, str]
-    attempts: int
-    reason: str
-    error: str
-    """The traceback of the last failure, if there was an exception."""
-    published_at: float
-    """Seconds since the epoch; 0 where nobody wrote it down."""
-    dead_at: float
-    """Seconds since the epoch, by the broker's clock where it has one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupStats:
-    """How a group stands. Exact or approximate, as the broker counts."""
-
-    waiting: int
-    """Messages that could be delivered now."""
-    in_flight: int
-    """Messages that a consumer holds."""
-    delayed: int
-    """Messages that wait for their time."""
-    dead: int
-    """Dead letters."""
-    oldest: float | None
-    """Seconds that the oldest waiting message has waited; None where none waits, or the broker cannot tell."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Batching:
     """How much `Transport.send` takes at a time.
 
     Attributes:
         messages: Messages of one call, at most.
-        bytes: Bytes of their bodies together, at most; a single message may exceed it.
+        bytes: Bytes of their bodies together, after which a call gets no further message. Its last one may exceed it, by up to what a
+            message may have at all (`Capabilities.max_payload_bytes`).
         max_concurrent: Calls that may be under way at once.
     """
 
@@ -182,7 +166,24 @@ class Settling:
 
 
 class Receiver(Protocol):
-    """One consumer's side of a group. One task calls `receive`; the other methods may be called beside it."""
+    """One consumer's side of a group. One task calls `receive`; the other methods may be called beside it.
+
+    What a method does where no answer came, so that the broker may have done it or not, and where the group was deleted underneath:
+
+        method        no answer                                      the group is gone
+        receive       raises BackendConnectionError                  raises GroupMissingError
+        ack, settle   BackendConnectionError, raised or as outcome   the outcomes are LeaseLostError
+        renew         raises BackendConnectionError                  returns all of them
+        recover       raises BackendConnectionError                  raises GroupMissingError, or returns all of them
+        stop, close   raises nothing, or BackendConnectionError      does nothing
+        metadata      asks no broker                                 -
+
+    The engine repeats `ack` and `settle` for as long as the lease lasts, and `renew` and `recover` until they succeed. What was settled by
+    the call that had no answer may have the outcome None or `LeaseLostError` when it is repeated.
+
+    A `receive` that fails or is cancelled may have taken messages that nobody saw. After a failure the engine calls `recover`, which makes
+    them deliverable again. It cancels a `receive` only when it closes the receiver: there `close` does so.
+    """
 
     async def receive(self, limit: int) -> Sequence[Delivery]:
         """Wait for messages, and return between 0 and `limit` of them.
@@ -249,7 +250,28 @@ class Receiver(Protocol):
 
 
 class Transport(Protocol):
-    """One broker. Its methods may be called by many tasks at once."""
+    """One broker. Its methods may be called by many tasks at once.
+
+    What a method does where no answer came, so that the broker may have done it or not, and where there is no such group:
+
+        method               no answer                                     no such group
+        send                 PublishUnknownError, raised or as outcome     the outcome is UnroutableError (with `Envelope.group`)
+        declare              raises BackendConnectionError                 makes it
+        subscribe            the same; what had joined leaves              raises GroupMissingError
+        stats, dead_letters  raises BackendConnectionError                 raises GroupMissingError
+        replay, purge        the same; some may have been moved            raises GroupMissingError
+        delete_group         raises BackendConnectionError                 does nothing
+        delete_namespace     raises BackendConnectionError                 -
+        open, ping, groups   raises BackendConnectionError                 -
+        close                disconnects all the same                      -
+
+    The engine repeats all of them within `publish_timeout`, but for `ping`, the first `open` of ``connect()``, and the later steps of the
+    generators: there, whoever called is told how far they came.
+
+    Attributes:
+        batching: How much `send` takes at a time.
+        settling: How much `Receiver.ack` and `Receiver.settle` take at a time.
+    """
 
     batching: Batching
     settling: Settling

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Self, cast
 
 from abe.backends.message_queue.base.capabilities import Capabilities
 from abe.backends.message_queue.base.clock import Clock, MonotonicClock
+from abe.backends.message_queue.base.groups import GroupStats
 from abe.backends.message_queue.base.middleware import Middleware, Publication, PublishNext, check_middleware
 from abe.backends.message_queue.base.names import (
     check_count,
     check_patterns,
     check_seconds,
 )
-from abe.backends.message_queue.base.transport import Envelope, GroupStats, Transport
+from abe.backends.message_queue.base.transport import Envelope, Transport
 from abe.backends.message_queue.engine.calls import Calls
 from abe.backends.message_queue.engine.dead_letters import DeadLetters
 from abe.backends.message_queue.engine.inbox import Inbox

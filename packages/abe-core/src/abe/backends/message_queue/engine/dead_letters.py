@@ -5,8 +5,9 @@ from contextlib import aclosing
 from functools import partial
 from typing import Protocol, TypeVar
 
+from abe.backends.message_queue.base.groups import DeadLetter
 from abe.backends.message_queue.base.names import check_count
-from abe.backends.message_queue.base.transport import DeadLetter, Transport
+from abe.backends.message_queue.base.transport import Transport
 from abe.errors import AbeError
 
 _T = TypeVar("_T")

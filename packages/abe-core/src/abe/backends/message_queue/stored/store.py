@@ -16,74 +16,106 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
-from abe.backends.message_queue.base.transport import GroupStats
+from abe.backends.message_queue.base.groups import GroupStats
 
 Groups: TypeAlias = Mapping[str, tuple[str, ...]]
 """The patterns of each group."""
 
 
 class Claim(NamedTuple):
-    """What a consumer's hold on a message is known by. A message that another has, or had since, does not fit it."""
+    """What a consumer's hold on a message is known by. A message that another has, or had since, does not fit it.
+
+    Attributes:
+        serial: The message's place in the order of its group. No other message has or had it.
+        delivery: Which of the message's deliveries: a number that grows with each, and is never taken back.
+        consumer: Who has it, as `Store.take` was told.
+    """
 
     serial: int
-    """The message's place in the order of its group. No other message has or had it."""
     delivery: int
-    """Which of the message's deliveries: a number that grows with each, and is never taken back."""
     consumer: str
 
 
 class Copy(NamedTuple):
-    """A message to store for a group."""
+    """A message to store for a group.
+
+    Attributes:
+        group: The group; `PARKED` where there is none.
+        key: Its key, for parked messages: it is in the header, too.
+        header: What travels beside the body.
+        body: The payload.
+        delay: Seconds until it may be delivered.
+    """
 
     group: str
     key: str
     header: bytes
     body: bytes
     delay: float
-    """Seconds until it may be delivered."""
 
 
 class Row(NamedTuple):
-    """A message as it is stored."""
+    """A message as it is stored.
+
+    Attributes:
+        serial: As in `Claim`.
+        key: As in `Copy`.
+        header: As in `Copy`; empty where another program put the message there.
+        body: As in `Copy`.
+        attempts: How often it was delivered, those deliveries left out that were given back.
+        delivery: As in `Claim`.
+        dead_at: The time of its death, in seconds since the epoch; 0 where it is not dead.
+        reason: As in `Change`.
+        error: As in `Change`.
+    """
 
     serial: int
     key: str
     header: bytes
-    """As in `Copy`. Empty: another program put the message there."""
     body: bytes
     attempts: int
-    """How often it was delivered, those deliveries left out that were given back."""
     delivery: int
-    """See `Claim`."""
     dead_at: float = 0.0
-    """Seconds since the epoch."""
     reason: str = ""
     error: str = ""
 
 
 class Change(NamedTuple):
-    """What becomes of a message that no consumer has any more; see `Settlement`."""
+    """What becomes of a message that no consumer has any more; see `Settlement`.
+
+    Attributes:
+        serial: With the next two: the claim.
+        delivery: As in `Claim`.
+        consumer: As in `Claim`.
+        delay: Seconds until it is due.
+        uncounted: How many attempts it loses: 1 if it was given back, else 0.
+        dead: Whether it is dead from now on.
+        reason: Why, in a word or a line; empty where it is not dead.
+        error: The traceback of the last failure; empty where there was none.
+    """
 
     serial: int
-    """With the next two: the claim."""
     delivery: int
     consumer: str
     delay: float
-    """Seconds until it is due."""
     uncounted: int
-    """How many attempts the message loses: 1 if it was given back, else 0."""
     dead: bool
     reason: str
     error: str
 
 
 class Span(NamedTuple):
-    """Which dead messages are wanted: those after `died` and `serial`, that died by `until`."""
+    """Which dead messages are wanted.
+
+    Attributes:
+        died: Those that died after this time, in seconds since the epoch,
+        serial: or at this time, with a serial above this one,
+        until: and by this time. None: by now.
+    """
 
     died: float = 0.0
     serial: int = 0
     until: float | None = None
-    """None: by now."""
 
 
 Choose: TypeAlias = Callable[[Groups, Mapping[str, int]], Sequence[Copy]]
@@ -96,7 +128,8 @@ class Store(ABC):
     Each may be called by several tasks at once, and be cancelled: it is then carried out as a whole, or not at all.
 
     Raises:
-        BackendConnectionError: By each method: it was certainly not carried out, and can be tried again, which connects anew.
+        BackendConnectionError: By each method: it could not be carried out, or no answer came. It is called again, which connects anew.
+            Only `put` has to tell the two apart.
     """
 
     @abstractmethod
@@ -124,7 +157,8 @@ class Store(ABC):
             counted: Whether the numbers are wanted. If not, they are {}.
 
         Raises:
-            PublishUnknownError: The copies may be stored, or not: no answer came.
+            BackendConnectionError: They are certainly not stored.
+            PublishUnknownError: They may be stored, or not: no answer came.
         """
 
     @abstractmethod

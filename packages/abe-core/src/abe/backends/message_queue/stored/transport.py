@@ -8,16 +8,15 @@ from weakref import WeakSet
 
 from abe.backends.message_queue.base.capabilities import Capabilities, Durability
 from abe.backends.message_queue.base.envelope import Header, HeaderDecoder, encode_header, metadata_of
+from abe.backends.message_queue.base.groups import DeadLetter, GroupStats
 from abe.backends.message_queue.base.names import EVERYTHING
 from abe.backends.message_queue.base.polling import PollingReceiver, Taken
 from abe.backends.message_queue.base.routing import fan_out, group_missing, lease_lost
 from abe.backends.message_queue.base.transport import (
     Batching,
-    DeadLetter,
     Delivery,
     Disposition,
     Envelope,
-    GroupStats,
     Metadata,
     Outcomes,
     Receiver,
