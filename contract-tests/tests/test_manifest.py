@@ -12,6 +12,7 @@ from abe_contract_tests.harness import Harness
 from abe_contract_tests.manifest import suite_tests
 from abe_contract_tests.marks import clause
 from abe_contract_tests.probes import PROBES
+from abe_contract_tests.services import Broker
 
 sys.path.insert(0, str(Path(__file__).parent))
 from saboteurs import SABOTEURS
@@ -84,6 +85,8 @@ def test_help_and_readme_tell_every_attribute_of_a_harness() -> None:
     assert [name for name in names if f"`{name}`" not in readme] == []
 
 
-def test_the_readme_s_links_work_from_anywhere() -> None:
+@pytest.mark.parametrize("kind", [Harness, Broker])
+def test_the_readme_tells_every_member_of_what_an_author_writes(kind: type) -> None:
     readme = (ROOT / "contract-tests" / "README.md").read_text()
-    assert re.findall(r"\]\((?!https://|#)[^)]*\)", readme) == []
+    names = {name for name in {**vars(kind), **kind.__annotations__} if not name.startswith("_")}
+    assert [name for name in sorted(names) if not re.search(rf"^\| .*`{name}[(`].*\|", readme, re.MULTILINE)] == []
