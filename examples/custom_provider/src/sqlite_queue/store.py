@@ -96,8 +96,8 @@ class SqliteStore(Store):
         others = f"{_GROUP} AND dead_at = 0 AND consumer IS NOT :consumer"
         look = f"""SELECT (SELECT due - :now FROM messages WHERE {others} ORDER BY due LIMIT 1) FROM groups WHERE {_GROUP}"""
         take = f"""UPDATE messages SET consumer = :consumer, due = :now + :lease, attempts = attempts + 1, delivery = delivery + 1
-            WHERE serial IN (SELECT serial FROM messages WHERE {others} AND due <= :now ORDER BY serial LIMIT :limit)
-            RETURNING {_COLUMNS}"""
+            WHERE serial IN (SELECT serial FROM messages INDEXED BY messages_serial
+                WHERE {others} AND due <= :now ORDER BY serial LIMIT :limit) RETURNING {_COLUMNS}"""
         values = {"consumer": consumer, "limit": limit, "lease": lease}
         found = await self._file.run(lambda db: db.execute(look, values | self._at(group)).fetchone(), write=False)
         if found is None:

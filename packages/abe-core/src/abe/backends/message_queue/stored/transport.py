@@ -73,20 +73,12 @@ class StoreTransport:
         store: The messages of the settings' namespace.
         settings: The backend's.
         interval: See `PollingReceiver`: seconds after which consumers see, at the latest, what other processes stored.
-        batching: How much is stored at a time.
     """
 
+    batching: Batching = Batching(messages=500, bytes=1 << 20, max_concurrent=1)
     settling: Settling = Settling()
 
-    def __init__(
-        self,
-        store: Store,
-        settings: QueueSettings,
-        *,
-        interval: float,
-        batching: Batching = Batching(messages=500, bytes=1 << 20, max_concurrent=1),  # noqa: B008 - it is frozen
-    ) -> None:
-        self.batching = batching
+    def __init__(self, store: Store, settings: QueueSettings, *, interval: float) -> None:
         self._store = store
         self._settings = settings
         self._interval = interval
