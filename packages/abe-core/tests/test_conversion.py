@@ -234,7 +234,7 @@ class Initialised:
         (Service, "Service"),
         (dict[str, Service], "custom types"),
         (Callable[[], None], ""),
-        (Initialised, "Initialised has an __init__ of its own"),
+        (Initialised, "Initialised has its own __init__"),
     ],
     ids=str,
 )

@@ -180,7 +180,7 @@ def test_a_provider_registered_with_capitals_is_found_too(installed: "Installed"
 
 
 def test_a_backend_in_place_of_its_name_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="takes the name of a provider, not a type"):
+    with pytest.raises(ConfigurationError, match="takes a provider's name, not a type"):
         load_backend(Stranger)  # type: ignore[arg-type]
 
 
@@ -381,8 +381,8 @@ def test_another_environment_names_the_backend_and_configures_it(monkeypatch: py
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"codec": JSONCodec()}, "cannot be told codec: Stranger.from_env"),
-        ({"middleware": [Middleware()], "environ": {}}, "cannot be told middleware or environ: Stranger.from_env"),
+        ({"codec": JSONCodec()}, "does not take codec: Stranger.from_env"),
+        ({"middleware": [Middleware()], "environ": {}}, "does not take middleware or environ: Stranger.from_env"),
     ],
 )
 def test_a_provider_with_the_three_methods_is_told_nothing_and_that_is_said(

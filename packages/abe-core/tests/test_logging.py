@@ -435,7 +435,7 @@ def test_a_file_that_cannot_be_written_is_an_error_that_leaves_logging_as_it_was
     (tmp_path / "file").write_text("")
     handlers = logging.getLogger().handlers[:]
     config = LoggingConfig(log_dir=str(tmp_path / "file"), log_file="shop.log", enable_file=True)
-    with pytest.raises(ConfigurationError, match="cannot be made") as caught:
+    with pytest.raises(ConfigurationError, match="cannot be created") as caught:
         setup_logging_from_config(config)
     assert isinstance(caught.value.__cause__, OSError)
     assert logging.getLogger().handlers == handlers

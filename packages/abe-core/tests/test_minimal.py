@@ -223,5 +223,5 @@ async def test_the_consumer_runs_on_what_was_loaded() -> None:
 
 
 def test_one_cannot_be_made_from_the_environment() -> None:
-    with pytest.raises(ConfigurationError, match=r"as load_backend\(\) does"):
+    with pytest.raises(ConfigurationError, match=r"use load_backend\(\)"):
         MinimalBackend.from_env()

@@ -165,7 +165,7 @@ def test_a_bad_argument_is_refused_like_a_bad_variable(name: str, value: Any) ->
     [
         ("billing=order*", "'order*' of 'billing' must be a pattern whose wildcards are whole words"),
         ("billing=order*", "write 'order.*' or 'order.#'"),
-        ("billing=order.*,billing=user.*", "'billing' comes twice (a bar separates its patterns"),
+        ("billing=order.*,billing=user.*", "'billing' is given twice (a bar separates its patterns"),
         ("billing=", "'billing' has an empty pattern (without the '=', it gets every key)"),
         ("=order.*", "'=order.*' names no group"),
         ("billing order.*", "'billing order.*' is none"),
@@ -253,13 +253,13 @@ def warned(settings: type[QueueSettings], **environ: str) -> list[str]:
 )
 def test_a_misspelt_variable_is_a_warning_that_names_the_close_one_and_not_its_value(name: str, meant: str) -> None:
     assert warned(OptionalSettings, **{name: SECRET}) == [
-        f"the variable {name} is set, and is no setting of the message queue: did you mean {meant}?"
+        f"the variable {name} is set, but is not a setting of the message queue: did you mean {meant}?"
     ]
 
 
 def test_a_queue_variable_close_to_nothing_is_a_warning_too() -> None:
     assert warned(QueueSettings, QUEUE_XYZZY="1") == [
-        "the variable QUEUE_XYZZY is set, and is no setting of the message queue"
+        "the variable QUEUE_XYZZY is set, but is not a setting of the message queue"
     ]
 
 

@@ -1,6 +1,6 @@
-"""Payload to bytes and back: the `Codec` protocol, and JSON.
+"""Encodes payloads as bytes and decodes them: the `Codec` protocol, and JSON.
 
-JSON is what every language reads. Pickle is not offered: unpickling runs whatever code a stranger put into the body.
+Every language reads JSON. There is no pickle codec: unpickling runs any code that the author of a body put into it.
 """
 
 from typing import Any, Final, Protocol
@@ -13,13 +13,13 @@ from abe.types import MessageQueuePayload
 
 
 class Codec(Protocol):
-    """Turns a payload into a body and a body into a payload. Must be pure, and may be called from any thread."""
+    """Encodes a payload as a body, and decodes it. Must be pure, and may be called from any thread."""
 
     def encode(self, payload: Any) -> bytes:
-        """Return the body of what `publish` was given.
+        """Return the body of a payload given to `publish`.
 
         Raises:
-            PayloadError: The payload would not come back equal from `decode`. Its text says where and why, and shows no value.
+            PayloadError: `decode` would not return an equal payload. The text says where and why, and contains no value.
         """
         ...
 
@@ -27,7 +27,7 @@ class Codec(Protocol):
         """Return the payload.
 
         Raises:
-            DecodeError: The body is not this codec's. Its text shows nothing of the body.
+            DecodeError: This codec cannot decode the body. The text contains nothing of the body.
         """
         ...
 
@@ -38,17 +38,17 @@ _decode_object: Final = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 class JSONCodec:
-    """UTF-8 JSON by msgspec, guarded: what JSON cannot hold is refused, never changed.
+    """UTF-8 JSON by msgspec: values that JSON cannot represent are refused, never changed.
 
-    msgspec alone writes NaN as null, sets and tuples as lists, integer keys as strings, and bytes as base64. Decoding
-    what was written and comparing it with the payload refuses them all, at C speed.
+    msgspec alone encodes NaN as null, sets and tuples as lists, integer keys as strings, and bytes as base64. Decoding
+    the result and comparing it with the payload refuses them all, at C speed.
 
-    A typed object (a dataclass, msgspec Struct, attrs or Pydantic instance) is written as the JSON object that its own library makes of it,
-    if it comes back equal from there.
+    A typed object (a dataclass, msgspec Struct, attrs or Pydantic instance) is encoded by its own library as a JSON object, if that is
+    decoded to an equal value.
 
     Args:
-        types: Write everywhere what a typed handler reads back equal: a datetime as RFC 3339, a UUID or Decimal as a string, and so on (the
-            README of abe-core has the table). A handler that takes a plain dict gets these strings. False: only inside of typed objects.
+        types: Encode, everywhere, values that a typed handler decodes to equal ones: a datetime as RFC 3339, a UUID or Decimal as a string,
+            and so on (table in the README of abe-core). A handler of a plain dict gets these strings. False: only inside typed objects.
     """
 
     def __init__(self, *, types: bool = False) -> None:
@@ -59,12 +59,12 @@ class JSONCodec:
         failure = None
         try:
             body = _encode(payload)
-            # A changed value anywhere makes the two differ; NaN differs from everything.
+            # Any changed value makes them unequal; NaN equals nothing.
             if _decode(body) == payload and body[:1] == b"{":
                 return body
         except Exception as exc:  # noqa: BLE001 - comparing calls the payload's own methods
             failure = exc
-        # Outside of the handler: the parser's error may hold the payload, and must not be this one's context.
+        # Outside the except block: the encoder's error may contain the payload, so it must not become this error's context.
         if is_other_mapping(payload):
             return self.encode(dict(payload))
         if self._types or is_typed(payload):
@@ -77,7 +77,7 @@ class JSONCodec:
             return _decode_object(body)
         except msgspec.MsgspecError as exc:
             raise DecodeError(f"the body is not a JSON object: {exc}") from exc
-        except Exception as exc:  # noqa: BLE001 - whatever comes from a broker is a body that can be decoded, or not
+        except Exception as exc:  # noqa: BLE001 - any failure means that the body cannot be decoded
             failure = type(exc).__name__
         raise DecodeError(f"the body is not a JSON object ({failure})")
 
@@ -86,7 +86,7 @@ def check_codec(codec: Codec | None) -> Codec:
     """Return the codec; for None, JSON.
 
     Raises:
-        ConfigurationError: It is none; the text says what would be right.
+        ConfigurationError: It is not a codec; the text says what is expected.
     """
     if codec is None:
         return JSONCodec()

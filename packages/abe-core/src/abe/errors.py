@@ -1,9 +1,9 @@
-"""Every error that Abstract Backend raises: one tree, a class for each thing that a caller does differently.
+"""Every error that Abstract Backend raises: one tree, with one class for each way to handle an error.
 
     AbeError
     +-- ConfigurationError (ValueError)      a setting, variable, name or handler is wrong: fix the deployment or the code
-    |   +-- InvalidNameError                 a key, group, header or pattern that no backend could carry
-    |   `-- PermissionDeniedError            the broker knows us, and refuses: credentials or rights
+    |   +-- InvalidNameError                 a key, group, header or pattern is not valid on every backend
+    |   `-- PermissionDeniedError            the broker refuses the credentials, or an operation for lack of rights
     +-- BackendNotFoundError (RuntimeError)  no such provider is installed, or it cannot be imported
     +-- BackendConnectionError               the broker cannot be reached; a retry can help
     +-- BackendClosedError (RuntimeError)    used after close
@@ -11,15 +11,15 @@
     +-- PublishRejectedError                 the message is certainly not in the broker
     |   +-- BackpressureError                a limit of the broker or of the group is reached; a retry can help
     |   `-- UnroutableError                  `mandatory`, and no group wants the key
-    +-- PartialPublishError                  some messages of `publish_many` failed; says which, and why
-    +-- PublishUnknownError                  the message may be in the broker, or not; publish it again with the same id
+    +-- PartialPublishError                  some messages of `publish_many` failed; lists them with their errors
+    +-- PublishUnknownError                  the message may be in the broker; publish it again with the same id
     +-- PayloadError (ValueError)            the payload is not JSON
     |   +-- PayloadTooLargeError             it is larger than the backend declares
-    |   `-- DecodeError                      a received body or envelope is not what it should be
+    |   `-- DecodeError                      a received body or envelope is malformed
     +-- GroupMissingError                    there is no such group: it was never declared, or it was deleted
-    +-- LeaseLostError                       the broker has given the message to somebody else, or will
-    +-- AlreadySettledError                  the message was settled the other way before
-    `-- UnsupportedCapabilityError           this backend declares that it cannot do that
+    +-- LeaseLostError                       the broker has delivered the message again, or will
+    +-- AlreadySettledError                  the message was settled the opposite way before
+    `-- UnsupportedCapabilityError           the backend does not have this capability
 
 Every error says whether the same call may succeed later (`retryable`) and whether the broker may have accepted the message
 (`maybe_accepted`); the client library's own error, if there is one, is its ``__cause__``. Providers add subclasses, no second tree.
@@ -36,19 +36,19 @@ class AbeError(Exception):
     """Whether the same call may succeed later, with nothing changed by the caller."""
 
     maybe_accepted: bool = False
-    """Whether the broker may have accepted the message, so that publishing it again may double it."""
+    """Whether the broker may have accepted the message, so that publishing it again may duplicate it."""
 
 
 class ConfigurationError(AbeError, ValueError):
-    """A setting is wrong. The text names it, and says what would be right."""
+    """A setting is wrong. The text names it, and describes a valid value."""
 
 
 class InvalidNameError(ConfigurationError):
-    """A key, group, namespace, header or pattern is outside what every backend can carry."""
+    """A key, group, namespace, header or pattern is not valid on every backend."""
 
 
 class PermissionDeniedError(ConfigurationError):
-    """The broker refuses these credentials, or these credentials that operation. Trying again does not help."""
+    """The broker refuses the credentials, or an operation for lack of rights. A retry does not help."""
 
 
 class BackendNotFoundError(AbeError, RuntimeError):
@@ -66,7 +66,7 @@ class BackendClosedError(AbeError, RuntimeError):
 
 
 class EventLoopError(AbeError, RuntimeError):
-    """A backend belongs to the event loop, and to the process, in which it was first used."""
+    """A backend was used outside of the event loop, or the process, in which it was first used."""
 
 
 class PublishRejectedError(AbeError):
@@ -80,13 +80,13 @@ class BackpressureError(PublishRejectedError):
 
 
 class UnroutableError(PublishRejectedError):
-    """Groups exist, none of them wants the key, and the caller said ``mandatory=True``."""
+    """Groups exist, none of them wants the key, and the caller passed ``mandatory=True``."""
 
     retryable = False
 
 
 class PublishUnknownError(AbeError):
-    """The broker may or may not have the message: its confirm did not come. Publish again with the same id."""
+    """The broker may or may not have the message: no confirm arrived. Publish again with the same id."""
 
     retryable = True
     maybe_accepted = True
@@ -96,7 +96,7 @@ class PartialPublishError(AbeError):
     """Some messages of a `publish_many` were not published; the others were.
 
     Attributes:
-        failures: Each failed message's position in the call, and its own error, which says more.
+        failures: The position in the call and the error of each failed message.
         total: How many messages there were.
         retryable: Whether a retry can help all of the failed ones.
         maybe_accepted: Whether the broker may have any of the failed ones.
@@ -132,7 +132,7 @@ class GroupMissingError(AbeError):
 
 
 class LeaseLostError(AbeError):
-    """The lease on the message ran out before it was settled: somebody else may have it by now."""
+    """The lease on the message ran out before it was settled: another consumer may have it by now."""
 
 
 class AlreadySettledError(AbeError):
@@ -140,4 +140,4 @@ class AlreadySettledError(AbeError):
 
 
 class UnsupportedCapabilityError(AbeError):
-    """The backend declares that it does not have this capability."""
+    """The backend does not have this capability."""

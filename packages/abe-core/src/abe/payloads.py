@@ -1,6 +1,6 @@
-"""Payloads beyond plain JSON: what of Python's types JSON can carry so that a typed handler reads it back equal, and where one cannot.
+"""Payloads beyond plain JSON: encodes Python types that a typed handler decodes to an equal value, and explains those that it cannot.
 
-No text that is made here shows a value: places and kinds only.
+No error text contains a value, only locations and types.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ _LEAVES: Final = (
     bytearray,
     memoryview,
 )
-"""What msgspec writes as a string from which it makes an equal value again."""
+"""Types that msgspec encodes as a string, and decodes to an equal value."""
 
 _KEYS: Final[tuple[type[Any], ...]] = (int, float, enum.Enum, *_LEAVES)
-"""What msgspec writes as the key of an object."""
+"""Types that msgspec encodes as an object's key."""
 
 _MODEL: Final = "__pydantic_serializer__"
 _DUMP: Final[Mapping[str, Any]] = {"round_trip": True, "warnings": False}
-"""How Pydantic writes a model so that it can read it. Its warnings show values, and what they warn of does not read back."""
+"""Options with which Pydantic can decode what it encoded. Its warnings show values; the comparison finds what they are about."""
 
 _FIELD: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}\Z")
 _MSGSPEC: Final = ("Encoding objects of type", "Only dicts with")
@@ -42,33 +42,33 @@ _decode: Final = msgspec.json.Decoder().decode
 
 
 def is_other_mapping(payload: object) -> TypeGuard[Mapping[Any, Any]]:
-    """Whether a payload is a mapping and no dict, such as a MappingProxyType."""
+    """Whether a payload is a mapping but not a dict, such as a MappingProxyType."""
     return isinstance(payload, Mapping) and not isinstance(payload, dict)
 
 
 def is_typed(payload: object) -> bool:
-    """Whether a payload is an object that says itself what its fields are."""
+    """Whether a payload is an object with declared fields, such as a dataclass."""
     kind = _type(payload)
     marks = ("__dataclass_fields__", "__struct_fields__", "__attrs_attrs__", _MODEL)
     return any(hasattr(kind, mark) for mark in marks)
 
 
 def encode_typed(payload: Any) -> bytes:
-    """Return a payload as a JSON object whose strings may stand for other types.
+    """Return a payload as a JSON object, with other types encoded as strings.
 
     Raises:
-        PayloadError: It cannot be written, or not so that it could be read back equal.
+        PayloadError: It cannot be encoded, or would not be decoded to an equal value.
     """
     body = _encode_model(payload) if hasattr(_type(payload), _MODEL) else _encode_tree(payload)
     if body[:1] != b"{":
         raise PayloadError(
-            f"the payload is a {type(payload).__name__}, which is no object in JSON: publish it in a field of one"
+            f"the payload is a {type(payload).__name__}, which is not a JSON object: publish it in a field of one"
         )
     return body
 
 
 def explain(payload: object, failure: Exception | None = None) -> str:
-    """Say where a refused payload leaves the JSON model, for the error's text; if that is nowhere, why it was refused."""
+    """Return the error text for a refused payload: where it is outside the JSON model, or else why it was refused."""
     if not _is_dict(payload):
         form = "a dict with string keys, or a dataclass, msgspec Struct or Pydantic model"
         return f"the payload is a {type(payload).__name__}: it must be {form}"
@@ -82,12 +82,12 @@ def explain(payload: object, failure: Exception | None = None) -> str:
 
 def _reason(failure: Exception | None) -> str:
     if failure is None:
-        return "it changes on its way through JSON"
+        return "it changes when it is encoded as JSON"
     if isinstance(failure, RecursionError):
-        # msgspec goes a few levels deeper than Python does.
+        # msgspec allows a few levels more than Python does.
         return "it is nested too deeply"
     text = str(failure) if isinstance(failure, TypeError) else ""
-    return text if text.startswith(_MSGSPEC) else f"it cannot be written ({type(failure).__name__})"
+    return text if text.startswith(_MSGSPEC) else f"it cannot be encoded ({type(failure).__name__})"
 
 
 def _encode_tree(payload: Any) -> bytes:
@@ -95,7 +95,7 @@ def _encode_tree(payload: Any) -> bytes:
     try:
         found = _misfit(payload, "payload", typed=True)
         body = b"" if found else _encoder.encode(payload)
-        # Two keys that are different in Python and the same in JSON would be one when they are read.
+        # Keys that differ in Python and are equal in JSON would be merged when decoded.
         if body and _encoder.encode(_decode(body)) == body:
             return body
     except PayloadError:
@@ -106,7 +106,7 @@ def _encode_tree(payload: Any) -> bytes:
 
 
 def _encode_model(model: Any) -> bytes:
-    """Return the JSON that Pydantic makes of a model or a dataclass of its own, if it makes an equal one of that."""
+    """Return Pydantic's JSON for one of its models or dataclasses, if it decodes that to an equal value."""
     kind = _type(model)
     reasons: list[str] = []
     for by_alias in (True, False):
@@ -116,22 +116,22 @@ def _encode_model(model: Any) -> bytes:
             if _values(back) == _values(model) and _encoder.encode(_decode(body)):
                 return body
             reasons.append(
-                "it does not come back equal from JSON, so something in it is hidden or changed as it is written"
+                "decoding its JSON does not give an equal value, so a field is left out or changed when it is encoded"
             )
-        except Exception as exc:  # noqa: BLE001 - validators and serializers are the application's
-            reasons.append(f"it cannot be read back from JSON ({_places(exc)})")
+        except Exception as exc:  # noqa: BLE001 - validators and serializers are application code
+            reasons.append(f"its JSON cannot be decoded ({_places(exc)})")
     raise PayloadError(
-        f"the {kind.__name__} cannot be published as it is: {reasons[0]}. Its model_dump(mode='json') can, if that is what is meant"
+        f"the {kind.__name__} cannot be published as it is: {reasons[0]}. Its model_dump(mode='json') can"
     )
 
 
 def _values(model: Any) -> object:
-    # As any: what is of a subclass of its field's type is written as that type, and its own fields would be lost.
+    # serialize_as_any: an instance of a subclass of its field's type is otherwise encoded without its own fields.
     return _type(model).__pydantic_serializer__.to_python(model, serialize_as_any=True, **_DUMP)
 
 
 def _places(exc: Exception) -> str:
-    """Return which fields Pydantic complains of, and what kind of mistake each is."""
+    """Return the fields that Pydantic refused, each with its error type."""
     if not type(exc).__module__.startswith("pydantic") or not hasattr(exc, "errors"):
         return type(exc).__name__
     found: list[dict[str, Any]] = cast("Any", exc).errors(include_url=False, include_context=False, include_input=False)
@@ -139,7 +139,7 @@ def _places(exc: Exception) -> str:
 
 
 def _dump(value: Any) -> Any:
-    """Write what msgspec knows nothing of: a model inside of something else."""
+    """Encode a type that msgspec does not know: a model inside of another object."""
     if hasattr(_type(value), _MODEL):
         return _decode(_encode_model(value))
     raise TypeError(f"Encoding objects of type {type(value).__name__} is unsupported")
@@ -149,14 +149,14 @@ _encoder: Final = msgspec.json.Encoder(enc_hook=_dump)
 
 
 def _misfit(value: Any, path: str, typed: bool) -> str:
-    """Return where and why a value cannot be carried; "" if it can."""
+    """Return where and why a value cannot be encoded; "" if it can."""
     kind = _type(value)
     if kind is str:
         return "" if _encodable(value) else f"{path} holds half a character (a lone surrogate)"
     if value is None or kind is bool or kind is int:
         return ""
     if kind is float:
-        return "" if value - value == 0 else f"{path} is {value}, which JSON has no word for"
+        return "" if value - value == 0 else f"{path} is {value}, which JSON cannot represent"
     if _is_dict(value):
         return _misfit_of_dict(value, path, typed)
     items: Iterator[tuple[Any, str]]
@@ -164,7 +164,7 @@ def _misfit(value: Any, path: str, typed: bool) -> str:
         items = ((item, f"{path}[{index}]") for index, item in enumerate(value))
     elif typed and is_typed(value):
         items = _fields(value, path)
-    elif typed and isinstance(value, enum.Enum) and _is_told_apart(value):
+    elif typed and isinstance(value, enum.Enum) and _is_identifiable(value):
         return ""
     elif typed and kind in _LEAVES:
         return f"{path} has an offset with seconds, which would be rounded" if _is_rounded(value) else ""
@@ -189,7 +189,7 @@ def _misfit_of_key(key: Any, path: str, typed: bool) -> str:
 
 
 def _shown(step: object) -> str:
-    """Return a step of the way to a place. A key may be a value too: only what looks like the name of a field is shown."""
+    """Return one part of a location. A key may be data too: only one that looks like a field's name is shown."""
     return repr(step) if isinstance(step, str) and _FIELD.match(step) else "..."
 
 
@@ -208,7 +208,7 @@ def _is_series(value: object, typed: bool) -> TypeGuard[Iterable[Any]]:
 def _fields(value: Any, path: str) -> Iterator[tuple[Any, str]]:
     kind = _type(value)
     if hasattr(kind, _MODEL):
-        return  # Pydantic's to judge
+        return  # checked by Pydantic
     names: Iterable[str] = getattr(kind, "__struct_fields__", ())
     if dataclasses.is_dataclass(value):
         names = [item.name for item in dataclasses.fields(value)]
@@ -218,8 +218,8 @@ def _fields(value: Any, path: str) -> Iterator[tuple[Any, str]]:
             yield item, f"{path}.{name}"
 
 
-def _is_told_apart(member: enum.Enum) -> bool:
-    """Whether a member of its class is found by its value in JSON."""
+def _is_identifiable(member: enum.Enum) -> bool:
+    """Whether an enum's members can be identified by their JSON values."""
     values = [other.value for other in type(member)]
     return all(type(value) is str and _encodable(value) for value in values) or all(
         type(value) is int for value in values
@@ -234,10 +234,10 @@ def _is_rounded(value: Any) -> bool:
 def _instead(value: Any, typed: bool) -> str:
     general = "JSON has only objects, lists, strings, numbers, booleans and null"
     if typed:
-        return f"{general}, and no string stands for this"
+        return f"{general}, and no string represents this type"
     try:
         _encoder.encode(value)
-    except Exception:  # noqa: BLE001 - whatever it is, it cannot be written
+    except Exception:  # noqa: BLE001 - any failure means that it cannot be encoded
         return general
     return f"{general}. Convert it, or publish it in a field of a dataclass, msgspec Struct or Pydantic model, or use JSONCodec(types=True)"
 

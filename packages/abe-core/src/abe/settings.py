@@ -1,8 +1,7 @@
-"""Environment to frozen, typed settings: the only reader of ``os.environ``.
+"""Reads the environment into frozen, typed settings: the only reader of ``os.environ``.
 
-A provider's settings are a frozen dataclass whose fields are made by `setting`: each names its variable, how its text
-is read, and what it must be. `from_env` reads them, the constructor checks them, `repr` hides the secret ones, and the
-docs' tables are made from the same fields.
+A provider's settings are a frozen dataclass whose fields are made by `setting`: each has its variable, a parser and a check.
+`from_env` reads them, the constructor checks them, `repr` masks the secret ones, and the docs' tables are generated from them.
 """
 
 import difflib
@@ -16,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Final, Self, cast
 from abe.errors import ConfigurationError
 from abe.spelling import warn_of_misspelt
 
-_HIDDEN: Final = "***"
+_MASKED: Final = "***"
 _GROUPS: Final = "groups separated by commas, such as 'billing=order.*|user.created,audit'"
 _WILDCARDS: Final = ("*", "#")
 _FOREIGN: Final = {">": "#", "**": "#", "+": "*"}
-"""Wildcards of other brokers, and ours for them."""
+"""Wildcards of other brokers, and the equivalent AMQP topic word."""
 
 _ADDRESS: Final = re.compile("://|@")
 _NAME: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?\Z")
@@ -40,16 +39,16 @@ def setting(
 
     Args:
         variable: The environment variable that sets it. An empty variable counts as unset.
-        parse: Text to value; raises ValueError with what the text should be.
+        parse: Converts text to the value; raises ValueError whose text describes a valid value.
         help: One line for the docs' table.
-        default: The value when neither the argument nor the variable is given; without one, the setting is required.
-        default_factory: Makes that value, where it is a mapping.
-        check: Raises ValueError when a value (parsed or given) is out of range. Where None is the default it means
-            unset, and is not checked.
-        secret: The value, or part of it, is a credential: it is shown nowhere.
+        default: The value when neither the argument nor the variable is given; without a default, the setting is required.
+        default_factory: Makes the default, for a mapping.
+        check: Raises ValueError when a value (parsed or given) is out of range. A None that is the default means unset, and is
+            not checked.
+        secret: Whether the value, or part of it, is a credential: it is never shown.
     """
     metadata = {"variable": variable, "parse": parse, "help": help, "check": check, "secret": secret}
-    # A subclass that forgets `repr=False` gets the dataclass's own repr: that one must not show a secret either.
+    # A subclass without `repr=False` gets the dataclass's repr, which must not show secrets either.
     hashed = None if default_factory is MISSING else False
     return field(default=default, default_factory=default_factory, repr=not secret, hash=hashed, metadata=metadata)
 
@@ -64,7 +63,7 @@ def env_flag(variable: str, environ: Mapping[str, str] | None = None) -> bool:
     """Return whether a switch is on. Unset is off.
 
     Raises:
-        ConfigurationError: The text is neither a yes nor a no.
+        ConfigurationError: The text is not a boolean.
     """
     text = env_text(variable, environ=environ)
     try:
@@ -74,7 +73,7 @@ def env_flag(variable: str, environ: Mapping[str, str] | None = None) -> bool:
 
 
 def boolean(text: str) -> bool:
-    """Read a switch."""
+    """Read a boolean."""
     if text.strip().lower() in {"1", "true", "yes", "on"}:
         return True
     if text.strip().lower() in {"0", "false", "no", "off"}:
@@ -105,7 +104,7 @@ def seconds(text: str) -> float:
 
 
 def shown(value: object) -> str:
-    """Return a value for the text of an error. What may be an address is not shown: it may hold a password."""
+    """Return a value for an error text. A value that may be an address is masked, as it may contain a password."""
     return "what may be an address" if _ADDRESS.search(str(value)) else repr(value)
 
 
@@ -118,7 +117,7 @@ def group_patterns(text: str) -> Mapping[str, tuple[str, ...]]:
             raise ValueError(f"{_GROUPS}; {shown(part)} names no group")
         if name in groups:
             raise ValueError(
-                f"{_GROUPS}; {shown(name)} comes twice (a bar separates its patterns: name=order.*|user.created)"
+                f"{_GROUPS}; {shown(name)} is given twice (a bar separates its patterns: name=order.*|user.created)"
             )
         groups[name] = tuple(map(str.strip, patterns.split("|"))) if equals else ()
         if "" in groups[name]:
@@ -145,14 +144,14 @@ def positive(value: Any) -> Any:
 
 
 def plain_name(value: Any) -> Any:
-    """Check that a value is a name that every broker can carry as it is."""
+    """Check that a value is a name that is valid in every broker."""
     if not isinstance(value, str) or not _NAME.match(value):
         raise ValueError("1 to 64 letters, digits, '.', '_' or '-', with a letter or digit at both ends")
     return value
 
 
 def key_pattern(value: Any) -> Any:
-    """Check that each wildcard of a key pattern is a word of its own: only so does it stand for other words."""
+    """Check that each wildcard of a key pattern is a whole word: anywhere else it would be a literal character."""
     words = value.split(".") if isinstance(value, str) else []
     if not words or value == "":
         raise ValueError("a key pattern such as 'order.*'")
@@ -168,7 +167,7 @@ def key_pattern(value: Any) -> Any:
 
 
 def _right_forms(word: str, *, alone: bool) -> list[str]:
-    """Return what to write for a word that is no wildcard, and was meant for one."""
+    """Return the correct forms of a word that was probably meant as a wildcard."""
     stem = word.strip("*#").rstrip("/:-_")
     if word in _FOREIGN:
         return [_FOREIGN[word]]
@@ -202,10 +201,10 @@ def named_groups(value: Any) -> Any:
 
 
 def check_given(settings: type[Any], args: Sequence[object], kwargs: Iterable[object]) -> None:
-    """Check how settings are given: by name, and by names that there are. No value is shown.
+    """Check that settings are given by keyword, and that each exists. No error text contains a value.
 
     Raises:
-        ConfigurationError: One is given otherwise; the text names the close one.
+        ConfigurationError: A setting is positional or unknown; the text proposes a similar one.
     """
     known = [item.name for item in fields(settings)]
     if args:
@@ -219,11 +218,11 @@ def check_given(settings: type[Any], args: Sequence[object], kwargs: Iterable[ob
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class QueueSettings:
-    """What every backend built on the engine can be told. A provider's settings extend it.
+    """The settings of every backend built on the engine. A provider's settings extend it.
 
     Raises:
-        ConfigurationError: A value is out of range; the text names the setting, its variable, and what would be right. Or there is no
-            setting of a name that was given; the text names the close one.
+        ConfigurationError: A value is out of range; the text names the setting, its variable and the valid range. Or a setting is
+            unknown; the text proposes a similar one.
     """
 
     namespace: str = setting(
@@ -343,7 +342,7 @@ class QueueSettings:
 
     def __repr__(self) -> str:
         shown = (
-            f"{item.name}={_HIDDEN if item.metadata.get('secret') else repr(getattr(self, item.name))}"
+            f"{item.name}={_MASKED if item.metadata.get('secret') else repr(getattr(self, item.name))}"
             for item in fields(self)
         )
         return f"{type(self).__name__}({', '.join(shown)})"

@@ -1,6 +1,6 @@
-"""Type aliases and structural protocols: what application code and providers write in their signatures.
+"""Type aliases and structural protocols for the signatures of applications and providers.
 
-Nothing here has behaviour. A provider needs to subclass none of it: a class that has the methods is the protocol.
+Nothing here has behaviour. A provider subclasses none of it: a class with the methods satisfies the protocol.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -43,10 +43,10 @@ class ModelInstance(Protocol):
 
 
 Publishable: TypeAlias = Mapping[str, Any] | DataclassInstance | StructInstance | AttrsInstance | ModelInstance
-"""What our own backends publish: a JSON object, or an object that says itself what its fields are and becomes one."""
+"""A payload for the backends built on the engine: a JSON object, or an object with declared fields that is encoded as one."""
 
 MessageQueueMessage: TypeAlias = dict[str, Any]
-"""What a consumer iterates over. Backends built on the engine yield ``Message``, which is such a dict."""
+"""A message that a consumer receives. Backends built on the engine yield ``Message``, a subclass of dict."""
 
 MessageQueueBackendConfig: TypeAlias = dict[str, Any]
 ConsumerGroup: TypeAlias = str
@@ -72,8 +72,8 @@ class EventHandlerProtocol(Protocol):
 class MessageQueueBackendProtocol(Protocol):
     """A message queue. These three methods are all that a provider must have.
 
-    What else our own backends offer (``connect``, ``declare``, ``dead_letters`` ...) is ``FullBackend``, beside this protocol's other names
-    in ``abe.backends.message_queue.base``.
+    ``abe.backends.message_queue.base.FullBackend`` adds the methods of the backends built on the engine (``connect``, ``declare``,
+    ``dead_letters`` and others).
     """
 
     async def publish(self, key: MessageQueueKey, payload: MessageQueuePayload) -> None:

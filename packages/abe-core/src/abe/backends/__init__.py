@@ -12,9 +12,9 @@ _shared: "WeakKeyDictionary[asyncio.AbstractEventLoop, FullBackend]" = WeakKeyDi
 
 
 def get_message_queue_backend() -> FullBackend:
-    """Return the application's one backend in the running event loop, made by `load_backend` when first asked for.
+    """Return the application's backend for the running event loop; the first call creates it with `load_backend`.
 
-    A call in a hot path opens no new connection. Close it once, where the application ends.
+    So calls in a hot path share one connection. Close it once, when the application ends.
 
     Raises:
         RuntimeError: No event loop is running.
@@ -23,7 +23,7 @@ def get_message_queue_backend() -> FullBackend:
     loop = asyncio.get_running_loop()
     backend = _shared.get(loop)
     if backend is None:
-        # A backend refers to its event loop, so that the weak keys alone would let no loop go that was left without a disconnect.
+        # A backend refers to its event loop, so weak keys alone would keep every loop that ended without a disconnect.
         for closed in [other for other in _shared if other.is_closed()]:
             del _shared[closed]
         backend = _shared[loop] = load_backend()

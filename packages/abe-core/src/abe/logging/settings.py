@@ -1,4 +1,4 @@
-"""What an application can say about its log: one frozen value, checked before it is used."""
+"""An application's logging configuration: one frozen value, checked before it is used."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -21,11 +21,11 @@ def level_number(level: Any, where: str) -> int:
     """Return the number of a level that is given by name or number.
 
     Args:
-        level: What was given.
-        where: What the level is for, for the text.
+        level: The name or number.
+        where: What the level is for, for the error text.
 
     Raises:
-        ConfigurationError: It is neither the name of a level nor an integer of at least 0; the text says what would be right.
+        ConfigurationError: It is neither the name of a level nor an integer of at least 0; the text says what is expected.
     """
     if isinstance(level, str):
         known = logging.getLevelNamesMapping().get(level.strip().upper())
@@ -46,11 +46,11 @@ def level_name(number: int) -> Level:
 
 def _format(value: Any) -> None:
     try:
-        # Nothing, to logging, is a format too.
+        # The logging module takes an empty string for its default format.
         formatter = logging.Formatter(value if isinstance(value, str) and value else "{}")
         formatter.format(logging.getLogRecordFactory()("abe", logging.INFO, "", 0, "", (), None))
     except (ValueError, TypeError, KeyError):
-        # Found here, it is one error; found by a handler, it would be one on stderr for each record.
+        # Without this check, the handlers would print an error to stderr for each record.
         raise ValueError("a %-style format of LogRecord attributes, such as '%(levelname)s %(message)s'") from None
 
 
@@ -117,38 +117,38 @@ _CHECKS: Final[Mapping[str, Callable[[Any], Any]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Where an application's log goes, how it looks, and how much of it there is.
+    """The destinations, format and levels of an application's log.
 
-    It cannot be changed (``dataclasses.replace`` makes another), and does nothing by itself: `setup_logging_from_config` puts it into
-    effect. Its values are checked there, or earlier by `validate`.
+    It is immutable (``dataclasses.replace`` returns a changed copy), and has no effect until `setup_logging_from_config` applies it.
+    Its values are checked there, or earlier by `validate`.
 
     Raises:
-        ConfigurationError: There is no field of a name that was given; the text names the close one.
+        ConfigurationError: A field is unknown; the text proposes a similar one.
     """
 
     level: Level = "INFO"
-    """The root logger's level: what no other level is set for follows it."""
+    """The root logger's level, which holds for every logger without its own."""
 
     format: str = DEFAULT_FORMAT
-    """Of a line, in %-style. With `use_json_formatter`, the attributes in it are the fields of the object."""
+    """The format of a line, in %-style. With `use_json_formatter`, its attributes are the fields of the object."""
 
     date_format: str | None = None
-    """Of ``%(asctime)s``, for ``time.strftime``. None: ISO 8601 with milliseconds."""
+    """The format of ``%(asctime)s``, for ``time.strftime``. None: ISO 8601 with milliseconds."""
 
     log_file: str | None = None
-    """The file's path, below `log_dir` where that is given. None: ``app.log``. Used when `enable_file` is true."""
+    """The file's path, relative to `log_dir` if that is given. None: ``app.log``. Used when `enable_file` is true."""
 
     log_dir: str | None = None
-    """The folder that the file must stay in; made when it is missing. None: where `log_file` says; without one, ``logs``."""
+    """The folder that must contain the file; created when missing. None: the folder of `log_file`; without one, ``logs``."""
 
     max_bytes: int = 10 * 1024 * 1024
     """The size at which the file is rotated."""
 
     backup_count: int = 5
-    """How many rotated files are kept. 0: the file is never rotated, and grows."""
+    """How many rotated files are kept. 0: the file is never rotated."""
 
     encoding: str = "utf-8"
-    """Of the file."""
+    """The encoding of the file."""
 
     enable_console: bool = True
     """Whether the log goes to standard error."""
@@ -163,8 +163,8 @@ class LoggingConfig:
     """The levels of single loggers, such as ``{"abe.redis": "DEBUG"}``."""
 
     propagate: bool = True
-    """Whether the loggers in `logger_levels` pass their records on to the root logger's handlers. False: they write
-    to the same places themselves, and handlers that others add to the root do not see them."""
+    """Whether the loggers in `logger_levels` pass their records to the root logger's handlers. False: they have handlers
+    of their own for the same destinations, and handlers added to the root do not get their records."""
 
     if not TYPE_CHECKING:  # the signature is that of the fields
 
@@ -177,14 +177,14 @@ class LoggingConfig:
             object.__setattr__(self, "logger_levels", MappingProxyType(dict(self.logger_levels)))
 
     def __reduce__(self) -> tuple[Callable[..., "LoggingConfig"], tuple[dict[str, Any]]]:
-        # A read-only mapping cannot be copied or pickled as it is, and worker processes are handed their config.
+        # A MappingProxyType cannot be copied or pickled, and worker processes receive their config by pickle.
         return type(self).from_dict, (self.to_dict(),)
 
     def validate(self) -> None:
-        """Check every value. Whatever uses a config does it first.
+        """Check every value. Every function that uses a config calls it first.
 
         Raises:
-            ConfigurationError: A value is wrong; the text names the field, and says what would be right.
+            ConfigurationError: A value is wrong; the text names the field and describes a valid value.
         """
         for name, value in self.to_dict().items():
             try:
@@ -195,7 +195,7 @@ class LoggingConfig:
                 raise ConfigurationError(f"logging setting {name} must be {exc}, not {value!r}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values as a plain dict that JSON can hold, and that `from_dict` reads."""
+        """Return the values as a plain dict that can be encoded as JSON, and that `from_dict` reads."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         if isinstance(self.logger_levels, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             values["logger_levels"] = dict(self.logger_levels)
@@ -203,10 +203,10 @@ class LoggingConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Make a config of a mapping, such as a section of a settings file. What it leaves out has its default.
+        """Make a config from a mapping, such as a section of a settings file. Missing settings have their defaults.
 
         Raises:
-            ConfigurationError: A name is no setting's.
+            ConfigurationError: A setting is unknown.
         """
         if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigurationError(f"the logging settings must be a mapping, not a {type(values).__name__}")

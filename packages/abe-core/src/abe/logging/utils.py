@@ -1,4 +1,4 @@
-"""Logging for applications. The library itself only logs: nothing here runs on import.
+"""Logging for applications. The library itself only emits records: nothing here runs on import.
 
 Logger names are fixed: the core logs below ``abe`` (``abe.consumer``, ``abe.engine``, ``abe.loader``), a provider below
 ``abe.<the name it is loaded by>``.
@@ -34,17 +34,17 @@ _JSON_MODULE: Final = "pythonjsonlogger.json"
 
 
 def setup_logging_from_config(config: LoggingConfig | None = None) -> None:
-    """Put a config into effect for the whole process. To be called once, where the application starts.
+    """Apply a config to the whole process. Call it once, where the application starts.
 
-    The root logger's handlers are replaced, so that calling it again changes the log instead of doubling it. Loggers
-    that exist keep working. The debug switches are applied again afterwards, since they are meant to win.
+    It replaces the root logger's handlers, so that a second call does not duplicate the log. Existing loggers keep
+    working. The debug switches are applied again afterwards, as they take precedence.
 
     Args:
-        config: What is wanted; None: the defaults.
+        config: The configuration; None: the defaults.
 
     Raises:
-        ConfigurationError: A value is wrong, the file cannot be written, JSON is asked for and not installed, or a debug switch is
-            neither on nor off. The logging that was there is left as it was.
+        ConfigurationError: A value is wrong, the file cannot be written, the JSON formatter is not installed, or a debug switch is
+            not a boolean. The logging configuration is then unchanged.
     """
     config = config or LoggingConfig()
     settings = get_logging_dict_config(config)
@@ -62,12 +62,12 @@ def setup_logging_from_config(config: LoggingConfig | None = None) -> None:
 
 
 def get_logging_dict_config(config: LoggingConfig) -> dict[str, Any]:
-    """Return a config in the form of ``logging.config.dictConfig``, to build on. It changes nothing.
+    """Return a config as a dict for ``logging.config.dictConfig``, to extend. It changes nothing.
 
-    The log file's folder must exist when the result is used: `create_log_file_path` makes it. Levels are given by name.
+    The log file's folder must exist when the result is applied: `create_log_file_path` creates it. Levels are given by name.
 
     Raises:
-        ConfigurationError: A value is wrong, the file would be outside of `log_dir`, or JSON is asked for and not installed.
+        ConfigurationError: A value is wrong, the file would be outside of `log_dir`, or the JSON formatter is not installed.
     """
     config.validate()
     handlers: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def get_logging_dict_config(config: LoggingConfig) -> dict[str, Any]:
             "backupCount": config.backup_count,
             "encoding": config.encoding,
         }
-    # With no handler at all, logging would print warnings on stderr by its last resort.
+    # Without any handler, logging's last resort would print warnings to stderr.
     handlers = handlers or {"nowhere": {"class": "logging.NullHandler"}}
     names = list(handlers)
     root = {"level": _named(config.level), "handlers": names, "propagate": config.propagate}
@@ -92,7 +92,7 @@ def get_logging_dict_config(config: LoggingConfig) -> dict[str, Any]:
         "formatters": {"default": _formatter(config)},
         "handlers": handlers,
         "root": root,
-        # The same once more, where others look for it: whoever changes one of them changes both.
+        # The same object under the key that other tools read, so that a change of one changes both.
         "loggers": {"": root}
         | {
             name: {
@@ -106,36 +106,36 @@ def get_logging_dict_config(config: LoggingConfig) -> dict[str, Any]:
 
 
 def get_logger(name: str = CORE_LOGGER) -> logging.Logger:
-    """Return the logger of that name: the standard one, with nothing added."""
+    """Return ``logging.getLogger(name)``."""
     return logging.getLogger(name)
 
 
 def set_logger_level(name: str, level: Level) -> None:
-    """Set the level of one logger, and of those below it that have none of their own.
+    """Set the level of a logger, and so of its children that have no own level.
 
     Raises:
-        ConfigurationError: It is no level; the text says what would be one.
+        ConfigurationError: It is not a level; the text says what is expected.
     """
     logging.getLogger(name).setLevel(level_number(level, f"logger {name!r}"))
 
 
 def get_logger_level(name: str = CORE_LOGGER) -> str:
-    """Return the name of the level that holds for a logger: its own, or that of the nearest logger above.
+    """Return the name of a logger's effective level: its own, or that of its nearest parent.
 
-    A number that is no level's is named as logging names it: ``Level 15``.
+    A number without a name is returned as logging names it: ``Level 15``.
     """
     return logging.getLevelName(logging.getLogger(name).getEffectiveLevel())
 
 
 def create_log_file_path(log_dir: str, log_file: str = DEFAULT_FILE) -> str:
-    """Return the path of a log file in a folder, and make the folder.
+    """Return the path of a log file in a folder, and create the folder.
 
     Args:
         log_dir: The folder.
-        log_file: The file in it. It may not lead out: not by ``..``, not as an absolute path, not through a symbolic link.
+        log_file: The file in it. It must not be outside of the folder, by ``..``, by an absolute path or by a symbolic link.
 
     Raises:
-        ConfigurationError: The path leads out of `log_dir`, names no file, or its folder cannot be made.
+        ConfigurationError: The path is outside of `log_dir` or names no file, or its folder cannot be created.
     """
     return str(_make_folder(_path(log_dir, log_file)))
 
@@ -144,25 +144,25 @@ def _make_folder(path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise ConfigurationError(f"the log folder {path.parent} cannot be made: {exc.strerror}") from exc
+        raise ConfigurationError(f"the log folder {path.parent} cannot be created: {exc.strerror}") from exc
     return path
 
 
 def apply_debug_switches(
     environ: Mapping[str, str] | None = None, *, provider: str | None = None, package: str | None = None
 ) -> None:
-    """Put loggers at DEBUG as the environment asks for. No handler is added, and a switch that is off changes nothing.
+    """Set loggers to DEBUG according to the environment. It adds no handler, and a switch that is off changes nothing.
 
-    ``ABSTRACT_BACKEND_DEBUG`` is for the core's logger ``abe``; what has no level of its own below it follows.
-    ``MESSAGE_QUEUE_BACKEND_DEBUG`` is for the providers': our own, and the one that is being loaded.
+    ``ABSTRACT_BACKEND_DEBUG`` sets the core's logger ``abe``, and so its children without an own level.
+    ``MESSAGE_QUEUE_BACKEND_DEBUG`` sets the loggers of this project's providers, and of the one that is being loaded.
 
     Args:
         environ: What to read instead of ``os.environ``.
-        provider: The name a provider was loaded by: its logger is ``abe.<name>``.
-        package: The module of the provider's class: a logger named after its top-level package is a provider's too.
+        provider: The name of the loaded provider: its logger is ``abe.<name>``.
+        package: The module of the provider's class: the logger of its top-level package is set too.
 
     Raises:
-        ConfigurationError: A switch is set to neither a yes nor a no; the text names it.
+        ConfigurationError: A switch is not a boolean; the text names it.
     """
     _set_debug(_switched_on(environ, provider, package))
 
@@ -176,7 +176,7 @@ def _switched_on(
     names += PROVIDER_LOGGERS
     if provider:
         names.append(f"{CORE_LOGGER}.{provider}")
-    # The memory backend lives in `abe` itself, whose logger is the core's.
+    # The memory backend is in `abe` itself, whose logger is the core's.
     top = (package or "").partition(".")[0]
     if top not in {"", "__main__", CORE_LOGGER}:
         names.append(top)
@@ -216,10 +216,10 @@ def _path(log_dir: str | None, log_file: str) -> Path:
         outside = log_dir is not None and Path(log_dir).resolve() not in path.resolve().parents
         folder = not log_file or log_file.endswith("/") or path.is_dir()
     except (ValueError, OSError, RuntimeError) as exc:
-        # A null character, a loop of links, a folder that may not be read.
+        # A null character, a loop of links, an unreadable folder.
         raise ConfigurationError(f"the log file {log_file!r} is not a usable path: {exc}") from exc
     if outside:
-        raise ConfigurationError(f"the log file must stay inside {log_dir!r}, and {log_file!r} leads out of it")
+        raise ConfigurationError(f"the log file must stay inside {log_dir!r}, and {log_file!r} is outside of it")
     if folder:
         raise ConfigurationError(f"the log file must name a file, and {log_file!r} names a folder")
     return path

@@ -1,6 +1,6 @@
-"""What an application's tests need: a clock they move, a backend that records, test entry points.
+"""Helpers for an application's tests: a manual clock, a recording backend, test entry points.
 
-The same as fixtures is in `abe.testing.plugin`, which pytest finds by itself.
+`abe.testing.plugin`, which pytest finds by itself, has the same as fixtures.
 """
 
 from importlib import import_module
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ManualClock", "RecordingBackend", "fresh_memory_backend", "registered_backend"]
 
-# Imported when asked for: pytest imports this package in every run, for the plugin.
-_HOMES: Final = {
+# Imported on first use: pytest imports this package in every run, for the plugin.
+_MODULES: Final = {
     "ManualClock": "abe.testing.clock",
     "RecordingBackend": "abe.testing.recording",
     "fresh_memory_backend": "abe.testing.memory",
@@ -24,9 +24,9 @@ _HOMES: Final = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The backends as fixtures, closed when the test ends: where pytest-asyncio is there to run async fixtures."""
+"""The backends as fixtures that close them when the test ends. Used where pytest-asyncio runs async fixtures."""
 
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @pytest_asyncio.fixture
 async def memory_backend(manual_clock: "ManualClock") -> "AsyncIterator[MemoryBackend]":
-    """A memory backend with nothing in it, on `manual_clock`."""
+    """An empty memory backend on `manual_clock`."""
     from abe.testing.memory import fresh_memory_backend
 
     backend = fresh_memory_backend(manual_clock)

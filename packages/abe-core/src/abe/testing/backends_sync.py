@@ -1,4 +1,4 @@
-"""The backends as fixtures where nothing runs async fixtures: a test closes what it has used."""
+"""The backends as fixtures without pytest-asyncio: a test closes the backend that it has used."""
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def memory_backend(manual_clock: "ManualClock") -> "MemoryBackend":
-    """A memory backend with nothing in it, on `manual_clock`."""
+    """An empty memory backend on `manual_clock`."""
     from abe.testing.memory import fresh_memory_backend
 
     return fresh_memory_backend(manual_clock)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from abe.backends.message_queue.base.clock import Clock
 
 _TURNS: Final = 50
-"""Turns of the event loop that what became due gets: a settlement, its way through the engine, a new delivery need 20."""
+"""Event-loop iterations after each timer: a settlement, its way through the engine and a new delivery need 20."""
 
 
 class _Timer:
@@ -25,7 +25,7 @@ class _Timer:
         try:
             self.loop.call_soon_threadsafe(self._run)
         except RuntimeError:
-            self.cancelled = True  # its event loop was closed: nobody waits any more
+            self.cancelled = True  # its event loop was closed: no task waits
 
     def _run(self) -> None:
         if not self.cancelled:
@@ -33,10 +33,10 @@ class _Timer:
 
 
 class ManualClock:
-    """A `Clock` for tests: leases, delays and backoffs run out when the test says so, and at once.
+    """A `Clock` for tests: leases, delays and backoffs run out when the test advances it, without waiting.
 
     Args:
-        start: What `time` returns at first.
+        start: The initial time in seconds.
     """
 
     def __init__(self, start: float = 0.0) -> None:
@@ -58,16 +58,16 @@ class ManualClock:
         return timer
 
     async def advance(self, seconds: float) -> None:
-        """Let time pass: what becomes due on the way happens in its order, each at its own time.
+        """Advance the time: timers that become due fire in their order, each at its own time.
 
-        Each gets some turns of the event loop. What needs more than those (a thread, a socket) may still be under way
-        when this returns: wait for its effect.
+        After each, the event loop runs some iterations. Work that needs more (a thread, a socket) may still be in
+        progress when this returns: wait for its effect.
 
         Args:
-            seconds: How much time.
+            seconds: How far to advance.
 
         Raises:
-            ValueError: `seconds` is below zero; a clock only goes forward.
+            ValueError: `seconds` is below zero.
         """
         if not seconds >= 0:
             raise ValueError(f"a clock only goes forward: seconds must be at least 0, not {seconds!r}")

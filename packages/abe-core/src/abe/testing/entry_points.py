@@ -1,4 +1,4 @@
-"""Test entry points: the loader finds a test's backend as it finds an installed provider."""
+"""Test entry points: the loader finds a test's backend as if it were an installed provider."""
 
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -18,14 +18,14 @@ from abe.testing.recording import RecordingBackend
 
 
 class _TestEntryPoint(EntryPoint):
-    """An entry point that loads an object at hand, which no import path need lead to."""
+    """An entry point that loads a given object, which needs no import path."""
 
     def load(self) -> Any:
         return vars(self)["loaded"]
 
 
 class _TestDistribution(Distribution):
-    """What would be installed: one distribution with one entry point."""
+    """A distribution with one entry point."""
 
     def __init__(self, name: str, loaded: type[MessageQueueBackend]) -> None:
         self._metadata = f"Metadata-Version: 2.1\nName: abe-testing-{uuid4().hex}\nVersion: 0\n"
@@ -45,7 +45,7 @@ class _TestDistribution(Distribution):
 
 
 class _TestFinder(DistributionFinder):
-    """Finds the test's distribution, and no module."""
+    """Finds the test's distribution, but no modules."""
 
     def __init__(self, distribution: Distribution) -> None:
         self._distribution = distribution
@@ -65,16 +65,16 @@ class _TestFinder(DistributionFinder):
 def registered_backend(name: str, backend: type[MessageQueueBackend] | MessageQueueBackend) -> Generator[None]:
     """Register a backend under `name`, as an installed distribution would, until the block ends.
 
-    `importlib.metadata` finds it, so `load_backend` does, wherever an application has imported that to. It comes before
+    `importlib.metadata` finds it, and so does `load_backend`, however the application imported that. It takes precedence over
     an installed provider of the same name.
 
     Args:
-        name: What ``QUEUE_BACKEND``, or the argument of `load_backend`, says.
-        backend: A class, whose `from_env` the loader calls; or an instance, which the loader then returns each time. A `RecordingBackend`
-            takes on the codec and the middleware that `load_backend` is given; another instance has its own, and refuses them.
+        name: The name for ``QUEUE_BACKEND`` or `load_backend`.
+        backend: A class, whose `from_env` the loader calls; or an instance, which the loader returns each time. A `RecordingBackend`
+            adopts the codec and middleware that `load_backend` is given; any other instance keeps its own, and refuses them.
     """
     loaded = backend if isinstance(backend, type) else _class_of(backend)
-    # The last distribution of several that have a name for an entry point is the one that the loader takes.
+    # The loader takes the last of several distributions that register the name.
     finder = _TestFinder(_TestDistribution(name, loaded))
     sys.meta_path.append(finder)
     try:
@@ -83,7 +83,7 @@ def registered_backend(name: str, backend: type[MessageQueueBackend] | MessageQu
         sys.meta_path.remove(finder)
 
 
-def _handed_out(
+def _loaded(
     backend: MessageQueueBackend,
     *,
     codec: Codec | None = None,
@@ -102,7 +102,7 @@ def _handed_out(
 def _class_of(backend: MessageQueueBackend) -> type[MessageQueueBackend]:
     base = type(backend)
     members = {
-        "from_env": staticmethod(partial(_handed_out, backend)),
+        "from_env": staticmethod(partial(_loaded, backend)),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
     }

@@ -1,4 +1,4 @@
-"""The memory backend as tests want it: nothing in it, and time under control."""
+"""An empty memory backend for tests, with an optional manual clock."""
 
 from uuid import uuid4
 
@@ -8,14 +8,14 @@ from abe.settings import QueueSettings
 
 
 def fresh_namespace() -> str:
-    """Return a namespace that nobody else uses."""
+    """Return a unique namespace."""
     return f"test-{uuid4().hex}"
 
 
 def fresh_memory_backend(clock: Clock | None = None) -> MemoryBackend:
-    """Return a memory backend that shares what it holds with no other.
+    """Return a memory backend in a unique namespace.
 
     Args:
-        clock: What leases, delays and backoffs are measured by, a `ManualClock` for example; None: real time.
+        clock: The clock of leases, delays and backoffs, such as a `ManualClock`; None: real time.
     """
     return MemoryBackend(QueueSettings(namespace=fresh_namespace()), clock=clock)

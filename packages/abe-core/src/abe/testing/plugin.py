@@ -1,7 +1,6 @@
 """The pytest plugin: fixtures for the tests of an application.
 
-It is part of every pytest run where abe-core is installed, so it imports nothing of the library until a fixture is
-asked for.
+Every pytest run loads it where abe-core is installed, so it imports nothing of the library until a fixture is requested.
 """
 
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class RegisterBackend(Protocol):
-    """What the fixture `register_backend` is."""
+    """The type of the fixture `register_backend`."""
 
     def __call__(self, name: str, backend: "type[MessageQueueBackend] | MessageQueueBackend") -> None:
         """Register a backend under `name` until the test ends; see `abe.testing.registered_backend`."""
@@ -26,7 +25,7 @@ class RegisterBackend(Protocol):
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Closing a backend is async; without pytest-asyncio nobody could run that, and the fixtures leave it to the test.
+    # Closing a backend is async: without pytest-asyncio the fixtures cannot do it, and the test has to.
     kind = "asyncio" if config.pluginmanager.hasplugin("asyncio") else "sync"
     config.pluginmanager.register(import_module(f"abe.testing.backends_{kind}"), "abe-backends")
 
@@ -41,7 +40,7 @@ def manual_clock() -> "ManualClock":
 
 @pytest.fixture
 def register_backend() -> "Iterator[RegisterBackend]":
-    """A function that registers a backend under a name, as an installed provider would be, until the test ends."""
+    """A function that registers a backend under a name, like an installed provider, until the test ends."""
     from abe.testing.entry_points import registered_backend
 
     with ExitStack() as stack:
@@ -56,9 +55,9 @@ def register_backend() -> "Iterator[RegisterBackend]":
 def patched_load_backend(
     recording_backend: "RecordingBackend", register_backend: RegisterBackend, monkeypatch: pytest.MonkeyPatch
 ) -> "RecordingBackend":
-    """The recording backend, which `load_backend` returns in this test whatever it is asked for.
+    """The recording backend. `load_backend` and `get_message_queue_backend` return it in this test, whatever name they get.
 
-    `get_message_queue_backend` does too; what is made elsewhere, by a class of its own, is not touched.
+    Backends that the application creates from their classes are not affected.
     """
     import abe.backends
     from abe.backends.message_queue.loader import VARIABLES, installed_backends

@@ -1,4 +1,4 @@
-"""A backend that records what is published, and delivers what a test feeds it."""
+"""A backend that records published messages, and delivers the messages that a test feeds it."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from abe.types import MessageQueuePayload, Publishable
 
 
 class _Recorder(Middleware):
-    """Stands last before the broker, and lets nothing through."""
+    """The innermost middleware: records each message instead of passing it to the broker."""
 
     def __init__(self) -> None:
         self.layers: Sequence[Middleware] = ()
@@ -33,7 +33,7 @@ class _Recorder(Middleware):
 
 
 class _Exchangeable:
-    """A codec that can be exchanged for another."""
+    """A codec that delegates to a replaceable one."""
 
     def __init__(self, codec: Codec | None) -> None:
         self.codec = check_codec(codec)
@@ -46,15 +46,15 @@ class _Exchangeable:
 
 
 class RecordingBackend(MemoryBackend):
-    """Records what the code under test publishes, and delivers none of it; consumers get what the test feeds.
+    """Records the messages that the code under test publishes, and delivers none of them; consumers get the messages that the test feeds.
 
-    Apart from that it is a memory backend on a namespace of its own: payloads, keys and headers are checked as every
-    backend checks them, and consumers of every kind run on it, retries and dead letters included.
+    Otherwise it is a memory backend in a unique namespace: it checks payloads, keys and headers as every backend does, and
+    every kind of consumer runs on it, with retries and dead letters.
 
     Args:
-        codec: Payload to bytes and back.
-        middleware: Wraps each publish, the first outermost. What it makes of a publication is recorded.
-        clock: What leases, delays and backoffs are measured by; None: real time.
+        codec: Encodes and decodes payloads.
+        middleware: Wraps each publish, the first outermost. The publication that it forwards is recorded.
+        clock: The clock of leases, delays and backoffs; None: real time.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class RecordingBackend(MemoryBackend):
         )
         self._recorder.record = self._record
         self.published: list[Publication] = []
-        """What was published, the earliest first. Payloads are copies, as they would have been sent."""
+        """The published messages, the earliest first. Payloads are copies, as a consumer would get them."""
         self._errors: deque[AbeError] = deque()
 
     @classmethod
@@ -80,11 +80,11 @@ class RecordingBackend(MemoryBackend):
         middleware: Sequence[Middleware] = (),
         environ: Mapping[str, str] | None = None,
     ) -> Self:
-        """Make an instance; the environment has no say."""
+        """Make an instance; the environment is ignored."""
         return cls(codec=codec, middleware=middleware)
 
     def loaded(self, *, codec: Codec | None = None, middleware: Sequence[Middleware] = ()) -> Self:
-        """Return this instance, with what the application under test gave `load_backend` in place of what it gave before."""
+        """Return this instance, with the codec and middleware that the application now gave `load_backend`."""
         self._exchangeable.codec = check_codec(codec or self._exchangeable.codec)
         self._recorder.layers = check_middleware(middleware)
         return self
@@ -104,17 +104,17 @@ class RecordingBackend(MemoryBackend):
         )
 
     def fail_next(self, *errors: AbeError) -> None:
-        """Let the next publishes raise these errors, one each, and record nothing."""
+        """Make the next publishes raise these errors, one each, and record nothing."""
         self._errors.extend(errors)
 
     async def feed(
         self, key: str, payload: Publishable, *, headers: Mapping[str, str] | None = None, id: str | None = None
     ) -> None:
-        """Give each group a copy of a message; while there is no group, the first one to come gets it."""
+        """Deliver a message to each group; if there is no group yet, to the first one."""
         await self._forward(Publication(key, self._copy(payload), headers, id))
 
     def payloads(self, key: str = "#") -> list[MessageQueuePayload]:
-        """Return what was published under `key`, a key or a key pattern; everything, when left out."""
+        """Return the payloads published with `key`, a key or a key pattern; by default all."""
         return [publication.payload for publication in self.published if matches(key, publication.key)]
 
     def assert_published(
@@ -129,12 +129,12 @@ class RecordingBackend(MemoryBackend):
 
         Args:
             key: Its key, or a key pattern.
-            payload: All of its payload, as it is given to `publish`; None: any.
+            payload: Its whole payload, as given to `publish`; None: any.
             headers: Headers that it must have; it may have more.
-            times: How many there must be; None: at least one.
+            times: The exact number of such messages; None: at least one.
 
         Raises:
-            AssertionError: There is none, or not that many; the text shows what there is.
+            AssertionError: The number is different; the text lists the published messages.
         """
         wanted = dict(headers or {})
         expected_payload = None if payload is None else self._copy(payload)
@@ -156,10 +156,10 @@ class RecordingBackend(MemoryBackend):
         return found[-1]
 
     def assert_not_published(self, key: str = "#") -> None:
-        """Assert that nothing was published under `key`, a key or a key pattern; nothing at all, when left out.
+        """Assert that nothing was published with `key`, a key or a key pattern; by default, nothing at all.
 
         Raises:
-            AssertionError: Something was; the text shows it.
+            AssertionError: Something was; the text lists the published messages.
         """
         if self.payloads(key):
             what = "nothing" if key == "#" else f"nothing with the key {key!r}"

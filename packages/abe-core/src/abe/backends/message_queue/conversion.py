@@ -1,7 +1,7 @@
-"""From a payload to the type that a handler asks for: by the rules of the library that the type belongs to, as from JSON.
+"""Converts a payload to the type that a handler asks for, by the rules of that type's library for reading JSON.
 
-msgspec reads dataclasses, TypedDicts, attrs classes and its own Structs. Pydantic reads its models, its dataclasses, and whatever
-contains one or is annotated by its fields; and, where it is installed, what msgspec cannot, as unions of dataclasses.
+msgspec reads dataclasses, TypedDicts, attrs classes and its own Structs. Pydantic reads its models, its dataclasses, and types that
+contain one or have Pydantic annotations; and, if it is installed, types that msgspec cannot read, such as unions of dataclasses.
 """
 
 import collections.abc
@@ -35,22 +35,22 @@ _OBJECTS: Final = (
 
 
 def converter(wanted: Any) -> Convert | None:
-    """Return what makes a payload into the wanted type; None if the message itself will do.
+    """Return the function that converts a payload to the wanted type; None if the message itself has that type.
 
     Raises:
-        TypeError: No payload can become that; the text says why.
+        TypeError: No payload converts to that type; the text says why.
     """
     wanted = _simplified(wanted)
     if _is_plain(wanted):
         return None
     parts = list(_parts(wanted))
     for part in parts:
-        if dataclasses.is_dataclass(part) and _has_init_of_its_own(part):
-            raise TypeError(f"{_name(part)} has an __init__ of its own, which would not be called")
-    if any(_is_pydantics(part) for part in parts):
+        if dataclasses.is_dataclass(part) and _has_own_init(part):
+            raise TypeError(f"{_name(part)} has its own __init__, which would not be called")
+    if any(_belongs_to_pydantic(part) for part in parts):
         return _by_pydantic(wanted)
     try:
-        msgspec.json.schema(wanted)  # refuses what is of no library
+        msgspec.json.schema(wanted)  # refuses types of no supported library
         fits = _takes_objects(msgspec.inspect.type_info(wanted))
     except (TypeError, NameError) as exc:
         try:
@@ -71,7 +71,7 @@ def _by_pydantic(wanted: Any, *, described: bool = False) -> Convert:
         raise TypeError(str(exc).split("\n")[0]) from exc
     try:
         schema: dict[str, Any] | None = adapter.json_schema()
-    except Exception:  # noqa: BLE001 - a type that can be read and not be described
+    except Exception:  # noqa: BLE001 - some types can be read, but have no schema
         schema = None
     if described if schema is None else not _describes_objects(schema, schema.get("$defs", {})):
         raise TypeError("a payload is always an object")
@@ -82,7 +82,7 @@ def _by_pydantic(wanted: Any, *, described: bool = False) -> Convert:
             is_json = _decode(body) == payload
         except (TypeError, ValueError, RecursionError):
             return adapter.validate_python(payload)
-        # A codec of the application's own may bring bytes or datetimes: those are not to be read from text.
+        # An application's codec may return bytes or datetimes, which must not be parsed from text.
         return adapter.validate_json(body) if is_json else adapter.validate_python(payload)
 
     return partial(_converted, convert, _name(wanted), frozenset(_names(schema)))
@@ -93,14 +93,14 @@ def _converted(convert: Convert, name: str, names: Collection[str], message: Any
         return convert(dict(message))
     except (Reject, Retry):
         raise
-    except Exception as exc:  # noqa: BLE001 - the type's own checks may raise anything, and would again
+    except Exception as exc:  # noqa: BLE001 - the type's own checks may raise anything, and would on every attempt
         problem = describe_validation(exc, names) if is_validation_error(exc) else f"it raised {type(exc).__name__}"
-    # Out of the except block, as the error shows the payload: not even as the context of this one may it be seen.
+    # Outside the except block: the original error shows the payload, so it must not become this error's context.
     raise Reject(f"the payload does not fit {name}: {problem}")
 
 
 def _simplified(wanted: Any) -> Any:
-    """Leave out what says nothing about an object: NewType, ``| None``, a TypeVar that has a bound."""
+    """Strip wrappers that do not change what an object must be: NewType, ``| None``, a TypeVar with a bound."""
     inner = wanted
     if type(wanted) is typing.TypeVar:
         inner = wanted.__bound__ or (_union(wanted.__constraints__) if wanted.__constraints__ else wanted)
@@ -122,7 +122,7 @@ def _union(members: Sequence[Any]) -> Any:
 
 def _is_plain(wanted: Any) -> bool:
     if typing.get_origin(wanted) is typing.Annotated:
-        return not any(map(_is_pydantics, wanted.__metadata__)) and _is_plain(_simplified(wanted.__origin__))
+        return not any(map(_belongs_to_pydantic, wanted.__metadata__)) and _is_plain(_simplified(wanted.__origin__))
     if type(wanted) is typing.TypeVar or any(wanted is plain for plain in _PLAIN):
         return True
     if _is_union(wanted):
@@ -136,7 +136,7 @@ def _is_plain(wanted: Any) -> bool:
 
 
 def _parts(wanted: Any, seen: set[int] | None = None) -> Iterator[Any]:
-    """Yield the type and all that it is made of, annotations included."""
+    """Yield the type and its parts, recursively, annotations included."""
     seen = set() if seen is None else seen
     if id(wanted) in seen:
         return
@@ -150,7 +150,7 @@ def _parts(wanted: Any, seen: set[int] | None = None) -> Iterator[Any]:
         inner.append(plain.__supertype__)
     if isinstance(plain, type) and plain.__module__ not in ("builtins", "typing", "abc", "collections.abc"):
         yield plain
-        with suppress(NameError, TypeError):  # whoever reads it will say so
+        with suppress(NameError, TypeError):  # the library that reads the type reports it
             inner.extend(typing.get_type_hints(plain, include_extras=True).values())
         if dataclasses.is_dataclass(plain):
             inner.extend(field.default for field in dataclasses.fields(plain))
@@ -158,7 +158,7 @@ def _parts(wanted: Any, seen: set[int] | None = None) -> Iterator[Any]:
         yield from _parts(part, seen)
 
 
-def _is_pydantics(part: Any) -> bool:
+def _belongs_to_pydantic(part: Any) -> bool:
     if isinstance(part, type) and any(
         hasattr(part, name)
         for name in ("__pydantic_core_schema__", "__pydantic_validator__", "__get_pydantic_core_schema__")
@@ -167,12 +167,12 @@ def _is_pydantics(part: Any) -> bool:
     return type(part).__module__.split(".")[0] in ("pydantic", "pydantic_core", "annotated_types")
 
 
-def _has_init_of_its_own(part: Any) -> bool:
+def _has_own_init(part: Any) -> bool:
     owner = (
         next((base for base in part.__mro__ if "__init__" in vars(base)), object) if isinstance(part, type) else object
     )
     made = getattr(owner, "__dataclass_params__", None)
-    return owner is not object and not _is_pydantics(part) and (made is None or not made.init)
+    return owner is not object and not _belongs_to_pydantic(part) and (made is None or not made.init)
 
 
 def _is_union(wanted: Any) -> bool:
@@ -197,7 +197,7 @@ def _describes_objects(schema: Mapping[str, Any], definitions: Mapping[str, Any]
 
 
 def _names(schema: Any) -> Iterator[str]:
-    """Yield what a location may name without telling anything of a payload: fields and types."""
+    """Yield the names of fields and types: the parts of a location that reveal nothing of a payload."""
     if isinstance(schema, dict):
         for name, inner in schema.items():  # pyright: ignore[reportUnknownVariableType]
             if name in ("properties", "$defs", "mapping") and isinstance(inner, dict):

@@ -1,4 +1,4 @@
-"""Finds installed providers by their entry points, and makes the backend that the deployment asks for."""
+"""Finds installed providers by their entry points, and creates the backend that the deployment names."""
 
 import difflib
 import inspect
@@ -20,12 +20,12 @@ _log: Final = logging.getLogger("abe.loader")
 
 ENTRY_POINT_GROUP: Final = "abe.backends.message_queue"
 OLDER_ENTRY_POINT_GROUP: Final = "abe.backends.message_queue.service"
-"""Where older providers registered; of one distribution's two providers with one name the one in `ENTRY_POINT_GROUP` is taken."""
+"""The group of older providers. If one distribution registers a name in both groups, `ENTRY_POINT_GROUP` wins."""
 
 VARIABLES: Final = ("QUEUE_BACKEND", "MESSAGE_QUEUE_BACKEND")
 _MEMORY: Final = "memory"
 _PUBLISHED: Final = ("rabbitmq", "redis", "sqs")
-"""What we publish as ``abe-backend-<name>``. To have anything else installed might install a stranger's package."""
+"""Providers that this project publishes as ``abe-backend-<name>``: no error text proposes to install any other package."""
 
 
 def installed_backends() -> dict[str, EntryPoint]:
@@ -40,20 +40,20 @@ def load_backend(
     codec: Codec | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> FullBackend:
-    """Return a new backend, made by its `from_env`; a provider with the protocol's three methods alone, as a `MinimalBackend` around it.
+    """Return a new backend, made by its `from_env`. A provider that has only the protocol's three methods is wrapped in a `MinimalBackend`.
 
     Args:
-        name: The provider. None: what ``QUEUE_BACKEND`` (or ``MESSAGE_QUEUE_BACKEND``) names; else the first installed provider that is not
-            memory, by name; else memory, with a warning. Case, and spaces around it, do not matter.
+        name: The provider. None: the one that ``QUEUE_BACKEND`` (or ``MESSAGE_QUEUE_BACKEND``) names; else the first installed provider
+            other than memory, by name; else memory, with a warning. Case and surrounding spaces are ignored.
         middleware: Wraps each publish, the first outermost.
         codec: Payload to bytes and back; None: `JSONCodec`.
         environ: What to read instead of ``os.environ``.
 
     Raises:
-        BackendNotFoundError: No provider of the name given is installed, or it cannot be imported. Nothing else is taken in its place.
+        BackendNotFoundError: The named provider is not installed, or cannot be imported. There is no fallback.
         ConfigurationError: The two variables name different providers, several distributions register the name, or the provider's
-            `from_env` does not take what was given.
-        Exception: Whatever `from_env` raises, as it is.
+            `from_env` does not take an argument that was given.
+        Exception: Any exception of `from_env`, unchanged.
     """
     apply_debug_switches(environ)
     found = _found()
@@ -72,7 +72,7 @@ def load_backend(
 
 
 def _found() -> dict[str, list[EntryPoint]]:
-    """Return the entry points of each name, those in the newer group last."""
+    """Return the entry points by name, those of the newer group last."""
     found: dict[str, list[EntryPoint]] = {}
     for group in (OLDER_ENTRY_POINT_GROUP, ENTRY_POINT_GROUP):
         for point in entry_points(group=group):
@@ -83,16 +83,16 @@ def _found() -> dict[str, list[EntryPoint]]:
 def _wanted(
     name: str | None, environ: Mapping[str, str] | None, found: Mapping[str, list[EntryPoint]]
 ) -> tuple[str, str]:
-    """Return the name of the provider that is asked for, and who asks."""
+    """Return the name of the wanted provider, and what names it."""
     if name is not None:
         if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigurationError(f"load_backend() takes the name of a provider, not a {type(name).__name__}")
+            raise ConfigurationError(f"load_backend() takes a provider's name, not a {type(name).__name__}")
         return name.strip(), "load_backend()"
     named = {variable: (env_text(variable, environ=environ) or "").strip() for variable in VARIABLES}
     named = {variable: text for variable, text in named.items() if text}
     if len({text.casefold() for text in named.values()}) > 1:
         both = " and ".join(f"{variable}={shown(text)}" for variable, text in named.items())
-        raise ConfigurationError(f"{both} are both set, and they differ: leave one of them out")
+        raise ConfigurationError(f"{both} are both set, and they differ: unset one of them")
     for variable, text in named.items():
         return text, variable
     return _default(list(found)), "the installed providers"
@@ -102,22 +102,22 @@ def _default(installed: Sequence[str]) -> str:
     others = [name for name in installed if name != _MEMORY]
     if not others:
         warn(
-            "no message-queue provider is installed and QUEUE_BACKEND is not set: messages stay in this process's memory and end with it. "
-            "Install one (pip install abe-backend-redis), or set QUEUE_BACKEND=memory to keep memory without this warning"
+            "no message-queue provider is installed and QUEUE_BACKEND is not set: messages are lost when this process ends. "
+            "Install a provider (pip install abe-backend-redis), or set QUEUE_BACKEND=memory to use memory without this warning"
         )
         return _MEMORY
     if len(others) > 1:
         warn(
-            f"several message-queue providers are installed ({', '.join(others)}) and QUEUE_BACKEND is not set: taking {others[0]!r}. "
-            f"Set QUEUE_BACKEND to the one that is meant"
+            f"several message-queue providers are installed ({', '.join(others)}) and QUEUE_BACKEND is not set: using {others[0]!r}. "
+            f"Set QUEUE_BACKEND to the one to use"
         )
     return others[0]
 
 
 def _only(points: Sequence[EntryPoint]) -> EntryPoint:
-    """Return the entry point that a name stands for.
+    """Return the one entry point of a name.
 
-    One without a distribution is a test's (`abe.testing.registered_backend`), and shadows what is installed.
+    An entry point without a distribution was registered by a test (`abe.testing.registered_backend`), and shadows installed ones.
     """
     for point in reversed(points):
         if point.dist is None:
@@ -125,8 +125,8 @@ def _only(points: Sequence[EntryPoint]) -> EntryPoint:
     distributions = sorted({point.dist.name for point in points if point.dist is not None})
     if len(distributions) > 1:
         raise ConfigurationError(
-            f"the distributions {' and '.join(distributions)} each register a message-queue provider {points[-1].name!r}, and nothing says "
-            f"which of them is meant: uninstall all but that one (pip uninstall, or uv remove)"
+            f"the distributions {' and '.join(distributions)} each register a message-queue provider {points[-1].name!r}: "
+            f"uninstall all but one of them (pip uninstall, or uv remove)"
         )
     return points[-1]
 
@@ -141,13 +141,13 @@ def _import(point: EntryPoint) -> type[MessageQueueBackend]:
     missing = [method for method in ("publish", "consume", "from_env") if not callable(getattr(backend, method, None))]
     if missing:
         raise BackendNotFoundError(
-            f"the provider {point.name!r} ({point.value}) is no message-queue backend: it has no {', '.join(missing)}"
+            f"the provider {point.name!r} ({point.value}) is not a message-queue backend: it has no {', '.join(missing)}"
         )
     return backend  # type: ignore[no-any-return]
 
 
 def _check_takes(name: str, backend: type[MessageQueueBackend], given: Mapping[str, Any]) -> None:
-    """Refuse what a provider's `from_env` has no parameter for: the protocol demands none."""
+    """Refuse arguments for which a provider's `from_env` has no parameter: the protocol requires none."""
     try:
         parameters = inspect.signature(backend.from_env).parameters.values()
     except ValueError:
@@ -157,8 +157,8 @@ def _check_takes(name: str, backend: type[MessageQueueBackend], given: Mapping[s
     taken = {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
     if extra := [argument for argument in given if argument not in taken]:
         raise ConfigurationError(
-            f"the provider {name!r} cannot be told {' or '.join(extra)}: {backend.__qualname__}.from_env() has no such parameter. "
-            f"Leave it out, or use a provider built on abe.backends.message_queue.engine.TransportBackend"
+            f"the provider {name!r} does not take {' or '.join(extra)}: {backend.__qualname__}.from_env() has no such parameter. "
+            f"Omit it, or use a provider built on abe.backends.message_queue.engine.TransportBackend"
         )
 
 
@@ -167,14 +167,14 @@ def _unknown(name: str, source: str, found: Mapping[str, list[EntryPoint]]) -> s
     close = next(iter(difflib.get_close_matches(scheme, sorted({*found, *_PUBLISHED}), n=1)), None)
     text = f"there is no message-queue provider {shown(name)} (asked for by {source}). Installed: {', '.join(found) or 'none'}."
     if is_url:
-        text += " An address goes into the provider's own variables, such as REDIS_URL."
+        text += " An address belongs in the provider's own variables, such as REDIS_URL."
     if close is not None and close != name.casefold():
         text += f" Did you mean {close!r}?"
     if close in _PUBLISHED:
         return text + f" To install it: pip install abe-backend-{close}  (or: uv add abe-backend-{close})"
     if close is None:
         text += (
-            f" Published with this library are {', '.join(_PUBLISHED)}, as abe-backend-<name>; any other provider is a distribution that "
-            f"registers a class under its name in the entry-point group {ENTRY_POINT_GROUP!r}"
+            f" This project publishes {', '.join(_PUBLISHED)}, as abe-backend-<name>; any other provider is a distribution that registers "
+            f"a class under its name in the entry-point group {ENTRY_POINT_GROUP!r}"
         )
     return text

@@ -1,6 +1,6 @@
-"""A provider that has only the three methods of the protocol, as a full backend.
+"""Wraps a provider that has only the three methods of the protocol as a full backend.
 
-Asking for the next message is all that such a provider can be told of the one before. Whatever else a full backend does raises
+Such a provider takes one kind of settlement: the request for the next message. Every other method of a full backend raises
 `UnsupportedCapabilityError`, unless the provider has a method of that name.
 """
 
@@ -30,18 +30,18 @@ from abe.types import Publishable
 
 _log: Final = logging.getLogger("abe.consumer")
 _CLOSING: Final = 5.0
-"""Seconds that a provider gets to end its iterator."""
+"""Seconds for a provider to close its iterator."""
 
 
 def full(backend: MessageQueueBackend) -> FullBackend:
-    """Return the backend itself if it is a full one, else as a `MinimalBackend`."""
+    """Return the backend if it is a full one, else a `MinimalBackend` around it."""
     return backend if isinstance(backend, FullBackend) else MinimalBackend(backend)
 
 
 class MinimalBackend:
     """A full backend around a provider that has only ``publish``, ``consume`` and ``from_env``.
 
-    To ``isinstance`` it is an object of the provider's class, and it has the provider's other attributes.
+    ``isinstance`` takes it for an object of the provider's class, and it has the provider's other attributes.
 
     Args:
         provider: The provider's backend.
@@ -62,7 +62,7 @@ class MinimalBackend:
         max_payload_bytes=sys.maxsize,
         durability=Durability.NONE,
     )
-    """What the protocol alone promises, and so the least. `max_payload_bytes` is not known."""
+    """The promises of the protocol alone. The provider's real `max_payload_bytes` is unknown."""
 
     unroutable: int = 0
 
@@ -74,7 +74,7 @@ class MinimalBackend:
         return type(self._provider)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_provider":  # of an object that is being copied
+        if name == "_provider":  # while it is being copied
             raise AttributeError(name)
         return getattr(self._provider, name)
 
@@ -84,7 +84,7 @@ class MinimalBackend:
     @classmethod
     def from_env(cls) -> Self:
         """Raise `ConfigurationError`: `load_backend` makes one."""
-        raise ConfigurationError("a MinimalBackend is made around a provider's backend, as load_backend() does")
+        raise ConfigurationError("a MinimalBackend wraps a provider's backend: use load_backend()")
 
     async def publish(
         self,
@@ -98,17 +98,18 @@ class MinimalBackend:
         group: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Publish by the provider, which raises what it raises.
+        """Publish with the provider.
 
         Args:
-            key: What the message is about.
-            payload: A JSON object, or an object that becomes one.
+            key: The message's key.
+            payload: A JSON object, or an object that is encoded as one.
             headers: Not supported, as are `id`, `delay`, `mandatory` and `group`.
-            timeout: Seconds within which it returns or raises; None: the provider's own time.
+            timeout: Seconds within which it returns or raises; None: no limit besides the provider's own.
 
         Raises:
-            UnsupportedCapabilityError: An argument was given that the protocol has no word for.
+            UnsupportedCapabilityError: An argument was given that the protocol does not have.
             PublishUnknownError: The provider took longer than `timeout`.
+            Exception: Any exception of the provider.
         """
         given = {"headers": headers, "id": id, "delay": delay or None, "mandatory": mandatory or None, "group": group}
         for name, value in given.items():
@@ -129,7 +130,7 @@ class MinimalBackend:
         """Publish messages, one after the other.
 
         Raises:
-            PartialPublishError: Some were not published; it says which, and why. The others were.
+            PartialPublishError: Some were not published; it lists them with their errors. The others were.
         """
         publications = [
             item if isinstance(item, Publication) else Publication(item[0], cast("dict[str, Any]", item[1]))
@@ -160,7 +161,7 @@ class MinimalBackend:
             keys: Not supported, as are `prefetch` and `max_attempts`.
 
         Raises:
-            UnsupportedCapabilityError: An argument was given that the protocol has no word for.
+            UnsupportedCapabilityError: An argument was given that the protocol does not have.
         """
         for name, value in {"keys": keys, "prefetch": prefetch, "max_attempts": max_attempts}.items():
             if value is not None:
@@ -191,19 +192,19 @@ class MinimalBackend:
             await self.disconnect()
 
     async def ping(self) -> None:
-        """Ask the broker for a sign of life."""
+        """Check that the broker answers."""
         await self._own("ping")()
 
     async def declare(self, group: str | None = None, keys: Sequence[str] | None = None) -> None:
-        """Make a group exist."""
+        """Create a group."""
         await self._own("declare")(group, keys)
 
     async def delete_group(self, group: str | None = None) -> None:
-        """End a group."""
+        """Delete a group."""
         await self._own("delete_group")(group)
 
     async def delete_namespace(self) -> None:
-        """Remove everything that the namespace has in the broker."""
+        """Delete everything that the namespace has in the broker."""
         await self._own("delete_namespace")()
 
     async def groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -236,16 +237,16 @@ class MinimalBackend:
 
 
 class PlainMessage(Message):
-    """A message of a provider that cannot be told what became of it, except by being asked for the next one."""
+    """A message of a provider that takes no settlement, except by the request for the next message."""
 
     __slots__ = ()
 
     async def ack(self) -> None:
-        """Do nothing: asking for the next message is the acknowledgement."""
+        """Do nothing: the request for the next message acknowledges it."""
 
     async def nack(self, delay: float | None = None, *, reason: str = "", error: str = "") -> None:
         """Raise `UnsupportedCapabilityError`."""
-        raise UnsupportedCapabilityError("this provider has no way to take a message back")
+        raise UnsupportedCapabilityError("this provider cannot take a message back")
 
     async def reject(self, reason: str = "rejected", *, error: str = "") -> None:
         """Raise `UnsupportedCapabilityError`."""
@@ -260,10 +261,10 @@ class MinimalSubscription:
     """One message at a time from an async iterator.
 
     Args:
-        messages: What the provider's `consume` returned.
+        messages: The result of the provider's `consume`.
 
     Raises:
-        ConfigurationError: It is no async iterator.
+        ConfigurationError: It is not an async iterator.
     """
 
     def __init__(self, messages: AsyncIterable[dict[str, Any]]) -> None:
@@ -296,11 +297,11 @@ class MinimalSubscription:
             raise StopAsyncIteration from None
 
     def take(self) -> Message | None:
-        """Return None: nothing is ever at hand."""
+        """Return None: messages are never buffered."""
         return None
 
     async def receive(self) -> Message:
-        """Ask the iterator."""
+        """Wait for the iterator's next message."""
         if self._stopped:
             raise BackendClosedError("the subscription was closed")
         if self._asking is None:
@@ -314,17 +315,17 @@ class MinimalSubscription:
             message = asking.result()
         except StopAsyncIteration:
             raise BackendClosedError("the provider has no more messages") from None
-        # Whatever a provider made of its messages beyond a dict is left as it is.
+        # A provider's own subclass of dict is passed on unchanged.
         return PlainMessage(message) if type(message) is dict else cast("Message", message)
 
     def ack_soon(self, message: Message) -> None:
-        """Do nothing: asking for the next message is the acknowledgement."""
+        """Do nothing: the request for the next message acknowledges it."""
 
     async def release(self, message: Message) -> None:
-        """Do nothing: there is no way to tell the provider."""
+        """Do nothing: the provider cannot take a message back."""
 
     async def halt(self) -> None:
-        """Take nothing new."""
+        """Stop receiving."""
         await self.stop()
 
     async def stop(self) -> None:
@@ -335,7 +336,7 @@ class MinimalSubscription:
             await asyncio.wait([self._asking], timeout=_CLOSING)
 
     async def aclose(self) -> None:
-        """Close the iterator, if it can be."""
+        """Close the iterator, if it has an `aclose`."""
         await self.stop()
         if self._asking is not None and not self._asking.done():
             _log.warning("the provider ignored the cancellation of its wait for a message, and is abandoned")

@@ -1,7 +1,7 @@
-"""What a failure says: its reason, its traceback and its log line, without a value of the payload and without failing itself.
+"""Formats a failure: its reason, traceback and log line, without values of the payload, and without ever raising.
 
-A validation error's own text shows the input. It is replaced, wherever it is in a chain or a group of exceptions, by the
-locations and the kinds of what is wrong. What other exceptions say is the application's business.
+The text of a validation error shows the input. Wherever one occurs in a chain or group of exceptions, it is replaced by the
+locations and types of the errors. The texts of other exceptions are the application's responsibility.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any, Final, TypeGuard, cast
 import msgspec
 
 _MOST_ERRORS: Final = 10
-"""Errors of one validation that are told."""
+"""Errors of one validation that are listed."""
 
 _PATH: Final = re.compile(r"^(?P<what>.*?)(?: - at `(?P<where>[$\w.\[\]]*)`)?$", re.DOTALL)
 _HARMLESS: Final = re.compile(
@@ -27,32 +27,32 @@ _QUOTING: Final = {
 
 
 def reason_of(exc: BaseException) -> str:
-    """Return the class and the text of an exception, whatever it is; of a validation error, locations and kinds."""
+    """Return the class and text of any exception; for a validation error, locations and error types."""
     try:
-        return f"{type(exc).__name__}: {_says(exc)}"
-    except Exception as fault:  # noqa: BLE001 - what an exception's own attributes raise
+        return f"{type(exc).__name__}: {_safe_text(exc)}"
+    except Exception as fault:  # noqa: BLE001 - an exception's own attributes may raise
         return f"{type(exc).__name__}: (its text cannot be shown: {type(fault).__name__})"
 
 
 def text_of(value: object) -> str:
-    """Return what was given as a reason as text: an exception by `reason_of`, anything else by ``str``."""
+    """Return a reason as text: an exception by `reason_of`, anything else by ``str``."""
     return reason_of(value) if isinstance(value, BaseException) else _text(value)
 
 
 def shown(exc: BaseException) -> tuple[BaseException, str]:
-    """Return the exception for a log record, and its traceback with all of its chain.
+    """Return an exception that is safe to log, and its traceback with its whole chain.
 
-    It is the exception itself, or a likeness: where its chain has a validation error, without the input; where it cannot be
-    printed, as its own attributes raise, with nothing but its class.
+    Usually the exception itself. If its chain has a validation error: a copy without the input. If it cannot be printed, because
+    its own attributes raise: one that names its class only.
     """
     try:
-        told = exc
+        printable = exc
         if any(is_validation_error(member) for member in _chain(exc)):
-            told = _likeness(exc, {})
-        return told, "".join(format_exception(told))
-    except Exception as fault:  # noqa: BLE001 - what an exception's own methods raise; its message must be settled all the same
-        told = RuntimeError(f"{type(exc).__name__} (it cannot be shown: {type(fault).__name__})")
-        return told, f"{told}\n"
+            printable = _redacted(exc, {})
+        return printable, "".join(format_exception(printable))
+    except Exception as fault:  # noqa: BLE001 - an exception's own methods may raise; its message must be settled all the same
+        printable = RuntimeError(f"{type(exc).__name__} (it cannot be shown: {type(fault).__name__})")
+        return printable, f"{printable}\n"
 
 
 def is_validation_error(exc: object) -> bool:
@@ -61,27 +61,27 @@ def is_validation_error(exc: object) -> bool:
 
 
 def describe_validation(exc: BaseException, names: Collection[str] | None = None) -> str:
-    """Return where a payload does not fit, and how, and nothing of what is there.
+    """Return the locations and types of the errors in a payload, without its values.
 
     Args:
         exc: The validation error.
-        names: The fields that the type has: other parts of a location come from the payload, and are left out. None: those of any model.
+        names: The fields of the type: other parts of a location come from the payload, and are omitted. None: the fields of all models.
     """
     if not _is_pydantic(exc):
         return _describe_msgspec(exc)
     errors, names = exc.errors(), _fields_of_models() if names is None else names
-    told = [f"{_location(error['loc'], names)}: {error['type']}" for error in errors[:_MOST_ERRORS]]
-    more = [f"and {len(errors) - len(told)} more"] if len(errors) > len(told) else []
-    return "; ".join(told + more)
+    listed = [f"{_location(error['loc'], names)}: {error['type']}" for error in errors[:_MOST_ERRORS]]
+    more = [f"and {len(errors) - len(listed)} more"] if len(errors) > len(listed) else []
+    return "; ".join(listed + more)
 
 
 def _describe_msgspec(exc: BaseException) -> str:
     found = _PATH.match(_text(exc))
     what, where = (found["what"], found["where"]) if found else ("", None)
-    if exc.__cause__ is not None:  # the type's own check raised it, and said what it wanted
+    if exc.__cause__ is not None:  # raised by the type's own check, whose text is unknown
         what, where = f"its own check raised {type(exc.__cause__).__name__}", where if where != "$" else None
     elif not _HARMLESS.match(what):
-        what = next((told for start, told in _QUOTING.items() if what.startswith(start)), "the value is not valid")
+        what = next((text for start, text in _QUOTING.items() if what.startswith(start)), "the value is not valid")
     return f"{what} - at `{where}`" if where else what
 
 
@@ -96,7 +96,7 @@ def _location(parts: tuple[object, ...], names: Collection[str]) -> str:
 
 
 def _fields_of_models() -> set[str]:
-    """Return what a location may name whichever model was wanted: an error does not say which it was."""
+    """Return the names that a location may contain, of all models: an error does not say which model it is about."""
     names: set[str] = set()
     base = getattr(sys.modules.get("pydantic"), "BaseModel", None)
     ahead: list[Any] = [] if base is None else [base]
@@ -109,11 +109,11 @@ def _fields_of_models() -> set[str]:
     return names
 
 
-def _says(exc: BaseException) -> str:
+def _safe_text(exc: BaseException) -> str:
     if is_validation_error(exc):
         return describe_validation(exc)
     text = _text(exc)
-    for member in _chain(exc):  # it may quote the validation error that it was raised from
+    for member in _chain(exc):  # its text may quote the validation error that caused it
         if member is not exc and is_validation_error(member):
             text = text.replace(_text(member), describe_validation(member))
     return text
@@ -122,7 +122,7 @@ def _says(exc: BaseException) -> str:
 def _text(value: object) -> str:
     try:
         return str(value)
-    except BaseException as fault:  # noqa: BLE001 - whatever a __str__ of the application raises
+    except BaseException as fault:  # noqa: BLE001 - an application's __str__ may raise anything
         return f"(its text cannot be shown: {type(fault).__name__})"
 
 
@@ -144,21 +144,21 @@ def _members(exc: BaseException) -> Sequence[BaseException]:
     return cast("BaseExceptionGroup[BaseException]", exc).exceptions if isinstance(exc, BaseExceptionGroup) else ()
 
 
-def _likeness(exc: BaseException, made: dict[int, BaseException]) -> BaseException:
+def _redacted(exc: BaseException, made: dict[int, BaseException]) -> BaseException:
     if id(exc) in made:
         return made[id(exc)]
     copy: BaseException
     members = _members(exc)
     if members:
-        copy = BaseExceptionGroup(getattr(exc, "message", ""), [_likeness(member, made) for member in members])
+        copy = BaseExceptionGroup(getattr(exc, "message", ""), [_redacted(member, made) for member in members])
     else:
-        # A class of the same name: what reads the record sees the same line as for the exception itself.
+        # A class of the same name, so that the log line looks the same.
         named = {"__module__": type(exc).__module__, "__qualname__": type(exc).__qualname__}
-        copy = type(type(exc).__name__, (Exception,), named)(_says(exc))
+        copy = type(type(exc).__name__, (Exception,), named)(_safe_text(exc))
     made[id(exc)] = copy
     copy.__traceback__ = exc.__traceback__
-    copy.__cause__ = exc.__cause__ and _likeness(exc.__cause__, made)
-    copy.__context__ = exc.__context__ and _likeness(exc.__context__, made)
+    copy.__cause__ = exc.__cause__ and _redacted(exc.__cause__, made)
+    copy.__context__ = exc.__context__ and _redacted(exc.__context__, made)
     copy.__suppress_context__ = exc.__suppress_context__
     for note in getattr(exc, "__notes__", ()):
         copy.add_note(_text(note))

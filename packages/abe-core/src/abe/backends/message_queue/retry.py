@@ -1,4 +1,4 @@
-"""What becomes of a message whose handler failed."""
+"""The retry policy: whether, and when, a message whose handler failed is delivered again."""
 
 import inspect
 import math
@@ -18,8 +18,8 @@ class Retry(Exception):  # noqa: N818 - a decision, not an error
     """Raised by a handler: deliver the message again.
 
     Args:
-        after: Seconds before which it must not come back; None: the policy's backoff.
-        reason: Why, for the log and the dead letter.
+        after: The delay in seconds; None: the policy's backoff.
+        reason: The reason, for the log and the dead letter.
     """
 
     def __init__(self, *, after: float | None = None, reason: str = "the handler asked for a retry") -> None:
@@ -32,7 +32,7 @@ class Reject(Exception):  # noqa: N818 - a decision, not an error
     """Raised by a handler: the message will never succeed, move it to the dead letters.
 
     Args:
-        reason: Why, for the dead letter; an exception will do.
+        reason: The reason, for the dead letter: a text or an exception.
     """
 
     def __init__(self, reason: object = "rejected by the handler") -> None:
@@ -41,25 +41,25 @@ class Reject(Exception):  # noqa: N818 - a decision, not an error
 
 
 Classifier: TypeAlias = Callable[[Exception], Retry | Reject | None]
-"""From a handler's exception to a decision; None leaves it to the policy."""
+"""Maps a handler's exception to a decision; None: the policy decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """How often a failing message is tried, and how long it waits in between. The waiting is done by the broker.
+    """How often a failing message is delivered, and the delay between attempts. The broker keeps the message meanwhile.
 
-    A group of exceptions, as a TaskGroup raises it, is judged by its members, nested ones too: a `Reject` among them rejects the
-    message, whatever else failed; else a `Retry` retries it, the longest of several. The classifier is asked about
-    the group as a whole, then about each member, in the same order of precedence.
+    An exception group, as a TaskGroup raises it, is judged by its members, nested ones included: any `Reject` rejects the
+    message; else the `Retry` with the longest delay applies. The classifier is called with the group first, then with each
+    member, with the same precedence.
 
     Args:
-        max_attempts: Deliveries in all, those included whose consumer died; the last failure moves the message to the dead letters. None:
+        max_attempts: Deliveries in all, including those whose consumer died; after the last one the message is a dead letter. None:
             the backend's setting, ``QUEUE_MAX_ATTEMPTS``.
-        backoff: From the attempt that failed to the seconds until the next.
+        backoff: Maps the failed attempt to the delay in seconds.
         classify: Decides about particular exceptions.
 
     Raises:
-        ConfigurationError: `max_attempts` is no count, or one of the others no function of one argument.
+        ConfigurationError: `max_attempts` is not a count, or another argument is not a function of one argument.
     """
 
     max_attempts: int | None = None
@@ -75,10 +75,11 @@ class RetryPolicy:
             _check_function("classify", self.classify, "a function from an exception to Retry, Reject or None")
 
     def judge(self, exc: BaseException, attempt: int) -> Retry | Reject:
-        """Return the decision on a failure, with the wait filled in.
+        """Return the decision on a failure, with the delay filled in.
 
         Raises:
-            ValueError: The backoff, the classifier or a `Retry` gave something else than it should. Besides, what they raise.
+            ValueError: The backoff, the classifier or a `Retry` has a wrong value.
+            Exception: Any exception of the backoff or the classifier.
         """
         decision = _first([leaf for leaf in _leaves(exc) if isinstance(leaf, Retry | Reject)]) or self._classified(exc)
         if isinstance(decision, Reject):
@@ -88,7 +89,7 @@ class RetryPolicy:
         after: Any = self.backoff(attempt) if decision.after is None else decision.after
         if isinstance(after, bool) or not isinstance(after, int | float) or not math.isfinite(after):
             source = "the backoff returned" if decision.after is None else "Retry(after=) was given"
-            raise ValueError(f"{source} a {type(after).__name__} that is no number of seconds")
+            raise ValueError(f"{source} a {type(after).__name__} that is not a number of seconds")
         return Retry(after=float(after), reason=decision.reason)
 
     def _classified(self, exc: BaseException) -> Retry | Reject | None:
@@ -110,7 +111,7 @@ class RetryPolicy:
 
 
 def _first(decisions: list[Retry | Reject]) -> Retry | Reject | None:
-    """A rejection comes first, then the retry that waits longest."""
+    """Return a rejection if there is one, else the retry with the longest delay."""
     rejected = next((decision for decision in decisions if isinstance(decision, Reject)), None)
     return rejected or max(decisions, key=_wait, default=None)
 
@@ -136,7 +137,7 @@ def _check_function(name: str, function: object, wanted: str) -> None:
     if not callable(function):
         raise ConfigurationError(f"{name} must be {wanted}, not {function!r}")
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
-        raise ConfigurationError(f"{name} must be {wanted}: it is asked without waiting, so not an async one")
+        raise ConfigurationError(f"{name} must be {wanted}: it is called synchronously, so it cannot be async")
     try:
         inspect.signature(function).bind(None)
     except TypeError as exc:

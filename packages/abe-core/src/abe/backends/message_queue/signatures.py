@@ -1,4 +1,4 @@
-"""What a handler's parameters ask for, by the signature that is really called, and the annotations that were really meant."""
+"""Reads a handler's parameters: from the signature that is called, with the annotations of the function that it wraps."""
 
 import collections.abc
 import inspect
@@ -14,7 +14,7 @@ from abe.backends.message_queue.base.message import Message
 from abe.errors import ConfigurationError
 
 _NAMES: Final[Mapping[str, Any]] = {
-    # Often imported for the type checker only; the JSON types refer to one another by name.
+    # Often imported under TYPE_CHECKING only; the JSON types refer to one another by name.
     "Any": Any,
     "JSONDict": dict[str, Any],
     "JSONList": list[Any],
@@ -28,29 +28,29 @@ _EMPTY: Final = inspect.Parameter.empty
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """What a handler wants to be given."""
+    """The arguments that a handler takes."""
 
     payload: tuple[Any, ...]
-    """The annotations of the parameters that may be the payload's, the likeliest first; empty: it does not say."""
+    """The annotations of the parameters that may take the payload, the most likely first; empty: not annotated."""
     message: str | int | None
-    """How it takes its `Message` beside it: by that name, at that position, or not at all."""
+    """How it takes the `Message` too: by that name, at that position, or (None) not at all."""
 
 
 def name_of(function: object) -> str:
-    """Return how a text calls the handler."""
+    """Return the handler's name for log and error texts."""
     while isinstance(function, partial):
         function = function.func  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     return getattr(function, "__qualname__", None) or type(function).__qualname__  # pyright: ignore[reportUnknownArgumentType]
 
 
 def parameters(function: Callable[..., object]) -> Parameters:
-    """Return what the handler wants to be given.
+    """Return the arguments that a handler takes.
 
-    A decorator that uses ``functools.wraps`` may inject arguments: its own signature says what it can be called with, that of the function
-    inside what the payload is to become.
+    A decorator that uses ``functools.wraps`` may inject arguments: its own signature determines how it is called, the signature of the
+    wrapped function determines the payload's type.
 
     Raises:
-        ConfigurationError: It cannot be called with a message, or has an annotation that cannot be resolved.
+        ConfigurationError: The handler cannot be called with a message, or has an annotation that cannot be resolved.
     """
     try:
         own = inspect.signature(function, follow_wrapped=False)
@@ -91,7 +91,7 @@ def _message_parameter(listed: list[inspect.Parameter], names: "_Names") -> str 
 
 
 def _payload_parameters(own: inspect.Signature, inner: inspect.Signature) -> list[inspect.Parameter]:
-    """Of a decorated function: the parameter of the wrapper's first one's name, else all, as the wrapper may add some before."""
+    """Return a decorated function's parameter with the name of the wrapper's first one, else all, as the wrapper may insert some."""
     first = next(iter(own.parameters.values()), None)
     if first is not None and first.kind in _POSITIONAL and first.name in inner.parameters:
         return [inner.parameters[first.name]]
@@ -99,7 +99,7 @@ def _payload_parameters(own: inspect.Signature, inner: inspect.Signature) -> lis
 
 
 def _injected_message(own: inspect.Signature, inner: inspect.Signature, names: "_Names") -> str | None:
-    """By its name only: what a wrapper adds by position is not known."""
+    """Return the name of the parameter for the Message. Only by name: what a wrapper inserts by position is unknown."""
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.parameters.values())
     taken = next(iter(own.parameters), None)
     for parameter in list(inner.parameters.values())[1:]:
@@ -116,13 +116,13 @@ def _check(function: Callable[..., object], own: inspect.Signature, message: str
             own.bind(*((None,) if message is None else (None, None)))
     except TypeError as exc:
         raise ConfigurationError(
-            f"the handler {name_of(function)} must accept one positional argument, the message, or two, what the payload becomes and its "
+            f"the handler {name_of(function)} must accept one positional argument, the message, or two, the converted payload and its "
             f"Message: {exc}"
         ) from None
 
 
 class _Names:
-    """What the names in a handler's annotations stand for."""
+    """Resolves the names in a handler's annotations."""
 
     def __init__(self, function: Callable[..., object]) -> None:
         self._handler = function
@@ -137,7 +137,7 @@ class _Names:
         self._locals: dict[str, Any] = _closure(inner)
 
     def is_message(self, parameter: inspect.Parameter) -> bool:
-        """Whether it is to be given the message itself, as its annotation or else its name says."""
+        """Whether the parameter takes the message itself, by its annotation or else by its name."""
         if parameter.annotation is _EMPTY:
             return parameter.name == "message"
         try:
@@ -149,10 +149,10 @@ class _Names:
         )
 
     def resolve(self, annotation: Any) -> Any:
-        """Return the type that an annotation means.
+        """Return the type that an annotation stands for.
 
         Raises:
-            ConfigurationError: It names something that is not there.
+            ConfigurationError: It names something undefined.
         """
         problem: Exception | None = None
         for names in self._places():
@@ -167,7 +167,7 @@ class _Names:
         ) from problem
 
     def _places(self) -> Iterator[Mapping[str, Any]]:
-        """The module alone; then what is local to who calls us, if it is of that module: handlers are often made where they are used."""
+        """Yield no locals first, then those of each calling frame of the handler's module: handlers are often defined in a function."""
         yield {}
         frame: FrameType | None = sys._getframe()  # pyright: ignore[reportPrivateUsage]
         while frame is not None:
@@ -176,7 +176,7 @@ class _Names:
             frame = frame.f_back
 
     def _bound(self, wanted: Any) -> Any:
-        """Return what a type variable of the handler's generic class stands for in this handler."""
+        """Return the type that a type variable of the handler's generic class is bound to."""
         if not isinstance(wanted, typing.TypeVar):
             return wanted
         for base in getattr(_class(self._owner), "__orig_bases__", ()):

@@ -1,4 +1,4 @@
-"""The contract: protocols, data, and what both sides of the engine agree on."""
+"""The contract: the protocols and data between applications, the engine and providers."""
 
 from abe.backends.message_queue.base.backoff import Backoff, ConstantBackoff, ExponentialBackoff
 from abe.backends.message_queue.base.capabilities import Capabilities, Durability

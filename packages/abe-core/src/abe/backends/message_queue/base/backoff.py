@@ -1,4 +1,4 @@
-"""How long to wait before the next try, from the number of tries so far."""
+"""Backoffs: the delay before a retry, from the number of attempts so far."""
 
 import math
 import random
@@ -9,15 +9,15 @@ from typing import TypeAlias
 from abe.errors import ConfigurationError
 
 Backoff: TypeAlias = Callable[[int], float]
-"""From the attempt that failed, 1 for the first, to the seconds until the next."""
+"""Maps the failed attempt, 1 for the first, to the delay in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExponentialBackoff:
     """``min(maximum, initial * factor ** (attempt - 1))`` seconds.
 
-    With jitter the result is drawn evenly between half of that and all of it, so that what failed together does not
-    come back together ("equal jitter", M. Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015).
+    With jitter the result is uniformly distributed between half of that and all of it, so that messages that failed together
+    are not retried together ("equal jitter", M. Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015).
     """
 
     initial: float = 1.0

@@ -1,4 +1,4 @@
-"""What leases, delays and backoffs are measured by: real time, or a clock that a test moves."""
+"""The clock of leases, delays and backoffs: real time, or a manual clock in tests."""
 
 import asyncio
 import time
@@ -7,15 +7,15 @@ from typing import Protocol
 
 
 class Timer(Protocol):
-    """Something that was scheduled."""
+    """A scheduled call."""
 
     def cancel(self) -> None:
-        """Do not call it after all."""
+        """Cancel the call."""
         ...
 
 
 class Clock(Protocol):
-    """A clock that only goes forward. Its seconds count from anywhere."""
+    """A monotonic clock with an arbitrary start."""
 
     def time(self) -> float:
         """Return the time in seconds."""
@@ -39,7 +39,7 @@ class MonotonicClock:
 
 
 async def sleep(clock: Clock, seconds: float) -> None:
-    """Wait that long by that clock."""
+    """Wait for a number of seconds of the clock."""
     done = asyncio.Event()
     timer = clock.call_at(clock.time() + seconds, done.set)
     try:
@@ -49,7 +49,7 @@ async def sleep(clock: Clock, seconds: float) -> None:
 
 
 async def pause(ended: asyncio.Event, seconds: float) -> bool:
-    """Wait that long in real time, or until the event is set; return whether it is."""
+    """Wait for a number of seconds in real time, or until the event is set; return whether it is set."""
     try:
         async with asyncio.timeout(seconds):
             return await ended.wait()

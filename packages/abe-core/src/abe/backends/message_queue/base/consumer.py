@@ -1,4 +1,4 @@
-"""What runs a handler over a backend's messages."""
+"""The protocol of a consumer, which runs a handler over a backend's messages."""
 
 from collections.abc import Coroutine
 from typing import Any, Protocol, runtime_checkable
@@ -8,12 +8,12 @@ from abe.types import EventHandlerFunc, EventHandlerProtocol
 
 @runtime_checkable
 class EventConsumer(Protocol):
-    """Runs a handler for each message until it is told to stop."""
+    """Runs a handler for each message until it is shut down."""
 
     def run(self, handler: EventHandlerFunc | EventHandlerProtocol) -> Coroutine[Any, Any, None]:
         """Handle messages until cancelled, or until `shutdown` is done. May be called again after that."""
         ...
 
     async def shutdown(self) -> None:
-        """Take nothing new, let the handlers that run finish, settle their messages, and return. May be called repeatedly."""
+        """Stop taking messages, let running handlers finish, settle their messages, and return. May be called repeatedly."""
         ...

@@ -1,4 +1,4 @@
-"""The message that an application handles."""
+"""The message that a handler receives."""
 
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
@@ -8,7 +8,7 @@ from abe.errors import DecodeError, UnsupportedCapabilityError
 
 
 class MessageSource(Protocol):
-    """Where a message came from, and where its settlement goes."""
+    """Where a message was received, and where it is settled."""
 
     group: str
 
@@ -24,18 +24,18 @@ class MessageSource(Protocol):
 
 
 class Message(dict[str, Any]):
-    """The payload, which it is equal to, with what is known about its delivery.
+    """A payload, as a dict, with the attributes of its delivery.
 
-    `ack`, `nack` and `reject` settle it. The first settlement wins, the same again does nothing, and the opposite raises
-    `AlreadySettledError`. Each returns when the broker has carried it out, and raises `LeaseLostError` when the message was not ours
-    any more (somebody else has it, or will get it). A settlement that was cancelled goes on by itself.
+    `ack`, `nack` and `reject` settle it. The first settlement wins, repeating it does nothing, and the opposite one raises
+    `AlreadySettledError`. Each returns when the broker has carried it out, and raises `LeaseLostError` when the lease was lost (another
+    consumer has the message, or will get it). Cancelling the caller does not cancel the settlement.
 
-    A copy (``copy.copy``, ``copy.deepcopy``, ``pickle``) is a message that tells the same and cannot be settled, as is one that an
-    application makes itself, ``Message(payload)``, to test its handlers. ``dict(message)`` is the payload alone. The ``repr`` tells which
-    message it is, and nothing of its payload.
+    A copy (``copy.copy``, ``copy.deepcopy``, ``pickle``) has the same attributes but cannot be settled; nor can a message that an
+    application creates to test its handlers, ``Message(payload)``. ``dict(message)`` is the payload alone. The ``repr`` identifies the
+    message, and shows nothing of its payload.
     """
 
-    # Made by the engine with `Message(payload)` and these three assignments: an __init__ would be half of the cost.
+    # The engine calls `Message(payload)` and assigns these three: an __init__ would be half of the cost.
     __slots__ = ("_delivery", "_settled", "_source")
 
     _delivery: Delivery
@@ -43,21 +43,21 @@ class Message(dict[str, Any]):
     _settled: str | None
 
     def __del__(self) -> None:
-        # Taken and dropped, it would keep its place in the bound for ever.
+        # A message that is dropped unsettled would count against the prefetch for ever.
         try:
             if self._settled is None:
                 self._source.dropped(self)
         except AttributeError:
-            return  # it never came from a broker
+            return  # not delivered by a broker
 
     @property
     def id(self) -> str:
-        """The id given at publish, or the broker's own for a message that a stranger wrote."""
+        """The id given at publish; for a foreign message, the broker's own."""
         return self._source.metadata(self).id
 
     @property
     def key(self) -> str:
-        """What the message is about."""
+        """The key given at publish."""
         return self._source.metadata(self).key
 
     @property
@@ -67,12 +67,12 @@ class Message(dict[str, Any]):
 
     @property
     def published_at(self) -> float:
-        """When it was published, in seconds since the epoch, by the publisher's clock; 0 where nobody wrote it down."""
+        """When it was published, in seconds since the epoch, by the publisher's clock; 0 if unknown."""
         return self._source.metadata(self).published_at / 1000
 
     @property
     def attempt(self) -> int:
-        """Which delivery to the group this is: 1 for the first."""
+        """The number of this delivery to the group: 1 for the first."""
         return self._delivery.attempt
 
     @property
@@ -82,24 +82,24 @@ class Message(dict[str, Any]):
 
     @property
     def settled(self) -> bool:
-        """Whether it was acknowledged, failed or rejected already, by whomever."""
+        """Whether it was acknowledged, failed or rejected already."""
         return self._settled is not None
 
     @property
     def lease_lost(self) -> bool:
-        """Whether the broker is known to have taken the message from us: stop, the work will be done again."""
+        """Whether this consumer is known to have lost the message. The handler should stop: the message is delivered again."""
         return self._source.lease_lost(self)
 
     async def ack(self) -> None:
-        """The message is done: remove it."""
+        """Acknowledge the message: it is removed."""
         await self._source.ack(self)
 
     async def nack(self, delay: float | None = None, *, reason: str = "", error: str = "") -> None:
-        """The message failed: deliver it again, or move it to the dead letters if this was its last attempt.
+        """Fail the message: it is delivered again, or moved to the dead letters if this was its last attempt.
 
         Args:
-            delay: Seconds before which it must not come back; None: the default backoff for this attempt.
-            reason: Why, for the dead letter.
+            delay: Seconds before the next delivery; None: the default backoff for this attempt.
+            reason: The reason, for the dead letter.
             error: A traceback, for the dead letter.
 
         Raises:
@@ -108,19 +108,18 @@ class Message(dict[str, Any]):
         await self._source.nack(self, delay, reason, error)
 
     async def reject(self, reason: str = "rejected", *, error: str = "") -> None:
-        """The message will never succeed: move it to the dead letters."""
+        """Move the message to the dead letters: it will never succeed."""
         await self._source.reject(self, reason, error)
 
     async def extend(self, seconds: float) -> None:
-        """Start the lease anew, for a handler that is about to keep the event loop busy. It is renewed by itself otherwise.
+        """Renew the lease now, before a handler blocks the event loop. Otherwise it is renewed automatically.
 
         Args:
-            seconds: How long it must hold. More than the backend's lease cannot be had, as a lease that long could not be told from a
-                dead consumer's.
+            seconds: How long the lease must last: at most the backend's lease, after which a silent consumer counts as dead.
 
         Raises:
             UnsupportedCapabilityError: `seconds` is more than the lease.
-            LeaseLostError: The message is not ours any more.
+            LeaseLostError: The lease was lost.
         """
         await self._source.extend(self, seconds)
 
@@ -140,7 +139,7 @@ class Message(dict[str, Any]):
         return _copied, (dict(self), tuple(metadata._replace(headers=headers)), self.group, self.attempt)
 
     def __getattr__(self, name: str) -> Any:
-        # Asked only for what is not there, so for the three slots of a message that no broker delivered.
+        # Called only for missing attributes: the three slots of a message that no broker delivered.
         if name == "_source":
             return _UNDELIVERED
         if name == "_delivery":
@@ -151,7 +150,7 @@ class Message(dict[str, Any]):
 
 
 class _Detached:
-    """The source of a message that no broker waits for."""
+    """The source of a message that no broker delivered."""
 
     def __init__(self, group: str, metadata: Metadata) -> None:
         self.group = group
@@ -164,7 +163,7 @@ class _Detached:
         return False
 
     def dropped(self, message: Message) -> None:
-        """Nobody waits for it."""
+        """Do nothing: it is not in flight."""
 
     def ack_soon(self, message: Message) -> None:
         raise _unsettled()

@@ -1,4 +1,4 @@
-"""What wraps every publish and every handled message."""
+"""Middleware: wraps every publish and every handled message."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,14 +28,14 @@ HandleNext: TypeAlias = Callable[[Message], Awaitable[object]]
 
 
 class Middleware:
-    """Override what you need; each method must call `forward` for the rest to happen."""
+    """Override the methods that you need; each must await `forward` to continue."""
 
     async def publish(self, publication: Publication, forward: PublishNext) -> None:
-        """Around a publish, in the caller's task."""
+        """Wrap a publish. Runs in the caller's task."""
         await forward(publication)
 
     async def handle(self, message: Message, forward: HandleNext) -> None:
-        """Around a handler. What it raises is the handler's failure."""
+        """Wrap a handler. An exception counts as the handler's failure."""
         await forward(message)
 
 
@@ -43,7 +43,7 @@ def check_middleware(middleware: Sequence[Middleware]) -> Sequence[Middleware]:
     """Return the layers, as a tuple.
 
     Raises:
-        ConfigurationError: It is not a sequence of instances of `Middleware`; the text says what would be right.
+        ConfigurationError: It is not a sequence of instances of `Middleware`; the text says what is expected.
     """
     given: Any = middleware
     if isinstance(given, Middleware):

@@ -1,8 +1,8 @@
-"""Keys, groups, headers and key patterns: what every backend can carry, checked before any I/O.
+"""Checks keys, groups, headers and key patterns against the limits of every backend, before any I/O.
 
-Patterns are AMQP topic words: a key is split at its dots; ``*`` stands for exactly one word, ``#`` for any number of
-words, none included. Only a whole word is a wildcard, and a pattern such as ``a*`` is refused: it would want only the key ``a*``. In a key
-nothing is a wildcard.
+Patterns are AMQP topic patterns: a key is split at its dots; ``*`` matches exactly one word, ``#`` any number of words, including
+none. Only a whole word is a wildcard, so a pattern such as ``a*`` is refused: it would match only the key ``a*``. A key has no
+wildcards.
 """
 
 import math
@@ -14,13 +14,13 @@ from abe.errors import ConfigurationError, InvalidNameError
 from abe.settings import key_pattern, plain_name
 
 MAX_KEY_BYTES: Final = 200
-"""RabbitMQ allows 255 bytes, of which delayed messages use some."""
+"""RabbitMQ allows 255 bytes, and delayed messages need some of them."""
 
 MAX_HEADER_BYTES: Final = 16 * 1024
-"""All headers of a message together. SQS counts them within the message's size."""
+"""The limit for all headers of a message together. SQS counts them within the message's size."""
 
 DEFAULT_GROUP: Final = "default"
-"""What ``group=None`` means, on every backend."""
+"""The group of ``group=None``, on every backend."""
 
 EVERYTHING: Final = ("#",)
 
@@ -47,7 +47,7 @@ def check_patterns(keys: Sequence[str]) -> tuple[str, ...]:
     """Return key patterns as a sorted tuple without repetitions.
 
     Raises:
-        InvalidNameError: There is none, or one of them is not what anybody means, such as ``order*``; the text says what would be right.
+        InvalidNameError: There is none, or one is malformed, such as ``order*``; the text proposes a correct one.
     """
     if isinstance(keys, str):
         raise InvalidNameError(f"keys must be a list of patterns: write [{keys!r}], not {keys!r}")
@@ -81,7 +81,7 @@ def check_group(group: str | None) -> str:
 
 
 def check_count(name: str, value: object) -> int:
-    """Return the value of an argument that counts something.
+    """Return the value of an argument that is a count.
 
     Raises:
         ConfigurationError: It is not an integer of at least 1.
@@ -95,9 +95,9 @@ def check_seconds(name: str, value: object, *, zero: bool = False) -> None:
     """Check an argument that is a time in seconds; None passes.
 
     Args:
-        name: The argument's, for the text.
-        value: What was given.
-        zero: Whether 0 will do.
+        name: The argument's name, for the error text.
+        value: Its value.
+        zero: Whether 0 is allowed.
 
     Raises:
         ConfigurationError: It is not a finite number above 0 (from 0, with `zero`).
@@ -139,12 +139,12 @@ def check_headers(headers: Mapping[str, str] | None) -> Mapping[str, str] | None
 
 @lru_cache(maxsize=4096)
 def matches(pattern: str, key: str) -> bool:
-    """Whether `key` is one of those that `pattern` stands for."""
+    """Whether `pattern` matches `key`."""
     return _match(pattern.split("."), key.split("."))
 
 
 def _match(pattern: list[str], key: list[str]) -> bool:
-    # The states of the pattern that are possible after each word; '#' would make a recursion exponential.
+    # Tracks the possible states of the pattern after each word; recursion would be exponential in the number of '#'.
     states = _open(pattern, {0})
     for word in key:
         stay = {state for state in states if state < len(pattern) and pattern[state] == "#"}

@@ -1,7 +1,7 @@
 """The protocols of a message-queue backend, under the names applications import.
 
-`MessageQueueBackend` is the least that a provider has. `FullBackend` is what `load_backend` returns: every backend on the engine is one,
-and a provider with less is wrapped.
+`MessageQueueBackend` is the minimum for a provider. `load_backend` returns a `FullBackend`: every backend built on the engine is one, and a
+minimal provider is wrapped.
 """
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -19,10 +19,10 @@ QueueBackend = MessageQueueBackendProtocol
 
 
 class DeadLetterBox(Protocol):
-    """The dead letters of a group. All of it works while consumers run, and raises `GroupMissingError` when there is no such group."""
+    """The dead letters of a group. Every method works while consumers run, and raises `GroupMissingError` if the group does not exist."""
 
     def __aiter__(self) -> AsyncIterator[DeadLetter]:
-        """Iterate over all of them, the oldest first, in bounded memory."""
+        """Iterate over all dead letters, the oldest first, in bounded memory."""
         ...
 
     async def list(self, limit: int = 100) -> Sequence[DeadLetter]:
@@ -34,25 +34,25 @@ class DeadLetterBox(Protocol):
         ...
 
     async def replay(self, *ids: str) -> int:
-        """Move the dead letters with these ids back to the group, starting again at attempt 1, and return how many there were."""
+        """Move the dead letters with these ids back to the group, with attempt 1, and return how many were moved."""
         ...
 
     async def replay_all(self, *, progress: Callable[[int], object] | None = None) -> int:
-        """Move all that are there now back to the group; `progress` is told how many were moved so far."""
+        """Move all current dead letters back to the group; `progress` is called with the number moved so far."""
         ...
 
     async def purge(self, *ids: str) -> int:
-        """Remove the dead letters with these ids for good, and return how many there were."""
+        """Delete the dead letters with these ids, and return how many were deleted."""
         ...
 
     async def purge_all(self, *, progress: Callable[[int], object] | None = None) -> int:
-        """Remove all that are there now for good; `progress` is told how many were removed so far."""
+        """Delete all current dead letters; `progress` is called with the number deleted so far."""
         ...
 
 
 @runtime_checkable
 class FullBackend(Protocol):
-    """Everything that a backend on the engine offers; what each method does is written on ``engine.TransportBackend``."""
+    """All methods of a backend built on the engine; ``engine.TransportBackend`` documents them."""
 
     capabilities: Capabilities
     unroutable: int

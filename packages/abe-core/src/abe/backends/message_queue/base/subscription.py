@@ -1,4 +1,4 @@
-"""The consuming side that applications and consumers see."""
+"""The protocol of a subscription: how applications and consumers receive messages."""
 
 from collections.abc import AsyncIterator
 from types import TracebackType
@@ -9,15 +9,15 @@ from abe.backends.message_queue.base.message import Message
 
 @runtime_checkable
 class Subscription(Protocol):
-    """The messages of a group: an async iterator that is an async context manager too.
+    """The messages of a group: an async iterator and an async context manager.
 
-    As an iterator: asking for the next message acknowledges the one before; leaving (``break``, `aclose`, the end of ``async with``)
-    gives the current one back unacknowledged, and an exception out of the ``async with`` body fails it. Only one task may iterate; a
-    second ``anext`` while one waits raises RuntimeError. A cancelled or timed-out ``anext`` has taken nothing.
+    As an iterator: the request for the next message acknowledges the previous one; ending the iteration (``break``, `aclose`, the end of
+    ``async with``) gives the current one back unacknowledged, and an exception out of the ``async with`` body fails it. Only one task may
+    iterate; a second ``anext`` while one waits raises RuntimeError. A cancelled or timed-out ``anext`` has taken no message.
 
-    `receive` and `take` hand out messages that the caller settles itself, any number at once.
+    `receive` and `take` return messages that the caller settles itself, any number concurrently.
 
-    It is entered, or first asked, once: from then on every publish that starts reaches it.
+    It subscribes when it is entered, or first iterated: every publish that starts after that reaches it.
     """
 
     async def __aenter__(self) -> Self: ...
@@ -28,7 +28,7 @@ class Subscription(Protocol):
     async def __anext__(self) -> Message: ...
 
     def take(self) -> Message | None:
-        """Return the next message if one is at hand, else None."""
+        """Return the next buffered message, or None."""
         ...
 
     async def receive(self) -> Message:
@@ -40,21 +40,21 @@ class Subscription(Protocol):
         ...
 
     def ack_soon(self, message: Message) -> None:
-        """Acknowledge with the next batch, without waiting; nothing happens when it is settled already; a failure is logged."""
+        """Acknowledge with the next batch, without waiting; a no-op if the message is settled already. Failures are logged."""
         ...
 
     async def release(self, message: Message) -> None:
-        """Give a message back as if it had never been taken; nothing happens when it is settled already."""
+        """Give a message back as if it had never been taken; a no-op if it is settled already."""
         ...
 
     async def halt(self) -> None:
-        """Take nothing new from the broker; what was taken already is still handed out by `take`."""
+        """Stop receiving from the broker; `take` still returns the buffered messages."""
         ...
 
     async def stop(self) -> None:
-        """Take nothing new from the broker, and give back what nobody was handed yet; what was handed out keeps its lease."""
+        """Stop receiving from the broker, and give buffered messages back; messages in flight keep their leases."""
         ...
 
     async def aclose(self) -> None:
-        """Stop, carry out the settlements that wait, give back everything else, and leave the group. May be called repeatedly."""
+        """Stop, carry out pending settlements, give all other messages back, and unsubscribe. May be called repeatedly."""
         ...

@@ -1,4 +1,4 @@
-"""The engine: a transport made into a backend. Providers use `TransportBackend`; the rest is its own."""
+"""The engine: makes a backend of a transport. Providers use `TransportBackend`; the other modules are internal."""
 
 from abe.backends.message_queue.engine.backend import TransportBackend
 from abe.backends.message_queue.engine.dead_letters import DeadLetters

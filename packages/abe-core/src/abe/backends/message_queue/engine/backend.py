@@ -1,4 +1,4 @@
-"""A transport made into a backend: everything that must behave alike, whichever broker is underneath."""
+"""Makes a backend of a transport: everything that behaves alike on all brokers."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -47,28 +47,28 @@ else:
 
 
 class TransportBackend(ABC, Generic[SettingsT]):
-    """A message queue on a transport. A provider names its capabilities and settings, and makes its transport; the rest is here.
+    """A message queue on a transport. A provider declares its capabilities and settings, and makes its transport.
 
     ``class MyBackend(TransportBackend[MySettings])`` names the class of the settings to type checkers, and `settings_type` at run time.
 
-    It connects when it is first used, or by `connect`, reconnects by itself, and belongs to the event loop and process of its first
-    use. When that loop is closed, the next use begins anew in the loop that runs then.
+    It connects at its first use, or by `connect`, reconnects by itself, and belongs to the event loop and process of its first
+    use. Once that loop is closed, the next use opens it again in the loop that runs then.
 
     Args:
         settings: The provider's settings; None: its defaults.
-        codec: Payload to bytes and back.
+        codec: Encodes and decodes payloads.
         middleware: Wraps each publish, the first outermost.
-        clock: What leases, delays and backoffs are measured by.
+        clock: The clock of leases, delays and backoffs.
 
     Raises:
-        ConfigurationError: An argument is of another kind; the text says what would be right.
+        ConfigurationError: An argument has a wrong type; the text says what is expected.
     """
 
     settings_type: ClassVar[type[QueueSettings]] = QueueSettings
     """The class of the provider's settings."""
 
     capabilities: Capabilities
-    """Declared on the class; an instance's own says what its settings make of it."""
+    """Declared on the class; those of an instance depend on its settings."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class TransportBackend(ABC, Generic[SettingsT]):
         if self.capabilities.lease is not None:
             self.capabilities = replace(self.capabilities, lease=settings.lease)
         self.unroutable: int = 0
-        """Messages published here that no group wanted, so far: groups existed, and the message is gone."""
+        """How many messages published here were dropped, as groups existed and none of them wanted the key."""
         self._codec = check_codec(codec)
         self._clock = clock or MonotonicClock()
         self._send: PublishNext | None = None
@@ -110,9 +110,9 @@ class TransportBackend(ABC, Generic[SettingsT]):
         """Make an instance whose settings are read from the environment. No I/O happens here.
 
         Args:
-            codec: Payload to bytes and back.
+            codec: Encodes and decodes payloads.
             middleware: Wraps each publish, the first outermost.
-            environ: What to read instead of the process's variables.
+            environ: Variables to read instead of ``os.environ``.
 
         Raises:
             ConfigurationError: A variable is missing or malformed; the text names it.
@@ -121,7 +121,7 @@ class TransportBackend(ABC, Generic[SettingsT]):
 
     @abstractmethod
     def make_transport(self) -> Transport:
-        """Return a new transport, not connected yet, for the event loop that runs now."""
+        """Return a new transport, not yet connected, for the running event loop."""
 
     async def publish(
         self,
@@ -137,25 +137,27 @@ class TransportBackend(ABC, Generic[SettingsT]):
     ) -> None:
         """Hand a message to the broker. Returning means that the broker has taken responsibility for it.
 
-        Waits while too much is on its way. May be called by any number of tasks at once; a cancelled call leaves none or one copy.
+        Waits while too many messages are unconfirmed. Any number of tasks may call it concurrently; a cancelled call publishes the
+        message once or not at all.
 
         Args:
-            key: What it is about: 1 to 200 bytes of UTF-8, words separated by dots.
-            payload: A JSON object; or a dataclass, msgspec Struct, attrs or Pydantic instance, which becomes one. It is taken as it is now.
-            headers: Strings that travel beside it.
-            id: The message's id, for publishing it again after `PublishUnknownError`; made up when left out.
-            delay: Seconds before which it must not be delivered.
-            mandatory: Raise when groups exist and none of them wants the key.
+            key: The message's key: 1 to 200 bytes of UTF-8, words separated by dots.
+            payload: A JSON object; or a dataclass, msgspec Struct, attrs or Pydantic instance, which is encoded as one
+                before the call waits.
+            headers: Strings sent with the message.
+            id: The message's id, to publish it again after `PublishUnknownError`; generated by default.
+            delay: Seconds before it is delivered.
+            mandatory: Raise if groups exist and none of them wants the key.
             group: Deliver to this group alone, whatever its patterns. None: to every group that wants the key.
             timeout: Seconds within which it returns or raises; None: `publish_timeout` of the settings.
 
         Raises:
             PayloadError: The payload is not JSON (`PayloadTooLargeError`: or too large); nothing was sent.
-            InvalidNameError: The key, the id or a header cannot be carried; nothing was sent.
-            PublishRejectedError: The message is certainly not in the broker (`BackpressureError`: because something is full;
-                `UnroutableError`: no group wants the key, and `mandatory`; or `group` does not exist).
-            PublishUnknownError: The message may be in the broker, or not.
-            UnsupportedCapabilityError: The delay is longer than this backend can hold.
+            InvalidNameError: The key, the id or a header is invalid; nothing was sent.
+            PublishRejectedError: The message is certainly not in the broker (`BackpressureError`: a limit is reached;
+                `UnroutableError`: `mandatory`, and no group wants the key; or `group` does not exist).
+            PublishUnknownError: The message may be in the broker or not.
+            UnsupportedCapabilityError: The delay is longer than the backend's `max_delay`.
             BackendClosedError: The backend was closed.
         """
         if self._send is not None:
@@ -165,7 +167,7 @@ class TransportBackend(ABC, Generic[SettingsT]):
         if timeout is not None:
             check_seconds("timeout", timeout)
         publisher = self._calls.here().publisher
-        # Not by `_envelope`: a call less for each message.
+        # Not by `_envelope`: saves a call per message.
         envelope = self._outgoing.envelope(self.capabilities, key, payload, headers, id, delay, group)
         outcome = await publisher.publish(envelope, timeout)
         if outcome is not None:
@@ -173,14 +175,14 @@ class TransportBackend(ABC, Generic[SettingsT]):
         return None
 
     async def publish_many(self, items: Iterable[Publication | tuple[str, Publishable]]) -> None:
-        """Publish messages, each confirmed on its own, in few round trips.
+        """Publish messages in few round trips, each confirmed individually.
 
         Args:
             items: Publications, or (key, payload) pairs. All of them are encoded before the first is sent.
 
         Raises:
             PayloadError: One of them is not JSON; the text says which. Nothing was sent. Likewise `InvalidNameError`.
-            PartialPublishError: Some were not published; it says which, and why. The others were.
+            PartialPublishError: Some were not published; it lists them with their errors. The others were.
         """
         publications = [
             item if isinstance(item, Publication) else Publication(item[0], cast("MessageQueuePayload", item[1]))
@@ -230,13 +232,13 @@ class TransportBackend(ABC, Generic[SettingsT]):
 
         Args:
             group: The group, which its consumers share; None: ``default``.
-            keys: The key patterns of a new group; an existing one must have the same. None: what the group has; everything, for a new
-                group. `declare` changes them.
-            prefetch: Messages held at most; None: the setting.
-            max_attempts: Deliveries before a message is dead; None: the setting.
+            keys: The key patterns of a new group; an existing one must have the same. None: the group's own; for a new group, every key.
+                `declare` changes them.
+            prefetch: Messages in flight at most; None: the setting.
+            max_attempts: Deliveries before a message becomes a dead letter; None: the setting.
 
         Raises:
-            InvalidNameError: The group or a pattern is none that a broker can carry.
+            InvalidNameError: The group's name or a pattern is invalid.
             UnsupportedCapabilityError: This backend has no groups, or no patterns.
             BackendClosedError: The backend was closed.
         """
@@ -258,23 +260,23 @@ class TransportBackend(ABC, Generic[SettingsT]):
         return GroupSubscription(Joining(self._calls, name, patterns, prefetch, inbox))
 
     async def connect(self) -> None:
-        """Connect now rather than at first use, once and without retries; opens a closed backend again.
+        """Connect now instead of at the first use, without retries; opens a closed backend again.
 
         Raises:
-            BackendConnectionError: The broker cannot be reached.
-            ConfigurationError: It refuses us, or is configured so that the contract cannot hold.
+            BackendConnectionError: The broker is unreachable.
+            ConfigurationError: The broker refuses the credentials, or its configuration cannot fulfil the contract.
         """
         await self._calls.connect()
 
     async def disconnect(self) -> None:
-        """Close: finish what is on its way, end the subscriptions, disconnect, each within `close_timeout`. May be called repeatedly."""
+        """Finish publishes and settlements, end the subscriptions and disconnect, within `close_timeout`. May be called repeatedly."""
         await self._calls.close()
 
     async def __aenter__(self) -> Self:
         try:
             await self.connect()
         except BaseException:
-            await self.disconnect()  # nobody else will
+            await self.disconnect()  # __aexit__ is not called
             raise
         return self
 
@@ -284,30 +286,30 @@ class TransportBackend(ABC, Generic[SettingsT]):
         await self.disconnect()
 
     async def ping(self) -> None:
-        """Ask the broker for a sign of life.
+        """Check that the broker answers.
 
         Raises:
-            BackendConnectionError: There is none.
+            BackendConnectionError: It does not.
         """
         await self._calls.call(lambda session: session.transport.ping(), patient=False)
 
     async def declare(self, group: str | None = None, keys: Sequence[str] | None = None) -> None:
-        """Make a group exist ahead of its consumers, with exactly these key patterns from now on.
+        """Create a group ahead of its consumers, or change its key patterns.
 
         Args:
             group: The group; None: ``default``.
-            keys: Its key patterns. None: those that it has; everything, for a new group.
+            keys: Its key patterns from now on. None: its current ones; for a new group, every key.
         """
         name, patterns = self._group(group), self._patterns(keys)
         await self._calls.call(lambda session: session.declare(name, patterns, change=True), groups=False)
 
     async def delete_group(self, group: str | None = None) -> None:
-        """End a group: its messages, dead letters included, are gone. A no-op when there is none."""
+        """Delete a group with its messages and dead letters. A no-op if it does not exist."""
         name = self._group(group)
         await self._calls.call(lambda session: session.transport.delete_group(name), groups=False)
 
     async def delete_namespace(self) -> None:
-        """Remove everything that the namespace has in the broker: every group, message and dead letter. A no-op when there is nothing."""
+        """Delete everything that the namespace has in the broker: groups, messages, dead letters. A no-op if there is nothing."""
         await self._calls.call(lambda session: session.transport.delete_namespace(), groups=False)
 
     async def groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -334,7 +336,7 @@ class TransportBackend(ABC, Generic[SettingsT]):
         return DeadLetters(self._calls.steps, self._group(group))
 
     def _plain(self, item: Publication, envelope: Envelope) -> Publication:
-        """Return a publication as middleware knows it: its payload is a dict."""
+        """Return a publication for middleware, with a dict as payload."""
         return (
             item
             if isinstance(cast("object", item.payload), dict)

@@ -14,19 +14,19 @@ _T = TypeVar("_T")
 
 
 class Steps(Protocol):
-    """Goes through what a transport does in steps, each of them within the time limit."""
+    """Iterates over the steps of a transport's operation, each within the time limit."""
 
     def __call__(self, start: Callable[[Transport], AsyncGenerator[_T]]) -> AsyncGenerator[_T]: ...
 
 
 class DeadLetters:
-    """List, show, replay and purge what a group gave up. All of it works while consumers run.
+    """Lists, shows, replays and purges the dead letters of a group. Every method works while consumers run.
 
-    Each request to the broker is bounded by `publish_timeout`; the whole takes the time that it takes.
+    Each request to the broker is bounded by `publish_timeout`; the whole operation is not.
 
     Args:
-        steps: Goes through what the transport does in steps.
-        group: Whose they are.
+        steps: Iterates over the steps of a transport's operation.
+        group: The group.
     """
 
     def __init__(self, steps: Steps, group: str) -> None:
@@ -34,7 +34,7 @@ class DeadLetters:
         self.group = group
 
     async def __aiter__(self) -> AsyncIterator[DeadLetter]:
-        """Iterate over all of them, the oldest first, page by page."""
+        """Iterate over all dead letters, the oldest first, page by page."""
         async with aclosing(self._pages()) as pages:
             async for page in pages:
                 for letter in page:
@@ -56,7 +56,7 @@ class DeadLetters:
         return letters[:limit]
 
     async def get(self, id: str) -> DeadLetter | None:
-        """Return the dead letter with that id, or None. It looks through all of them.
+        """Return the dead letter with that id, or None. It searches all of them.
 
         Raises:
             GroupMissingError: There is no such group.
@@ -69,44 +69,44 @@ class DeadLetters:
         return None
 
     async def replay(self, *ids: str) -> int:
-        """Move the dead letters with these ids back to the group, starting again at attempt 1, and return how many there were.
+        """Move the dead letters with these ids back to the group, with attempt 1, and return how many were moved.
 
         Raises:
             GroupMissingError: There is no such group.
-            BackendConnectionError: The broker was lost; the text says how many were moved before.
+            BackendConnectionError: The connection was lost; the text says how many were moved before.
         """
         return await self._some("replayed", partial(_replay, group=self.group, ids=frozenset(ids))) if ids else 0
 
     async def replay_all(self, *, progress: Callable[[int], object] | None = None) -> int:
-        """Move all that are there now back to the group, and return how many; one that fails again meanwhile is not moved again.
+        """Move all current dead letters back to the group, and return how many; one that fails again meanwhile stays.
 
         Args:
             progress: Called after each step with the number moved so far.
 
         Raises:
             GroupMissingError: There is no such group.
-            BackendConnectionError: The broker was lost; the text says how many were moved before.
+            BackendConnectionError: The connection was lost; the text says how many were moved before.
         """
         return await self._some("replayed", partial(_replay, group=self.group, ids=None), progress)
 
     async def purge(self, *ids: str) -> int:
-        """Remove the dead letters with these ids for good, and return how many there were.
+        """Delete the dead letters with these ids, and return how many were deleted.
 
         Raises:
             GroupMissingError: There is no such group.
-            BackendConnectionError: The broker was lost; the text says how many were removed before.
+            BackendConnectionError: The connection was lost; the text says how many were deleted before.
         """
         return await self._some("purged", partial(_purge, group=self.group, ids=frozenset(ids))) if ids else 0
 
     async def purge_all(self, *, progress: Callable[[int], object] | None = None) -> int:
-        """Remove all that are there now for good, and return how many.
+        """Delete all current dead letters, and return how many.
 
         Args:
-            progress: Called after each step with the number removed so far.
+            progress: Called after each step with the number deleted so far.
 
         Raises:
             GroupMissingError: There is no such group.
-            BackendConnectionError: The broker was lost; the text says how many were removed before.
+            BackendConnectionError: The connection was lost; the text says how many were deleted before.
         """
         return await self._some("purged", partial(_purge, group=self.group, ids=None), progress)
 

@@ -1,4 +1,4 @@
-"""Message ids: 64 random bits for each process, then a counter. Drawing random bits for each message would cost five times as much."""
+"""Message ids: 64 random bits per process, then a counter. Random bits for each message would cost five times as much."""
 
 import os
 from collections.abc import Callable
@@ -20,5 +20,5 @@ _ids: Final = _Ids()
 
 
 def next_id() -> str:
-    """Return an id that no other process, and no other call, returns."""
+    """Return a globally unique id."""
     return _ids.next()

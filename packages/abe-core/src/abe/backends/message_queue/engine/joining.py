@@ -1,4 +1,4 @@
-"""How a subscription comes to its inboxes."""
+"""Subscribes to a group and makes the inbox of a subscription."""
 
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -27,15 +27,15 @@ class MakesInbox(Protocol):
 
 
 class Joining:
-    """Joins a group for one subscription: at first, and when another inbox follows.
+    """Subscribes to a group on behalf of one subscription: at first, and when another inbox replaces it.
 
-    All of its inboxes are of one session: the subscription ends with that.
+    All of its inboxes belong to one session: when that ends, so does the subscription.
 
     Args:
-        calls: Makes the calls.
+        calls: Calls the transport.
         group: The group.
-        patterns: Its key patterns, if it is new; None: everything. Later on they may have been changed: that ends no subscription.
-        prefetch: Messages held at most.
+        patterns: Its key patterns, if it is new; None: every key. A later change of the group's patterns does not end the subscription.
+        prefetch: Messages in flight at most.
         inbox: Makes an inbox.
     """
 
@@ -50,11 +50,14 @@ class Joining:
         self._session: Session | None = None
 
     async def __call__(self, alone: bool) -> Inbox:
-        """Join; alone: with an inbox that holds a single message at a time.
+        """Subscribe, and return the inbox.
+
+        Args:
+            alone: Whether the inbox is to have a single message in flight.
 
         Raises:
-            BackendClosedError: The backend was closed, or the session that the subscription began in.
-            ConfigurationError: The group has other patterns.
+            BackendClosedError: The backend, or the session in which the subscription began, was closed.
+            ConfigurationError: The group has different patterns.
         """
         if self._session not in (None, self._calls.here()):
             raise BackendClosedError("the backend was closed")
@@ -75,8 +78,8 @@ class Joining:
                 await session.declare(self._group, self._patterns, change=False)
             try:
                 joined = await session.join(self._group, prefetch, inbox)
-            except GroupMissingError as exc:  # deleted in between: to be declared again, as after a lost connection
-                text = f"group {self._group!r} was deleted while it was being subscribed to"
+            except GroupMissingError as exc:  # deleted in between: declare it again, as after a lost connection
+                text = f"group {self._group!r} was deleted while subscribing to it"
                 raise BackendConnectionError(text) from exc
             self._session = session
             return joined

@@ -1,4 +1,4 @@
-"""What a backend has while it is open in one event loop."""
+"""The state of a backend while it is open in one event loop."""
 
 import asyncio
 import logging
@@ -16,11 +16,11 @@ from abe.settings import QueueSettings
 _log: Final = logging.getLogger("abe.engine")
 
 _FINISHING: Final = 0.9
-"""The part of the time to close that is for what is under way; the rest is for disconnecting."""
+"""The fraction of `close_timeout` for publishes and settlements in progress; the rest is for disconnecting."""
 
 
 class Session:
-    """A transport, its publisher and the inboxes that take from it, all of the running event loop."""
+    """A transport, its publisher and its inboxes, in the running event loop."""
 
     def __init__(self, transport: Transport, settings: QueueSettings) -> None:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
@@ -34,7 +34,7 @@ class Session:
         )
         self.inboxes: set[Inbox] = set()
         self.calls: set[asyncio.Timeout] = set()
-        """The bounds of the calls that are under way: closing ends them."""
+        """The timeouts of the calls in progress: closing ends them."""
         self._joining: set[asyncio.Task[Inbox]] = set()
         self._undeclared: Mapping[str, tuple[str, ...]] = settings.groups
         self._patterns: dict[str, tuple[str, ...]] = {}
@@ -43,10 +43,10 @@ class Session:
         self._ended = asyncio.Event()
 
     async def opened(self, *, groups: bool = True) -> None:
-        """Return once the transport is connected, and the groups of the settings exist, if they must.
+        """Return once the transport is connected, and (with `groups`) the groups of the settings exist.
 
         Raises:
-            ConfigurationError: One of those groups has other patterns.
+            ConfigurationError: One of those groups has different patterns.
         """
         await self.transport.open()
         if groups and self._undeclared:
@@ -55,31 +55,31 @@ class Session:
             self._undeclared = {}
 
     async def declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> tuple[str, ...]:
-        """Make a group exist, and return the patterns that it has now; see `Transport.declare`."""
+        """Declare a group, and return its current patterns; see `Transport.declare`."""
         present = self._patterns[group] = await self.transport.declare(group, patterns, change=change)
         return present
 
     async def agree(self, group: str, patterns: tuple[str, ...] | None, *, by: str = "keys=") -> None:
-        """Make a group exist, with these patterns if it is new.
+        """Declare a group, with these patterns if it is new.
 
         Args:
             group: The group.
-            patterns: Its patterns. None: those that it has.
-            by: What asks for them.
+            patterns: Its patterns. None: its current ones.
+            by: Where the patterns are from, for the error text.
 
         Raises:
-            ConfigurationError: It exists, and has other patterns.
+            ConfigurationError: The group exists, with different patterns.
         """
         present = await self.declare(group, patterns, change=False)
         if patterns is not None and set(present) != set(patterns):
             raise ConfigurationError(
                 f"group {group!r} has the key patterns {_listed(present)}, and {by} asks for {_listed(patterns)}. "
-                f"Patterns belong to the group: leave them out to take what it has, change them for all of its consumers with "
-                f"declare({group!r}, keys=[...]), or use a group of another name"
+                f"Patterns belong to the group: omit them to use its current ones, change them for all of its consumers with "
+                f"declare({group!r}, keys=[...]), or use another group"
             )
 
     async def restore(self, group: str) -> None:
-        """Make a group again that was deleted underneath its consumers, with the patterns that it had when we last knew."""
+        """Declare a group again that was deleted underneath its consumers, with its last known patterns."""
         await self.declare(group, self._patterns.get(group), change=False)
 
     @property
@@ -88,19 +88,19 @@ class Session:
         return self._ended.is_set()
 
     async def pause(self, seconds: float) -> None:
-        """Wait before another try.
+        """Wait before a retry.
 
         Raises:
-            BackendClosedError: The session is being closed: there will be none.
+            BackendClosedError: The session is being closed.
         """
         if await pause(self._ended, seconds):
             raise BackendClosedError("the backend was closed")
 
     async def join(self, group: str, prefetch: int, inbox: Callable[[Receiver], Inbox]) -> Inbox:
-        """Take part in a group, and return the inbox that is made of the receiver.
+        """Subscribe to a group, and return the inbox of its receiver.
 
-        Half a consumer holds messages that nobody sees. So one whose caller is cancelled, or that comes when the session is being closed,
-        is made all the same, and leaves again before the transport is closed.
+        Subscribing is never interrupted half-way, as a half-made consumer would keep messages in flight. If its caller is cancelled, or
+        the session is closed meanwhile, it completes and is closed before the transport is.
 
         Raises:
             BackendClosedError: The session is being closed.
@@ -113,11 +113,11 @@ class Session:
         try:
             return await asyncio.shield(joining)
         except asyncio.CancelledError:
-            joining.add_done_callback(_leave)
+            joining.add_done_callback(_close_unwanted)
             raise
 
     async def close(self) -> None:
-        """Finish what is on its way, end the subscriptions, and disconnect, whatever the broker does."""
+        """Finish publishes and settlements, end the subscriptions and disconnect. Concurrent callers share one close."""
         if self._closing is None:
             self._closing = self.loop.create_task(self._close())
         await asyncio.shield(self._closing)
@@ -132,21 +132,23 @@ class Session:
         return joined
 
     async def _close(self) -> None:
-        """Close within `close_timeout`, whatever the broker does."""
+        """Close within `close_timeout`, even if the broker does not answer."""
         self._ended.set()
         began, part = self.loop.time(), _FINISHING * self._close_timeout
-        ways = [self.publisher.close(part), *(inbox.close(part) for inbox in self.inboxes)]
+        closings = [self.publisher.close(part), *(inbox.close(part) for inbox in self.inboxes)]
         if self._joining:
-            ways.append(_done(set(self._joining), part))
+            closings.append(_done(set(self._joining), part))
         try:
-            # Each to its end: one that fails must not have the others lose their connection.
-            outcomes = await asyncio.gather(*ways, return_exceptions=True)
+            # Wait for all of them: if one fails, the others still need the connection.
+            outcomes = await asyncio.gather(*closings, return_exceptions=True)
         finally:
             try:
                 async with asyncio.timeout_at(began + self._close_timeout):
                     await self.transport.close()
             except TimeoutError:
-                _log.warning("the broker did not answer while the connection was closed: it is given up")
+                _log.warning(
+                    "the broker did not answer while the connection was being closed: the connection is abandoned"
+                )
             finally:
                 self._end_calls()
         for outcome in outcomes:
@@ -154,7 +156,7 @@ class Session:
                 raise outcome
 
     def _end_calls(self) -> None:
-        # A client library may leave those who wait for its answer alone when its connection is closed.
+        # A client library may not wake its waiting callers when its connection is closed.
         for bound in self.calls:
             if not bound.expired():
                 bound.reschedule(self.loop.time())
@@ -170,6 +172,6 @@ async def _done(tasks: Collection[asyncio.Task[Inbox]], timeout: float) -> None:
     await asyncio.wait(tasks, timeout=timeout)
 
 
-def _leave(joining: asyncio.Task[Inbox]) -> None:
+def _close_unwanted(joining: asyncio.Task[Inbox]) -> None:
     if not joining.cancelled() and joining.exception() is None:
         joining.result().close_soon()
