@@ -303,18 +303,6 @@ async def test_dead_letters_with_these_ids_are_replayed_or_purged(
     assert [call[1] for call in store.calls if call[0] == name] == chosen
 
 
-async def test_a_replay_lets_consumers_look_at_once() -> None:
-    store = Stored(g=("#",))
-    over = transport(store)
-    receiver = await over.subscribe("g", 1)
-    receiving = asyncio.create_task(receiver.receive(1))
-    await asleep()
-    store.pages, store.rows = [[dead(1, 1.0)]], [row(1)]
-    assert [count async for count in over.replay("g", None)] == [1]
-    async with within(5):
-        assert [delivery.native.serial for delivery in await receiving] == [1]
-
-
 CALLS: dict[str, Callable[[StoreTransport, Any, Sequence[Delivery]], Any]] = {
     "open": lambda over, it, held: over.open(),
     "ping": lambda over, it, held: over.ping(),
@@ -346,6 +334,18 @@ async def made() -> tuple[Stored, StoreTransport, Any, Sequence[Delivery]]:
     store.rows, store.pages = [row(2)], [[dead(3, 1.0)]]
     store.calls.clear()
     return store, over, receiver, deliveries
+
+
+@pytest.mark.parametrize("name", ["replay", "declare", "settle", "recover", "leave"])
+async def test_consumers_look_at_once_when_something_can_be_taken_again(name: str) -> None:
+    store, over, receiver, deliveries = await made()
+    store.rows = []
+    receiving = asyncio.create_task((await over.subscribe("g", 1)).receive(1))
+    await asleep()
+    store.rows = [row(2)]
+    await CALLS[name](over, receiver, deliveries)
+    async with within(5):
+        assert [delivery.native.serial for delivery in await receiving] == [2]
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -12,8 +12,11 @@ from uuid import uuid4
 from abe.backends.message_queue.base.clock import pause
 from abe.backends.message_queue.base.transport import Delivery
 
-_SHORTEST: Final = 1 / 16
+_FIRST: Final = 1 / 16
 """The first pause after a `receive` began, as a part of the interval. Each one is twice as long as the one before."""
+
+_SHORTEST: Final = 0.005
+"""Seconds. Clocks differ, and a broker that names a time too early must not be asked without a pause."""
 
 
 class Taken(NamedTuple):
@@ -82,14 +85,13 @@ class PollingReceiver(ABC):
 
     async def receive(self, limit: int) -> Sequence[Delivery]:
         """Wait until something can be taken; see `Receiver.receive`. Empty only after `stop`."""
-        wait = shortest = self._interval * _SHORTEST
+        wait = self._interval * _FIRST
         while not self._stopped:
             self._rung.clear()  # before the question: a ring that comes during it is heard after it
             deliveries, due_in = await self.take(limit)
             if deliveries:
                 return deliveries
-            # Never shorter than the shortest: clocks differ, and a broker that names a time too early must not be asked without a pause.
-            await pause(self._rung, wait if due_in is None else max(shortest, min(due_in, wait)))
+            await pause(self._rung, wait if due_in is None else min(wait, max(_SHORTEST, due_in)))
             wait = min(2 * wait, self._interval)
         return ()
 

@@ -30,8 +30,8 @@ class Envelope(NamedTuple):
     """A message on its way to the broker.
 
     Attributes:
-        id: The message's id, 1 to 200 bytes of UTF-8.
-        key: What it is about, 1 to 200 bytes of UTF-8. Patterns are matched against it (`base.names`, `base.routing`).
+        id: The message's id, 1 to 200 bytes of UTF-8, NUL included.
+        key: What it is about, the same. Patterns are matched against it (`base.names`, `base.routing`).
         body: The payload, as bytes.
         published_at: When it was published, by the publisher's clock, in *milliseconds* since the epoch, as it is written on the wire.
         headers: Strings that travel beside the body; None: none.

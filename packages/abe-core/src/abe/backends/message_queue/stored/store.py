@@ -41,7 +41,8 @@ class Copy(NamedTuple):
 
     Attributes:
         group: The group; `PARKED` where there is none.
-        key: Its key, for parked messages: it is in the header, too.
+        key: Its key, for parked messages: it is in the header, too. Like `Change.reason` and `error` it is any text, NUL included, which
+            not every database takes as text.
         header: What travels beside the body.
         body: The payload.
         delay: Seconds until it may be delivered.

@@ -1,8 +1,9 @@
 """The transport of a provider that has a store, and its receivers."""
 
 import math
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
 
@@ -72,7 +73,8 @@ class StoreTransport:
     Args:
         store: The messages of the settings' namespace.
         settings: The backend's.
-        interval: See `PollingReceiver`: seconds after which consumers see, at the latest, what other processes stored.
+        interval: Seconds after which consumers see, at the latest, what other processes stored, put off or gave back; see
+            `PollingReceiver`. A store that is notified of what others stored calls `ring`.
     """
 
     batching: Batching = Batching(messages=500, bytes=1 << 20, max_concurrent=1)
@@ -140,7 +142,8 @@ class StoreTransport:
     async def subscribe(self, group: str, prefetch: int) -> "_StoreReceiver":
         """See `Transport.subscribe`."""
         await self._check(group)
-        receiver = _StoreReceiver(self._store, group, self._settings.lease, self._interval)
+        ring = partial(self.ring, {group})
+        receiver = _StoreReceiver(self._store, group, self._settings.lease, self._interval, ring)
         self._receivers.add(receiver)
         return receiver
 
@@ -183,8 +186,9 @@ class StoreTransport:
 
 
 class _StoreReceiver(PollingReceiver):
-    def __init__(self, store: Store, group: str, lease: float, interval: float) -> None:
+    def __init__(self, store: Store, group: str, lease: float, interval: float, ring_all: Callable[[], object]) -> None:
         super().__init__(interval)
+        self._ring_all = ring_all
         self.group = group
         self._store = store
         self._lease = lease
@@ -202,7 +206,9 @@ class _StoreReceiver(PollingReceiver):
         return _outcomes(await self._store.remove([delivery.native for delivery in deliveries]))
 
     async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
-        return _outcomes(await self._store.settle([_change(settlement) for settlement in settlements]))
+        done = await self._store.settle([_change(settlement) for settlement in settlements])
+        self._ring_all()  # what can be taken now, or is due sooner than anything else
+        return _outcomes(done)
 
     async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         held = await self._store.renew([delivery.native for delivery in deliveries], self._lease)
@@ -210,6 +216,7 @@ class _StoreReceiver(PollingReceiver):
 
     async def give_back(self, keep: Collection[Delivery]) -> None:
         await self._store.give_back(self.consumer, [delivery.native.serial for delivery in keep])
+        self._ring_all()
 
     def _delivery(self, row: Row) -> Delivery:
         metadata, fault = _read(row)
