@@ -97,7 +97,7 @@ async def test_a_port_where_something_else_listens(web: str, refused: Any, schem
     ("query", "words"),
     [
         ("nonsense=1", ("nonsense", "socket_keepalive", "ssl_ca_certs")),
-        ("usrname=x", ("usrname", "'username' is meant")),
+        ("usrname=x", ("usrname", "did you mean 'username'")),
         ("ssl_ca_certs=/etc/hostname", ("ssl_ca_certs", "rediss://")),
         ("socket_timeout=soon", ("socket_timeout",)),
         ("db=first", ("db",)),
@@ -113,8 +113,8 @@ async def test_a_query_parameter_that_is_wrong_is_named(
 @pytest.mark.parametrize(
     ("query", "words"),
     [
-        ("ssl_ca_cert={ca}", ("ssl_ca_cert", "'ssl_ca_certs' is meant")),
-        ("ssl_ca_certs=/nowhere/ca.pem", ("ssl_ca_certs names no file",)),
+        ("ssl_ca_cert={ca}", ("ssl_ca_cert", "did you mean 'ssl_ca_certs'")),
+        ("ssl_ca_certs=/nowhere/ca.pem", ("ssl_ca_certs does not name a file",)),
         ("ssl_ca_certs={key}", ("ssl_ parameters",)),
         ("ssl_ca_certs={ca}&ssl_cert_reqs=maybe", ("maybe",)),
         ("ssl_ca_certs={ca}&ssl_min_version=9", ("0x9",)),
@@ -156,5 +156,5 @@ async def test_who_is_not_there_may_come_and_the_text_says_where_the_address_is_
 
 @pytest.mark.parametrize("settings", ["redis://localhost", ""])
 def test_a_string_is_no_settings(settings: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"RedisSettings\(url=\.\.\.\).*REDIS_URL"):
+    with pytest.raises(ConfigurationError, match=r"RedisSettings\(\.\.\.\).*RedisBackend\.from_env"):
         RedisBackend(settings)  # type: ignore[arg-type]

@@ -246,7 +246,7 @@ async def test_a_loop_that_was_busy_takes_no_server_for_silent(one_lab: Any, mon
             await asyncio.sleep(0)
             _block(0.6)
             assert await pending == b"x"
-        wire._look(asyncio.get_running_loop().time() - 5.0)  # as where timers come before what was received
+        wire._check(asyncio.get_running_loop().time() - 5.0)  # as where timers come before what was received
         assert wire.alive
     finally:
         wire.close()

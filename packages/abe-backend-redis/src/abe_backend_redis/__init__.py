@@ -1,4 +1,4 @@
-"""Redis Streams as a backend: one stream for each group, fanned out by a script."""
+"""A backend on Redis Streams: one stream per group, with fan-out by a Lua script."""
 
 from abe_backend_redis._backend import RedisBackend
 from abe_backend_redis._settings import RedisSettings

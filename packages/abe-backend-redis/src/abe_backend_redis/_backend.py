@@ -1,4 +1,4 @@
-"""The backend's public face."""
+"""The backend class."""
 
 from typing import TYPE_CHECKING, ClassVar, Final
 
@@ -14,15 +14,15 @@ from abe_backend_redis._settings import RedisSettings
 from abe_backend_redis._transport import RedisTransport
 
 _CENTURY: Final = 100 * 365.25 * 24 * 3600
-"""Sorted sets hold due times to the millisecond for far longer; but infinity is no time."""
+"""The longest delay, in seconds. Sorted sets keep due times to the millisecond for far longer."""
 
 
 class RedisBackend(TransportBackend[RedisSettings]):
     """A message queue on Redis Streams: Redis from 6.2, or Valkey.
 
     Args:
-        settings: Where Redis is, and what every backend can be told.
-        codec: Payload to bytes and back.
+        settings: The address and login, and the settings of every backend.
+        codec: Encodes and decodes payloads.
         middleware: Wraps each publish, the first outermost.
     """
 
@@ -44,7 +44,7 @@ class RedisBackend(TransportBackend[RedisSettings]):
     )
 
     def make_transport(self) -> Transport:
-        """Return a transport to the server of the settings."""
+        """Return a transport for the server of the settings."""
         return RedisTransport(self.settings)
 
 

@@ -1,4 +1,4 @@
-"""The server as transport and receivers share it: its connections, its scripts, and what it is."""
+"""The server as the transport and the receivers share it: connections, scripts, version."""
 
 import asyncio
 import logging
@@ -20,18 +20,18 @@ _FLOOR: Final = (6, 2)
 class Broker:
     """One Redis server.
 
-    It has a connection to publish, one to look through dead letters, which is made when somebody does, and one for everything else;
-    each receiver has its own to read.
+    It has one connection for publishing, one for browsing dead letters, and one for everything else, each made at its first use. Each
+    receiver has a connection of its own for reading.
 
     Args:
-        settings: Where it is, and as whom to log in.
+        settings: The address and the login.
     """
 
     def __init__(self, settings: RedisSettings) -> None:
         self.settings = settings
         self.topology = Topology(settings.namespace)
         self.has_xackdel = False
-        timeout = min(REPLY_TIMEOUT, settings.publish_timeout / 2)  # what is left is for another try
+        timeout = min(REPLY_TIMEOUT, settings.publish_timeout / 2)  # the rest is for a retry
         self.publishing = Link(settings, "abe-publish", timeout, self._prepare)
         self.controlling = Link(settings, "abe-control", timeout, self._prepare)
         self.browsing = Link(settings, "abe-browse", timeout, self._prepare)
@@ -46,7 +46,7 @@ class Broker:
         return await self.controlling.get()
 
     def drop(self, silence: float) -> None:
-        """Give up connections that have been silent for so many seconds: there is no time to be patient."""
+        """Close connections on which a reply is due and nothing was received for `silence` seconds."""
         for link in (self.publishing, self.controlling):
             link.drop(silence)
 
@@ -54,7 +54,7 @@ class Broker:
         """Run a script, by default on the control connection.
 
         Raises:
-            AbeError: The script failed, or the connection broke; with `wire`, a `ReplyError` as it is.
+            AbeError: The script failed, or the connection was lost; with `wire`, a `ReplyError`, not translated.
         """
         own = wire is None
         wire = wire or await self.control()
@@ -80,12 +80,12 @@ class Broker:
         await asyncio.gather(*wire.call_many(*((b"SCRIPT", b"LOAD", script.text) for script in SCRIPTS.values())))
 
     async def _check(self, wire: Wire) -> None:
-        """Look at the server: how old it is, whether it may drop our keys, whether it keeps them."""
+        """Check the server: its version, whether it may evict keys, whether it persists them."""
         try:
             text = await wire.call(b"INFO")
         except ReplyError as exc:
             _log.info(
-                "redis at %s does not let us look at its configuration, which is not checked: %s",
+                "redis at %s refuses INFO, so its configuration is not checked: %s",
                 self.settings.address,
                 exc,
             )
@@ -94,7 +94,7 @@ class Broker:
         version = tuple(int(part) for part in info.get("redis_version", "0").split(".")[:2] if part.isdigit())
         if version < _FLOOR:
             raise ConfigurationError(
-                f"redis at {self.settings.address} is version {info.get('redis_version')}: 6.2 is the oldest that has the commands needed"
+                f"redis at {self.settings.address} is version {info.get('redis_version')}: 6.2 is the oldest that has all commands"
             )
         self.has_xackdel = version >= (8, 2) and "valkey_version" not in info
         policy = info.get("maxmemory_policy", "noeviction")
@@ -105,6 +105,6 @@ class Broker:
             )
         if info.get("aof_enabled") != "1":
             _log.warning(
-                "redis at %s has appendonly off: what came since its last snapshot is lost when it stops. Set 'appendonly yes' to keep it",
+                "redis at %s has appendonly off: messages since its last snapshot are lost when it stops. Set 'appendonly yes'",
                 self.settings.address,
             )

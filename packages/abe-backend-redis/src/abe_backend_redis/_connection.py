@@ -1,4 +1,4 @@
-"""A connection to Redis that is made when it is needed, and made anew when it was lost."""
+"""A connection to Redis that connects when it is needed, and again after it was lost."""
 
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -11,17 +11,17 @@ from abe_backend_redis._protocol import Wire
 from abe_backend_redis._settings import RedisSettings
 
 REPLY_TIMEOUT: Final = 5.0
-"""Seconds without a reply that is due after which a connection counts as dead. Well within the bound that the backend declares."""
+"""Seconds without a reply that is due after which a connection counts as lost. Well within the backend's `silence_bound`."""
 
 
 class Link:
-    """A connection that is made when it is needed, and made anew when it was lost.
+    """A connection that connects when it is needed, and again after it was lost.
 
     Args:
-        settings: Where to, and as whom.
+        settings: The address and the login.
         name: The connection's name in Redis's list of clients.
-        timeout: Seconds without a reply that is due after which the connection counts as dead.
-        prepare: Run on each new connection before it is used.
+        timeout: Seconds without a reply that is due after which the connection counts as lost.
+        prepare: Called with each new connection before it is used.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class Link:
         Concurrent callers share one attempt; cancelling a caller does not cancel it.
 
         Raises:
-            AbeError: There is none to be had; see `connect`.
+            AbeError: Connecting failed; see `connect`.
         """
         if self._wire is not None and self._wire.alive:
             return self._wire
         return await self._connecting.join()
 
     def drop(self, silence: float = 0.0) -> None:
-        """Disconnect, if the server has been silent for so many seconds; whoever needs the connection makes it anew."""
+        """Disconnect, if the server has been silent for `silence` seconds; the next `get` connects again."""
         if self._wire is not None and self._wire.silence >= silence:
             self._wire.close()
 

@@ -1,6 +1,6 @@
-"""Going through a group's dead letters, in steps whose length and size are bounded.
+"""Browses, replays and purges a group's dead letters, in steps of bounded count and size.
 
-Redis holds them in a stream, whose ids only grow: those that are there at the start end at the one that is the newest then.
+They are in a stream, whose ids only grow: an operation ends at the entry that was the newest when it began.
 """
 
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
@@ -15,7 +15,7 @@ from abe_backend_redis._topology import Topology
 
 Entry: TypeAlias = tuple[bytes, list[bytes]]
 Run: TypeAlias = Callable[[str, Sequence[bytes], Sequence[object]], Coroutine[Any, Any, Reply]]
-"""Runs a script on the connection that is for this."""
+"""Runs a script on the connection for dead letters."""
 
 
 class DeadLetters:
@@ -23,9 +23,9 @@ class DeadLetters:
 
     Args:
         run: Runs a script.
-        topology: The names.
-        group: Whose they are.
-        address: For texts.
+        topology: The key names.
+        group: The group.
+        address: The server's, for error texts.
     """
 
     def __init__(self, run: Run, topology: Topology, group: str, address: str) -> None:
@@ -37,13 +37,13 @@ class DeadLetters:
         self._queue = topology.queue(group)
 
     async def browse(self) -> AsyncGenerator[Sequence[DeadLetter]]:
-        """Yield them all, the oldest first."""
+        """Yield all of them in pages, the oldest first."""
         async with aclosing(self._pages(b"all")) as pages:
             async for page in pages:
                 yield [_wire.dead_letter(*entry) for entry in page]
 
     async def replay(self, ids: Collection[str] | None) -> AsyncGenerator[int]:
-        """Move them to the group's stream; each is in one place at any time."""
+        """Move them to the group's stream, each atomically."""
         keys = [self._groups, self._dead, self._queue]
         async with aclosing(self._chosen(ids)) as steps:
             async for entries in steps:
@@ -54,13 +54,13 @@ class DeadLetters:
                     raise translate(error, self._address) from error
 
     async def purge(self, ids: Collection[str] | None) -> AsyncGenerator[int]:
-        """Remove them."""
+        """Delete them."""
         async with aclosing(self._chosen(ids)) as steps:
             async for entries in steps:
                 yield await self._run("purge", [self._dead], entries) if entries else 0
 
     async def _chosen(self, ids: Collection[str] | None) -> AsyncGenerator[list[bytes]]:
-        """Yield the places of those with these ids (None: all), page by page."""
+        """Yield the entry ids of the dead letters with these message ids (None: all), page by page."""
         async with aclosing(self._pages(b"none" if ids is None else b"name")) as pages:
             async for page in pages:
                 yield [entry for entry, fields in page if ids is None or _wire.letter_id(entry, fields) in ids]

@@ -1,4 +1,4 @@
-"""Redis's errors made ours: those of replies, and those of connecting."""
+"""Translates Redis's errors: error replies, and failures to connect."""
 
 import re
 import ssl
@@ -19,11 +19,11 @@ from abe.errors import (
 )
 
 ReplyError = redis.exceptions.ResponseError
-"""What a reply that is an error becomes; its text begins with Redis's code."""
+"""The exception for an error reply; its text begins with Redis's error code."""
 
 
 class RedisError(AbeError):
-    """Redis answered with an error that nothing here expects."""
+    """Redis replied with an error that the provider does not know."""
 
 
 _BY_CODE: Final[dict[str, type[AbeError]]] = {
@@ -47,27 +47,27 @@ _BY_CODE: Final[dict[str, type[AbeError]]] = {
 
 _HINTS: Final[dict[type[AbeError], str]] = {
     PermissionDeniedError: "check the user, the password, and the user's rights: REDIS_URL, REDIS_USERNAME, REDIS_PASSWORD",
-    BackpressureError: "it takes no writes now",
+    BackpressureError: "it accepts no writes now",
 }
-_FOREIGN_KEYS: Final = "the namespace's keys are used by something else: choose another QUEUE_NAMESPACE"
+_FOREIGN_KEYS: Final = "another program uses the namespace's keys: choose another QUEUE_NAMESPACE"
 _CERTIFICATE: Final = "check ssl_ca_certs in REDIS_URL, and that the certificate is for this host"
-_NO_TLS: Final = "what is there does not answer in TLS: write redis:// in REDIS_URL, or the port that does"
+_NO_TLS: Final = "the server at this port does not use TLS: write redis:// in REDIS_URL, or its TLS port"
 TLS_FILES: Final = "check the ssl_ parameters of REDIS_URL: files, key and password, versions"
-_NO_REDIS: Final = "what is there does not speak Redis's protocol: check host and port in REDIS_URL"
+_NO_REDIS: Final = "the server at this port does not speak Redis's protocol: check host and port in REDIS_URL"
 _DATABASE: Final = (
-    "check the database in REDIS_URL: a server has those from 0 to 15, unless its setting 'databases' says otherwise"
+    "check the database in REDIS_URL: by default a server has databases 0 to 15, see its setting 'databases'"
 )
-_HOST: Final = "the host in REDIS_URL is no host's name"
-_ADDRESS: Final = "if that is not where it is, correct REDIS_URL"
+_HOST: Final = "the host in REDIS_URL is not a valid host name"
+_ADDRESS: Final = "if this address is wrong, correct REDIS_URL"
 
 _FULL: Final = re.compile(r"ERR max number of clients")
-"""What a server says that takes no connection more, before it hangs up."""
+"""The error of a server that accepts no more connections, before it disconnects."""
 
 _AT_LOGIN: Final[dict[object, tuple[type[AbeError], str]]] = {
     b"AUTH": (PermissionDeniedError, _HINTS[PermissionDeniedError]),
     b"SELECT": (ConfigurationError, _DATABASE),
 }
-"""What it means that Redis refuses a command of the login, and gives no code but ERR."""
+"""The errors for login commands that Redis refuses with the code ERR only."""
 
 _NOT_IN_TLS: Final = (
     "WRONG_VERSION_NUMBER",
@@ -81,17 +81,17 @@ _BROKEN_TLS: Final = (
     "DECRYPTION_FAILED_OR_BAD_RECORD_MAC",
     "APPLICATION_DATA_AFTER_CLOSE_NOTIFY",
 )
-"""What a connection that breaks says, and a retry may help."""
+"""The reasons of a TLS connection that was lost; a retry may help."""
 
 _IN_SCRIPT: Final = re.compile(r"(?:ERR Error running script .*?)?(?:@user_script: ?\d+: )+-?([A-Z]+) ")
 """How Redis before 7.0 wraps the error of a command within a script, whether the script caught it or not."""
 
 _NO_RIGHT: Final = re.compile(r"^(ERR |@user_script).*(ACL failure in script|The user executing the script can't)")
-"""How a script says that the user lacks a right, before 7.2 in other words than later."""
+"""How a script reports that the user lacks a right; before 7.2 the text was different."""
 
 
 def code(error: BaseException) -> str:
-    """Return the first word of a reply that is an error."""
+    """Return the code of an error reply: its first word."""
     text = str(error)
     if _NO_RIGHT.search(text):
         return "NOPERM"
@@ -100,19 +100,19 @@ def code(error: BaseException) -> str:
 
 
 def is_refused(error: ReplyError) -> bool:
-    """Whether the command is one that the user may not use, or that the server does not have."""
+    """Whether the user may not run the command, or the server does not have it."""
     return code(error) == "NOPERM" or str(error).lower().startswith("err unknown")
 
 
 def translate(reply: ReplyError, address: str) -> AbeError:
-    """Return our error for a reply that is one."""
+    """Return the error for an error reply."""
     kind = BackendConnectionError if _FULL.match(str(reply)) else _BY_CODE.get(code(reply), RedisError)
     hint = _FOREIGN_KEYS if kind is ConfigurationError else _HINTS.get(kind, "")
     return _error(kind, reply, hint, address)
 
 
 def login_refused(command: object, reply: ReplyError, address: str) -> AbeError:
-    """Return our error for a command of the login that Redis refused."""
+    """Return the error for a login command that Redis refused."""
     error = translate(reply, address)
     if type(error) is RedisError and command in _AT_LOGIN:
         return _error(_AT_LOGIN[command][0], reply, _AT_LOGIN[command][1], address)
@@ -120,7 +120,7 @@ def login_refused(command: object, reply: ReplyError, address: str) -> AbeError:
 
 
 def unreachable(exc: Exception, address: str) -> AbeError:
-    """Return our error for a connection that could not be made, or ended within the login."""
+    """Return the error for a connection that could not be opened, or was closed during the login."""
     why = exc.__cause__ or exc
     if isinstance(why, hiredis.ProtocolError):
         return _error(ConfigurationError, why, _NO_REDIS, address)
@@ -139,10 +139,10 @@ def _error(kind: type[AbeError], exc: BaseException, hint: str, address: str) ->
 
 @contextmanager
 def translated(address: str) -> Generator[None]:
-    """Turn replies that are errors into ours.
+    """Translate error replies in the block.
 
     Raises:
-        AbeError: By the tables above.
+        AbeError: See the tables above.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Connecting and logging in, and saying what is wrong where that fails."""
+"""Connects and logs in, and explains failures."""
 
 import asyncio
 import logging
@@ -23,16 +23,16 @@ _LIBRARY: Final = "abe-backend-redis"
 _VERSION: Final = version(_LIBRARY)
 
 _KEEPALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-"""Seconds, seconds, probes: redis-py's own, where the platform has them."""
+"""In seconds, seconds and probes: redis-py's values, where the platform has these options."""
 
-_HUNG_UP: Final = (
+_LOST: Final = (
     ssl.SSLError, ConnectionResetError, ConnectionAbortedError, BrokenPipeError, BackendConnectionError,
     hiredis.ProtocolError,
 )  # fmt: skip
-"""Errors of a connection that was made; with others there is none."""
+"""Errors of a connection that was opened; with any other error it never was."""
 
 _PROBE: Final = 1.0
-"""Seconds for a look whether the other scheme would be right."""
+"""Seconds for probing whether the other scheme would work."""
 _PLAIN: Final = (b"+PONG", b"-NOAUTH", b"-DENIED", b"-NOPERM", b"-LOADING", b"-ERR", b"-MASTERDOWN")
 
 
@@ -40,14 +40,14 @@ async def connect(settings: RedisSettings, name: str, timeout: float) -> Wire:
     """Connect, at the address as it resolves now, and log in; both within `connect_timeout`.
 
     Args:
-        settings: Where to, and as whom.
+        settings: The address and the login.
         name: The connection's name in Redis's list of clients.
         timeout: See `Wire`.
 
     Raises:
-        BackendConnectionError: Redis cannot be reached.
-        ConfigurationError: `REDIS_URL` is wrong, or what is there is no Redis that we can use so.
-        PermissionDeniedError: Redis does not let us in.
+        BackendConnectionError: Redis is unreachable.
+        ConfigurationError: `REDIS_URL` is wrong, or the server is not a Redis that can be used with it.
+        PermissionDeniedError: Redis refuses the login.
     """
     options = read(settings)
     wire = Wire(settings.address, timeout, _commands(options, name))
@@ -55,7 +55,7 @@ async def connect(settings: RedisSettings, name: str, timeout: float) -> Wire:
     try:
         async with asyncio.timeout(settings.connect_timeout) as bound:
             if options.tls is not None:
-                probing = asyncio.create_task(_end_without_tls(settings, options, bound))
+                probing = asyncio.create_task(_shorten_without_tls(settings, options, bound))
             try:
                 await _open(wire, settings, options)
                 await _log_in(wire, settings)
@@ -79,10 +79,10 @@ async def connect(settings: RedisSettings, name: str, timeout: float) -> Wire:
 
 
 def _commands(options: Options, name: str) -> Sequence[Sequence[Argument]]:
-    """Return the login: all of it is sent at once.
+    """Return the commands of the login, which are sent in one write.
 
-    Not by HELLO. A new connection speaks RESP2 anyway; and HELLO takes any password for a user that needs none, where AUTH with a
-    password alone says that the server asks for none.
+    HELLO is not one of them. A new connection uses RESP2 anyway, and HELLO accepts any password for a user without one, while AUTH with a
+    password alone reports that the server has none.
     """
     commands: list[Sequence[Argument]] = []
     if options.username:
@@ -118,30 +118,30 @@ def _keep_alive(sock: socket.socket) -> None:
 
 
 async def _log_in(wire: Wire, settings: RedisSettings) -> None:
-    """Wait for the replies; a server that refuses or does not know the naming is used without."""
+    """Wait for the replies. A connection that cannot be named, as the server refuses or lacks the command, is used unnamed."""
     for command, reply in zip(wire.login, wire.greeting, strict=True):
         try:
             await reply
         except ReplyError as exc:
             if command[0] != b"CLIENT" or not is_refused(exc):
                 raise login_refused(command[0], exc, settings.address) from exc
-            _log.debug("redis at %s takes no name for the connection: %s", settings.address, exc)
+            _log.debug("redis at %s does not accept a connection name: %s", settings.address, exc)
 
 
-async def _end_without_tls(settings: RedisSettings, options: Options, bound: asyncio.Timeout) -> bool:
-    """End a login soon that waits for TLS from a server that has none: Redis takes a TLS greeting for a command that is not complete."""
+async def _shorten_without_tls(settings: RedisSettings, options: Options, bound: asyncio.Timeout) -> bool:
+    """Shorten a login that waits for TLS from a server without: Redis takes the TLS greeting for an incomplete command, and waits."""
     await asyncio.sleep(min(_PROBE, settings.connect_timeout / 4))
-    plain = await _takes_the_other(settings, options)
+    plain = await _answers_other_scheme(settings, options)
     if plain and not bound.expired():
         bound.reschedule(asyncio.get_running_loop().time())
     return plain
 
 
 async def _explained(exc: Exception, settings: RedisSettings, options: Options) -> AbeError:
-    """Return our error for a connection that failed; where it was made and then broke, look why."""
+    """Return the error for a failed connection; if it was opened and then lost, probe for the other scheme."""
     error = unreachable(exc, settings.address)
-    hung_up = isinstance(exc.__cause__ or exc, _HUNG_UP)
-    if isinstance(error, BackendConnectionError) and hung_up and await _takes_the_other(settings, options):
+    lost = isinstance(exc.__cause__ or exc, _LOST)
+    if isinstance(error, BackendConnectionError) and lost and await _answers_other_scheme(settings, options):
         return _other_scheme(settings, secure=options.tls is not None)
     return error
 
@@ -149,12 +149,12 @@ async def _explained(exc: Exception, settings: RedisSettings, options: Options) 
 def _other_scheme(settings: RedisSettings, *, secure: bool) -> ConfigurationError:
     scheme, what = ("redis", "without") if secure else ("rediss", "with")
     return ConfigurationError(
-        f"redis at {settings.address} is there {what} TLS: write {scheme}:// in REDIS_URL, or its other port"
+        f"redis at {settings.address} answers {what} TLS: write {scheme}:// in REDIS_URL, or its other port"
     )
 
 
-async def _takes_the_other(settings: RedisSettings, options: Options) -> bool:
-    """Whether the server is there, and wants TLS where REDIS_URL says none, or the other way round."""
+async def _answers_other_scheme(settings: RedisSettings, options: Options) -> bool:
+    """Whether the server answers with TLS where REDIS_URL has none, or without where it has."""
     if options.path is not None:
         return False
     with suppress(OSError, EOFError, ValueError):
@@ -175,7 +175,7 @@ async def _is_plain(host: str, port: int) -> bool:
 async def _is_tls(host: str, port: int) -> bool:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # nothing is sent: only whether it answers in TLS matters
+    context.verify_mode = ssl.CERT_NONE  # nothing is sent: this only probes for TLS
     try:
         _, writer = await asyncio.open_connection(host, port, ssl=context)
     except ssl.SSLError as exc:

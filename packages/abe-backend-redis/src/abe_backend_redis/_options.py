@@ -1,4 +1,4 @@
-"""What REDIS_URL says, read: where to connect, as whom, and with which TLS."""
+"""Parses REDIS_URL: the address, the login and the TLS options."""
 
 import os
 import ssl
@@ -27,7 +27,7 @@ _TLS: Final = (
     "ssl_password",
 )
 _LOGIN: Final = ("db", "password", "socket_keepalive", "username")
-_OURS: Final = (
+_IGNORED: Final = (
     "client_name",
     "decode_responses",
     "encoding",
@@ -39,15 +39,15 @@ _OURS: Final = (
     "socket_connect_timeout",
     "socket_timeout",
 )
-"""What the provider decides, whatever a URL that is used for other things too says."""
+"""Parameters that the provider decides itself, and ignores in a URL that other programs share."""
 
 _CERT_REQS: Final = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
-_WRONG: Final = "REDIS_URL has a query parameter that is wrong"
+_WRONG: Final = "REDIS_URL has a wrong query parameter"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Options:
-    """Where to connect and how to log in. `path` is a Unix socket's; `tls` is None where there is none."""
+    """The address and the login. `path` is a Unix socket's, or None; `tls` is None without TLS."""
 
     host: str
     port: int
@@ -60,7 +60,7 @@ class Options:
 
 
 def read(settings: RedisSettings) -> Options:
-    """Read the URL, with the user and the password that are beside it.
+    """Parse the URL of the settings, with their user and password.
 
     Raises:
         ConfigurationError: A query parameter is wrong. The text names it, and does not show its value.
@@ -85,20 +85,20 @@ def read(settings: RedisSettings) -> Options:
 
 
 def _check(given: Collection[str], secure: bool) -> None:
-    known = (*_LOGIN, *_OURS, *(_TLS if secure else ()))
+    known = (*_LOGIN, *_IGNORED, *(_TLS if secure else ()))
     for option in sorted(set(given).difference(known)):
         if option in _TLS:
-            raise ValueError(f"{option} is for TLS, which is rediss://")
+            raise ValueError(f"{option} needs TLS: write rediss://")
         close = get_close_matches(option, known, 1)
-        right = f"{close[0]!r} is meant, perhaps" if close else f"there are {', '.join((*_LOGIN, *_TLS))}"
-        raise ValueError(f"{option} is none that is known; {right}")
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join((*_LOGIN, *_TLS))}"
+        raise ValueError(f"{option} is unknown: {hint}")
 
 
 def tls_context(options: Mapping[str, Any], address: str) -> ssl.SSLContext:
-    """Make the context of a connection. This reads files: run it in a thread.
+    """Make a connection's TLS context. It reads files: run it in a thread.
 
     Raises:
-        ConfigurationError: A parameter is wrong, or what a file holds.
+        ConfigurationError: A parameter, or the content of a file, is wrong.
     """
     try:
         return _tls_context(options)
@@ -113,7 +113,7 @@ def tls_context(options: Mapping[str, Any], address: str) -> ssl.SSLContext:
 def _tls_context(options: Mapping[str, Any]) -> ssl.SSLContext:
     for option in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
         if option in options and not os.path.isfile(options[option]):
-            raise ValueError(f"{option} names no file")
+            raise ValueError(f"{option} does not name a file")
     if "ssl_keyfile" in options and "ssl_certfile" not in options:
         raise ValueError("ssl_keyfile needs ssl_certfile, the certificate that the key is for")
     verify = _CERT_REQS.get(required := options.get("ssl_cert_reqs", "required"))
@@ -123,7 +123,7 @@ def _tls_context(options: Mapping[str, Any]) -> ssl.SSLContext:
     context.check_hostname = verify is not ssl.CERT_NONE and bool(options.get("ssl_check_hostname", True))
     context.verify_mode = verify
     if "ssl_certfile" in options:
-        # A password that is missing is an empty one: OpenSSL would ask for it at the terminal.
+        # Without a password pass an empty one: OpenSSL would prompt for it at the terminal.
         password = options.get("ssl_password", "")
         context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"), password)
     authorities = [options.get(f"ssl_ca_{kind}") for kind in ("certs", "path", "data")]

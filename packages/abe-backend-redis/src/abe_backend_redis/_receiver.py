@@ -23,23 +23,23 @@ from abe_backend_redis._topology import GROUP, RELEASED
 _log: Final = logging.getLogger("abe.redis")
 
 TICK: Final = 0.5
-"""Seconds between looks at what became due elsewhere, and at what others left behind. No read blocks for longer."""
+"""Seconds between two ticks, which move due messages and claim abandoned ones. No read blocks for longer."""
 
 _UNBLOCK_EVERY: Final = 0.02
 _STOPPED: Final = 2 * TICK
-"""Seconds after which a read that was to end means that the connection is dead."""
+"""Seconds after which a read that does not end means that the connection is lost."""
 
 _PAGE: Final = 500
-"""Ids a call: what keeps one call to Redis short."""
+"""Ids per call, which keeps a call to Redis short."""
 
 
 class RedisReceiver:
-    """Reads a group's stream on a connection of its own, as a consumer that never existed before.
+    """Reads a group's stream on its own connection, as a new consumer.
 
     Args:
-        broker: Runs the scripts and holds the connection for everything but reading.
+        broker: Runs the scripts, and has the connection for everything but reading.
         group: The group.
-        lease: Seconds.
+        lease: The lease, in seconds.
     """
 
     def __init__(self, broker: Broker, group: str, lease: float) -> None:
@@ -49,7 +49,7 @@ class RedisReceiver:
         self._stream, self._delayed, self._dead = names.queue(group), names.delayed(group), names.dead(group)
         self._alive = names.alive(group)
         self._lease = max(1, int(lease * 1000))
-        # The lease is in the name, so that whoever claims goes by this consumer's lease, not by its own.
+        # The lease is part of the name, so that other consumers claim by this consumer's lease, not by their own.
         self._consumer = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}@{self._lease}".encode()
         self._register_every = lease / 3
         self._loop = asyncio.get_running_loop()
@@ -63,10 +63,10 @@ class RedisReceiver:
         self._stopping = False
 
     async def join(self) -> None:
-        """Become one of the group's consumers.
+        """Register as a consumer of the group.
 
         Raises:
-            GroupMissingError: There is no such group, or it was deleted underneath.
+            GroupMissingError: The group does not exist, or was deleted underneath.
         """
         keys = [self._broker.topology.groups, self._stream, self._alive]
         try:
@@ -77,15 +77,15 @@ class RedisReceiver:
             raise
 
     async def receive(self, limit: int) -> Sequence[Delivery]:
-        """Read what is new; before that, now and then, what became due and what others left behind."""
+        """Read new messages; before that, every `TICK`, move due ones and return abandoned ones."""
         if self._stopping:
             return ()
         wire = await self._link.get()
         try:
             if self._loop.time() >= self._next_tick:
-                left_behind = await self._tick(wire, limit)
-                if left_behind or self._stopping:
-                    return left_behind
+                claimed = await self._tick(wire, limit)
+                if claimed or self._stopping:
+                    return claimed
             entries = await self._read(wire, limit)
         except ReplyError as exc:
             if code(exc) in ("NOGROUP", "UNBLOCKED"):
@@ -100,7 +100,7 @@ class RedisReceiver:
         return _wire.unpack(header) if isinstance(header, bytes) else cast("Metadata", header)
 
     async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
-        """Delete and acknowledge. That order: an entry that is only deleted heals by itself, one only acknowledged would stay."""
+        """Delete and acknowledge, in that order: a tick cleans up an entry that is only deleted; one only acknowledged would stay."""
         if verify:
             return await self._settle([(delivery.native, "ack", 0, "", "") for delivery in deliveries])
         entries = [delivery.native for delivery in deliveries]
@@ -113,14 +113,14 @@ class RedisReceiver:
                     if not is_refused(exc):
                         raise
                     self._broker.has_xackdel = False
-                    _log.info("redis at %s refuses XACKDEL: XDEL and XACK do it", self._broker.settings.address)
+                    _log.info("redis at %s refuses XACKDEL: using XDEL and XACK", self._broker.settings.address)
                 else:
                     return [lease_lost() if status < 0 else None for status in gone]
             calls = wire.call_many((b"XDEL", self._stream, *entries), (b"XACK", self._stream, GROUP, *entries))
             _, acked = await asyncio.gather(*calls)
             if (missing := len(entries) - acked) > 0:
                 _log.warning(
-                    "%d of %d acknowledged messages of group %r were not ours any more",
+                    "the leases of %d of %d acknowledged messages of group %r were lost",
                     missing,
                     len(entries),
                     self._group,
@@ -128,7 +128,7 @@ class RedisReceiver:
         return ()
 
     async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
-        """Carry out settlements by one script."""
+        """Carry out settlements with one script."""
         outcomes = await self._settle(
             [
                 (s.delivery.native, s.disposition.value, -int(-s.delay * 1000 // 1), s.reason, s.error)
@@ -136,11 +136,11 @@ class RedisReceiver:
             ]
         )
         if delays := [settlement.delay for settlement in settlements if settlement.delay]:
-            self._next_tick = min(self._next_tick, self._loop.time() + min(delays))  # to look when the first is due
+            self._next_tick = min(self._next_tick, self._loop.time() + min(delays))  # tick when the first is due
         return outcomes
 
     async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
-        """Reset the idle times of those that are still ours."""
+        """Reset the idle times of the deliveries that this consumer still has."""
         ours = {delivery.native: delivery for delivery in deliveries}
         lost: list[Delivery] = []
         entries = list(ours)
@@ -151,16 +151,16 @@ class RedisReceiver:
         return lost
 
     async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
-        """Give back what a lost reply brought, and learn what was lost meanwhile."""
+        """Give back deliveries of a lost reply, and return the lost ones."""
         await self._link.get()
         self._next_tick = 0.0
         ours = {delivery.native: delivery for delivery in deliveries}
         return [ours[entry] for entry in await self._give_back(ours)]
 
     async def stop(self) -> None:
-        """End the read that waits: Redis is asked to, as a cancelled read could still be given messages.
+        """End the waiting read with CLIENT UNBLOCK, as a cancelled read could still receive messages.
 
-        One that does not end has no connection any more; what it was given is given back with the rest, by a connection that answers.
+        If it does not end, the connection is lost; `close` gives its messages back by another connection.
         """
         self._stopping = True
         try:
@@ -171,17 +171,17 @@ class RedisReceiver:
             self._broker.drop(silence=_STOPPED / 2)
 
     async def close(self) -> None:
-        """Give back everything, and be forgotten."""
+        """Give back all deliveries, and unregister the consumer."""
         await self._link.close()
         await self._give_back(())
-        await self._run("leave", [self._stream, self._alive], [self._consumer], ())
+        await self._run("unregister", [self._stream, self._alive], [self._consumer], ())
 
     async def _prepare(self, wire: Wire) -> None:
         try:
             self._client = await wire.call(b"CLIENT", b"ID")
         except ReplyError as exc:
             self._client = 0
-            _log.debug("a read will not be ended early, as its connection's id is not told: %s", exc)
+            _log.debug("reads cannot be ended early, as CLIENT ID is refused: %s", exc)
 
     async def _end_read(self) -> None:
         wire = await self._broker.control()
@@ -189,13 +189,13 @@ class RedisReceiver:
             try:
                 await wire.call(b"CLIENT", b"UNBLOCK", self._client)
             except ReplyError as exc:
-                _log.debug("a read cannot be ended early, it ends by itself: %s", exc)
+                _log.debug("the read cannot be ended early, waiting for its timeout: %s", exc)
                 await asyncio.wait([self._reading])
             else:
                 await asyncio.wait([self._reading], timeout=_UNBLOCK_EVERY)
 
     async def _give_back(self, known: Collection[bytes]) -> Collection[bytes]:
-        """Release what Redis counts as ours and we do not know of; return what we know of and is not ours."""
+        """Release this consumer's pending entries that are not in `known`; return the known ones that are no longer pending."""
         lost, start = set(known), b"-"
         while start:
             page = await self._pending(start)
@@ -223,7 +223,7 @@ class RedisReceiver:
 
     async def _tick(self, wire: Wire, limit: int) -> Sequence[Delivery]:
         keys = [self._stream, self._delayed, self._dead, self._alive]
-        # After a standstill leases have run out that are about to be renewed.
+        # After the process stood still, its own leases have run out and are about to be renewed.
         late = self._loop.time() - self._next_tick > self._lease / 4_000
         args = [self._consumer, self._lease, limit, int(late), *self._unregistered]
         entries, due, server_time = await self._broker.run("tick", keys, args, wire=wire)
@@ -236,7 +236,7 @@ class RedisReceiver:
         return [_wire.delivery(entry, fields, count) for entry, fields, count in entries]
 
     async def _register_holders(self, wire: Wire, server_time: int) -> None:
-        """Register consumers that hold messages and could not do so themselves: memory was full, or they are foreign."""
+        """Register consumers with pending entries that could not register themselves: memory was full, or they are foreign."""
         _, _, _, holding = await wire.call(b"XPENDING", self._stream, GROUP)
         names = {name for name, _ in holding or ()} - {RELEASED}
         foreign = [*(names - self._registered)]
@@ -270,7 +270,7 @@ class RedisReceiver:
         return reply[0][1] if reply else ()
 
     async def _settle(self, settlements: Sequence[tuple[bytes, str, int, str, str]]) -> Outcomes:
-        """Carry them out, as many at a time as the script likes to."""
+        """Carry them out, in as many calls as the script needs."""
         outcomes: list[AbeError | None] = []
         while len(outcomes) < len(settlements):
             left = settlements[len(outcomes) :]
@@ -283,11 +283,11 @@ class RedisReceiver:
         return outcomes
 
     async def _settle_some(self, settlements: Sequence[tuple[bytes, str, int, str, str]]) -> Outcomes:
-        """Return the outcomes of those that the script looked at, the first ones."""
+        """Return the outcomes of those that the script processed, the first ones."""
         keys = [self._stream, self._delayed, self._dead]
         args = [self._consumer, *chain.from_iterable(settlements)]
         try:
-            looked, lost, failed = await self._broker.run("settle", keys, args)
+            processed, lost, failed = await self._broker.run("settle", keys, args)
         except AbeError as exc:
             if _is_deleted(exc):
                 return [lease_lost()] * len(settlements)
@@ -296,7 +296,7 @@ class RedisReceiver:
         for entry, text in zip(failed[::2], failed[1::2], strict=True):
             reply = ReplyError(text.decode(errors="replace"))
             errors[entry] = lease_lost() if code(reply) == "NOGROUP" else self._translated(reply)
-        return [errors.get(entry) for entry, *_ in settlements[:looked]]
+        return [errors.get(entry) for entry, *_ in settlements[:processed]]
 
     def _translated(self, reply: ReplyError) -> AbeError:
         error = translate(reply, self._broker.settings.address)
@@ -306,7 +306,7 @@ class RedisReceiver:
     async def _run(
         self, script: str, keys: Sequence[bytes], args: Sequence[object], entries: Collection[bytes]
     ) -> Collection[bytes]:
-        """Run a script that returns those of the entries that are lost: all, when the group was deleted."""
+        """Run a script that returns the lost entries: all, when the group was deleted."""
         try:
             return await self._broker.run(script, keys, args)  # type: ignore[no-any-return]
         except AbeError as exc:

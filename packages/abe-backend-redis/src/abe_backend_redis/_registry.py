@@ -1,4 +1,4 @@
-"""The groups as a publisher knows them, and which of them wants which key."""
+"""A publisher's cached registry: the groups and their key patterns."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -20,19 +20,19 @@ def patterns_of(group: str, text: bytes) -> tuple[str, ...]:
     """Read a group's patterns.
 
     Raises:
-        ConfigurationError: They are nothing that we wrote.
+        ConfigurationError: They are not in this provider's format.
     """
     try:
         return tuple(_decode(text))
     except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
         raise ConfigurationError(
-            f"what redis has as the key patterns of group {group!r} is nothing that this provider wrote: "
+            f"the key patterns of group {group!r} in redis are not in this provider's format: "
             f"delete that group, or choose another QUEUE_NAMESPACE"
         ) from exc
 
 
 class Registry:
-    """The groups as they were at one version, and which of them wants which key."""
+    """The groups at one version, with the routes of keys to them."""
 
     def __init__(
         self, topology: Topology, version: bytes, groups: Mapping[str, tuple[str, ...]], max_backlog: int
@@ -49,7 +49,7 @@ class Registry:
         """Whether every key seen so far is wanted by some group."""
 
     def pack(self, envelopes: Sequence[Envelope]) -> bytes:
-        """Return the call that publishes: messages for the same groups, with the same delay, make a run."""
+        """Return the encoded publish call. Consecutive messages for the same groups with the same delay form a run."""
         args: list[object] = [*self._head]
         routes = self._routes
         run_mask, run_delay, place, count = b"", -1.0, 0, 0
@@ -70,7 +70,7 @@ class Registry:
         return self._routes[envelope.key] if envelope.group is None else self._mask((envelope.group,), b"0")
 
     def _mask(self, groups: tuple[str, ...], otherwise: bytes = b"1") -> bytes:
-        """Return a digit for each group: 1 for those that get a message. Where there is none, 1 parks it."""
+        """Return a digit per group: 1 for those that get the message. Without groups, a single 1 parks it."""
         mask = b"".join(b"1" if group in groups else b"0" for group in self.groups) or otherwise
         self.all_routed = self.all_routed and b"1" in mask
         return mask
@@ -78,7 +78,7 @@ class Registry:
     def outcomes(
         self, envelopes: Sequence[Envelope], full: Sequence[int], failed: Mapping[int, AbeError]
     ) -> Sequence[AbeError | None]:
-        """Return what became of messages, by the positions of those that a full group kept out, and of those that failed."""
+        """Return the outcomes of messages: `full` has the positions that a full group rejected, `failed` the errors of others."""
         if not full and not failed and self.all_routed:
             return ()
         outcomes: list[AbeError | None] = [

@@ -1,4 +1,4 @@
-"""What the Redis provider can be told, from ``REDIS_*`` and ``QUEUE_*``."""
+"""The settings of the Redis provider, from ``REDIS_*`` and ``QUEUE_*``."""
 
 from dataclasses import dataclass
 from typing import Any, Final
@@ -13,7 +13,7 @@ _LATER: Final = ("redis+sentinel", "redis+cluster", "rediss+sentinel", "rediss+c
 
 
 def _url(value: Any) -> str:
-    """Check a Redis URL. No text of it is repeated in the complaint: it may hold a password."""
+    """Check a Redis URL. The error contains nothing of it, as it may contain a password."""
     form = "redis://[user:password@]host[:port][/database] (rediss:// for TLS), or unix:///path/to.sock"
     if not isinstance(value, str):
         raise ValueError(form)  # noqa: TRY004 - settings checks raise ValueError
@@ -42,7 +42,7 @@ def _url(value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class RedisSettings(QueueSettings):
-    """Where Redis is, and how to log in."""
+    """The address of Redis and the login, and the settings of every backend."""
 
     url: str = setting(
         "REDIS_URL",
@@ -50,7 +50,7 @@ class RedisSettings(QueueSettings):
         default="redis://localhost:6379/0",
         check=_url,
         secret=True,
-        help="Where Redis is: redis://, rediss:// (TLS; ssl_ca_certs, ssl_certfile, ssl_keyfile as query parameters) or unix://.",
+        help="The address of Redis: redis://, rediss:// (TLS; ssl_ca_certs, ssl_certfile, ssl_keyfile as query parameters) or unix://.",
     )
     username: str | None = setting(
         "REDIS_USERNAME", str, default=None, help="The ACL user; instead of the one in the URL."
@@ -74,12 +74,10 @@ class RedisSettings(QueueSettings):
             ("REDIS_PASSWORD", self.password, parts.password),
         ):
             if given is not None and inside and given != unquote(inside):
-                raise ConfigurationError(
-                    f"{name} and REDIS_URL both have one, and they differ: leave it out of one of them"
-                )
+                raise ConfigurationError(f"{name} and REDIS_URL both have one, and they differ: omit one of them")
 
     @property
     def address(self) -> str:
-        """Where Redis is, without credentials, for texts."""
+        """The address of Redis without credentials, for log and error texts."""
         parts = urlsplit(self.url)
         return parts.path if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or 6379}"

@@ -1,4 +1,4 @@
-"""The primitives: what the engine asks of Redis."""
+"""The transport: the engine's primitives on Redis."""
 
 import asyncio
 import logging
@@ -23,7 +23,7 @@ from abe_backend_redis._settings import RedisSettings
 _log: Final = logging.getLogger("abe.redis")
 _EVERYTHING: Final = msgspec.json.encode(EVERYTHING)
 _STALE: Final = 20
-"""Times that the groups may change under one batch before it counts as failed."""
+"""How often the groups may change during one publish before it fails."""
 
 
 class RedisTransport:
@@ -52,7 +52,7 @@ class RedisTransport:
             await wire.call(b"PING")
 
     async def send(self, envelopes: Sequence[Envelope]) -> Outcomes:
-        """Publish by one script call, again if the groups changed meanwhile."""
+        """Publish with one script call, and again if the groups have changed meanwhile."""
         wire = await self._broker.publishing.get()
         for _ in range(_STALE):
             registry = self._registry or await self._load_registry(wire)
@@ -64,24 +64,24 @@ class RedisTransport:
         raise BackendConnectionError("the groups change faster than messages can be published")
 
     async def declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> tuple[str, ...]:
-        """Register the group, and move the parked messages that it wants."""
+        """Register the group, and move the parked messages that it wants to it."""
         wanted = b"" if patterns is None else msgspec.json.encode(patterns)
         while True:
             joining, present = await self._join(group, wanted, change)
             if not joining:
                 return patterns_of(group, present)
             if joining == group.encode():
-                change = False  # it is on record, and somebody else may change it from now on
+                change = False  # the change is recorded, and another client may replace it from now on
             else:
                 await self._join(joining.decode(), b"", change=False)
 
     async def delete_group(self, group: str) -> None:
-        """Delete what the group has."""
+        """Delete the group's keys."""
         names = self._names
         await self._broker.run("delete", [names.groups, names.version, names.joining, *names.all_of(group)], [group])
 
     async def delete_namespace(self) -> None:
-        """Delete the groups, what is parked, the registry, and whatever else is found under the namespace."""
+        """Delete the groups, the parked messages, the registry, and any other key of the namespace."""
         names = self._names
         for group in await self._every_group():
             await self.delete_group(group)
@@ -98,13 +98,13 @@ class RedisTransport:
         return (await self._load_registry(await self._broker.control())).groups
 
     async def subscribe(self, group: str, prefetch: int) -> RedisReceiver:
-        """Make a consumer with a name of its own."""
+        """Register a consumer with a unique name."""
         receiver = RedisReceiver(self._broker, group, self._broker.settings.lease)
         await receiver.join()
         return receiver
 
     async def stats(self, group: str) -> GroupStats:
-        """Count."""
+        """Count the group's messages with one script."""
         names = self._names
         keys = [names.groups, names.queue(group), names.delayed(group), names.dead(group)]
         waiting, in_flight, delayed, dead, age = await self._broker.run("stats", keys, [group])
@@ -112,15 +112,15 @@ class RedisTransport:
         return GroupStats(waiting=waiting, in_flight=in_flight, delayed=delayed, dead=dead, oldest=oldest)
 
     def dead_letters(self, group: str) -> AsyncGenerator[Sequence[DeadLetter]]:
-        """Read them page by page."""
+        """Read the dead letters page by page."""
         return self._dead_letters(group).browse()
 
     def replay(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
-        """Move them page by page."""
+        """Move dead letters page by page."""
         return self._dead_letters(group).replay(ids)
 
     def purge(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
-        """Delete them page by page."""
+        """Delete dead letters page by page."""
         return self._dead_letters(group).purge(ids)
 
     async def _browse(self, name: str, keys: Sequence[bytes], args: Sequence[object]) -> Reply:
@@ -138,7 +138,7 @@ class RedisTransport:
         return joining, present
 
     async def _every_group(self) -> Sequence[str]:
-        """The groups that exist, whatever their patterns are, and the one that is being made."""
+        """Return the groups that exist, and the one that is joining. Does not parse their patterns."""
         wire = await self._broker.control()
         with translated(self._broker.settings.address):
             known, joining = await asyncio.gather(
@@ -147,13 +147,17 @@ class RedisTransport:
         return [group.decode(errors="replace") for group in (*known[::2], *filter(None, [joining]))]
 
     async def _sweep(self, wire: Wire) -> None:
-        """Delete what is under the namespace and known to no registry, as after a deletion underneath; where the user may look."""
+        """Delete keys of the namespace that belong to no registered group, if the user may SCAN."""
         cursor: Reply = b"0"
         while True:
             try:
                 cursor, keys = await wire.call(b"SCAN", cursor, b"MATCH", self._names.pattern, b"COUNT", 5000)
             except ReplyError as exc:
-                _log.debug("redis at %s does not let us look for more keys: %s", self._broker.settings.address, exc)
+                _log.debug(
+                    "redis at %s refuses SCAN, so unregistered keys are not deleted: %s",
+                    self._broker.settings.address,
+                    exc,
+                )
                 return
             if keys:
                 await _unlink(wire, keys)
@@ -167,7 +171,7 @@ class RedisTransport:
         try:
             return await wire.send(data, 1)[0]
         except BackendConnectionError as exc:
-            raise PublishUnknownError(f"{exc}, before the confirm came") from exc
+            raise PublishUnknownError(f"{exc} before the confirm arrived") from exc
         except ReplyError as exc:
             if code(exc) == "STALE":
                 return None
@@ -177,13 +181,13 @@ class RedisTransport:
             raise translate(exc, self._broker.settings.address) from exc
 
     def _failed(self, reply: Reply) -> Mapping[int, AbeError]:
-        """Return what went wrong with messages of a publish of which others are stored."""
+        """Return the errors of single messages of a publish, by position."""
         errors: dict[int, AbeError] = {}
         for position, copies, text in (item for item in reply if not isinstance(item, int)):
             cause = ReplyError(text.decode(errors="replace"))
             errors[position] = error = translate(cause, self._broker.settings.address)
             error.__cause__ = cause
-            error.maybe_accepted = copies > 0  # some groups have it, others not
+            error.maybe_accepted = copies > 0  # some groups have it
         return errors
 
     async def _load_registry(self, wire: Wire) -> Registry:
@@ -197,7 +201,7 @@ class RedisTransport:
 
 
 async def _unlink(wire: Wire, keys: Sequence[bytes]) -> None:
-    """Delete keys; in the background, where the user may."""
+    """Delete keys; in the background if the user may UNLINK."""
     try:
         await wire.call(b"UNLINK", *keys)
     except ReplyError:

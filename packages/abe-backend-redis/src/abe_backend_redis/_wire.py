@@ -1,9 +1,9 @@
-"""Envelopes to stream entries and back. Pure.
+"""Encodes envelopes as stream entries, and decodes them. Pure.
 
 An entry has two fields: ``m``, a JSON array ``[1, id, key, milliseconds]`` with the headers as a fifth element if there are any, and ``p``,
-the body. One that was tried before has ``a`` too, the deliveries so far. A stranger writes ``p`` alone, or with ``k``, the key, and
-``i``, its id; without that the entry's id is the message's.
-A dead letter has ``r``, ``e`` and ``t`` besides: reason, error, and the time of death in milliseconds.
+the body. After a failed attempt it has ``a`` too, the deliveries so far. A foreign message has ``p`` alone, or with ``k``, its key, and
+``i``, its id; without ``i``, the entry's id is the message's.
+A dead letter has ``r``, ``e`` and ``t`` too: reason, error, and the time of death in milliseconds.
 """
 
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ from abe.backends.message_queue.base.envelope import MARK, UNKNOWN_VERSION, Head
 from abe.errors import DecodeError
 
 Fields: TypeAlias = Sequence[bytes]
-"""Names and values by turns, as Redis returns them."""
+"""Alternating names and values, as Redis returns them."""
 
 pack: Final = _envelope.encode_header
-"""Returns the field ``m`` of an envelope."""
+"""Encodes the field ``m`` of an envelope."""
 
 _decode: Final = HeaderDecoder(Header)
 
 
 def unpack(header: bytes) -> Metadata:
-    """Read the field ``m``.
+    """Decode the field ``m``.
 
     Raises:
-        DecodeError: It is not what `pack` writes.
+        DecodeError: It is malformed.
     """
     return metadata_of(_decode(header))
 
@@ -36,9 +36,9 @@ def delivery(entry: bytes, fields: Fields, count: int = 1) -> Delivery:
     """Make a delivery of a stream entry.
 
     Args:
-        entry: The entry's id in the stream, by which Redis knows the delivery.
+        entry: The entry's id in the stream, which identifies the delivery.
         fields: Its fields.
-        count: How often the entry was delivered from where it is now.
+        count: How often this entry was delivered; earlier attempts are in the field ``a``.
     """
     if len(fields) == 4 and fields[0] == b"m" and fields[2] == b"p" and fields[1].startswith(MARK):
         return Delivery(fields[3], fields[1], count, entry)
@@ -55,7 +55,7 @@ def delivery(entry: bytes, fields: Fields, count: int = 1) -> Delivery:
 
 
 def dead_letter(entry: bytes, fields: Fields) -> DeadLetter:
-    """Read an entry of the dead letters, whatever it once was."""
+    """Decode an entry of the dead letters, also one of a foreign or malformed message."""
     named = dict(zip(fields[::2], fields[1::2], strict=True))
     return _envelope.dead_letter(
         _metadata(entry, named),
@@ -68,7 +68,7 @@ def dead_letter(entry: bytes, fields: Fields) -> DeadLetter:
 
 
 def letter_id(entry: bytes, fields: Fields) -> str:
-    """Return the id that a dead letter with these fields has; of them, ``m`` and ``i`` matter."""
+    """Return the id of a dead letter with these fields, of which it needs ``m`` and ``i``."""
     return _metadata(entry, dict(zip(fields[::2], fields[1::2], strict=True))).id
 
 

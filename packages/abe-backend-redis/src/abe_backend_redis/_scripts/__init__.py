@@ -1,4 +1,4 @@
-"""The Lua scripts: each does in one step what must not be seen half done."""
+"""The Lua scripts: each is one atomic step."""
 
 from hashlib import sha1
 from importlib.resources import files
@@ -8,7 +8,6 @@ NAMES: Final = (
     "declare",
     "delete",
     "join",
-    "leave",
     "page",
     "publish",
     "purge",
@@ -18,18 +17,19 @@ NAMES: Final = (
     "settle",
     "stats",
     "tick",
+    "unregister",
 )
 _MOVING: Final = ("declare", "page", "replay", "settle", "tick")
-"""Those that need what `common` has."""
+"""Scripts that use the functions of ``common.lua``."""
 
 
 class Script:
-    """A script's text, and the name by which Redis knows it."""
+    """A script's text and its SHA-1, which identifies it in Redis."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.text = (_text("common") if name in _MOVING else b"") + _text(name)
-        self.sha = sha1(self.text).hexdigest().encode()  # noqa: S324 - Redis's own name for it, no secret
+        self.sha = sha1(self.text).hexdigest().encode()  # noqa: S324 - Redis's identifier of it, not a secret
 
 
 def _text(name: str) -> bytes:

@@ -1,7 +1,7 @@
--- What the scripts share that move entries; it stands before each of them.
+-- Functions for the scripts that move entries; prepended to each of them.
 local call = redis.call
-local MOST, BYTES = 500, 4 * 1024 * 1024 -- what one call moves at most, so that no call keeps the server for long
-local OURS = {'m', 'p', 'k', 'i', 'a', 'r', 'e', 't'}
+local MOST, BYTES = 500, 4 * 1024 * 1024 -- limits for one call, so that no call blocks the server for long
+local FIELDS = {'m', 'p', 'k', 'i', 'a', 'r', 'e', 't'}
 
 local function clock()
   local t = call('TIME')
@@ -20,11 +20,11 @@ local function named(fields)
   return found
 end
 
--- Adds an entry. Lua passes some 8,000 arguments at most: of an entry with more, our fields stay as they are, and the others go into one, x.
+-- Adds an entry. Lua passes some 8,000 arguments at most: of an entry with more, the provider's fields are kept and the others packed into one, x.
 local function add(key, fields)
   if #fields <= 2000 then return call('XADD', key, '*', unpack(fields)) end
   local found, kept, others = named(fields), {}, {}
-  for _, name in ipairs(OURS) do
+  for _, name in ipairs(FIELDS) do
     if found[name] then kept[#kept + 1] = name; kept[#kept + 1] = found[name] end
     found[name] = false
   end
@@ -35,7 +35,7 @@ local function add(key, fields)
   return call('XADD', key, '*', unpack(kept))
 end
 
--- The fields of a delayed message: what follows the first '|', as MessagePack. Nil: it is nothing that we wrote.
+-- Returns the fields of a delayed message: MessagePack after the first '|'. Nil: not in this provider's format.
 local function unpacked(member)
   local at = string.find(member, '|', 1, true)
   if not at then return nil end
@@ -45,4 +45,4 @@ local function unpacked(member)
   return fields
 end
 
-local function told(failure) return type(failure) == 'table' and failure.err or tostring(failure) end
+local function error_text(failure) return type(failure) == 'table' and failure.err or tostring(failure) end

@@ -1,9 +1,9 @@
--- Makes a group exist, with the parked messages that it wants.
--- One group joins at a time, in steps that look at a bounded number of parked messages; where it stands is in Redis. It becomes a group to
--- publishers in the step that finds nothing left to look at: what they park meanwhile is looked at too, and order is kept. Whoever
--- declares goes on where another left off, so that a crash in the middle strands nothing.
+-- Declares a group, and moves the parked messages that it wants to it.
+-- One group joins at a time, in steps that examine a bounded number of parked messages; its position is in Redis. The step that finds no
+-- more makes the group visible to publishers: what they park meanwhile is examined too, and order is kept. Any declaration continues an
+-- interrupted one, so that a crash in the middle strands nothing.
 -- KEYS: groups, version, joining, parked, parked:delayed, parked:delayed:passed, the group's stream, its delayed set.
--- ARGV: group, patterns as JSON ('' : those that it has), whether an existing group gets them (1 or 0), the patterns of a new group.
+-- ARGV: group, patterns as JSON ('' : its current ones), whether an existing group gets them (1 or 0), the patterns of a new group.
 -- Returns '' and the group's patterns when it exists; or the group that is joining: call again, for that group first if it is another.
 local group, wanted, change = ARGV[1], ARGV[2], ARGV[3] == '1'
 local current = call('HGET', KEYS[1], group)
@@ -12,7 +12,7 @@ local mine = joining.group == group
 local target = change and wanted ~= '' and wanted or mine and joining.patterns or current or wanted ~= '' and wanted or ARGV[4]
 
 local function finish()
-  -- Only where it is missing: Redis refuses this command when memory is full, and then consumers are needed most.
+  -- Only if it is missing: Redis refuses the command when memory is full, which is when consumers are needed most.
   if redis.pcall('XPENDING', KEYS[7], 'group').err then call('XGROUP', 'CREATE', KEYS[7], 'group', '0', 'MKSTREAM') end
   if current ~= target then
     call('HSET', KEYS[1], group, target)
@@ -22,17 +22,17 @@ local function finish()
   if mine then call('DEL', KEYS[3]) end
   return {'', target}
 end
-local function there(first, ...) return call('EXISTS', first, ...) > 0 end
+local function exists(first, ...) return call('EXISTS', first, ...) > 0 end
 
 if target == current and not (mine and joining.patterns == target) then return finish() end
 if joining.group and not mine then return {joining.group, ''} end
-if not there(KEYS[4], KEYS[5], KEYS[6]) then return finish() end
+if not exists(KEYS[4], KEYS[5], KEYS[6]) then return finish() end
 if target == '["#"]' then
   for _, move in ipairs({{4, 7}, {6, 8}, {5, 8}}) do
     local from, to = KEYS[move[1]], KEYS[move[2]]
-    if there(from) and not there(to) then call('RENAME', from, to) end
+    if exists(from) and not exists(to) then call('RENAME', from, to) end
   end
-  if not there(KEYS[4], KEYS[5], KEYS[6]) then return finish() end
+  if not exists(KEYS[4], KEYS[5], KEYS[6]) then return finish() end
 end
 
 local function split(text)
@@ -43,7 +43,7 @@ end
 local patterns = {}
 for i, pattern in ipairs(cjson.decode(target)) do patterns[i] = split(pattern) end
 local function match(pattern, words)
-  -- The states of the pattern that are possible after each word; '#' would make a recursion exponential.
+  -- Tracks the possible states of the pattern after each word; recursion would be exponential in the number of '#'.
   local states = {[1] = true}
   for w = 0, #words do
     local after = {}
@@ -76,39 +76,39 @@ local function wants(fields)
 end
 
 local left, room = MOST, BYTES
-local function looked_at(bytes) left, room = left - 1, room - bytes end
+local function examined(bytes) left, room = left - 1, room - bytes end
 
 local position, skipped = '-', 0
 if mine and joining.patterns == target then position, skipped = joining.position, tonumber(joining.skipped) end
-local function each(some, stride, look) -- ten at a time: what is read and not needed any more is bounded too
+local function each(some, stride, look) -- ten at a time, which bounds what is read in vain
   for i = 1, #some, stride do
     if left <= 0 or room <= 0 then return true end
     look(some[i], some[i + 1])
   end
   return #some > 0
 end
-local function passed(member, due) -- publishers add nothing to these: their places in the set do not move
+local function passed(member, due) -- publishers add nothing to this set: positions in it do not change
   if wants(unpacked(member)) then call('ZADD', KEYS[8], due, member); call('ZREM', KEYS[6], member) else skipped = skipped + 1 end
-  looked_at(#member)
+  examined(#member)
 end
 local function delayed(member, due)
   if wants(unpacked(member)) then call('ZADD', KEYS[8], due, member)
   else call('ZADD', KEYS[6], due, member); skipped = skipped + 1 end
   call('ZREM', KEYS[5], member)
-  looked_at(#member)
+  examined(#member)
 end
 local function waiting(entry)
   if wants(entry[2]) then add(KEYS[7], entry[2]); call('XDEL', KEYS[4], entry[1]) end
   position = '(' .. entry[1]
-  looked_at(size(entry[2]))
+  examined(size(entry[2]))
 end
-local function looking() return left > 0 and room > 0 end
-while looking() and each(call('ZRANGE', KEYS[6], skipped, skipped + 9, 'WITHSCORES'), 2, passed) do end
-while looking() and each(call('ZRANGE', KEYS[5], 0, 9, 'WITHSCORES'), 2, delayed) do end
-while looking() and each(call('XRANGE', KEYS[4], position, '+', 'COUNT', 10), 1, waiting) do end
-if not looking() then
+local function in_budget() return left > 0 and room > 0 end
+while in_budget() and each(call('ZRANGE', KEYS[6], skipped, skipped + 9, 'WITHSCORES'), 2, passed) do end
+while in_budget() and each(call('ZRANGE', KEYS[5], 0, 9, 'WITHSCORES'), 2, delayed) do end
+while in_budget() and each(call('XRANGE', KEYS[4], position, '+', 'COUNT', 10), 1, waiting) do end
+if not in_budget() then
   call('HSET', KEYS[3], 'group', group, 'patterns', target, 'position', position, 'skipped', skipped)
   return {group, ''}
 end
-if there(KEYS[4]) and call('XLEN', KEYS[4]) == 0 then call('DEL', KEYS[4]) end
+if exists(KEYS[4]) and call('XLEN', KEYS[4]) == 0 then call('DEL', KEYS[4]) end
 return finish()

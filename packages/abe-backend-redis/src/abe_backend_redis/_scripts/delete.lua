@@ -1,4 +1,4 @@
--- Ends a group. KEYS: groups, version, joining, then what the group has. ARGV: group.
+-- Deletes a group. KEYS: groups, version, joining, then the group's keys. ARGV: group.
 if redis.call('HGET', KEYS[3], 'group') == ARGV[1] then redis.call('DEL', KEYS[3]) end
 local gone = {unpack(KEYS, 4)}
 if type(redis.pcall('UNLINK', unpack(gone))) == 'table' then redis.call('DEL', unpack(gone)) end -- UNLINK frees in the background

@@ -1,6 +1,6 @@
--- Goes through dead letters, a bounded part at a time. KEYS: groups, dead letters.
--- ARGV: group, where to begin, where to end ('' : at the newest that is there now), what of each: all, name (what its id is read from), or none.
--- Returns where to end ('' : these are the last), and the entries.
+-- Returns one bounded page of dead letters. KEYS: groups, dead letters.
+-- ARGV: group, first id, last id ('' : the newest now), which fields: all, name (those that the message id is read from), or none.
+-- Returns the last id ('' : this is the last page), and the entries.
 if ARGV[2] == '-' and not call('HGET', KEYS[1], ARGV[1]) then return redis.error_reply("MISSING there is no group '" .. ARGV[1] .. "'") end
 local page, bytes, from, last = {}, 0, ARGV[2], ARGV[3]
 if last == '' then

@@ -1,14 +1,14 @@
--- Copies messages to the groups that want them, if the groups are still those that the publisher knows.
+-- Copies messages to the groups that want them, if the publisher's registry is still current.
 -- KEYS: version, then a stream and a sorted set of delayed messages for each group.
 -- ARGV: version, most waiting messages a group (0: no limit), then runs of: mask of groups, delay in ms, count, (meta, body) * count.
--- Returns the positions of the messages that a full group kept out; and for each that failed its position, how many groups have it, and why.
+-- Returns the positions of the messages that a full group rejected, and {position, copies stored, error} of each that failed.
 local call, n = redis.call, (#KEYS - 1) / 2
 if (call('GET', KEYS[1]) or '') ~= ARGV[1] then return redis.error_reply('STALE the groups have changed') end
 local limit, room = tonumber(ARGV[2]), {}
 if limit > 0 then
   for g = 1, n do
     local waiting = call('XLEN', KEYS[2 * g]) + call('ZCARD', KEYS[2 * g + 1])
-    -- Looking who holds how many takes as long as there are consumers: only near the limit.
+    -- XPENDING takes time proportional to the number of consumers: only near the limit.
     if limit - waiting < (#ARGV - 2) / 2 and call('EXISTS', KEYS[2 * g]) == 1 then
       local known, pending = pcall(call, 'XPENDING', KEYS[2 * g], 'group')
       if known then waiting = waiting - pending[1] end
@@ -21,7 +21,7 @@ if limit > 0 then
 end
 local rejected, position, i, j, top, stamp, stored, copies = {}, 0, 3, nil, #ARGV, nil, false, 0
 local function store()
-  local call, args = call, ARGV -- nearer at hand, in the loop that all publishing goes through
+  local call, args = call, ARGV -- locals are faster, in the loop of all publishing
   while i <= top do
     local mask, delay, last = args[i], tonumber(args[i + 1]), i + 2 + 2 * args[i + 2]
     local streams, wanted = {}, {}
@@ -51,7 +51,7 @@ local function store()
     i, j = last + 1, nil
   end
 end
--- What one message may not is no matter of the others. What the server refuses to all is the answer: nothing is stored then.
+-- A message that fails does not fail the others. An error that concerns all, before anything is stored, is the reply.
 while true do
   local fine, why = pcall(store)
   if fine then return rejected end

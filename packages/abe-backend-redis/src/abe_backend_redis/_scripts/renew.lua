@@ -1,5 +1,5 @@
--- Renews the leases that are still the consumer's. KEYS: stream, until when each consumer is heard. ARGV: consumer, lease in ms, ids.
--- Returns the ids that are not.
+-- Renews the leases that the consumer still has. KEYS: stream, when each consumer's lease ends. ARGV: consumer, lease in ms, ids.
+-- Returns the lost ids.
 local lost, ours = {}, {'XCLAIM', KEYS[1], 'group', ARGV[1], '0'}
 for i = 3, #ARGV do
   if redis.call('XPENDING', KEYS[1], 'group', ARGV[i], ARGV[i], 1, ARGV[1])[1] then ours[#ours + 1] = ARGV[i] else lost[#lost + 1] = ARGV[i] end

@@ -1,5 +1,5 @@
--- Moves dead letters back to the group, as if they had never been delivered. KEYS: groups, dead letters, stream. ARGV: group, entry ids.
--- Returns how many, and why it stopped before the end ('' : it did not).
+-- Moves dead letters back to the group, with no attempts. KEYS: groups, dead letters, stream. ARGV: group, entry ids.
+-- Returns how many, and the error that stopped it ('' : none).
 if not call('HGET', KEYS[1], ARGV[1]) then return redis.error_reply("MISSING there is no group '" .. ARGV[1] .. "'") end
 local moved = 0
 for i = 2, #ARGV do
@@ -12,7 +12,7 @@ for i = 2, #ARGV do
     end
     if #fields == 0 then fields = {'i', entry[1]} end
     local done, why = pcall(add, KEYS[3], fields)
-    if not done then return {moved, told(why)} end
+    if not done then return {moved, error_text(why)} end
     call('XDEL', KEYS[2], ARGV[i])
     moved = moved + 1
   end

@@ -1,8 +1,8 @@
--- Carries out settlements on entries that are still the consumer's, each in one step and each for itself.
+-- Carries out settlements on entries that the consumer still has, each independently of the others.
 -- KEYS: stream, delayed set, dead letters. ARGV: consumer, then for each: id, disposition (ack, retry, release, dead), delay in ms, reason, error.
--- Returns how many settlements were looked at, which is not all when much had to be moved; the ids that were not the consumer's; and by turns
--- the ids that failed, and why.
-local now, lost, failed, bytes, looked = clock(), {}, {}, 0, 0
+-- Returns how many settlements were processed (not all, when many bytes had to be moved); the lost ids; and, alternating, the ids that failed
+-- and their errors.
+local now, lost, failed, bytes, processed = clock(), {}, {}, 0, 0
 
 local function moved(entry, pending)
   local fields, attempts, named = {}, pending[4], false
@@ -16,7 +16,7 @@ local function moved(entry, pending)
     end
   end
   if before and #before < 16 and string.find(before, '^%d+$') then attempts = attempts + tonumber(before) end
-  if not named then -- a foreign message keeps the id by which it was known first
+  if not named then -- a foreign message keeps its first id
     fields[#fields + 1] = 'i'
     fields[#fields + 1] = entry[1]
   end
@@ -32,7 +32,7 @@ local function carry_out(id, disposition, delay, reason, trace)
     return
   end
   if disposition == 'release' then
-    -- Old enough for anybody to claim, and its delivery forgotten.
+    -- Idle long enough for any consumer to claim it, and with the delivery not counted.
     local before = tostring(math.max(0, pending[4] - 1))
     call('XCLAIM', KEYS[1], 'group', 'released', '0', id, 'IDLE', '10000000000', 'RETRYCOUNT', before, 'JUSTID')
     return
@@ -50,14 +50,14 @@ local function carry_out(id, disposition, delay, reason, trace)
       add(KEYS[1], fields)
     end
   end
-  call('XDEL', KEYS[1], id) -- first, as one that is only deleted heals by itself
+  call('XDEL', KEYS[1], id) -- first: an entry that is only deleted is cleaned up by a tick
   call('XACK', KEYS[1], 'group', id)
 end
 
 for i = 2, #ARGV, 5 do
   local done, why = pcall(carry_out, ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4])
-  if not done then failed[#failed + 1] = ARGV[i]; failed[#failed + 1] = told(why) end
-  looked = looked + 1
+  if not done then failed[#failed + 1] = ARGV[i]; failed[#failed + 1] = error_text(why) end
+  processed = processed + 1
   if bytes >= BYTES then break end
 end
-return {looked, lost, failed}
+return {processed, lost, failed}

@@ -7,7 +7,7 @@ local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local length, pending, released, oldest = call('XLEN', KEYS[2]), 0, 0, nil
 if call('EXISTS', KEYS[2]) == 1 then
   local known, summary = pcall(call, 'XPENDING', KEYS[2], 'group')
-  if not known then summary = {0} end -- a publisher made the stream anew after it was deleted; its next consumer makes the group
+  if not known then summary = {0} end -- a publisher recreated the stream after its deletion; the next consumer creates the group
   pending = summary[1]
   for _, consumer in ipairs(type(summary[4]) == 'table' and summary[4] or {}) do
     if consumer[1] == 'released' then released = tonumber(consumer[2]) end

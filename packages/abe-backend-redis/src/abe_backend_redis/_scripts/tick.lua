@@ -1,27 +1,27 @@
--- Makes deliverable what is due, and claims what dead consumers hold and closing ones gave back.
--- KEYS: stream, delayed set, dead letters, until when each consumer is heard.
--- ARGV: consumer, its lease in ms, most to claim, whether it may hold what its leases ran out on, consumers that are on no record.
--- Returns the claimed entries as {id, fields, deliveries}; the ms until the next one is due (-1: none is, 0: call again); the server's time.
+-- Moves due messages to the stream, and claims entries of dead consumers and released ones.
+-- KEYS: stream, delayed set, dead letters, when each consumer's lease ends.
+-- ARGV: consumer, its lease in ms, most to claim, whether it keeps its own entries with an expired lease (0 or 1), unregistered consumers.
+-- Returns the claimed entries as {id, fields, deliveries}; the ms until the next is due (-1: none, 0: call again); the server's time.
 if call('EXISTS', KEYS[1]) == 0 then return redis.error_reply('NOGROUP the stream is gone') end
 local now, me, bytes, moved = clock(), ARGV[1], 0, 0
 
--- When memory is full Redis refuses this, and every move of what is due. Then nobody is heard, and idle times alone tell who is dead.
+-- When memory is full Redis refuses this, and every move of a due message. Then no lease is recorded, and idle times alone show dead consumers.
 local full = false
-if (call('ZSCORE', KEYS[4], me) or 0) - now < ARGV[2] * 2 / 3 then -- not each time: it is a write
-  local heard = redis.pcall('ZADD', KEYS[4], now + ARGV[2], me)
-  full = type(heard) == 'table' and heard.err
-  if full and not string.find(full, 'OOM', 1, true) then return heard end
+if (call('ZSCORE', KEYS[4], me) or 0) - now < ARGV[2] * 2 / 3 then -- not every time, as it is a write
+  local reply = redis.pcall('ZADD', KEYS[4], now + ARGV[2], me)
+  full = type(reply) == 'table' and reply.err
+  if full and not string.find(full, 'OOM', 1, true) then return reply end
 end
 
 local function move(member)
   local fields = unpacked(member)
   if fields and pcall(add, KEYS[1], fields) then return true end
-  return pcall(add, KEYS[3], {'p', member, 'r', 'undecodable', 'e', 'it is no delayed message', 't', string.format('%d', now)})
+  return pcall(add, KEYS[3], {'p', member, 'r', 'undecodable', 'e', 'it is not a delayed message', 't', string.format('%d', now)})
 end
 while not full and moved < MOST and bytes < BYTES do
   local member = call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 1)[1]
   if not member then break end
-  full = not move(member) -- it waits until what is in the stream has been handled, and made room
+  full = not move(member) -- retried once handled messages have freed memory
   if not full then call('ZREM', KEYS[2], member); moved = moved + 1; bytes = bytes + #member end
 end
 
@@ -35,25 +35,25 @@ local function claim(owner, idle)
       bytes = bytes + size(entry[2])
       if bytes >= BYTES then room = #claimed; return end
     else
-      call('XACK', KEYS[1], 'group', pending[1]) -- its message was removed by an acknowledgement whose second half was lost
+      call('XACK', KEYS[1], 'group', pending[1]) -- its message was deleted by an acknowledgement whose XACK was lost
     end
   end
 end
 claim('released', '0')
 if ARGV[4] == '0' then claim(me, ARGV[2]) end -- settlements that failed for good
--- Each consumer's lease is its own setting, and part of its name.
-local function look_at(owner, heard)
+-- Each consumer's own lease is part of its name.
+local function claim_expired(owner, lease_end)
   if owner == me then return end
   local lease = string.match(owner, '@(%d+)$') or ARGV[2]
   claim(owner, lease)
-  if heard and heard + lease < now and not call('XPENDING', KEYS[1], 'group', '-', '+', 1, owner)[1] then
+  if lease_end and lease_end + lease < now and not call('XPENDING', KEYS[1], 'group', '-', '+', 1, owner)[1] then
     call('XGROUP', 'DELCONSUMER', KEYS[1], 'group', owner)
     call('ZREM', KEYS[4], owner)
   end
 end
 local silent = call('ZRANGEBYSCORE', KEYS[4], '-inf', now, 'WITHSCORES', 'LIMIT', 0, full and 1000 or 100)
-for i = 1, #silent, 2 do look_at(silent[i], tonumber(silent[i + 1])) end
-for i = 5, #ARGV do look_at(ARGV[i]) end
+for i = 1, #silent, 2 do claim_expired(silent[i], tonumber(silent[i + 1])) end
+for i = 5, #ARGV do claim_expired(ARGV[i]) end
 
 local wait, nearest = -1, call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')[2]
 if #claimed >= room or moved >= MOST or bytes >= BYTES then wait = 0
