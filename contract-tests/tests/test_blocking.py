@@ -81,7 +81,7 @@ def test_a_function_that_may_block_may(tmp_path: Path) -> None:
 def test_a_function_that_is_not_there_cannot_be_allowed(tmp_path: Path) -> None:
     done = run(tmp_path, setting='may_block = ("sluggish:Sluggish.looks",)')
     assert done.status == 1
-    assert "SluggishHarness.may_block: 'sluggish:Sluggish.looks' is no 'module:function' that is there" in done.output
+    assert "SluggishHarness.may_block: 'sluggish:Sluggish.looks' is not an existing 'module:function'" in done.output
 
 
 def test_the_harness_and_its_oracle_may_call_what_blocks(tmp_path: Path) -> None:

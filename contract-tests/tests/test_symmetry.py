@@ -1,14 +1,19 @@
 """The providers are siblings: who knows one finds his way in each."""
 
 import difflib
+import io
 import re
+import tokenize
+from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-PACKAGES = Path(__file__).parents[2] / "packages"
+ROOT = Path(__file__).parents[2]
+PACKAGES = ROOT / "packages"
 TEMPLATE = "redis"
 PROVIDERS = sorted(
     path.parent.name.removeprefix("abe-backend-") for path in PACKAGES.glob("abe-backend-*/pyproject.toml")
@@ -116,6 +121,39 @@ OWN_LINES = 6
 """Lines of a pyproject.toml that are a provider's own: name, description, keywords, dependencies, entry point, package."""
 
 
+RETIRED = {
+    "drawer": "browser",
+    "flights": "max_concurrent",
+    "hidden": "invisible",
+    "hide": "change visibility",
+    "hides": "invisible, in flight",
+    "ignorance": "propagation_delay",
+    "insist": "raise_if_retryable",
+    "landed": "a batch is done",
+    "not_ours": "lease_lost",
+    "outlet": "publisher",
+    "patience": "timeout",
+    "stranger": "foreign message, third-party provider",
+    "strangers": "foreign messages",
+    "told": "text, template",
+    "verb": "disposition, method",
+    "verbs": "dispositions, methods",
+    "verdict": "settlement, result",
+    "verdicts": "settlements, results",
+}
+"""Words that names had once, and the field's terms for them: see the glossary in docs/ARCHITECTURE.md."""
+
+SOURCES = {
+    "packages/abe-core": set[str](),
+    "packages/abe-backend-redis": set[str](),
+    "contract-tests": {"verdict", "verdicts"},  # the overall result of a provider
+}
+"""The distributions that the test checks, each with the words that it uses in their own sense."""
+
+NOT_YET = {"publisher.py", "in_flight.py"}
+"""Modules of core's engine whose names are still to be changed."""
+
+
 def names(directory: Path) -> set[str]:
     found = {path.stem for path in directory.glob("*.py")} | {
         path.parent.name for path in directory.glob("*/__init__.py")
@@ -202,3 +240,41 @@ def test_the_pyproject_is_the_template_but_for_what_is_its_own(provider: str) ->
     different = [line for line in difflib.ndiff(template, text) if line.startswith("+ ")]
     assert len(different) <= OWN_LINES, "\n".join(different)
     assert len(text) == len(template)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_names_use_the_terms_of_the_field(source: str) -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}: say {RETIRED[word]}"
+        for path in sorted((ROOT / source / "src").rglob("*.py"))
+        if path.name not in NOT_YET
+        for line, name in identifiers(path)
+        for word in retired(name) - SOURCES[source]
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("_hide_for", "hide"),
+        ("QueueDrawer", "drawer"),
+        ("HIDDEN", "hidden"),
+        ("not_ours", "not_ours"),
+        ("hideous", None),
+    ],
+)
+def test_a_retired_word_is_found_in_any_kind_of_name(name: str, word: str | None) -> None:
+    assert retired(name) == ({word} if word else set())
+
+
+def identifiers(path: Path) -> Iterator[tuple[int, str]]:
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+        if token.type == tokenize.NAME:
+            yield token.start[0], token.string
+
+
+def retired(name: str) -> set[str]:
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+    pairs = {f"{first}_{second}" for first, second in pairwise(words)}
+    return (set(words) | pairs) & RETIRED.keys()

@@ -1,4 +1,4 @@
-"""What became of every message of a test: published, rejected, unknown; delivered once, more than once, or never."""
+"""The outcome of every message of a test: published, rejected, unknown; delivered once, repeatedly, or never."""
 
 import json
 from collections import Counter
@@ -13,23 +13,23 @@ Outcome: TypeAlias = Literal["ok", "rejected", "unknown"]
 
 
 class Accounting:
-    """Counts what one group should get, and got.
+    """Compares the messages that one group should get with those that it got.
 
-    A message goes by its id where the backend takes one at publish; otherwise by its payload, which must then be unique in the test.
+    A message is identified by its id if the backend takes one at publish; otherwise by its payload, which must be unique in the test.
     """
 
     def __init__(self) -> None:
         self.outcomes: dict[str, Outcome] = {}
-        """What `publish` said of each message."""
+        """The outcome of `publish` for each message."""
         self.errors: dict[str, AbeError] = {}
-        """Why a message is not ok."""
+        """The error of each message that is not ok."""
         self.deliveries: Counter[str] = Counter()
         """How often each message was delivered."""
 
     async def publish(
         self, backend: MessageQueueBackendProtocol, key: str, payload: dict[str, Any], **options: Any
     ) -> Outcome:
-        """Publish, and note the outcome: ok, or by the error's type rejected or unknown.
+        """Publish, and record the outcome: ok, or by the error's type rejected or unknown.
 
         Errors outside of the library's tree pass through, as does a cancellation; both count as unknown.
         """
@@ -45,12 +45,12 @@ class Accounting:
         return self.record(identity, "ok")
 
     def record(self, identity: str, outcome: Outcome) -> Outcome:
-        """Note an outcome that was seen elsewhere, in a worker for example, and return it."""
+        """Record an outcome that was observed elsewhere, for example in a worker, and return it."""
         self.outcomes[identity] = outcome
         return outcome
 
     def delivered(self, message: Mapping[str, Any] | str) -> None:
-        """Note a delivery, given the message or its id."""
+        """Record a delivery, given the message or its id."""
         if isinstance(message, str):
             self.deliveries[message] += 1
         else:
@@ -62,12 +62,12 @@ class Accounting:
 
     @property
     def lost(self) -> set[str]:
-        """Messages whose publish returned and that were never delivered."""
+        """Messages that were published and never delivered."""
         return self.published() - self.deliveries.keys()
 
     @property
     def unexpected(self) -> set[str]:
-        """Deliveries of what was never published, or was rejected."""
+        """Deliveries of messages that were never published, or rejected."""
         return self.deliveries.keys() - self.published() - self.published("unknown")
 
     @property
@@ -77,19 +77,19 @@ class Accounting:
 
     @property
     def complete(self) -> bool:
-        """Whether everything that must be delivered was."""
+        """Whether every published message was delivered."""
         return not self.lost
 
     def check(self, *, duplicates_allowed: bool = False) -> None:
-        """Assert that nothing was lost and nothing came from nowhere; and nothing came twice, unless a fault explains it."""
+        """Assert that no message was lost, none was unexpected, and (unless allowed) none was duplicated."""
         assert not self.lost, f"{len(self.lost)} of {len(self.published())} published messages lost: {_some(self.lost)}"
         rejected = self.unexpected & self.published("rejected")
-        assert not rejected, f"publish said rejected, yet they were delivered: {_some(rejected)}"
-        assert not self.unexpected, f"delivered and never published: {_some(self.unexpected)}"
+        assert not rejected, f"rejected by publish, yet delivered: {_some(rejected)}"
+        assert not self.unexpected, f"delivered but never published: {_some(self.unexpected)}"
         if self.duplicates:
             text = f"{len(self.duplicates)} of {len(self.deliveries)} messages delivered twice or more: {_some(self.duplicates)}"
             assert duplicates_allowed, text
-            print(text)  # pytest shows it where the test fails later on
+            print(text)  # pytest shows it if the test fails later
 
 
 def _fingerprint(payload: Mapping[str, Any]) -> str:

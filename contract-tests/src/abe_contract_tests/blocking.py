@@ -1,4 +1,4 @@
-"""Fails a test whose library or provider blocks the event loop, where blockbuster is installed."""
+"""Fails a test in which the library or the provider blocks the event loop, if blockbuster is installed."""
 
 import os
 from collections.abc import Callable, Generator, Iterator
@@ -17,7 +17,7 @@ _trusted: Final = ContextVar("abe_contract_trusted", default=False)
 
 @contextmanager
 def trusted() -> Generator[None]:
-    """Let the body block: it calls the harness or its oracle, which prove nothing about the provider."""
+    """Allow blocking in the body, which calls the harness or its oracle, not the provider."""
     token = _trusted.set(True)
     try:
         yield
@@ -27,10 +27,10 @@ def trusted() -> Generator[None]:
 
 @contextmanager
 def policed(harness: Harness) -> Generator[None]:
-    """Let a blocking call of the library or the provider raise ``BlockingError`` while an event loop runs.
+    """Make a blocking call of the library or the provider raise ``BlockingError`` while an event loop runs.
 
     Raises:
-        ValueError: `Harness.may_block` names a function that is not there.
+        ValueError: `Harness.may_block` names a function that does not exist.
     """
     try:
         from blockbuster import BlockBuster
@@ -38,7 +38,7 @@ def policed(harness: Harness) -> Generator[None]:
         yield
         return
     detector = BlockBuster([part for name in _packages(harness) for part in _exactly(name)])
-    # A lock that guards a few lines is not what this looks for.
+    # Locks that guard a few lines do not matter.
     for name in [name for name in detector.functions if "Lock" in name]:
         del detector.functions[name]
     exceptions = [_located(harness, name) for name in harness.may_block]
@@ -54,7 +54,7 @@ def policed(harness: Harness) -> Generator[None]:
 
 
 def explain(error: BaseException, harness: Harness) -> None:
-    """Add to each ``BlockingError`` in an exception which function made the call, and how to allow it."""
+    """Add a note to each ``BlockingError`` in an exception: the calling function, and how to allow it."""
     try:
         from blockbuster import BlockingError
     except ImportError:
@@ -63,7 +63,7 @@ def explain(error: BaseException, harness: Harness) -> None:
     for found in _all_of(error, set()):
         if isinstance(found, BlockingError) and not getattr(found, "__notes__", ()):
             found.add_note(
-                f"It blocks the event loop: run it in a thread. Where it is meant to, list its function in "
+                f"It blocks the event loop: run it in a thread. If it is meant to block, list its function in "
                 f"{type(harness).__qualname__}.may_block: {_caller(found, places)!r}"
             )
 
@@ -73,7 +73,7 @@ def _packages(harness: Harness) -> tuple[str, str]:
 
 
 def _exactly(name: str) -> Iterator[ModuleType]:
-    # blockbuster compares the beginnings of paths, by which `abe` would also be `abe_contract_tests`.
+    # blockbuster compares prefixes of paths, by which `abe` would include `abe_contract_tests`.
     module = import_module(name)
     for place in [os.path.join(path, "") for path in getattr(module, "__path__", ())] or [str(module.__file__)]:
         part = ModuleType(name)
@@ -90,7 +90,7 @@ def _located(harness: Harness, name: str) -> tuple[str, str]:
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as exc:
         raise ValueError(
-            f"{type(harness).__qualname__}.may_block: {name!r} is no 'module:function' that is there ({exc})"
+            f"{type(harness).__qualname__}.may_block: {name!r} is not an existing 'module:function' ({exc})"
         ) from exc
     return file.replace("\\", "/"), path.rpartition(".")[2]
 

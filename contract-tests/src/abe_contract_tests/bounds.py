@@ -1,13 +1,13 @@
-"""Bounds that a slow or busy machine does not break: each is stretched by one measured factor, which `slowness` returns.
+"""Time bounds that allow for slow or busy machines: each is multiplied by one measured factor, which `slowness` returns.
 
-A bound is written for a quiet machine of the usual speed. The factor is the product of
+A bound is written for an idle machine of reference speed. The factor is the product of
 
-- how long a fixed computation takes here, measured once, against what it takes on the machine that the bounds were written on;
-- how many threads want a processor, for each that there is, on average over the time that the bound is about;
-- ``ABE_CONTRACT_TIME_FACTOR``, for what this process cannot see: a slow disk, or a broker on another machine.
+- the time of a fixed computation on this machine, measured once, relative to the reference machine;
+- the number of runnable threads per processor, on average over the time that the bound covers;
+- ``ABE_CONTRACT_TIME_FACTOR``, for anything that this process cannot measure: a slow disk, or a broker on another machine.
 
-What is measured is never below 1, as a fast machine is no reason to fail a test sooner. A wait that is at its end looks at the factor of
-the time that it has waited, and goes on where the machine was busy: nothing has to be known beforehand.
+Each measured factor is at least 1, as a fast machine must not fail a test sooner. A wait whose time is over computes the factor for the
+time that it has waited, and goes on if the machine was busy: nothing has to be known in advance.
 """
 
 import asyncio
@@ -28,30 +28,30 @@ _Settings = TypeVar("_Settings", bound="DataclassInstance")
 FACTOR_VARIABLE: Final = "ABE_CONTRACT_TIME_FACTOR"
 
 _REFERENCE: Final = 0.0082
-"""Seconds of processor time for `_computation` on the machine that the bounds were written on."""
+"""Seconds of processor time for `_timed_computation` on the reference machine."""
 _SAMPLE: Final = 0.1
-"""Seconds between two looks at the machine."""
+"""Seconds between two samples of the machine's load."""
 _REMEMBERED: Final = 600.0
-"""Seconds for which looks are kept; a longer wait goes by these."""
+"""Seconds for which samples are kept; a longer wait uses these."""
 _SHORTEST: Final = 2.0
-"""Seconds that the average is taken over at least: less would be chance."""
+"""The shortest period for the average, in seconds: over a shorter one it would be random."""
 _MOST: Final = 20.0
-"""No machine is slower, or a test that hangs would hang for ever."""
+"""The limit of the factor, so that a test that hangs ends."""
 _NOTICE: Final = 0.9
-"""The part of a bound after which it is looked whether it must be stretched."""
+"""The fraction of a bound after which it is checked whether to extend it."""
 
 
 def slowness(since: float | None = None) -> float:
-    """Return how many times as long things take as on a quiet machine of the usual speed.
+    """Return the factor by which this machine is slower than an idle one of reference speed.
 
     Args:
-        since: The moment, by ``time.monotonic()``, from which on the machine was looked at; the last seconds by default.
+        since: The start of the period, by ``time.monotonic()``; by default the last seconds.
     """
     return min(_speed() * _METER.crowding(since) * _asked_for(), _MOST)
 
 
 def within(seconds: float | None) -> asyncio.Timeout:
-    """Bound a wait by that many seconds, as ``asyncio.timeout`` does, stretched while it lasts. None bounds nothing."""
+    """Bound a wait like ``asyncio.timeout``, extended by `slowness` while it lasts. None: no bound."""
     timeout = asyncio.timeout(seconds)
     if seconds is None:
         return timeout
@@ -74,32 +74,32 @@ def within(seconds: float | None) -> asyncio.Timeout:
 
 
 def stretched(settings: _Settings) -> _Settings:
-    """Return settings, a dataclass's, whose time-outs are as long as the machine needs now."""
+    """Return settings (a dataclass) with each timeout multiplied by `slowness`."""
     factor = slowness()
     timeouts = [field.name for field in fields(settings) if field.name.endswith("_timeout")]
     return replace(settings, **{name: factor * getattr(settings, name) for name in timeouts})
 
 
 class Deadline:
-    """The end of a wait in which nothing can be cancelled: ``while not deadline.passed: ...``."""
+    """The end of a polling wait: ``while not deadline.passed: ...``."""
 
     def __init__(self, seconds: float) -> None:
-        """Begin to wait.
+        """Start the time.
 
         Args:
-            seconds: On a quiet machine of the usual speed.
+            seconds: The bound on an idle machine of reference speed.
         """
         self._seconds = seconds
         self._began = time.monotonic()
 
     @property
     def elapsed(self) -> float:
-        """The seconds since it began."""
+        """Seconds since it began."""
         return time.monotonic() - self._began
 
     @property
     def bound(self) -> float:
-        """The seconds that it may take, as things have been since it began."""
+        """The bound in seconds, multiplied by `slowness` since it began."""
         return self._seconds * slowness(self._began)
 
     @property
@@ -109,23 +109,23 @@ class Deadline:
 
 
 class _Meter:
-    """Looks ten times a second how many threads want a processor. Its own thread starts with the first question."""
+    """Samples the number of runnable threads ten times a second, in a thread that the first call starts."""
 
     def __init__(self, runnable: Callable[[], float], processors: int) -> None:
         self._runnable = runnable
         self._processors = processors
-        self._lock = threading.RLock()  # a signal's handler may ask while its thread does
+        self._lock = threading.RLock()  # a signal handler may interrupt a caller
         self._thread: threading.Thread | None = None
         self._wanted = deque[tuple[float, float]](maxlen=int(_REMEMBERED / _SAMPLE))
-        """The end of each period, and the sum over all periods of their length times how crowded the machine was."""
+        """The end of each period, and the integral of the load up to it."""
 
     def start(self) -> None:
-        """Begin to look, if nobody has."""
+        """Start sampling, if it has not started."""
         if self._thread is not None and self._thread.is_alive():  # a forked process inherits no threads
             return
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._look, name="machine-load", daemon=True)
+                self._thread = threading.Thread(target=self._sample_load, name="machine-load", daemon=True)
                 self._wanted.append((time.monotonic(), self._sum))
                 self._thread.start()
 
@@ -134,7 +134,7 @@ class _Meter:
         return self._wanted[-1][1] if self._wanted else 0.0
 
     def crowding(self, since: float | None) -> float:
-        """Return how many threads there were for each processor since then, on average; at least 1."""
+        """Return the average number of runnable threads per processor since then; at least 1."""
         self.start()
         now = time.monotonic()
         begin = min(now - _SHORTEST if since is None else since, now - _SHORTEST)
@@ -145,7 +145,7 @@ class _Meter:
             return max(1.0, self._runnable() / self._processors)
         return (last[1] - first[1]) / (last[0] - first[0])
 
-    def _look(self) -> None:
+    def _sample_load(self) -> None:
         before = time.monotonic()
         while True:
             time.sleep(_SAMPLE)
@@ -156,7 +156,7 @@ class _Meter:
 
 
 def _runnable_threads() -> float:
-    """Return how many threads of this machine run or wait for a processor, this one left out."""
+    """Return the number of runnable threads of this machine, without the calling one."""
     try:
         with open("/proc/loadavg") as file:
             return int(file.read().split()[3].partition("/")[0]) - 1

@@ -1,6 +1,6 @@
 """The clauses of the contract.
 
-This list is the contract's one source: the suite's verdict, the documentation's page and the manifest test are made from it.
+This list is the contract's one source: the suite's verdict, the documentation's page and the manifest test are generated from it.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Final, Literal
 from abe.backends.message_queue.base import Capabilities, Durability
 
 CONTRACT_VERSION: Final = "0.2"
-"""Grows when a clause is added or changed, so that a result says which promises it is about."""
+"""Increases when a clause is added or changed, so that a result names the promises that it is about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,19 +19,19 @@ class Clause:
     id: str
     text: str
     level: Literal["MUST", "CAP"] = "MUST"
-    """Whether every backend keeps it, or those that declare its `capability`."""
+    """MUST: every backend keeps it. CAP: a backend that declares its `capability` does."""
 
     capability: str | None = None
-    """The field of `Capabilities` without which there is nothing to keep. A MUST clause may have one too: no lease, no expired lease."""
+    """The capability without which the clause does not apply. A MUST clause may have one too: no lease, no expired lease."""
 
     unless: str | None = None
-    """The field of `Capabilities` whose declaration excuses from it."""
+    """The capability whose declaration excuses from it."""
 
     networked_only: bool = False
-    """It says nothing about a broker inside the process."""
+    """Whether it does not apply to a broker inside the process."""
 
     later: bool = False
-    """Its tests are not in this version of the suite; the verdict says so."""
+    """Whether its tests are not in this version of the suite; the verdict lists it."""
 
     @property
     def area(self) -> str:
@@ -137,12 +137,12 @@ CLAUSES: Final = (
     ),
     Clause(
         "C-RED-02",
-        "What a dead consumer held reaches a live one within the declared bound, with no setting needed",
+        "A dead consumer's messages reach a live one within the declared bound, without any setting",
     ),
     Clause(
         "C-RED-03",
         "A live consumer may hold a message, buffered or in a handler, for three leases with no second delivery; "
-        "a revived consumer's late ack never removes the new owner's copy; one that stood still is not given again what nobody else took",
+        "a revived consumer's late ack never removes the new owner's copy; one that stood still does not get its own messages again",
         capability="lease",
     ),
     Clause(
@@ -199,7 +199,7 @@ CLAUSES: Final = (
     ),
     Clause(
         "C-GRP-09",
-        "What is asked of a group that does not exist raises `GroupMissingError`; `delete_namespace` leaves nothing behind",
+        "An operation on a group that does not exist raises `GroupMissingError`; `delete_namespace` leaves nothing behind",
     ),
     Clause("C-CON-01", "50 consumers, 5,000 messages: all of them, and in flight never above the limit"),
     Clause(
@@ -321,12 +321,12 @@ CLAUSES: Final = (
     Clause(
         "C-ENC-03",
         "One versioned envelope: what A's codec wrote, B's reads; an unknown version takes the poison path; a "
-        "plain JSON body written by a stranger is delivered",
+        "plain JSON body of a foreign message is delivered",
     ),
     Clause("C-HDR-01", "Headers (str to str), id, key and publish time arrive with the message"),
     Clause(
         "C-ERR-01",
-        "Every error is of our tree, says whether a retry can help, keeps the native one as `__cause__`, and "
+        "Every error is of the library's tree, says whether a retry can help, keeps the native one as `__cause__`, and "
         "shows no credential in text, repr or logs; a clean run logs nothing at WARNING or above",
     ),
     Clause(

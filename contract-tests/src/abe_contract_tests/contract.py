@@ -1,4 +1,4 @@
-"""What a clause test holds in its hands: the `Contract` of one backend, in a namespace of its own."""
+"""The fixture of a clause test: the `Contract` of one backend, in a unique namespace."""
 
 import asyncio
 import itertools
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from abe.backends.message_queue.engine import TransportBackend
 
 DEFAULT_BOUND: Final = 10.0
-"""Seconds that a wait may take where a test does not say; nothing in the contract takes longer on a healthy machine."""
+"""The bound of a wait without an explicit one, in seconds; nothing in the contract takes longer on an idle machine."""
 
 DEFAULT_LEASE: Final = 1.0
-"""Short, so that waiting for a lease to run out is quick; long enough to be renewed in time, on a machine that is not too busy."""
+"""In seconds: short, so that tests of expired leases are quick; long enough to be renewed in time on a machine that is not too busy."""
 
 LONGEST_LEASE: Final = 5.0
-"""However busy the machine is."""
+"""The longest lease of a test in seconds, on the busiest machine."""
 
 UNDECLARED: Final = Capabilities(
     groups=False,
@@ -49,7 +49,7 @@ UNDECLARED: Final = Capabilities(
     max_payload_bytes=64 * 1024,
     durability=Durability.NONE,
 )
-"""What the suite takes for granted of a provider that declares nothing."""
+"""The capabilities that the suite assumes of a provider that declares none."""
 
 _PUBLISH_TIMEOUT: Final = QueueSettings().publish_timeout
 
@@ -64,11 +64,11 @@ class Contract:
         self.namespace: Final = f"contract-{token_hex(6)}"
         self.broker: Final = harness.broker_version()
         self.logs: Final[list[logging.LogRecord]] = []
-        """What the loggers ``abe*`` said during the test, at every level."""
+        """The records of the loggers ``abe*`` during the test, at every level."""
         self.probed: Final[list[str]] = []
-        """Capabilities that turned out undeclared, so that the negative probe ran in place of the test."""
+        """Undeclared capabilities, whose negative probes ran in place of the test."""
         self.excused: Final[list[str]] = []
-        """Capabilities that turned out declared and excuse from the test."""
+        """Declared capabilities that excuse from the test."""
         self._backends: list[Any] = []
         self._workers: list[Worker] = []
         self._oracle: Oracle | None = None
@@ -80,7 +80,7 @@ class Contract:
         return cast("type[TransportBackend]", self.harness.backend)
 
     def backend(self, **overrides: str) -> "TransportBackend":
-        """Make a backend as production does, with ``from_env()``. It is closed at the end of the test.
+        """Make a backend with ``from_env()``, as an application does. It is closed at the end of the test.
 
         Args:
             overrides: Environment variables on top of the harness's; empty means unset.
@@ -103,19 +103,19 @@ class Contract:
             return self.harness.unreachable(self.namespace)
 
     def wrong_credentials(self) -> tuple[Mapping[str, str], str] | None:
-        """Return an environment whose credentials are refused, and the secret in it; None where there are no credentials."""
+        """Return an environment with wrong credentials, and the secret in it; None if the broker has no credentials."""
         with trusted():
             return self.harness.wrong_credentials(self.namespace) if self.harness.networked else None
 
     @contextmanager
     def environ(self, **overrides: str) -> Generator[None]:
-        """Put them into ``os.environ`` for the body."""
+        """Set the variables of `environment` in ``os.environ`` for the body."""
         with patch.dict(os.environ, self.environment(**overrides)):
             yield
 
     @property
     def capabilities(self) -> Capabilities:
-        """What a backend of this test declares; `UNDECLARED`, where it has the three methods only."""
+        """The declared capabilities of this test's backends; `UNDECLARED` for a minimal backend."""
         with self.environ():
             declared: Capabilities = getattr(self.backend_class.from_env(), "capabilities", UNDECLARED)
         return declared
@@ -129,18 +129,18 @@ class Contract:
         return [name for name in Capabilities.__dataclass_fields__ if not self.declares(name)]
 
     async def oracle(self) -> Oracle:
-        """Return the broker as its native client sees it."""
+        """Return the oracle, which observes the broker with its native client."""
         if self._oracle is None:
             with trusted():
                 self._oracle = OneByOne(await self.harness.oracle(self.namespace))
         return self._oracle
 
     def bound(self, *parts: float | str) -> float:
-        """Return a bound in seconds, stretched as the machine is busy now.
+        """Return a bound in seconds, multiplied by `slowness`.
 
         Args:
-            parts: What it is the sum of: seconds, or the name of what declares them, ``"lease"`` or a capability such as
-                ``"redelivery_bound"``. Without any it is `DEFAULT_BOUND`.
+            parts: The terms of a sum: seconds, or the name of a declared time, ``"lease"`` or a capability such as
+                ``"redelivery_bound"``. Without any: `DEFAULT_BOUND`.
         """
         return self._seconds(*parts) * slowness()
 
@@ -148,10 +148,10 @@ class Contract:
         """Bound a wait: ``async with contract.within(5):``. Every wait of a test goes through it.
 
         Args:
-            parts: As in `bound`; the bound is stretched while it lasts.
+            parts: As in `bound`; it is extended by `slowness` while it lasts.
         """
         seconds = self._seconds(*parts)
-        # From there on it is the bound of a whole test, not one of the contract's.
+        # A bound this long is the bound of a whole test, not one of the contract.
         return within(seconds * self.harness.pace if seconds >= DEFAULT_BOUND else seconds)
 
     def _seconds(self, *parts: float | str) -> float:
@@ -165,11 +165,11 @@ class Contract:
         return declared
 
     def many(self, count: int) -> int:
-        """Return that many messages, or as many as the broker can stand."""
+        """Return `count`, or the harness's capacity if that is smaller."""
         return min(count, self.harness.capacity)
 
     def apart(self, items: Sequence[tuple[str, MessageQueuePayload]]) -> Sequence[tuple[str, MessageQueuePayload]]:
-        """Return what consumers can hold beside each other: where the broker keeps one key's messages in order, each gets its own key."""
+        """Return items that can be in flight together: if the broker orders the messages of a key, each item gets its own key."""
         if not self.capabilities.ordered_per_key:
             return items
         return [(f"{key}.{next(self._serial)}", payload) for key, payload in items]
@@ -187,7 +187,7 @@ class Contract:
     def worker_with(
         self, overrides: Mapping[str, str], function: WorkerFunction, **arguments: Any
     ) -> AbstractAsyncContextManager[Worker]:
-        """The same as `worker`, with environment variables on top of the harness's."""
+        """Like `worker`, with environment variables on top of the harness's."""
         return self._worker(function, overrides, arguments)
 
     @asynccontextmanager
@@ -202,24 +202,24 @@ class Contract:
             await worker.kill()
 
     def accounting(self) -> Accounting:
-        """Return an empty account of what one group should get."""
+        """Return an empty `Accounting` for one group."""
         return Accounting()
 
     @contextmanager
     def capturing(self) -> Generator[None]:
-        """Collect what the library logs into `logs`, for as long as the test runs."""
-        root, ours = logging.getLogger(), logging.getLogger("abe")
-        handler, level = _Collector(self.logs), ours.level
+        """Collect the library's log records in `logs`, while the test runs."""
+        root, library = logging.getLogger(), logging.getLogger("abe")
+        handler, level = _Collector(self.logs), library.level
         root.addHandler(handler)
-        ours.setLevel(logging.DEBUG)
+        library.setLevel(logging.DEBUG)
         try:
             yield
         finally:
-            ours.setLevel(level)
+            library.setLevel(level)
             root.removeHandler(handler)
 
     async def aclose(self) -> None:
-        """Close what the test opened, the newest first, and remove what it left in the broker."""
+        """Close the test's backends, the newest first, and remove its data from the broker."""
         problems: list[Exception] = []
         for backend in reversed(self._backends):
             if (close := getattr(backend, "disconnect", None)) is None:
@@ -238,7 +238,7 @@ class Contract:
 
 
 def _lease() -> float:
-    # Half a lease is left when it is renewed at the latest, and a machine that is twice as slow as usual needs less than that.
+    # A lease is renewed while at least half of it is left, and a machine half as fast as usual needs less than that.
     return min(max(DEFAULT_LEASE, DEFAULT_LEASE * round(slowness() / 2)), LONGEST_LEASE)
 
 

@@ -1,8 +1,7 @@
-"""Keeps what is known of a failing test: its timeline, its brokers' logs, and what ran beside it.
+"""Keeps the timeline and the brokers' logs of each failing test.
 
-The report of a failing test ends with a section for each. With ``--contract-keep`` they are kept in full in a folder of the run's own,
-beside ``timeline-WORKER.jsonl``, in which every test of the run has a line: when, for how long, with how much processor time, and how
-slow the machine was meanwhile.
+The report of a failing test ends with a section for each. With ``--contract-keep`` they are kept in full in the run's folder, together
+with ``timeline-WORKER.jsonl``, which has a line for every test: its start, duration, processor time, and the machine's `slowness`.
 """
 
 import json
@@ -24,10 +23,10 @@ from abe_contract_tests.bounds import slowness
 from abe_contract_tests.services import Service, running_services
 
 _RUNS: Final = 10
-"""Folders of runs that are kept, the newest."""
+"""The number of runs whose folders are kept, the newest."""
 _RUN: Final = re.compile(r"\d{8}-\d{6}-\d+")
 _SHOWN: Final = 80
-"""Lines that a section of the report shows, the last ones."""
+"""The number of lines in a section of the report, the last ones."""
 _LONGEST_NAME: Final = 150
 _FOLDER: Final = "contract_keep"
 _FORMAT: Final = logging.Formatter("%(name)s %(levelname)s %(message)s")
@@ -45,13 +44,13 @@ class Keeper:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Tell a worker of pytest-xdist where."""
+        """Send the folder to a worker of pytest-xdist."""
         if self._folder is not None:
             node.workerinput[_FOLDER] = str(self._folder)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Watch a test, and write its line."""
+        """Record a test's timeline, and write its line."""
         timeline.begin()
         self._logs = {service: service.log_size() for service in running_services()}
         self._began, began, used = time.time(), time.monotonic(), time.process_time()
@@ -116,7 +115,7 @@ class Keeper:
 
 
 def _folder(config: pytest.Config) -> Path | None:
-    """Return the folder of this run, made; None where nothing is to be kept in files."""
+    """Create and return this run's folder; None if nothing is kept in files."""
     if (inputs := cast("dict[str, Any] | None", getattr(config, "workerinput", None))) is not None:
         return Path(inputs[_FOLDER]) if _FOLDER in inputs else None
     chosen = config.getoption("--contract-keep") or config.getini(_FOLDER)
@@ -142,7 +141,7 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def _noting_logs() -> Generator[None]:
-    """Note what the library logs, at the levels that the test leaves it."""
+    """Add the library's log records to the timeline, at the levels that the test sets."""
     handler = _Notes()
     logging.getLogger().addHandler(handler)
     try:

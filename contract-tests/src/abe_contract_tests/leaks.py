@@ -1,4 +1,4 @@
-"""What opening, using and closing leaves behind: tasks, threads, file descriptors, connections."""
+"""Finds leaks of opening, using and closing: tasks, threads, file descriptors, connections."""
 
 import asyncio
 import os
@@ -18,15 +18,15 @@ _Found: TypeAlias = Mapping[str, set[Any]]
 async def assert_no_leak(
     cycle: Callable[[int], Awaitable[object]], oracle: Oracle, *, cycles: int, seconds: float = 5.0
 ) -> None:
-    """Run two equal rounds of cycles, and assert that the second leaves no more than the first.
+    """Run two equal rounds of cycles, and assert that the second one leaks nothing.
 
-    What a round leaves may be a pool on its way to its bound; what each leaves anew is a leak.
+    The first round may fill pools up to their bounds; resources that the second adds are a leak.
 
     Args:
-        cycle: What is repeated; it is given its number.
-        oracle: Asked for the connections.
-        cycles: How many, in both rounds.
-        seconds: The time after a round by which whatever it opened must be gone.
+        cycle: The repeated operation, called with its number.
+        oracle: Counts the connections.
+        cycles: The number of cycles in both rounds together.
+        seconds: The time after a round by which its resources must be released.
     """
     before = await _resources(oracle)
     for numbers in (range(cycles // 2), range(cycles // 2, cycles)):
@@ -49,7 +49,7 @@ async def _left_after(before: _Found, oracle: Oracle, seconds: float) -> tuple[l
 
 async def _resources(oracle: Oracle) -> _Found:
     current = asyncio.current_task()
-    # Connections and descriptors have no names that last, so only how many there are tells anything.
+    # Connections and descriptors have no stable names, so only their number counts.
     found: dict[str, set[Any]] = {"connections": set(range(await oracle.connections()))}
     found["tasks"] = {task for task in asyncio.all_tasks() if task is not current}
     found["threads"] = set(threading.enumerate())

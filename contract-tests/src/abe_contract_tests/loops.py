@@ -1,4 +1,4 @@
-"""The event loop that the suite runs on: asyncio's own, or uvloop's; the same in the tests, in their workers and in their programs."""
+"""Chooses the event loop of the tests, their workers and their programs: asyncio's or uvloop's."""
 
 import asyncio
 import os
@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias, TypeVar, cast
 LoopFactory: TypeAlias = Callable[[], asyncio.AbstractEventLoop]
 
 LOOP_VARIABLE: Final = "ABE_CONTRACT_LOOP"
-"""The environment variable that names it. An environment is what a test's processes inherit."""
+"""The environment variable that names it, which a test's processes inherit."""
 
 LOOPS: Final = ("asyncio", "uvloop")
 
@@ -20,7 +20,7 @@ def chosen_loop() -> str:
     """Return the name of the event loop.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: The name is unknown.
     """
     name = os.environ.get(LOOP_VARIABLE) or LOOPS[0]
     if name not in LOOPS:
@@ -35,6 +35,6 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 
 
 def run(main: Coroutine[Any, Any, _T]) -> _T:
-    """Do what ``asyncio.run`` does, on the chosen event loop."""
+    """Like ``asyncio.run``, on the chosen event loop."""
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(main)

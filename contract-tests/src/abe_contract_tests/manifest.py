@@ -27,7 +27,7 @@ class SuiteTest:
     three_methods: bool
 
     def applies_to(self, harness: type[Harness]) -> bool:
-        """Whether the test says anything about that provider."""
+        """Whether the test applies to that provider."""
         if is_minimal(harness) and not self.three_methods:
             return False
         return harness.networked or not all(BY_ID[id].networked_only for id in self.clauses)
@@ -53,7 +53,7 @@ def suite_tests() -> tuple[SuiteTest, ...]:
 
 
 def suite_test(function: Any, module: str) -> SuiteTest | None:
-    """Return what the function's clause marks say, or None when it has none."""
+    """Return the test that the function's clause marks describe, or None without marks."""
     marks = [mark for mark in getattr(function, "pytestmark", ()) if mark.name == MARK]
     if not marks:
         return None
@@ -65,7 +65,7 @@ def suite_test(function: Any, module: str) -> SuiteTest | None:
 
 
 def is_of_the_suite(function: Any) -> bool:
-    """Whether the function's own code, decorators aside, stands in the suite's folder."""
+    """Whether the function's code, without its decorators, is in the suite's folder."""
     inner = getattr(function, "hypothesis", None)
     code = getattr(unwrap(inner.inner_test if inner is not None else function), "__code__", None)
     return code is not None and Path(code.co_filename).is_relative_to(SUITE)

@@ -1,4 +1,4 @@
-"""The mark that ties a test to its clauses, and what runs in a test's place where a capability is not declared."""
+"""The mark that ties a test to its clauses, and runs a negative probe in its place if a capability is not declared."""
 
 from collections.abc import Callable, Coroutine, Sequence
 from functools import wraps
@@ -21,15 +21,14 @@ def clause(*ids: str, capability: str | None = None, three_methods: bool = False
     """Mark a test as one that proves clauses.
 
     Args:
-        ids: Which.
-        capability: A field of `Capabilities`. Where the backend does not declare it, the test is replaced by that capability's
-            negative probe: using it must raise `UnsupportedCapabilityError` at the call. A clause that has a capability of its own
-            brings it along.
-        three_methods: The test uses ``publish``, ``consume`` and ``from_env`` only, so that it also runs against a provider that has
-            nothing else.
+        ids: The clauses.
+        capability: A field of `Capabilities`. If the backend does not declare it, that capability's negative probe replaces the test:
+            using it must raise `UnsupportedCapabilityError` at the call. The capabilities of the clauses are added.
+        three_methods: Whether the test uses only ``publish``, ``consume`` and ``from_env``, so that it also runs against a minimal
+            backend.
 
     Raises:
-        ValueError: There is no such clause, or no such capability.
+        ValueError: A clause or the capability does not exist.
     """
     unknown = [id for id in ids if id not in BY_ID]
     if unknown or not ids:
@@ -41,7 +40,7 @@ def clause(*ids: str, capability: str | None = None, three_methods: bool = False
 
     def decorate(test: _Test) -> _Test:
         checked = _conditional(test, sorted(filter(None, needed)), sorted(filter(None, unless)))
-        # Tests are coroutines whatever the asyncio_mode of the project that runs them.
+        # Marked explicitly, so that they run with any asyncio_mode of the project.
         marked: _Test = pytest.mark.asyncio(pytest.mark.contract_clause(*ids, three_methods=three_methods)(checked))
         return marked
 
@@ -69,6 +68,6 @@ def _conditional(test: _Test, needed: Sequence[str], unless: Sequence[str]) -> _
 
 
 async def probe(contract: Contract, capability: str) -> None:
-    """Assert that the capability, which is not declared, is refused where somebody uses it."""
+    """Assert that using the undeclared capability is refused."""
     contract.probed.append(capability)
     await PROBES[capability](contract)

@@ -1,4 +1,4 @@
-"""The oracle as tests see it: one question after the other."""
+"""Serialises the calls to an oracle."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -11,7 +11,7 @@ _T = TypeVar("_T")
 
 
 class OneByOne:
-    """An oracle that tasks may ask at once, made of one that answers a question at a time."""
+    """Wraps an oracle so that tasks may call it concurrently: its calls are serialised."""
 
     def __init__(self, oracle: Oracle) -> None:
         self._oracle: Final = oracle

@@ -1,4 +1,4 @@
-"""The pytest plugin: chooses what is tested, gives each test its `Contract`, and ends with the verdict."""
+"""The pytest plugin: selects the providers, gives each test its `Contract`, and reports the verdict."""
 
 import os
 import warnings
@@ -27,7 +27,7 @@ from abe_contract_tests.verdict import NO_BROKER, Result
 from abe_contract_tests.waivers import Waiver, read_waivers
 
 _STALL: Final = 20.0
-"""Seconds for which an event loop may stand still before its test is ended."""
+"""Seconds for which an event loop may be blocked before its test is ended."""
 
 _waivers: Final = pytest.StashKey[tuple[Waiver, ...]]()
 _result: Final = pytest.StashKey[Result]()
@@ -44,34 +44,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--contract-strict",
         action="store_true",
-        help="Let an INCOMPLETE verdict fail the run whatever it is for, as it does where the variable CI is set.",
+        help="Fail the run on any INCOMPLETE verdict, as it does where the variable CI is set.",
     )
     group.addoption(
-        "--contract-waivers", metavar="FILE", help="Clauses that may fail for a time: a TOML file of [[waiver]] tables."
+        "--contract-waivers",
+        metavar="FILE",
+        help="Clauses that may fail until a date: a TOML file of [[waiver]] tables.",
     )
     group.addoption(
         "--contract-loop",
         choices=LOOPS,
-        help=f"Run the tests, their workers and their programs on this event loop; else {LOOP_VARIABLE} says which, else asyncio's.",
+        help=f"Run the tests, their workers and their programs on this event loop; by default that of {LOOP_VARIABLE}, else asyncio's.",
     )
     group.addoption("--contract-report", metavar="FILE", help="Write the results as JSON.")
     group.addoption(
         "--contract-keep",
         metavar="DIR",
-        help="Keep there what is known of each failing test: its timeline, its brokers' logs, and what ran beside it.",
+        help="Keep the timeline, the brokers' logs and the concurrent tests of each failing test in this folder.",
     )
     parser.addini(
         "contract_keep",
-        "What --contract-keep is when it is not given; a relative path is one from the root.",
+        "The default of --contract-keep; a relative path is relative to the root.",
         default="",
     )
-    parser.addini("contract_harnesses", "What --contract is when it is not given.", type="args", default=[])
+    parser.addini("contract_harnesses", "The default of --contract.", type="args", default=[])
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-asyncio's
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--contract"):
-        # Each fixture of the suite says its scope; what becomes of those that do not say it concerns no run of the suite.
+        # Every fixture of the suite has an explicit scope, so the default scope does not matter.
         warnings.filterwarnings("ignore", message=".*asyncio_default_fixture_loop_scope", category=DeprecationWarning)
     config.addinivalue_line("markers", f"{MARK}(*ids): the clauses of the contract that the test proves.")
     config.stash[_waivers] = read_waivers(config.getoption("--contract-waivers"))
@@ -79,7 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
         load_harness(name)
     _choose_loop(config)
     config.pluginmanager.register(Keeper(config), "abe-contract-keeper")
-    slowness()  # from now on the machine is looked at
+    slowness()  # starts to sample the machine's load
     if not hasattr(config, "workerinput"):
         # Under pytest-xdist the workers run the tests, and only the controller sees all of their results.
         config.pluginmanager.register(Ledger(config, config.stash[_waivers]), "abe-contract-ledger")
@@ -94,7 +96,7 @@ def _choose_loop(config: pytest.Config) -> None:
         new_event_loop().close()
     except (ValueError, ImportError) as exc:
         raise pytest.UsageError(str(exc)) from exc
-    # Where a plugin has this hook it must answer for every test: it is there for who asked for another loop only.
+    # A plugin with this hook must answer for every test, so it is registered only if another loop was chosen.
     config.pluginmanager.register(_Loops(), "abe-contract-loops")
 
 
@@ -130,7 +132,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _prepare(item: pytest.Function, name: str, waivers: tuple[Waiver, ...]) -> bool:
-    """Tell the item what it proves; return whether it says anything about that provider."""
+    """Attach the item's result and waivers; return whether it applies to that provider."""
     test = suite_test(cast("Any", item).function, item.path.stem)
     assert test is not None
     if not test.applies_to(load_harness(name)):
@@ -165,17 +167,17 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         explain(call.excinfo.value, contract.harness)
     report = cast("pytest.TestReport", (yield))
     if (result := item.stash.get(_result, None)) is not None:
-        # Plain data in the user properties is what pytest-xdist carries from a worker to the controller.
-        told = {"test": result.test, "harness": result.harness, "clauses": list(result.clauses)}
+        # pytest-xdist sends the user properties, plain data, from a worker to the controller.
+        facts = {"test": result.test, "harness": result.harness, "clauses": list(result.clauses)}
         if contract is not None:
-            told |= {"probed": contract.probed, "excused": contract.excused, "broker": contract.broker}
-        report.user_properties.append((RESULT, told))
+            facts |= {"probed": contract.probed, "excused": contract.excused, "broker": contract.broker}
+        report.user_properties.append((RESULT, facts))
     return report  # type: ignore[return-value]  # pyright: ignore[reportReturnType]
 
 
 @pytest.fixture(scope="session")
 def contract_harness(request: pytest.FixtureRequest) -> Iterator[Harness]:
-    """The provider's harness, its broker started. Without a broker its tests are skipped, and fail where the variable CI is set."""
+    """The provider's harness, with its broker started. Without a broker its tests are skipped; where the variable CI is set, they fail."""
     harness = load_harness(request.param)()
     try:
         harness.start()
@@ -191,12 +193,12 @@ def contract_harness(request: pytest.FixtureRequest) -> Iterator[Harness]:
 
 @pytest_asyncio.fixture(loop_scope="function")
 async def contract(contract_harness: Harness, request: pytest.FixtureRequest) -> AsyncIterator[Contract]:
-    """The provider under test, in a namespace of this test's own."""
-    held = Contract(contract_harness)
-    # Whoever debugs makes the loop stand still on purpose.
+    """The provider under test, in a namespace for this test."""
+    made = Contract(contract_harness)
+    # A debugger blocks the loop on purpose.
     stall = None if request.config.option.usepdb else _STALL
-    with held.capturing(), watching(stall), policed(contract_harness):
+    with made.capturing(), watching(stall), policed(contract_harness):
         try:
-            yield held
+            yield made
         finally:
-            await held.aclose()
+            await made.aclose()

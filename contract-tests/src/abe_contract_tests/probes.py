@@ -1,4 +1,4 @@
-"""What must happen where somebody uses a capability that the backend does not declare: a refusal at the call, never silence."""
+"""Negative probes: using a capability that the backend does not declare must be refused at the call."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
@@ -82,7 +82,7 @@ async def _publish_dedup(contract: Contract) -> None:
 
 
 async def _nothing_to_refuse(contract: Contract) -> None:
-    """There is no call that would use it: the backend only says that it does not promise it."""
+    """Do nothing: no call uses this capability, which is only a promise."""
 
 
 PROBES: Final[Mapping[str, Callable[[Contract], Awaitable[None]]]] = {

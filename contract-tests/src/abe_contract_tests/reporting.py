@@ -16,15 +16,15 @@ from abe_contract_tests.verdict import HarnessVerdict, Result, Status, Verdict, 
 from abe_contract_tests.waivers import Waiver
 
 RESULT: Final = "abe_contract"
-"""The user property in which a test's report says what it was about."""
+"""The user property of a test's report with the facts about it."""
 
-_FINE: Final = (Status.PASSED, Status.LATER, Status.NOT_APPLICABLE)
-"""What is listed only where the suite is what the run is about."""
+_UNREMARKABLE: Final = (Status.PASSED, Status.LATER, Status.NOT_APPLICABLE)
+"""Statuses that are listed only in full reports."""
 _SELECTING: Final = ("keyword", "markexpr", "deselect", "lf", "stepwise", "maxfail")
 
 
 class Ledger:
-    """What the session's tests said. Lives where all of their reports arrive."""
+    """The results of the session's tests. It is in the process that receives all of their reports."""
 
     def __init__(self, config: pytest.Config, waivers: tuple[Waiver, ...]) -> None:
         self._config = config
@@ -34,31 +34,31 @@ class Ledger:
         self._verdicts: list[HarnessVerdict] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note what a test's setup, call or teardown came to."""
-        told: dict[str, Any] | None = next((value for name, value in report.user_properties if name == RESULT), None)  # type: ignore[assignment]
-        if told is None:
+        """Record the outcome of a test's setup, call or teardown."""
+        facts: dict[str, Any] | None = next((value for name, value in report.user_properties if name == RESULT), None)  # type: ignore[assignment]
+        if facts is None:
             return
         result = self._results.setdefault(
-            report.nodeid, Result(test=told["test"], harness=told["harness"], clauses=tuple(told["clauses"]))
+            report.nodeid, Result(test=facts["test"], harness=facts["harness"], clauses=tuple(facts["clauses"]))
         )
         result.seconds += report.duration
-        result.probed = told.get("probed", result.probed)
-        result.excused = told.get("excused", result.excused)
-        if "broker" in told:
-            self._brokers[result.harness] = told["broker"]
+        result.probed = facts.get("probed", result.probed)
+        result.excused = facts.get("excused", result.excused)
+        if "broker" in facts:
+            self._brokers[result.harness] = facts["broker"]
         outcome = _outcome(report)
         if outcome != "passed" and result.outcome != "failed":
             result.outcome, result.detail = outcome, _detail(report)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        """Judge, and turn a green exit status red where the verdict is not."""
+        """Judge the providers, and fail the session if a verdict does."""
         if self._config.option.collectonly or not self._results:
             return
         try:
             tests = suite_tests()
         except ImportError:
-            return  # pytest has reported it as an error of the collection; nothing can be said of clauses without all of the tests
+            return  # pytest has reported it as a collection error; without all tests no clause can be judged
         selected = self._selected()
         for name in selected_harnesses(self._config):
             results = [result for result in self._results.values() if result.harness == name]
@@ -69,11 +69,11 @@ class Ledger:
         if (path := self._config.getoption("--contract-report")) is not None:
             Path(path).write_text(json.dumps(contract_report(self._verdicts), indent=1) + "\n")
         strict = self._config.getoption("--contract-strict") or bool(os.environ.get("CI"))
-        if exitstatus == pytest.ExitCode.OK and any(_red(verdict, strict=strict) for verdict in self._verdicts):
+        if exitstatus == pytest.ExitCode.OK and any(_fails(verdict, strict=strict) for verdict in self._verdicts):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Write the verdicts above pytest's own last line."""
+        """Write the verdicts above pytest's last line."""
         verbose = self._config.option.verbose > 0
         full = verbose or bool(self._config.getoption("--contract"))
         brief = self._selected() and not verbose
@@ -92,7 +92,7 @@ class Ledger:
         return not any(arg in names or (config.invocation_params.dir / arg).resolve() in wholes for arg in config.args)
 
 
-def _red(verdict: HarnessVerdict, *, strict: bool) -> bool:
+def _fails(verdict: HarnessVerdict, *, strict: bool) -> bool:
     if verdict.verdict is Verdict.INCOMPLETE:
         return strict or not verdict.tolerable
     return verdict.verdict is Verdict.FAIL
@@ -120,7 +120,7 @@ def _write(out: pytest.TerminalReporter, verdict: HarnessVerdict, *, full: bool,
     out.write_sep("=", f"contract: {verdict.harness}")
     out.write_line(f"{verdict.backend} on {verdict.broker} ({verdict.evidence})")
     left_out = [item for item in verdict.clauses if brief and item.uncollected]
-    shown = [item for item in verdict.clauses if item not in left_out and (full or item.status not in _FINE)]
+    shown = [item for item in verdict.clauses if item not in left_out and (full or item.status not in _UNREMARKABLE)]
     for area, items in groupby(shown, lambda item: item.clause.area):
         if full:
             out.write_line(AREAS[area])
@@ -129,9 +129,7 @@ def _write(out: pytest.TerminalReporter, verdict: HarnessVerdict, *, full: bool,
             detail = f": {item.detail}" if item.detail else ""
             out.write_line(f"  {item.clause.id}  {item.clause.level:<4}  {tests:>9}  {item.status.value}{detail}")
     if left_out:
-        out.write_line(
-            f"  {len(left_out)} clauses were not run: tests of theirs are not in your selection (-v lists them)"
-        )
+        out.write_line(f"  {len(left_out)} clauses were not run: some of their tests are not selected (-v lists them)")
     for complaint in verdict.complaints:
         out.write_line(f"  {complaint}", red=True)
     counts = ", ".join(f"{verdict.count(status)} {status.value}" for status in Status if verdict.count(status))

@@ -1,4 +1,4 @@
-"""Which harnesses a run is about, from the command line, the ini file and the installed distributions."""
+"""Selects the harnesses of a run, from the command line, the ini file and the installed distributions."""
 
 from functools import cache
 from importlib import import_module
@@ -14,17 +14,17 @@ ENTRY_POINTS: Final = "abe.contract_harnesses"
 
 
 def selected_harnesses(config: pytest.Config) -> list[str]:
-    """Return what to test, as it was written: ``--contract``, else the ini option."""
+    """Return the selected names, unchanged: from ``--contract``, else from the ini option."""
     chosen: list[str] = config.getoption("contract") or config.getini("contract_harnesses")
     return list(dict.fromkeys(chosen))
 
 
-@cache  # each test asks, and looking through what is installed takes milliseconds
+@cache  # called for each test, and reading the installed entry points takes milliseconds
 def load_harness(name: str) -> type[Harness]:
     """Return the harness class of a registered name, or of ``module:Class``.
 
     Raises:
-        pytest.UsageError: There is none; the text says which there are.
+        pytest.UsageError: It does not exist; the text lists the registered names.
     """
     if ":" in name:
         module, _, attribute = name.partition(":")
@@ -42,5 +42,5 @@ def load_harness(name: str) -> type[Harness]:
 
 
 def harness_label(name: str) -> str:
-    """Return what stands for the harness in the ids of tests."""
+    """Return the harness's label in the ids of tests."""
     return load_harness(name).name

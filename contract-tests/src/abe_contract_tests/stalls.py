@@ -1,4 +1,4 @@
-"""Ends a test whose event loop stands still: no time-out of asyncio's can, as it needs the loop that stands."""
+"""Ends a test whose event loop is blocked: no timeout of asyncio can, as it needs the loop."""
 
 import asyncio
 import signal
@@ -10,14 +10,14 @@ from abe_contract_tests.bounds import Deadline
 
 
 class LoopStalledError(AssertionError):
-    """Something kept the event loop busy, or blocked it; the traceback shows where it was."""
+    """The event loop was blocked; the traceback shows where."""
 
 
 @contextmanager
 def watching(seconds: float | None) -> Generator[None]:
-    """Raise `LoopStalledError` inside of whatever runs when the running event loop has not turned for that long on a quiet machine.
+    """Raise `LoopStalledError` in the running code when the event loop has made no iteration for `seconds` (multiplied by `slowness`).
 
-    Does nothing without `seconds`, in other threads than the main one, and where there are no timer signals.
+    Does nothing without `seconds`, in other threads than the main one, and on platforms without timer signals.
     """
     if seconds is None or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield

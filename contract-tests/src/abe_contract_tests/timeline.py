@@ -1,25 +1,25 @@
-"""What happened in a test, moment by moment: kept for the one that fails."""
+"""The timeline of the running test, which is reported if it fails."""
 
 import time
 from collections import deque
 from typing import Final
 
 _MOST: Final = 5_000
-"""Entries that are kept of a test, the last ones: a test that publishes for ever notes a lot."""
+"""The number of entries that are kept, the last ones, which bounds the memory of long tests."""
 
 _entries: Final[deque[tuple[float, str]]] = deque(maxlen=_MOST)
 
 
 def note(text: str) -> None:
-    """Write down that this happened now. Any thread may."""
+    """Add an entry with the current time. Safe in any thread."""
     _entries.append((time.time(), text))
 
 
 def begin() -> None:
-    """Forget the test before."""
+    """Clear the timeline for the next test."""
     _entries.clear()
 
 
 def entries() -> list[tuple[float, str]]:
-    """Return what was noted since then: moments by ``time.time()``, and texts."""
+    """Return the entries since `begin`: times by ``time.time()``, and texts."""
     return list(_entries)

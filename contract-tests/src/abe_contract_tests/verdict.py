@@ -1,7 +1,7 @@
-"""From the results of tests to a verdict on each provider: PASS, FAIL or INCOMPLETE.
+"""Judges each provider by the results of its tests: PASS, FAIL or INCOMPLETE.
 
 A clause passes when each of its tests ran and passed. A test that was not executed (deselected, skipped, expected to fail) makes its
-clauses, and the verdict, incomplete: what was not executed is never green.
+clauses, and the verdict, incomplete: it never counts as passed.
 """
 
 from collections import defaultdict
@@ -16,11 +16,11 @@ from abe_contract_tests.manifest import SuiteTest, is_minimal
 from abe_contract_tests.waivers import Waiver
 
 NO_BROKER = "no broker: "
-"""How the reason of a skip begins when the harness could not start."""
+"""The prefix of a skip's reason when the harness could not start."""
 
 
 class Status(StrEnum):
-    """How a clause stands."""
+    """The status of a clause."""
 
     PASSED = "passed"
     FAILED = "failed"
@@ -34,7 +34,7 @@ class Status(StrEnum):
 
 
 class Verdict(StrEnum):
-    """How a provider stands."""
+    """The overall result of a provider."""
 
     PASS = "PASS"
     FAIL = "FAIL"
@@ -59,7 +59,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class ClauseResult:
-    """How one clause stands, and why."""
+    """The status of one clause, and the reason."""
 
     clause: Clause
     status: Status
@@ -71,7 +71,7 @@ class ClauseResult:
 
 @dataclass(frozen=True, slots=True)
 class HarnessVerdict:
-    """How one provider stands."""
+    """The verdict on one provider, with the results behind it."""
 
     harness: str
     backend: str
@@ -80,16 +80,16 @@ class HarnessVerdict:
     verdict: Verdict
     clauses: tuple[ClauseResult, ...]
     complaints: tuple[str, ...]
-    """What fails the run beside the clauses: waivers that expired, or that waive what passes."""
+    """Problems that fail the run besides the clauses: waivers that expired, or whose clause passes."""
     tolerable: bool
-    """For INCOMPLETE: whether all that is missing was left out by the user's own selection, or for want of a broker."""
+    """For INCOMPLETE: whether every missing test was deselected by the user, or had no broker."""
 
     def count(self, *statuses: Status) -> int:
-        """Return how many clauses stand so."""
+        """Return the number of clauses with one of these statuses."""
         return sum(item.status in statuses for item in self.clauses)
 
     def report(self) -> dict[str, Any]:
-        """Return the plain result, for JSON."""
+        """Return the verdict as plain data, for JSON."""
         return {
             "harness": self.harness,
             "backend": self.backend,
@@ -112,7 +112,7 @@ class HarnessVerdict:
 
 
 def contract_report(verdicts: Iterable[HarnessVerdict]) -> dict[str, Any]:
-    """Return the plain result of a run, for JSON."""
+    """Return the verdicts of a run as plain data, for JSON."""
     return {"contract": CONTRACT_VERSION, "providers": [verdict.report() for verdict in verdicts]}
 
 
@@ -129,13 +129,13 @@ def judge(
     """Judge one provider.
 
     Args:
-        name: How the provider was chosen.
+        name: The name by which the provider was selected.
         harness: Its harness.
         tests: All tests of the suite.
-        results: Those of this provider's runs.
-        waivers: What is waived for it.
-        broker: Its version.
-        selected: The user asked for some of the tests only.
+        results: The provider's results.
+        waivers: The waivers of the run.
+        broker: The broker's version.
+        selected: Whether the user selected some of the tests only.
     """
     applicable = [test for test in tests if test.applies_to(harness)]
     found: Mapping[str, list[Result]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Clauses that a provider is known not to keep yet: written down, with a reason and an end."""
+"""Waivers: clauses that a provider is known not to keep yet, each with a reason and an expiry date."""
 
 import tomllib
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from abe_contract_tests.clauses import BY_ID
 
 @dataclass(frozen=True, slots=True)
 class Waiver:
-    """A clause that may fail until a day, and must not pass before the waiver is taken away."""
+    """A clause that may fail until a date. If it passes, the waiver must be removed."""
 
     clause: str
     reason: str
     expires: date
     harness: str | None = None
-    """The provider it is for; None: each that the run is about."""
+    """The provider; None: every provider of the run."""
 
     @property
     def expired(self) -> bool:
-        """Whether its last day is over."""
+        """Whether its last day has passed."""
         return date.today() > self.expires
 
 
@@ -31,7 +31,7 @@ def read_waivers(path: str | None) -> tuple[Waiver, ...]:
     """Read the ``[[waiver]]`` tables of a TOML file.
 
     Raises:
-        pytest.UsageError: It cannot be read, or a waiver lacks something.
+        pytest.UsageError: The file cannot be read, or a waiver is incomplete.
     """
     if path is None:
         return ()

@@ -1,7 +1,7 @@
-"""Other members of the application, which a test can stop, freeze and kill.
+"""Workers: other members of the application, which a test can pause, resume and kill.
 
-On a broker in another process a worker is a process too. On a broker inside this process it is a thread with an event loop of its own,
-which `kill` abandons as a SIGKILL would: its tasks never run again, and nothing is cleaned up.
+If the broker is in another process, a worker is a process too. If it is in this process, a worker is a thread with its own event loop,
+which `kill` abandons like SIGKILL: its tasks never run again, and nothing is cleaned up.
 """
 
 import asyncio
@@ -31,15 +31,15 @@ WorkerFunction: TypeAlias = Callable[..., Awaitable[object]]
 _LINE_LIMIT: Final = 16 * 1024 * 1024
 _KILL_TIMEOUT: Final = 10.0
 _NOTED: Final = 300
-"""Characters of a value that the timeline takes."""
+"""The longest text of a value in the timeline, in characters."""
 
 
-class WorkerFailed(AssertionError):  # noqa: N818 - what happened, not what is wrong
-    """The worker's function raised, or the worker ended although more was expected of it."""
+class WorkerFailed(AssertionError):  # noqa: N818 - names the event
+    """The worker's function raised, or the worker ended too early."""
 
 
 class Worker(Protocol):
-    """A running worker. All waits are the caller's to bound, with ``contract.within()``."""
+    """A running worker. The caller bounds every wait with ``contract.within()``."""
 
     pid: int | None
     """The process's id; None for a thread."""
@@ -57,7 +57,7 @@ class Worker(Protocol):
         ...
 
     async def finished(self) -> None:
-        """Wait until the function has returned and its backend is closed. Reports that nobody fetched are dropped.
+        """Wait until the function has returned and its backend is closed. Pending reports are dropped.
 
         Raises:
             WorkerFailed: The function raised.
@@ -65,29 +65,29 @@ class Worker(Protocol):
         ...
 
     async def kill(self) -> None:
-        """End it at once, with no chance to clean up, and wait until it is gone. May be called repeatedly."""
+        """Kill it without any cleanup, and wait until it has ended. May be called repeatedly."""
         ...
 
     async def pause(self) -> None:
-        """Freeze it, and return when it stands still."""
+        """Suspend it, and return once it is suspended."""
         ...
 
     async def resume(self) -> None:
-        """Let it go on."""
+        """Resume it."""
         ...
 
 
 async def start_worker(
     harness: Harness, environment: Mapping[str, str], function: WorkerFunction, arguments: Mapping[str, Any]
 ) -> Worker:
-    """Start `function` in a process, or in a thread where the broker lives in this process."""
+    """Start `function` in a process, or in a thread if the broker is in this process."""
     if harness.networked:
         return await ProcessWorker.start(harness.backend, environment, function, arguments)
     return ThreadWorker(harness.backend, environment, function, arguments)
 
 
 class ProcessWorker:
-    """A worker in a process of its own, which speaks JSON lines on its standard input and output."""
+    """A worker in its own process, which reads and writes JSON lines on its standard streams."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -101,14 +101,14 @@ class ProcessWorker:
         function: WorkerFunction,
         arguments: Mapping[str, Any],
     ) -> "ProcessWorker":
-        """Start the process; its reports say when it is ready for anything."""
+        """Start the process. Its first report shows that it is running."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "abe_contract_tests.worker_process"),
             *(_path(function), _path(backend), json.dumps(arguments)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=_LINE_LIMIT,
-            # What this process can import, the worker can: tests live in folders that only pytest put on the path.
+            # The worker needs this process's sys.path: pytest added the tests' folders to it.
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
         )
         timeline.note(f"worker {process.pid} starts: {function.__name__} {json.dumps(arguments)}")
@@ -144,7 +144,7 @@ class ProcessWorker:
 
     async def pause(self) -> None:
         self._process.send_signal(signal.SIGSTOP)
-        # The signal is delivered a moment later; until then the worker could still renew a lease.
+        # The signal is delivered asynchronously; until then the worker could still renew a lease.
         while await asyncio.to_thread(_state, self._process.pid) not in "TtZ":  # noqa: ASYNC110 - it has no event for us
             await asyncio.sleep(0.001)
         timeline.note(f"worker {self.pid} is frozen")
@@ -165,7 +165,7 @@ class ProcessWorker:
 
 
 class ThreadWorker:
-    """A worker in a thread, for brokers that live in this process."""
+    """A worker in a thread, for brokers in this process."""
 
     pid: int | None = None
 
@@ -214,12 +214,12 @@ class ThreadWorker:
     async def kill(self) -> None:
         if not self._killed and self._thread.is_alive():
             self._killed = True
-            with suppress(RuntimeError):  # its loop has ended by itself
+            with suppress(RuntimeError):  # its loop has already ended
                 self._loop.call_soon_threadsafe(self._loop.stop)
             await self.resume()
         await asyncio.to_thread(self._thread.join, _KILL_TIMEOUT * slowness())
         if self._thread.is_alive():
-            raise WorkerFailed("the worker keeps its event loop busy, so that it cannot be stopped")
+            raise WorkerFailed("the worker blocks its event loop, so it cannot be stopped")
 
     async def pause(self) -> None:
         standing, self._go_on = asyncio.Event(), threading.Event()
@@ -280,8 +280,8 @@ def _abandon(loop: asyncio.AbstractEventLoop) -> None:
     for task in asyncio.all_tasks(loop):
         # asyncio would report a task destroyed while pending.
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
-        # A coroutine that is collected runs its `finally` blocks, which a killed process would not. Nothing holds an object through
-        # the interpreter's end but a reference that nobody owns.
+        # A collected coroutine runs its `finally` blocks, which a killed process would not. Only a leaked reference keeps an object alive
+        # until after the interpreter's shutdown.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(task))
     _abandoned.append(loop)
 

@@ -33,7 +33,7 @@ class _SqsHarness(Harness):
     backend: ClassVar[type[MessageQueueBackendProtocol]] = SqsBackend
     evidence: ClassVar[Evidence] = "emulator"
     approximate: ClassVar[bool] = True
-    hides_retries: ClassVar[bool] = True
+    retries_in_flight: ClassVar[bool] = True
     server: ClassVar[Literal["moto", "ministack"]]
     variables: ClassVar[Mapping[str, str]] = {}
     """What is set beside the server."""
@@ -107,7 +107,7 @@ class FifoHarness(MiniStackHarness):
     """FIFO queues, where each key is a message group."""
 
     name: ClassVar[str] = "sqs-fifo"
-    hides_retries: ClassVar[bool] = False
+    retries_in_flight: ClassVar[bool] = False
     capacity: ClassVar[int] = 500
     variables: ClassVar[Mapping[str, str]] = {"SQS_FIFO": "true"}
 

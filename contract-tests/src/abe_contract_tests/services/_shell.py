@@ -190,9 +190,9 @@ class RabbitMQShell:
             answer = (b"" if self._companion is None else self._ask(question)) or self._ask(question)
             if not answer:
                 raise RuntimeError("no Erlang shell starts beside RabbitMQ")
-            verdict, text = answer.split(b" ", 1)
+            status, text = answer.split(b" ", 1)
             result = base64.b64decode(text).decode()
-            if verdict != b"ok":
+            if status != b"ok":
                 raise RuntimeError(f"RabbitMQ could not evaluate the expressions: {result}")
             return result
 

@@ -64,14 +64,14 @@ async def hold_all(
 
 
 async def settle_on_request(backend: "TransportBackend", report: Report, receive: Receive, *, group: str) -> None:
-    """Receive one message and report it; settle it as the test says, and report what that raised, or "done"."""
+    """Receive one message and report it; settle it with the method that the test sends, and report the error's type, or "done"."""
     async with backend.consume(group=group, prefetch=1) as subscription:
         message = await subscription.receive()
         report({"n": message["n"], "attempt": message.attempt})
         while True:
-            verb = await receive()
+            method = await receive()
             try:
-                await getattr(message, verb)()
+                await getattr(message, method)()
             except AbeError as exc:
                 report(type(exc).__name__)
             else:

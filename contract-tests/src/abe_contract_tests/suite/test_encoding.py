@@ -221,7 +221,7 @@ async def test_what_json_cannot_hold_is_refused_and_nothing_is_published(contrac
 
 
 @clause("C-ENC-03")
-async def test_a_stranger_s_plain_json_is_delivered(contract: Contract) -> None:
+async def test_a_foreign_message_of_plain_json_is_delivered(contract: Contract) -> None:
     backend = contract.backend()
     oracle = await contract.oracle()
     async with contract.within():

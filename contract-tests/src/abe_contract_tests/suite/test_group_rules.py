@@ -55,7 +55,7 @@ async def test_the_setting_declares_groups_with_their_patterns_and_changes_none(
 
 
 @clause("C-GRP-09")
-async def test_a_group_that_does_not_exist_is_told_as_missing(contract: Contract) -> None:
+async def test_a_group_that_does_not_exist_is_reported_as_missing(contract: Contract) -> None:
     backend = contract.backend()
     async with contract.within():
         await backend.declare("there")

@@ -1,4 +1,4 @@
-"""C-PSN-01 and C-PSN-02: messages that nobody can handle."""
+"""C-PSN-01 and C-PSN-02: messages that no handler succeeds on."""
 
 import asyncio
 import time
@@ -167,8 +167,8 @@ async def _rejecting() -> None:
 
 
 @clause("C-PSN-02", capability="dead_letter")
-@pytest.mark.parametrize("verdict", ["exception", "reject"])
-async def test_a_handler_that_fails_for_good_fills_the_dead_letter(contract: Contract, verdict: str) -> None:
+@pytest.mark.parametrize("settlement", ["exception", "reject"])
+async def test_a_handler_that_fails_for_good_fills_the_dead_letter(contract: Contract, settlement: str) -> None:
     backend = contract.backend()
     oracle = await contract.oracle()
     attempts: Counter[int] = Counter()
@@ -176,7 +176,7 @@ async def test_a_handler_that_fails_for_good_fills_the_dead_letter(contract: Con
     async def handler(message: Message) -> None:
         attempts[message["n"]] += 1
         if message["n"] == 0:
-            raise Reject("never") if verdict == "reject" else ValueError("always")
+            raise Reject("never") if settlement == "reject" else ValueError("always")
 
     async with contract.within():
         await backend.declare("g")
@@ -188,10 +188,10 @@ async def test_a_handler_that_fails_for_good_fills_the_dead_letter(contract: Con
         await consumer.shutdown()
         await running
         (letter,) = await backend.dead_letters("g").list()
-    assert attempts.pop(0) == letter.attempts == (1 if verdict == "reject" else 3)
-    assert ("never" if verdict == "reject" else "always") in letter.reason
-    assert verdict == "reject" or "ValueError" in letter.error
-    # The others were neither held up nor repeated.
+    assert attempts.pop(0) == letter.attempts == (1 if settlement == "reject" else 3)
+    assert ("never" if settlement == "reject" else "always") in letter.reason
+    assert settlement == "reject" or "ValueError" in letter.error
+    # The others were neither delayed nor repeated.
     assert attempts == dict.fromkeys(range(1, 50), 1)
 
 
@@ -211,7 +211,7 @@ async def test_others_keep_flowing_while_a_message_fails_and_waits(contract: Con
                     seen.add(message["n"])
                     await message.ack()
         counts = await (await contract.oracle()).counts("g")
-        postponed = counts.in_flight if contract.harness.hides_retries else counts.delayed
+        postponed = counts.in_flight if contract.harness.retries_in_flight else counts.delayed
         assert (postponed, counts.total) == (1, 1)
 
 
@@ -229,7 +229,7 @@ async def test_a_message_that_kills_its_process_ends_in_the_dead_letters(contrac
                 await worker.kill()
         await backend.publish_many(numbered(2, start=1))
         async with backend.consume(group="g", max_attempts=2) as subscription:
-            # Never yielded again: whoever takes it next buries it before the handler runs.
+            # Never yielded again: the next consumer makes it a dead letter before the handler runs.
             assert sorted(numbers(await collect(subscription, 2))) == [1, 2]
             waiting = asyncio.ensure_future(subscription.receive())
             await until_dead(oracle, "g", 1)

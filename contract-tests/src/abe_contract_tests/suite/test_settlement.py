@@ -24,7 +24,7 @@ from abe_contract_tests.suite.steps import (
     until_in_flight,
 )
 
-VERBS: Final = ("ack", "nack", "reject")
+SETTLING_METHODS: Final = ("ack", "nack", "reject")
 
 
 class HandlerError(Exception):
@@ -170,7 +170,9 @@ async def test_an_exception_out_of_the_block_fails_the_message_and_propagates(co
 
 
 @clause("C-ACK-03", capability="dead_letter")
-async def test_an_exception_out_of_the_block_on_the_last_attempt_is_told_in_the_dead_letter(contract: Contract) -> None:
+async def test_an_exception_out_of_the_block_on_the_last_attempt_is_recorded_in_the_dead_letter(
+    contract: Contract,
+) -> None:
     backend = contract.backend()
     async with contract.within():
         await backend.declare("g")
@@ -239,8 +241,8 @@ async def test_an_exception_out_of_a_handler_fails_the_message_and_the_consumer_
 
 
 @clause("C-ACK-04")
-@pytest.mark.parametrize("first", VERBS)
-@pytest.mark.parametrize("second", VERBS)
+@pytest.mark.parametrize("first", SETTLING_METHODS)
+@pytest.mark.parametrize("second", SETTLING_METHODS)
 async def test_the_first_settlement_wins(contract: Contract, first: str, second: str) -> None:
     backend = contract.backend()
     oracle = await contract.oracle()
@@ -307,8 +309,8 @@ async def test_a_message_settled_in_the_loop_body_is_not_settled_again_by_the_lo
 
 
 @clause("C-ACK-05", capability="lease")
-@pytest.mark.parametrize("verb", VERBS)
-async def test_settling_after_the_lease_was_lost_says_so(contract: Contract, verb: str) -> None:
+@pytest.mark.parametrize("method", SETTLING_METHODS)
+async def test_settling_after_the_lease_was_lost_says_so(contract: Contract, method: str) -> None:
     backend = contract.backend()
     oracle = await contract.oracle()
     async with contract.within(15):
@@ -320,11 +322,11 @@ async def test_settling_after_the_lease_was_lost_says_so(contract: Contract, ver
             async with backend.consume(group="g") as subscription:
                 mine = await subscription.receive()
                 assert (mine["n"], mine.attempt) == (1, 2)
-                await worker.send(verb)
+                await worker.send(method)
                 await worker.resume()
                 assert await worker.next_report() == "LeaseLostError"
                 assert await worker.next_report() is True
-                # The verdict of the one who lost it changed nothing: it is still ours, and nobody else's.
+                # The settlement of the consumer that lost it changed nothing: it is still in flight here.
                 counts = await oracle.counts("g")
                 assert (counts.in_flight, counts.total, counts.dead) == (1, 1, 0)
                 await mine.ack()
