@@ -148,3 +148,11 @@ def test_the_readmes_first_example_does_on_its_broker_what_it_says(
     done = run("-W", "error", str(tmp_path / "example.py"), **environ)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ("shipped 1\n" if "{}" in readme else "billing Order(order_id=17, cents=1099)\n")
+
+
+def test_the_example_of_a_provider_is_as_short_as_the_guide_says() -> None:
+    (claimed,) = re.findall(
+        r"examples/custom_provider\), (\d+) lines in all", (ROOT / "docs" / "PROVIDERS.md").read_text()
+    )
+    modules = [path for path in ROOT.glob("examples/custom_provider/src/*/*.py") if path.name != "harness.py"]
+    assert 0 < sum(len(path.read_text().splitlines()) for path in modules) <= int(claimed)
