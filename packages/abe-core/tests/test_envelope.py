@@ -68,7 +68,7 @@ def test_a_header_that_is_not_ours_cannot_be_read(rest: bytes) -> None:
 
 
 def test_a_dead_letter_tells_times_in_seconds() -> None:
-    letter = dead_letter(Metadata("i", "k", 1500), b"b", attempts=3, reason="r", error="e", dead_at=2500)
+    letter = dead_letter(Metadata("i", "k", 1500), b"b", attempts=3, reason="r", error="e", dead_at=2.5)
     assert asdict(letter) == {
         "id": "i",
         "key": "k",

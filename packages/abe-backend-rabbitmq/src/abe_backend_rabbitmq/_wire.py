@@ -295,7 +295,7 @@ def dead_letter(header: Header, body: bytes) -> DeadLetter:
         attempts=_number(given, "abe-attempt") if by_us else attempts(given),
         reason=str(given.get("abe-reason") or ("" if by_us else "dead-lettered by the broker")),
         error=str(given.get("abe-error") or ""),
-        dead_at=_number(given, "abe-dead-at"),
+        dead_at=_number(given, "abe-dead-at") / 1000,
     )
 
 

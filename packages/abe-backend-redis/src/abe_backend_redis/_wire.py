@@ -63,7 +63,7 @@ def dead_letter(entry: bytes, fields: Fields) -> DeadLetter:
         attempts=_number(named.get(b"a")),
         reason=named.get(b"r", b"").decode(errors="replace"),
         error=named.get(b"e", b"").decode(errors="replace"),
-        dead_at=_number(named.get(b"t")),
+        dead_at=_number(named.get(b"t")) / 1000,
     )
 
 

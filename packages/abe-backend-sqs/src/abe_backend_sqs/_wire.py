@@ -255,7 +255,7 @@ def dead_letter(message: Message) -> DeadLetter:
         attempts=death.attempts,
         reason=death.reason,
         error=death.error,
-        dead_at=death.at,
+        dead_at=death.at / 1000,
     )
 
 

@@ -74,7 +74,9 @@ def metadata_of(header: Header) -> Metadata:
     return Metadata(header.id, header.key, header.published_at, header.headers)
 
 
-def dead_letter(metadata: Metadata, body: bytes, *, attempts: int, reason: str, error: str, dead_at: int) -> DeadLetter:
+def dead_letter(
+    metadata: Metadata, body: bytes, *, attempts: int, reason: str, error: str, dead_at: float
+) -> DeadLetter:
     """Return a dead letter.
 
     Args:
@@ -83,7 +85,7 @@ def dead_letter(metadata: Metadata, body: bytes, *, attempts: int, reason: str, 
         attempts: How often it was delivered.
         reason: Why it is dead.
         error: The last failure's traceback.
-        dead_at: When it died, in milliseconds since the epoch.
+        dead_at: When it died, in seconds since the epoch.
     """
     return DeadLetter(
         id=metadata.id,
@@ -94,5 +96,5 @@ def dead_letter(metadata: Metadata, body: bytes, *, attempts: int, reason: str, 
         reason=reason,
         error=error,
         published_at=metadata.published_at / 1000,
-        dead_at=dead_at / 1000,
+        dead_at=dead_at,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
 
 from abe.backends.message_queue.base.capabilities import Capabilities, Durability
-from abe.backends.message_queue.base.envelope import Header, HeaderDecoder, encode_header, metadata_of
+from abe.backends.message_queue.base.envelope import Header, HeaderDecoder, dead_letter, encode_header, metadata_of
 from abe.backends.message_queue.base.groups import DeadLetter, GroupStats
 from abe.backends.message_queue.base.names import EVERYTHING
 from abe.backends.message_queue.base.polling import PollingReceiver, Taken
@@ -253,16 +253,8 @@ def _read(row: Row) -> tuple[Metadata, str | None]:
 
 def _dead_letter(row: Row) -> DeadLetter:
     metadata, _ = _read(row)
-    return DeadLetter(
-        id=metadata.id,
-        key=metadata.key,
-        body=row.body,
-        headers=metadata.headers or {},
-        attempts=row.attempts,
-        reason=row.reason,
-        error=row.error,
-        published_at=metadata.published_at / 1000,
-        dead_at=row.dead_at,
+    return dead_letter(
+        metadata, row.body, attempts=row.attempts, reason=row.reason, error=row.error, dead_at=row.dead_at
     )
 
 
