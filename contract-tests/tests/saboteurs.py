@@ -427,7 +427,7 @@ class PublishesToAll(WithTransport):
 
     class transport(Wrapped):  # noqa: N801
         async def send(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
-            return await self.inner.send([envelope._replace(group=None) for envelope in envelopes])
+            return await self.inner.send([msgspec.structs.replace(envelope, group=None) for envelope in envelopes])
 
 
 @breaks("C-PUB-12")
@@ -465,7 +465,7 @@ class ForgetsTheDelay(WithTransport):
 
     class transport(Wrapped):  # noqa: N801
         async def send(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
-            return await self.inner.send([envelope._replace(delay=0.0) for envelope in envelopes])
+            return await self.inner.send([msgspec.structs.replace(envelope, delay=0.0) for envelope in envelopes])
 
 
 @breaks("C-DLY-01")
@@ -494,7 +494,7 @@ class LosesHeaders(WithTransport):
 
     class transport(Wrapped):  # noqa: N801
         async def send(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
-            return await self.inner.send([envelope._replace(headers=None) for envelope in envelopes])
+            return await self.inner.send([msgspec.structs.replace(envelope, headers=None) for envelope in envelopes])
 
 
 class UnbrokenHarness(MemoryHarness):

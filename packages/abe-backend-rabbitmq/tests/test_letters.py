@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 import pytest
 
 from abe.backends.message_queue.base import DeadLetter, Delivery, Disposition, Settlement
@@ -119,7 +120,7 @@ class TestLargeNumbers:
         await transport.declare("g", None, change=True)
         copies: list[Outgoing] = []
         for number, size in enumerate(sizes):
-            envelope = lab.envelope(body=b"x" * size)._replace(id=f"letter-{number}")
+            envelope = msgspec.structs.replace(lab.envelope(body=b"x" * size), id=f"letter-{number}")
             properties = _wire.buried(Header(_wire.pack(envelope), "x", "k"), envelope.body, 1, "why", "")
             copies.append(Outgoing("", lab.names.dead("g"), properties, envelope.body, envelope.id))
             if len(copies) == 250 or number + 1 == len(sizes):

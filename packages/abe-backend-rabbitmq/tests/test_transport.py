@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aio_pika
+import msgspec
 import pytest
 
 from abe.backends.message_queue.base import DeadLetter, Delivery, Disposition, Settlement
@@ -222,12 +223,12 @@ class TestOneGroup:
         self, lab: Any, collect: Collect, delay: float, max_backlog: int | None
     ) -> None:
         transport = await lab.transport(max_backlog=max_backlog)
-        missing = lab.envelope("k", delay=delay)._replace(group="g")
+        missing = msgspec.structs.replace(lab.envelope("k", delay=delay), group="g")
         (outcome,) = await transport.send([missing])
         assert str(outcome) == "there is no group 'g'"
         await transport.declare("g", ("nothing",), change=True)
         await transport.declare("h", None, change=True)
-        envelope = lab.envelope("k", delay=delay, headers={"a": "b"})._replace(group="g")
+        envelope = msgspec.structs.replace(lab.envelope("k", delay=delay, headers={"a": "b"}), group="g")
         assert await transport.send([envelope, lab.envelope("nothing")]) == ()
         receiver = await lab.receiver(transport)
         found = [receiver.metadata(each) for each in await collect(receiver, 2)]

@@ -165,10 +165,10 @@ class Sender:
         return outcomes
 
     def _outgoing(self, envelope: Envelope) -> Outgoing:
-        id, key, body, _, _, _, group = envelope
-        if group is None:
+        id, key, body = envelope.id, envelope.key, envelope.body
+        if envelope.group is None:
             return Outgoing(self._topology.exchange, key, _wire.pack(envelope), body, id)
-        return Outgoing("", self._topology.queue(group), _wire.pack(envelope, ("abe-key", key)), body, id)
+        return Outgoing("", self._topology.queue(envelope.group), _wire.pack(envelope, ("abe-key", key)), body, id)
 
     async def _refused(self, envelope: Envelope, refusal: BackpressureError) -> AbeError:
         """Return the outcome of a message that some queue refused: it is nowhere if no other group could have taken it."""
@@ -260,7 +260,7 @@ class Sender:
     async def _copies(self, registry: Registry, job: _Job) -> Sequence[tuple[str, Outgoing]] | None:
         """Return the copies to the groups that have none yet; None: whether no group wants it is to be looked up anew."""
         envelope = job.envelope
-        id, key, body, _, _, delay, group = envelope
+        key, delay, group = envelope.key, envelope.delay, envelope.group
         later = self._topology.later
         groups = registry.wanting(key) if group is None else [group] if group in registry.groups else []
         if not groups and not job.done and delay and (registry.groups or group is not None):
@@ -272,7 +272,7 @@ class Sender:
         if not registry.groups and delay:
             due = int((time.time() + delay) * 1000) + 1
             properties = _wire.pack(envelope, ("abe-key", key), ("abe-due", due))
-            return [("", Outgoing(later, f"{registry.version}.held", properties, body, id))]
+            return [("", Outgoing(later, f"{registry.version}.held", properties, envelope.body, envelope.id))]
         copies: list[tuple[str, Outgoing]] = []
         for name in groups:
             if name in job.done:
@@ -285,7 +285,9 @@ class Sender:
                 except GroupMissingError:
                     return None  # it was deleted meanwhile
             properties = _wire.pack(envelope, ("abe-key", key), *waiting)
-            copies.append((name, Outgoing(later, f"{registry.version}.{words}", properties, body, id)))
+            copies.append(
+                (name, Outgoing(later, f"{registry.version}.{words}", properties, envelope.body, envelope.id))
+            )
         return copies
 
 

@@ -89,11 +89,11 @@ def pack(envelope: Envelope, *extra: tuple[str, str | int]) -> bytes:
         envelope: The message.
         extra: More headers of ours.
     """
-    id, _, _, published_at, headers, _, _ = envelope
+    published_at, headers = envelope.published_at, envelope.headers
     table = _VERSION_FIELD + _TIME_FIELD + _U64.pack(published_at)
     if headers or extra:
         table += _pack_headers(headers or {}, extra)
-    raw = id.encode()
+    raw = envelope.id.encode()
     return b"".join(
         (_HEAD, _U32.pack(len(table)), table, _PERSISTENT, bytes((len(raw),)), raw, _U64.pack(published_at // 1000))
     )

@@ -41,8 +41,8 @@ encode: Final = msgspec.json.Encoder().encode
 
 def encode_header(envelope: Envelope) -> bytes:
     """Return the header of an envelope."""
-    id, key, _, published_at, headers, _, _ = envelope
-    return encode((VERSION, id, key, published_at) if headers is None else (VERSION, id, key, published_at, headers))
+    known = (VERSION, envelope.id, envelope.key, envelope.published_at)
+    return encode(known if envelope.headers is None else (*known, envelope.headers))
 
 
 class HeaderDecoder(Generic[_H]):

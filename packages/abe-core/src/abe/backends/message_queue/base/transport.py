@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+import msgspec
+
 from abe.backends.message_queue.base.groups import DeadLetter, GroupStats
 from abe.errors import AbeError
 
@@ -26,7 +28,7 @@ Outcomes: TypeAlias = Sequence[AbeError | None]
 """What went wrong with each of a batch, in its order; None: it was done. An empty sequence: all were."""
 
 
-class Envelope(NamedTuple):
+class Envelope(msgspec.Struct, frozen=True, gc=False):
     """A message on its way to the broker.
 
     Attributes:
@@ -64,7 +66,7 @@ class Metadata(NamedTuple):
     headers: Mapping[str, str] | None = None
 
 
-class Delivery:
+class Delivery(msgspec.Struct, eq=False):
     """A message that the broker gave us, until it is settled. It is compared by identity: the next delivery of a message is another.
 
     Attributes:
@@ -80,27 +82,15 @@ class Delivery:
         lost: It is known not to be ours any more.
     """
 
-    __slots__ = ("attempt", "begun", "body", "fault", "handled", "header", "lost", "native", "uncertain")
-
-    def __init__(
-        self,
-        body: bytes,
-        header: object,
-        attempt: int,
-        native: Any,
-        *,
-        fault: str | None = None,
-        uncertain: int = 0,
-    ) -> None:
-        self.body: bytes = body
-        self.header: object = header
-        self.attempt: int = attempt
-        self.native: Any = native
-        self.fault: str | None = fault
-        self.uncertain: int = uncertain
-        self.begun: bool = False
-        self.handled: bool = False
-        self.lost: bool = False
+    body: bytes
+    header: object
+    attempt: int
+    native: Any
+    fault: str | None = None
+    uncertain: int = 0
+    begun: bool = False
+    handled: bool = False
+    lost: bool = False
 
 
 class Disposition(Enum):

@@ -12,8 +12,8 @@ class _Ids:
         os.register_at_fork(after_in_child=self.renew)
 
     def renew(self) -> None:
-        prefix, serial = os.urandom(8).hex(), count().__next__
-        self.next: Callable[[], str] = lambda: f"{prefix}{serial():x}"
+        self.prefix: str = os.urandom(8).hex()
+        self.serial: Callable[[], int] = count().__next__
 
 
 _ids: Final = _Ids()
@@ -21,4 +21,4 @@ _ids: Final = _Ids()
 
 def next_id() -> str:
     """Return a globally unique id."""
-    return _ids.next()
+    return f"{_ids.prefix}{_ids.serial()}"

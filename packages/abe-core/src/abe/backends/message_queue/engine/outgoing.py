@@ -73,7 +73,7 @@ class Outgoing:
             next_id() if id is None else check_id(id),
             key,
             body,
-            int(time.time() * 1000),
+            time.time_ns() // 1_000_000,
             check_headers(headers) if headers else None,
             self._delay(capabilities, delay) if delay else 0.0,
             None if group is None else self.group(capabilities, group),
