@@ -231,7 +231,7 @@ class AcksWhatSomebodyElseHolds(WithReceiver):
             wanted = {delivery.header.id for delivery in deliveries}
             with self.inner._namespace.lock:
                 held = self.inner._namespace.queues[self.inner._group].held
-                for number in [number for number, entry in held.items() if entry.item.envelope.id in wanted]:
+                for number in [number for number, entry in held.items() if entry.envelope.id in wanted]:
                     del held[number]
             return ()
 

@@ -87,11 +87,22 @@ class ScriptedTransport:
         return step  # type: ignore[no-any-return]
 
 
+_connected = False
+
+
+@pytest.fixture
+def connected(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have publishers believe that they are connected, or not, as the parameter says."""
+    monkeypatch.setattr(f"{__name__}._connected", request.param)
+
+
 def publisher_on(
     transport: ScriptedTransport, *, timeout: float = 5, count: int = 1000, size: int = 10**6
 ) -> Publisher:
     fake: Any = transport
-    return Publisher(fake, transport.open, timeout=timeout, max_count=count, max_bytes=size)
+    publisher = Publisher(fake, transport.open, timeout=timeout, max_count=count, max_bytes=size)
+    publisher._connected = _connected and transport.opening is None
+    return publisher
 
 
 async def published(publisher: Publisher, *numbers: int, size: int = 1) -> Sequence[AbeError | BaseException | None]:
@@ -100,6 +111,8 @@ async def published(publisher: Publisher, *numbers: int, size: int = 1) -> Seque
         return await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@pytest.mark.parametrize("connected", [False, True], ids=["new", "connected"], indirect=True)
+@pytest.mark.usefixtures("connected")
 class TestPublisher:
     async def test_a_lone_publish_leaves_at_once_in_its_callers_task(self) -> None:
         gate = asyncio.Event()
@@ -410,6 +423,66 @@ class TestPublisher:
         assert isinstance(outcome, PublishUnknownError)
         assert isinstance(outcome.__cause__, TypeError)
 
+    @pytest.mark.parametrize("outcomes", [(), [None], (None,), [BackpressureError("full")]])
+    async def test_a_lone_publish_that_is_answered_at_once_lets_nothing_else_run(self, outcomes: Outcomes) -> None:
+        publisher = publisher_on(ScriptedTransport(outcomes))
+        publishing = publisher.publish(envelope(1))
+        with pytest.raises(StopIteration) as end:
+            publishing.send(None)
+        assert end.value.value == (outcomes[0] if outcomes else None)
+        await within(publisher.close(0.01))
+
+    async def test_a_lone_publish_of_no_time_that_was_sent_is_unknown(self) -> None:
+        publisher = publisher_on(ScriptedTransport((), asyncio.Event()), timeout=60)
+        assert await publisher.publish(envelope(1)) is None
+        assert isinstance(await within(publisher.publish(envelope(2), 1e-9)), PublishUnknownError)
+
+    @pytest.mark.parametrize("way", ["cancelled", "closed"])
+    async def test_a_lone_publish_that_is_ended_leaves_nothing_behind(self, way: str) -> None:
+        transport = ScriptedTransport(asyncio.Event())
+        publisher = publisher_on(transport, timeout=60)
+        task = asyncio.create_task(publisher.publish(envelope(1)))
+        await turns()
+        if way == "closed":
+            await within(publisher.close(0.01))
+            assert isinstance(await within(task), PublishUnknownError)
+        else:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await published(publisher, 2) == [None]
+        assert publisher._room.count == 0
+
+    async def test_a_transport_is_opened_once_and_again_after_a_failure(self) -> None:
+        transport = ScriptedTransport((), (), BackendConnectionError("gone"))
+        opened: list[int] = []
+
+        async def note() -> None:
+            opened.append(len(transport.sends))
+
+        fake: Any = transport
+        publisher = Publisher(fake, note, timeout=5, max_count=10, max_bytes=1000)
+        async with bounds.within(5):
+            for number in range(4):
+                assert await publisher.publish(envelope(number)) is None
+        assert transport.ids == ["id0", "id1", "id2", "id2", "id3"]
+        assert opened == [0, 3]
+
+    async def test_publish_many_that_is_cancelled_tries_none_again(self) -> None:
+        gate = asyncio.Event()
+        transport = ScriptedTransport(gate)
+        publisher = publisher_on(transport, timeout=60)
+        many = asyncio.create_task(publisher.publish_many([envelope(number) for number in range(5)]))
+        await turns()
+        many.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await many
+        transport.script.append(BackendConnectionError("gone"))
+        gate.set()
+        await turns()
+        assert await published(publisher, 9) == [None]
+        assert transport.ids.count("id4") <= 1
+
 
 class ScriptedReceiver:
     """A broker's side of a group that holds what it was given, and notes what it is asked."""
@@ -479,6 +552,15 @@ def delivery(
     return Delivery(body, None, attempt, number, fault=fault, uncertain=uncertain)
 
 
+_at_once = False
+
+
+@pytest.fixture
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have receivers say that they acknowledge without waiting, or not, as the parameter says."""
+    monkeypatch.setattr(f"{__name__}._at_once", request.param)
+
+
 def settler_on(
     receiver: ScriptedReceiver,
     clock: ManualClock,
@@ -492,7 +574,7 @@ def settler_on(
 ) -> Settler:
     return Settler(
         receiver,
-        settling or Settling(),
+        settling or Settling(at_once=_at_once),
         count=lambda: count,
         sure=lambda: sure,
         settled=sent,
@@ -507,6 +589,8 @@ def numbers(deliveries: Iterable[Delivery]) -> list[int]:
     return sorted(delivery.native for delivery in deliveries)
 
 
+@pytest.mark.parametrize("at_once", [False, True], ids=["by a task", "at once"], indirect=True)
+@pytest.mark.usefixtures("at_once")
 class TestSettler:
     async def test_the_acknowledgements_of_one_turn_leave_together(self, manual_clock: ManualClock) -> None:
         receiver, sent = ScriptedReceiver(), list[int]()
@@ -718,6 +802,41 @@ class TestSettler:
         waiters = [settler.submit(delivery(number), None) for number in (1, 2)]
         found = await within(asyncio.gather(*waiters))
         assert [isinstance(each, LeaseLostError) for each in found] == [wrong, wrong]
+
+
+async def test_acknowledgements_at_once_need_no_task(manual_clock: ManualClock) -> None:
+    receiver, sent = ScriptedReceiver(), list[int]()
+    settler = settler_on(
+        receiver, manual_clock, settling=Settling(at_once=True), sent=lambda: sent.append(settler.outstanding)
+    )
+    settler.ack(delivery(1))
+    settler.ack(delivery(2))
+    tasks = asyncio.all_tasks()
+    await asyncio.sleep(0)
+    assert receiver.acks == [([1, 2], False)]
+    assert sent == [0]
+    assert asyncio.all_tasks() == tasks
+    assert settler.deliveries() == []
+
+
+async def test_what_is_said_to_be_at_once_and_waits_is_carried_out_too(manual_clock: ManualClock) -> None:
+    gate = asyncio.Event()
+
+    class Waiting(ScriptedReceiver):
+        async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
+            await gate.wait()
+            return await super().ack(deliveries, verify=verify)
+
+    receiver, item = Waiting(), delivery(1)
+    settler = settler_on(receiver, manual_clock, settling=Settling(at_once=True))
+    settler.ack(item)
+    await turns()
+    assert settler.deliveries() == [item]
+    assert settler.outstanding == 1
+    gate.set()
+    await within(settler.drain())
+    assert receiver.acks == [([1], False)]
+    assert settler.outstanding == 0
 
 
 class TestLingering:

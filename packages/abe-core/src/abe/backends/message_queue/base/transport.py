@@ -149,10 +149,12 @@ class Settling:
         messages: Deliveries of one call, at most: what keeps one request short.
         linger: Seconds for which acknowledgements that nobody waits for may wait until `messages` of them share a call, where a broker's
             requests are expensive. 0: those of one turn of the event loop leave together.
+        at_once: Whether `Receiver.ack` never waits for anything. It is called outside of a task then, which it must not need.
     """
 
     messages: int = 500
     linger: float = 0.0
+    at_once: bool = False
 
 
 class Receiver(Protocol):
@@ -268,6 +270,8 @@ class Transport(Protocol):
 
     async def open(self) -> None:
         """Connect; a no-op when connected. Checks what can be checked about the broker.
+
+        It is called before the first `send`, and again after one that failed; `send` itself connects when the connection was lost.
 
         Raises:
             BackendConnectionError: It cannot be reached now.

@@ -124,7 +124,7 @@ class InFlight:
         """Acknowledge with the next batch; a failure is logged."""
         if message._settled is None:  # pyright: ignore[reportPrivateUsage]
             message._settled = "ack"  # pyright: ignore[reportPrivateUsage]
-            delivery = _delivery(message)
+            delivery = message._delivery  # pyright: ignore[reportPrivateUsage]
             delivery.handled = True
             if delivery in self.live:
                 del self.live[delivery]

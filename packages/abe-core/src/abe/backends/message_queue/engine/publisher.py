@@ -3,6 +3,8 @@
 A lone publish leaves at once, in its caller's own task. Concurrent ones collect into a batch that leaves on the next turn of the loop;
 while as many batches as the transport allows are under way, the next one collects until one returns. There is no timer and no task per
 message, and a publisher that is cancelled leaves alone: its batch goes on without it.
+
+Where the transport answers a lone publish without waiting, nothing is counted and nothing is bounded: nobody has seen it on its way.
 """
 
 import asyncio
@@ -14,7 +16,10 @@ from typing import Final
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.clock import pause
-from abe.backends.message_queue.base.transport import Envelope, Transport
+from abe.backends.message_queue.base.transport import Envelope, Outcomes, Transport
+from abe.backends.message_queue.engine.deadlines import Deadlines
+from abe.backends.message_queue.engine.room import Room
+from abe.backends.message_queue.engine.stepping import Begun, begin
 from abe.errors import (
     AbeError,
     BackendClosedError,
@@ -28,6 +33,8 @@ _log: Final = logging.getLogger("abe.engine")
 _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=2.0)
 
 
+_ACCEPTED: Final = [None]
+
 _AGAIN: Final = (BackendConnectionError, PublishUnknownError)
 """Outcomes that are not final: the message is sent again, with the same id."""
 
@@ -39,17 +46,18 @@ may be told late: a timer for each would be dear."""
 class _Batch:
     """Messages that leave together. Nobody has more time than its deadline; whoever has less leaves by a timer of its own."""
 
-    def __init__(self, deadline: float, patience: float) -> None:
-        self.envelopes: list[Envelope] = []
+    # Of the class until they change, as there is a batch for each lone message.
+    size = 0
+    sent = False
+    sending = False
+    doubtful: frozenset[int] = frozenset()  # those that an earlier try may have brought to the broker
+    error: AbeError | None = None
+
+    def __init__(self, envelopes: list[Envelope], deadline: float, patience: float) -> None:
+        self.envelopes = envelopes
         self.futures: list[asyncio.Future[AbeError | None]] = []
-        self.size = 0
-        self.sent = False
         self.deadline = deadline
         self.patience = patience
-        self.sending = False
-        self.doubtful: set[int] = set()  # those that an earlier try may have brought to the broker
-        self.error: AbeError | None = None
-        self.bound: asyncio.Timeout | None = None
 
 
 class Publisher:
@@ -75,22 +83,17 @@ class Publisher:
         self._transport = transport
         self._opened = opened
         self._timeout = timeout
-        self._max_count = max_count
-        self._max_bytes = max_bytes
         self._limits = transport.batching
         self._loop = asyncio.get_running_loop()
+        self._deadlines = Deadlines(self._loop)
         self._current: _Batch | None = None
         self._ready: deque[_Batch] = deque()
         self._flying = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._under_way: set[_Batch] = set()
         self._scheduled = False
         self._alone = True
-        self._count = 0
-        self._bytes = 0
-        self._room: deque[asyncio.Future[None]] = deque()
-        self._closed = False
-        self._idle: asyncio.Future[None] | None = None
+        self._room = Room(max_count=max_count, max_bytes=max_bytes)
+        self._connected = False
         self._abandoned = asyncio.Event()
         self._troubled = False
 
@@ -101,18 +104,21 @@ class Publisher:
             envelope: The message.
             timeout: Seconds until there is an outcome, the wait for room included; None: the publisher's.
         """
+        begun: Begun[Outcomes] | Outcomes | None = None
+        if self._alone and self._connected and not self._room.count and not self._room.closed:
+            begun = begin(self._transport.send([envelope]))
+            if not begun or begun == _ACCEPTED:
+                return None  # nobody could see that it was on its way
         patience = self._timeout if timeout is None else timeout
         deadline = self._loop.time() + patience
-        crowded = self._count >= self._max_count or self._bytes >= self._max_bytes
-        if crowded and not await self._wait_for_room(deadline):
+        if self._room.full() and not await self._room.wait(deadline):
             return PublishRejectedError(f"too much was on its way to the broker for {patience:g} s: there was no room")
-        if self._closed:
+        if self._room.closed:
             raise BackendClosedError("the backend was closed")
         size = len(envelope.body)
-        self._count += 1
-        self._bytes += size
-        if self._alone and not self._flying and self._current is None:
-            return await self._publish_alone(envelope, size, deadline, patience)
+        self._room.enter(size)
+        if begun is not None or (self._alone and not self._flying and self._current is None):
+            return await self._publish_alone(envelope, size, deadline, patience, begun)
         batch, future = self._enqueue(envelope, size, deadline, patience)
         if timeout is not None or batch.deadline - deadline > _SLACK * patience:
             await asyncio.wait([future], timeout=max(0.0, deadline - self._loop.time()))
@@ -127,14 +133,13 @@ class Publisher:
         patience = self._timeout
         deadline = self._loop.time() + patience
         for envelope in envelopes:
-            crowded = self._count >= self._max_count or self._bytes >= self._max_bytes
-            if crowded and refusal is None:
-                if not await self._wait_for_room(self._loop.time() + patience):
+            if refusal is None and self._room.full():
+                if not await self._room.wait(self._loop.time() + patience):
                     refusal = PublishRejectedError(
                         f"nothing was confirmed for {patience:g} s: there was no room for it"
                     )
                 deadline = self._loop.time() + patience
-            if self._closed:
+            if self._room.closed:
                 refusal = BackendClosedError("the backend was closed before the message could be sent")
             if refusal is not None:
                 refused: asyncio.Future[AbeError | None] = self._loop.create_future()
@@ -142,32 +147,30 @@ class Publisher:
                 futures.append(refused)
                 continue
             size = len(envelope.body)
-            self._count += 1
-            self._bytes += size
+            self._room.enter(size)
             futures.append(self._enqueue(envelope, size, deadline, patience, deadline + _SLACK * patience)[1])
-        return await asyncio.gather(*futures)
+        try:
+            return [await future for future in futures]
+        except asyncio.CancelledError:
+            for future in futures:
+                future.cancel()  # none of them is tried again
+            raise
 
     async def close(self, timeout: float) -> None:
         """Refuse new messages, and wait up to `timeout` seconds for those on their way; then give them up."""
-        self._closed = True
-        if self._count:
-            self._idle = self._loop.create_future()
-            await asyncio.wait([self._idle], timeout=timeout)
+        self._room.closed = True
+        await self._room.empty(timeout)
         self._abandoned.set()
         for batch in (*self._ready, *([self._current] if self._current else [])):
             error = BackendClosedError("the backend was closed before the message could be sent")
             self._finish(batch, [error] * len(batch.futures))
         self._ready.clear()
         self._current = None
-        for batch in self._under_way:
-            if batch.bound is not None and not batch.bound.expired():
-                batch.bound.reschedule(self._loop.time())
+        self._deadlines.expire()
+        self._deadlines.close()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        self._make_room(len(self._room))
-
-    def _full(self) -> bool:
-        return (self._count >= self._max_count or self._bytes >= self._max_bytes) and not self._closed
+        self._room.release()
 
     def _enqueue(
         self, envelope: Envelope, size: int, deadline: float, patience: float, latest: float = math.inf
@@ -178,7 +181,7 @@ class Publisher:
             if batch is not None:
                 self._ready.append(batch)
             usual = self._loop.time() + self._timeout  # a shorter time is its owner's alone: others are to join
-            batch = self._current = _Batch(max(deadline, usual), max(patience, self._timeout))
+            batch = self._current = _Batch([], max(deadline, usual), max(patience, self._timeout))
             self._schedule()
         future: asyncio.Future[AbeError | None] = self._loop.create_future()
         batch.envelopes.append(envelope)
@@ -202,18 +205,18 @@ class Publisher:
             size = len(batch.envelopes[place].body)
             del batch.envelopes[place], batch.futures[place]
             batch.size -= size
-            self._release(1, size)
+            self._room.leave(1, size)
 
-    async def _publish_alone(self, envelope: Envelope, size: int, deadline: float, patience: float) -> AbeError | None:
-        batch = _Batch(deadline, patience)
-        batch.envelopes.append(envelope)
+    async def _publish_alone(
+        self, envelope: Envelope, size: int, deadline: float, patience: float, begun: Begun[Outcomes] | Outcomes | None
+    ) -> AbeError | None:
+        outcomes: list[AbeError | None] = [None]
         self._flying += 1
         try:
-            outcomes: list[AbeError | None] = [None]
-            await self._deliver(batch, outcomes)
+            await self._deliver(_Batch([envelope], deadline, patience), outcomes, begun)
             return outcomes[0]
         finally:
-            self._release(1, size)
+            self._room.leave(1, size)
             self._landed()
 
     def _fly(self) -> None:
@@ -247,15 +250,23 @@ class Publisher:
         if (self._ready or self._current is not None) and not self._abandoned.is_set():
             self._fly()
 
-    async def _deliver(self, batch: _Batch, outcomes: list[AbeError | None]) -> None:
-        """Send until every message has an outcome, or the deadline passes. What was confirmed stays so, whatever becomes of the rest."""
-        pending = list(range(len(batch.envelopes)))
-        self._under_way.add(batch)
+    async def _deliver(
+        self, batch: _Batch, outcomes: list[AbeError | None], begun: Begun[Outcomes] | Outcomes | None = None
+    ) -> None:
+        """Send until every message has an outcome, or the deadline passes. What was confirmed stays so, whatever becomes of the rest.
+
+        Args:
+            batch: The messages.
+            outcomes: Where each one's outcome is put.
+            begun: The first try, if it is under way, or what came of it.
+        """
+        pending: Sequence[int] = range(len(batch.envelopes))
         try:
-            async with asyncio.timeout_at(batch.deadline) as batch.bound:
+            with self._deadlines.until(batch.deadline):
                 tries = 0
-                while pending and self._loop.time() < batch.deadline and not self._abandoned.is_set():
-                    pending = await self._try(batch, pending, outcomes)
+                while pending and (begun or (self._loop.time() < batch.deadline and not self._abandoned.is_set())):
+                    pending = await self._try(batch, pending, outcomes, begun)
+                    begun = None
                     if not pending:
                         break
                     batch.error = outcomes[pending[0]]
@@ -264,9 +275,7 @@ class Publisher:
                     pending = [i for i in pending if not (batch.futures and batch.futures[i].done())]
         except TimeoutError:
             if batch.sending:
-                batch.doubtful.update(pending)
-        finally:
-            self._under_way.discard(batch)
+                batch.doubtful = batch.doubtful.union(pending)
         for index in pending:
             outcomes[index] = self._gave_up(index in batch.doubtful, batch.error, batch.patience)
         for index in batch.doubtful.difference(pending):
@@ -275,13 +284,23 @@ class Publisher:
                 # Refused now, but an earlier try may have been accepted.
                 outcomes[index] = self._gave_up(True, outcome, batch.patience)
 
-    async def _try(self, batch: _Batch, pending: list[int], outcomes: list[AbeError | None]) -> list[int]:
-        """Send those once, and return which have no final outcome."""
-        whole = len(pending) == len(batch.envelopes)
+    async def _try(
+        self,
+        batch: _Batch,
+        pending: Sequence[int],
+        outcomes: list[AbeError | None],
+        begun: Begun[Outcomes] | Outcomes | None,
+    ) -> Sequence[int]:
+        """Send those once, unless they are under way, and return which have no final outcome."""
         try:
-            await self._opened()
+            if begun is None:
+                if not self._connected:
+                    await self._opened()
+                    self._connected = True
+                whole = len(pending) == len(batch.envelopes)
+                begun = begin(self._transport.send(batch.envelopes if whole else [batch.envelopes[i] for i in pending]))
             batch.sending = True
-            results = await self._transport.send(batch.envelopes if whole else [batch.envelopes[i] for i in pending])
+            results = (await begun) if isinstance(begun, Begun) else begun
         except AbeError as exc:
             results = [exc] * len(pending)
         except Exception as exc:  # noqa: BLE001 - a fault in a transport is an outcome too: nobody may wait for ever
@@ -289,12 +308,15 @@ class Publisher:
             for index in pending:
                 outcomes[index] = _unexpected(exc)
             batch.sending = False
-            return []
+            return ()
         batch.sending = False
         for index, result in zip(pending, results or [None] * len(pending), strict=True):
             outcomes[index] = result
-        again = [i for i in pending if isinstance(outcomes[i], _AGAIN)]
-        batch.doubtful.update(i for i in again if _maybe_accepted(outcomes[i]))
+        again: Sequence[int] = ()
+        if any(results):
+            again = [i for i in pending if isinstance(outcomes[i], _AGAIN)]
+            batch.doubtful = batch.doubtful.union(i for i in again if _maybe_accepted(outcomes[i]))
+            self._connected = not again  # whatever it was, have a look before the next try
         self._trouble(outcomes[again[0]] if again else None)
         return again
 
@@ -325,47 +347,7 @@ class Publisher:
         for future, outcome in zip(batch.futures, outcomes, strict=True):
             if not future.done():
                 future.set_result(outcome)
-        self._release(len(batch.futures), batch.size)
-
-    def _release(self, count: int, size: int) -> None:
-        self._count -= count
-        self._bytes -= size
-        self._make_room(count)
-        if self._idle is not None and not self._count and not self._idle.done():
-            self._idle.set_result(None)
-
-    async def _wait_for_room(self, deadline: float) -> bool:
-        """Wait until there is room, or the publisher is closed; return False if the deadline comes first."""
-        while self._full():
-            future: asyncio.Future[None] = self._loop.create_future()
-            self._room.append(future)
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await future
-            except TimeoutError:
-                self._hand_on(future)
-                return False
-            except asyncio.CancelledError:
-                self._hand_on(future)
-                raise
-        self._loop.call_soon(self._more_room)
-        return True
-
-    def _more_room(self) -> None:
-        # One large message that left makes room for many small ones: those that come in have the next one look.
-        if not self._full():
-            self._make_room(1)
-
-    def _hand_on(self, future: "asyncio.Future[None]") -> None:
-        if future.done() and not future.cancelled():
-            self._make_room(1)  # woken, and leaving at the same moment: the place is somebody else's
-
-    def _make_room(self, places: int) -> None:
-        while places and self._room:
-            future = self._room.popleft()
-            if not future.done():
-                future.set_result(None)
-                places -= 1
+        self._room.leave(len(batch.futures), batch.size)
 
 
 def _unexpected(exc: Exception) -> PublishUnknownError:

@@ -40,7 +40,9 @@ class Session:
         self._patterns: dict[str, tuple[str, ...]] = {}
         self._close_timeout = settings.close_timeout
         self._closing: asyncio.Task[None] | None = None
-        self._ended = asyncio.Event()
+        self.ended: bool = False
+        """Whether it is being closed."""
+        self._ending = asyncio.Event()
 
     async def opened(self, *, groups: bool = True) -> None:
         """Return once the transport is connected, and (with `groups`) the groups of the settings exist.
@@ -82,18 +84,13 @@ class Session:
         """Declare a group again that was deleted underneath its consumers, with its last known patterns."""
         await self.declare(group, self._patterns.get(group), change=False)
 
-    @property
-    def ended(self) -> bool:
-        """Whether it is being closed."""
-        return self._ended.is_set()
-
     async def pause(self, seconds: float) -> None:
         """Wait before a retry.
 
         Raises:
             BackendClosedError: The session is being closed.
         """
-        if await pause(self._ended, seconds):
+        if await pause(self._ending, seconds):
             raise BackendClosedError("the backend was closed")
 
     async def join(self, group: str, prefetch: int, inbox: Callable[[Receiver], Inbox]) -> Inbox:
@@ -133,7 +130,8 @@ class Session:
 
     async def _close(self) -> None:
         """Close within `close_timeout`, even if the broker does not answer."""
-        self._ended.set()
+        self.ended = True
+        self._ending.set()
         began, part = self.loop.time(), _FINISHING * self._close_timeout
         closings = [self.publisher.close(part), *(inbox.close(part) for inbox in self.inboxes)]
         if self._joining:

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.clock import Clock, sleep
 from abe.backends.message_queue.base.transport import Delivery, Disposition, Outcomes, Receiver, Settlement, Settling
+from abe.backends.message_queue.engine.stepping import Begun, begin
 from abe.errors import AbeError, ConfigurationError, LeaseLostError
 
 _log: Final = logging.getLogger("abe.engine")
@@ -52,6 +53,7 @@ class Settler:
         self._receiver = receiver
         self._most = settling.messages
         self._linger = settling.linger
+        self._at_once = settling.at_once
         self._count = count
         self._sure = sure
         self._settled = settled
@@ -166,11 +168,21 @@ class Settler:
     def _start_acks(self, deliveries: list[Delivery], waiters: Sequence[Waiter | None] | None) -> None:
         # Where somebody waits for the answer, each one is verified: a plain acknowledgement may not tell which of them was lost.
         verify = (waiters is not None and any(waiters)) or not self._sure()
+        begun: Begun[Outcomes] | Outcomes | None = None
+        if self._at_once and not self._abandoned:
+            begun = begin(self._receiver.ack(deliveries, verify=verify))
+            if waiters is None and _are_done(begun, len(deliveries)):
+                self.outstanding -= len(deliveries)
+                self._settled()
+                return
 
-        def ack(some: Sequence[Delivery]) -> Awaitable[Outcomes]:
-            nonlocal verify
+        async def ack(some: Sequence[Delivery]) -> Outcomes:
+            nonlocal verify, begun
+            first, begun = begun, None
             now, verify = verify, True  # a retry may come when the leases are long over
-            return self._receiver.ack(some, verify=now)
+            if first is None:
+                return await self._receiver.ack(some, verify=now)
+            return (await first) if isinstance(first, Begun) else first
 
         def acked(_: object) -> None:
             self._acking -= 1
@@ -287,6 +299,10 @@ def _one_each(outcomes: Outcomes, items: Sequence[object]) -> Outcomes:
     if outcomes and len(outcomes) != len(items):
         raise RuntimeError(f"{len(outcomes)} outcomes of {len(items)} settlements")
     return outcomes or [None] * len(items)
+
+
+def _are_done(begun: Begun[Outcomes] | Outcomes, count: int) -> bool:
+    return not isinstance(begun, Begun) and len(begun) in (0, count) and not any(begun)
 
 
 def _closed() -> LeaseLostError:

@@ -26,10 +26,11 @@ from abe.backends.message_queue.base import (
     Settling,
     Transport,
 )
+from abe.backends.message_queue.base.clock import Timer
 from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
 from abe.backends.message_queue.base.routing import group_full, lease_lost, unroutable
 from abe.backends.message_queue.engine import TransportBackend
-from abe.backends.message_queue.service.namespaces import Dead, Held, Item, Namespace, Queue, namespace
+from abe.backends.message_queue.service.namespaces import Dead, Item, Namespace, Queue, namespace
 from abe.errors import AbeError, UnroutableError
 from abe.settings import QueueSettings
 
@@ -45,26 +46,29 @@ class _MemoryReceiver:
         self._lease = lease
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._woken = asyncio.Event()
+        self._waiting: asyncio.Future[None] | None = None
+        self._timer: Timer | None = None
+        self._timer_due = math.inf
         self._stopped = False
 
     async def receive(self, limit: int) -> Sequence[Delivery]:
         while not self._stopped:
-            self._woken.clear()
+            now = self._clock.time()
             with self._namespace.lock:
                 queue = self._namespace.queue(self._group)
-                deliveries = queue.take(self, limit, self._clock.time(), self._lease)
+                deliveries = queue.take(self, limit, now, self._lease)
                 if deliveries:
                     queue.wake()
                     return deliveries
                 queue.waiting[self] = None
                 # A lease taken after this look ends after that time at the earliest.
-                due = min(queue.next_event(), self._clock.time() + self._lease)
-            timer = self._clock.call_at(due, self._woken.set)
+                due = min(queue.next_event(), now + self._lease)
+            self._look_at(due)
+            self._waiting = self._loop.create_future()
             try:
-                await self._woken.wait()
+                await self._waiting
             finally:
-                timer.cancel()
+                self._waiting = None
                 with self._namespace.lock:
                     if queue.waiting.pop(self, self) is self:
                         queue.wake()  # we were chosen; if we do not take it, another one must
@@ -90,16 +94,16 @@ class _MemoryReceiver:
                 return [lease_lost()] * len(settlements)
             released: list[Item] = []
             for place, settlement in enumerate(settlements):
-                held = queue.held.pop(settlement.delivery.native, None)
-                if held is None:
+                item = queue.held.pop(settlement.delivery.native, None)
+                if item is None:
                     outcomes[place] = lease_lost()
                 elif settlement.disposition is Disposition.DEAD:
-                    queue.bury(held.item, settlement.reason, settlement.error)
+                    queue.bury(item, settlement.reason, settlement.error)
                 elif settlement.disposition is Disposition.RELEASE:
-                    held.item.attempts -= 1
-                    released.append(held.item)
+                    item.attempts -= 1
+                    released.append(item)
                 else:
-                    queue.put(held.item.envelope, now + settlement.delay, now, held.item.attempts)
+                    queue.put(item.envelope, now + settlement.delay, now, item.attempts)
             queue.give_back(released)
             queue.wake(everybody=True)
         return outcomes
@@ -118,17 +122,19 @@ class _MemoryReceiver:
 
     async def stop(self) -> None:
         self._stopped = True
-        self._woken.set()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._look()
 
     async def close(self) -> None:
         with self._namespace.lock:
             queue = self._namespace.queues.get(self._group)
             if queue is not None:
-                ours = [number for number, held in queue.held.items() if held.owner is self]
-                queue.give_back([queue.held.pop(number).item for number in ours])
+                ours = [number for number, item in queue.held.items() if item.owner is self]
+                queue.give_back([queue.held.pop(number) for number in ours])
                 queue.wake(everybody=True)
 
-    def _held(self) -> dict[int, Held]:
+    def _held(self) -> dict[int, Item]:
         """Return what the group's consumers hold: nothing, when it was deleted underneath."""
         queue = self._namespace.queues.get(self._group)
         return {} if queue is None else queue.held
@@ -136,15 +142,37 @@ class _MemoryReceiver:
     def wake(self) -> bool:
         """Let a waiting `receive` look again, from whatever thread; False when its event loop was closed under it."""
         try:
-            self._loop.call_soon_threadsafe(self._woken.set)
+            if asyncio.get_running_loop() is self._loop:
+                self._look()
+                return True
+        except RuntimeError:
+            pass  # the thread runs no event loop
+        try:
+            self._loop.call_soon_threadsafe(self._look)
         except RuntimeError:
             return False
         return True
 
+    def _look(self) -> None:
+        """Let a waiting `receive` look again."""
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    def _look_at(self, due: float) -> None:
+        """Let `receive` look again at that time. A timer that is due before it stays: it costs less to look once too often."""
+        if due < self._timer_due:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer, self._timer_due = self._clock.call_at(due, self._on_time), due
+
+    def _on_time(self) -> None:
+        self._timer, self._timer_due = None, math.inf
+        self._look()
+
 
 class _MemoryTransport:
     batching = Batching(messages=250, bytes=1 << 20, max_concurrent=1)
-    settling = Settling()
+    settling = Settling(at_once=True)
 
     def __init__(self, settings: QueueSettings, clock: Clock) -> None:
         self._namespace = namespace(settings.namespace)
@@ -162,22 +190,23 @@ class _MemoryTransport:
         """We are here."""
 
     async def send(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
-        outcomes: list[AbeError | None] = []
         now = self._clock.time()
-        with self._namespace.lock:
-            touched: dict[Queue, None] = {}
+        namespace, limit = self._namespace, self._max_backlog
+        outcomes: list[AbeError | None] = []
+        awaited: dict[Queue, bool] = {}  # whether what their receivers wait for may have come nearer
+        with namespace.lock:
             for envelope in envelopes:
-                queues = self._wanting(envelope)
-                if any(self._full(queue) for queue in queues):
+                queues = namespace.routes[envelope.key] if envelope.group is None else self._of(envelope.group)
+                if limit is not None and any(queue.backlog >= limit for queue in queues):
                     outcomes.append(group_full())
                     continue
                 for queue in queues:
                     queue.put(envelope, now + envelope.delay, now)
-                    touched[queue] = None
+                    if queue.waiting:
+                        awaited[queue] = envelope.delay > 0 or awaited.get(queue, False)
                 outcomes.append(None if queues else self._park(envelope, now))
-            delayed = any(envelope.delay for envelope in envelopes)
-            for queue in touched:
-                queue.wake(everybody=delayed)
+            for queue, nearer in awaited.items():
+                queue.wake(everybody=nearer)
         return outcomes
 
     async def declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> tuple[str, ...]:
@@ -246,10 +275,8 @@ class _MemoryTransport:
             chosen = [item for item in dead.items() if ids is None or item[1][0].id in ids]
         return [chosen[start : start + _PAGE] for start in range(0, len(chosen), _PAGE)]
 
-    def _wanting(self, envelope: Envelope) -> Sequence[Queue]:
-        if envelope.group is None:
-            return self._namespace.route(envelope.key)
-        queue = self._namespace.queues.get(envelope.group)
+    def _of(self, group: str) -> list[Queue]:
+        queue = self._namespace.queues.get(group)
         return [] if queue is None else [queue]
 
     def _park(self, envelope: Envelope, now: float) -> UnroutableError | None:
@@ -257,9 +284,6 @@ class _MemoryTransport:
             return unroutable(envelope)
         self._namespace.unclaimed.append((envelope, now + envelope.delay))
         return None
-
-    def _full(self, queue: Queue) -> bool:
-        return self._max_backlog is not None and len(queue.ready) + len(queue.delayed) >= self._max_backlog
 
 
 class MemoryBackend(TransportBackend):

@@ -5,10 +5,11 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import count
 from time import time
 from typing import Final, Protocol, TypeAlias
+
+import msgspec
 
 from abe.backends.message_queue.base import DeadLetter, Delivery, Envelope
 from abe.backends.message_queue.base.names import EVERYTHING
@@ -25,23 +26,18 @@ class Waiter(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class Item:
-    """A group's copy of a message. `serial` is its place in the group: what was given back goes where it came from."""
+class Item(msgspec.Struct, eq=False):
+    """A group's copy of a message. `serial` is its place in the group: what was given back goes where it came from.
+
+    The last consumer that took it, its owner, holds it until it settles it, or another one takes it after the deadline.
+    """
 
     envelope: Envelope
     serial: int
     since: float
     attempts: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Held:
-    """An item that a consumer holds until it settles it, or another one takes it after the deadline."""
-
-    item: Item
-    owner: "Waiter"
-    deadline: float
+    owner: Waiter | None = None
+    deadline: float = 0.0
 
 
 class Queue:
@@ -56,46 +52,55 @@ class Queue:
         self.patterns = patterns
         self.ready: deque[Item] = deque()
         self.delayed: list[tuple[float, int, Item]] = []
-        self.held: dict[int, Held] = {}
+        self.held: dict[int, Item] = {}
         self.dead: dict[int, Dead] = {}
         self.waiting: dict[Waiter, None] = {}
         self._serial = count().__next__
         self._number = number
         self._next_deadline = math.inf
 
+    @property
+    def backlog(self) -> int:
+        """How many messages wait, for a consumer or for their time."""
+        return len(self.ready) + len(self.delayed)
+
     def put(self, envelope: Envelope, due: float, now: float, attempts: int = 0) -> None:
         item = Item(envelope, self._serial(), now, attempts)
-        if due > now:
-            heapq.heappush(self.delayed, (due, item.serial, item))
-        else:
+        if due <= now:
             self.ready.append(item)
+        else:
+            heapq.heappush(self.delayed, (due, item.serial, item))
 
     def take(self, receiver: "Waiter", limit: int, now: float, lease: float) -> list[Delivery]:
-        self.mature(now)
-        expired = self._take_expired(receiver, limit, now, lease) if self._next_deadline <= now else None
+        if self.delayed:
+            self.mature(now)
+        items = self._take_expired(receiver, limit, now, lease) if self._next_deadline <= now else []
+        items += [self.ready.popleft() for _ in range(min(limit - len(items), len(self.ready)))]
         deliveries: list[Delivery] = []
         deadline = now + lease
-        while (expired or self.ready) and len(deliveries) < limit:
-            item = expired.popleft() if expired else self.ready.popleft()
+        for item in items:
             item.attempts += 1
+            item.owner = receiver
+            item.deadline = deadline
             number = self._number()
-            self.held[number] = Held(item, receiver, deadline)
-            deliveries.append(Delivery(item.envelope.body, item.envelope, item.attempts, number))
-        if deliveries:
-            self._next_deadline = min(self._next_deadline, deadline)
+            self.held[number] = item
+            envelope = item.envelope
+            deliveries.append(Delivery(envelope.body, envelope, item.attempts, number))
+        if deliveries and deadline < self._next_deadline:
+            self._next_deadline = deadline
         return deliveries
 
-    def _take_expired(self, receiver: "Waiter", limit: int, now: float, lease: float) -> deque[Item]:
+    def _take_expired(self, receiver: "Waiter", limit: int, now: float, lease: float) -> list[Item]:
         """Take items whose leases ran out from consumers other than the receiver: what it holds itself, it is about to renew."""
         expired = sorted(
-            (held.item.serial, number)
-            for number, held in self.held.items()
-            if held.deadline <= now and held.owner is not receiver
+            (item.serial, number)
+            for number, item in self.held.items()
+            if item.deadline <= now and item.owner is not receiver
         )
-        items = deque(self.held.pop(number).item for _, number in expired[:limit])
+        items = [self.held.pop(number) for _, number in expired[:limit]]
         again = now + lease / 10
         deadlines = (
-            again if held.owner is receiver and held.deadline <= now else held.deadline for held in self.held.values()
+            again if item.owner is receiver and item.deadline <= now else item.deadline for item in self.held.values()
         )
         self._next_deadline = min(deadlines, default=math.inf)
         return items
@@ -109,7 +114,7 @@ class Queue:
 
     def expired(self, now: float) -> list[Item]:
         """Return what its consumers kept for too long: others may have it."""
-        return [held.item for held in self.held.values() if held.deadline <= now]
+        return [item for item in self.held.values() if item.deadline <= now]
 
     def next_event(self) -> float:
         """When something becomes due, or a lease ends; never later than that."""
@@ -161,12 +166,10 @@ class Namespace:
         self._number = count().__next__
         self._reroute()
 
-    def route(self, key: str) -> list[Queue]:
-        return self._routes[key]
-
     def _reroute(self) -> None:
         patterns = {group: queue.patterns for group, queue in self.queues.items()}
-        self._routes = Routes(patterns, lambda groups: [self.queues[group] for group in groups])
+        self.routes: Routes[list[Queue]] = Routes(patterns, lambda groups: [self.queues[group] for group in groups])
+        """The queues that get a key."""
 
     def declare(
         self, group: str, patterns: tuple[str, ...] | None, now: float, *, change: bool = False

@@ -1,0 +1,85 @@
+"""The bound on what is on its way to the broker, and those who wait until there is room."""
+
+import asyncio
+from collections import deque
+
+
+class Room:
+    """Counts the messages and bytes that are on their way.
+
+    Args:
+        max_count: Messages from which on there is no room.
+        max_bytes: Bytes from which on there is no room.
+    """
+
+    def __init__(self, *, max_count: int, max_bytes: int) -> None:
+        self.count: int = 0
+        """Messages on their way."""
+        self.closed: bool = False
+        """Whether nobody waits for room any more."""
+        self._bytes = 0
+        self._max_count = max_count
+        self._max_bytes = max_bytes
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._empty: asyncio.Future[None] | None = None
+
+    def full(self) -> bool:
+        """Whether whoever comes has to wait."""
+        return (self.count >= self._max_count or self._bytes >= self._max_bytes) and not self.closed
+
+    def enter(self, size: int) -> None:
+        """Count a message of that many bytes."""
+        self.count += 1
+        self._bytes += size
+
+    def leave(self, count: int, size: int) -> None:
+        """Count these messages, of that many bytes together, no more."""
+        self.count -= count
+        self._bytes -= size
+        self._wake(count)
+        if self._empty is not None and not self.count and not self._empty.done():
+            self._empty.set_result(None)
+
+    async def wait(self, deadline: float) -> bool:
+        """Wait until there is room, or this is closed; return False if the deadline, by the event loop's clock, comes first."""
+        while self.full():
+            future: asyncio.Future[None] = self._loop.create_future()
+            self._waiting.append(future)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await future
+            except TimeoutError:
+                self._hand_on(future)
+                return False
+            except asyncio.CancelledError:
+                self._hand_on(future)
+                raise
+        self._loop.call_soon(self._more)
+        return True
+
+    async def empty(self, timeout: float) -> None:
+        """Wait until nothing is on its way, for so many seconds at most."""
+        if self.count:
+            self._empty = self._loop.create_future()
+            await asyncio.wait([self._empty], timeout=timeout)
+
+    def release(self) -> None:
+        """Wake all who wait for room."""
+        self._wake(len(self._waiting))
+
+    def _more(self) -> None:
+        # One large message that left makes room for many small ones: those that come in have the next one look.
+        if not self.full():
+            self._wake(1)
+
+    def _hand_on(self, future: "asyncio.Future[None]") -> None:
+        if future.done() and not future.cancelled():
+            self._wake(1)  # woken, and leaving at the same moment: the place is somebody else's
+
+    def _wake(self, places: int) -> None:
+        while places and self._waiting:
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_result(None)
+                places -= 1
