@@ -146,7 +146,7 @@ class Inbox:
         self.got: list[tuple[int, Header, bytes, bool]] = []
 
     def __call__(self, tag: int, header: Header, body: bytes, redelivered: bool) -> None:
-        self.channel.held[tag] = _wire.delivery(tag, header, body, redelivered), header
+        self.channel.in_flight[tag] = _wire.delivery(tag, header, body, redelivered), header
         self.got.append((tag, header, body, redelivered))
 
 
@@ -198,7 +198,7 @@ async def mixed(connection: Connection, queue: str, until: Until, count: int) ->
 
     def deliver(tag: int, header: Header, body: bytes, redelivered: bool) -> None:
         delivery = _wire.delivery(tag, header, body, redelivered)
-        subscriber.held[tag] = delivery, header
+        subscriber.in_flight[tag] = delivery, header
         task = asyncio.create_task(settle(tag, _wire.message_id(header.properties), body, delivery, header))
         settling.add(task)
         task.add_done_callback(settling.discard)
@@ -289,14 +289,14 @@ async def test_a_channel_that_the_broker_closes_takes_no_other_with_it(
     await channel.consume(queue, 10, inbox)
     assert not await other.publish([outgoing(queue), outgoing(queue)])
     await until(lambda: len(inbox.got) == 2)
-    delivery, header = channel.held[1]
-    channel.held[12345] = delivery, header
+    delivery, header = channel.in_flight[1]
+    channel.in_flight[12345] = delivery, header
     await channel.ack([12345])  # a tag that the broker does not know
     await until(lambda: channel.closed is not None)
     assert "PRECONDITION_FAILED" in str(channel.closed)
     assert ended == [channel.closed]
     assert delivery.lost
-    assert not channel.held
+    assert not channel.in_flight
     await channel.ack([1])
     with pytest.raises(BackendConnectionError, match="PRECONDITION_FAILED"):
         channel.publish([outgoing(queue)])
@@ -334,7 +334,7 @@ async def test_a_connection_that_is_cut_in_a_frame_leaves_nothing_in_doubt_that_
         outcomes = kinds(await future, 101)
         assert set(outcomes) <= {None, UnroutableError, PublishUnknownError}
         assert len(inbox.got) < 200
-        assert not channel.held
+        assert not channel.in_flight
         with pytest.raises(BackendConnectionError):
             channel.publish([outgoing(queue)])
         await until(lambda: not connection.alive)
@@ -357,7 +357,7 @@ async def test_deliveries_of_a_lost_connection_are_marked_lost(
         await channel.consume(queue, 10, inbox)
         assert not await channel.publish([outgoing(queue) for _ in range(5)])
         await until(lambda: len(inbox.got) == 5)
-        deliveries = [delivery for delivery, _ in channel.held.values()]
+        deliveries = [delivery for delivery, _ in channel.in_flight.values()]
         await channel.ack([1, 2])
         proxy.budget = 1
         future = channel.publish([outgoing(queue)])

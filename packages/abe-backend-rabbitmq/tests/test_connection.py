@@ -30,7 +30,7 @@ from abe.errors import (
     PublishUnknownError,
 )
 from abe_backend_rabbitmq import RabbitMQBackend, RabbitMQSettings
-from abe_backend_rabbitmq._connection import Link, finished
+from abe_backend_rabbitmq._connection import Link, run_to_completion
 from abe_backend_rabbitmq._control import Control
 from abe_contract_tests import bounds
 from abe_contract_tests.services import RabbitMQShell, Service, TlsFiles, rabbitmq_service
@@ -269,7 +269,7 @@ class TestRequests:
             await going.wait()
             done.set()
 
-        caller = asyncio.create_task(finished(work()))
+        caller = asyncio.create_task(run_to_completion(work()))
         await asyncio.sleep(0)
         caller.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -285,7 +285,7 @@ class TestRequests:
             await failing.wait()
             raise BackendConnectionError("lost")
 
-        caller = asyncio.create_task(finished(work()))
+        caller = asyncio.create_task(run_to_completion(work()))
         await asyncio.sleep(0)
         caller.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -372,7 +372,7 @@ class TestAddresses:
         async with RabbitMQBackend(RabbitMQSettings(host="127.0.0.1", port=port, vhost=vhost)) as backend:
             await backend.ping()
             found = await shell.evaluate(
-                f'length([Q || Q <- rabbit_amqqueue:list_names({name}), element(4, Q) =:= <<"abe:application_events:held">>]).'
+                f'length([Q || Q <- rabbit_amqqueue:list_names({name}), element(4, Q) =:= <<"abe:application_events:parked">>]).'
             )
         assert found == "1"
         await shell.evaluate(f'rabbit_vhost:delete({name}, <<"abe">>).')

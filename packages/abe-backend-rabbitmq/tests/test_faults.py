@@ -25,7 +25,6 @@ from abe.errors import (
     PublishUnknownError,
 )
 from abe_backend_rabbitmq import RabbitMQBackend
-from abe_backend_rabbitmq._receiver import RabbitMQReceiver
 from abe_contract_tests import bounds
 from abe_contract_tests.accounting import Accounting
 from abe_contract_tests.services import RabbitMQShell, rabbitmq_service
@@ -652,7 +651,7 @@ class TestDeletedUnderneath:
             await (await lab.pika()).queue_delete(lab.names.queue("g"))
             assert {(await anext(subscription))["n"] for _ in range(40)} == set(range(40))
 
-    async def test_the_rungs_are_deleted_under_a_consumer(self, lab: Any) -> None:
+    async def test_the_levels_are_deleted_under_a_consumer(self, lab: Any) -> None:
         backend = await lab.backend(groups={"g": ()})
         async with backend.consume(group="g") as subscription, bounds.within(20):
             for number in range(2):
@@ -803,9 +802,8 @@ class TestConsumerTimeout:
         caplog.set_level(logging.WARNING, "abe.rabbitmq")
         transport = await lab.transport()
         await transport.declare("g", None, change=True)
-        transport.consumer_timeout = 1.0
-        receiver = RabbitMQReceiver(transport, "g", 10)
-        await receiver.start()
+        transport._broker.consumer_timeout = 1.0
+        receiver = await transport.subscribe("g", 10)
         try:
             await transport.send(lab.envelopes(2))
             started = asyncio.get_running_loop().time()
@@ -830,9 +828,8 @@ class TestConsumerTimeout:
         caplog.set_level(logging.WARNING, "abe.rabbitmq")
         transport = await lab.transport()
         await transport.declare("g", None, change=True)
-        transport.consumer_timeout = 0.5
-        receiver = RabbitMQReceiver(transport, "g", 10)
-        await receiver.start()
+        transport._broker.consumer_timeout = 0.5
+        receiver = await transport.subscribe("g", 10)
         loop = asyncio.get_running_loop()
         until = loop.time() + 1.5
         try:

@@ -152,7 +152,7 @@ ODD = {
 
 
 async def _odd(lab: Any, transport: Any) -> None:
-    channel = await transport.outlet.open()
+    channel = await transport._broker.publisher.open()
     for number, properties in enumerate(ODD.values()):
         for body in (b"", b'{"n": %d}' % number, b'"' + b"x" * 400_000 + b'"'):
             assert not await channel.publish([Outgoing(lab.names.exchange, "k", properties, body, "")])
@@ -202,6 +202,6 @@ async def test_whatever_comes_can_be_settled_beside_others_and_keeps_no_place(
         done = [each for each in page if each not in new]
         assert not any(await receiver.ack(done, verify=True))
         left -= len(new if disposition is Disposition.DEAD else done)
-    assert receiver.holding == 0
+    assert receiver.in_flight == 0
     assert await lab.waiting(lab.names.queue("g")) == 0
     assert await lab.waiting(lab.names.dead("g")) == (4 * len(ODD) if disposition is Disposition.DEAD else 0)

@@ -256,7 +256,7 @@ class TestLongHandlers:
         self, lab: Any, collect: Any, until: Until
     ) -> None:
         transport = await lab.transport()
-        transport.consumer_timeout = 2.4
+        transport._broker.consumer_timeout = 2.4
         await transport.declare("g", None, change=False)
         envelopes = lab.envelopes(8)
         await transport.send(envelopes)
@@ -275,7 +275,7 @@ class TestLongHandlers:
                 if len(handled) < 3 and waiting:
                     await until(partial(getattr, waiting[-1], "lost"))  # the handler takes that long
                     again += 1
-                assert receiver.holding <= 5
+                assert receiver.in_flight <= 5
                 assert not first.lost
                 handled.append(receiver.metadata(first).id)
                 assert not any(await receiver.ack([first], verify=True))
@@ -287,13 +287,13 @@ class TestLongHandlers:
         self, lab: Any, collect: Any, until: Until
     ) -> None:
         transport = await lab.transport()
-        transport.consumer_timeout = 1.2
+        transport._broker.consumer_timeout = 1.2
         await transport.declare("g", None, change=False)
         await transport.send(lab.envelopes(200))
         receiver = await lab.receiver(transport, prefetch=20)
         found = await collect(receiver, 20)
         found[0].begun = True
-        await until(lambda: found[1].lost and receiver.holding == 2)
+        await until(lambda: found[1].lost and receiver.in_flight == 2)
         assert not any(await receiver.ack([found[0]], verify=True))
         most = done = 0
         async with bounds.within(30):
@@ -301,9 +301,9 @@ class TestLongHandlers:
                 page = await receiver.receive(20)
                 for each in page:
                     each.begun = True
-                most = max(most, receiver.holding)
+                most = max(most, receiver.in_flight)
                 done += len(page)
-                assert receiver.holding <= 20
+                assert receiver.in_flight <= 20
                 assert not any(await receiver.ack(page, verify=False))
                 if done > 100:
                     done = 0
@@ -313,7 +313,7 @@ class TestLongHandlers:
         self, lab: Any, collect: Any, until: Until
     ) -> None:
         transport = await lab.transport()
-        transport.consumer_timeout = 1.2
+        transport._broker.consumer_timeout = 1.2
         await transport.declare("g", None, change=False)
         await transport.send([lab.envelope(body=b"%d" % number) for number in range(3)])
         receiver = await lab.receiver(transport, prefetch=3)

@@ -75,7 +75,7 @@ class Line:
         channel = Channel(self.tap, cast("Any", Native(number)), frame_max)
 
         def deliver(tag: int, header: _wire.Header, body: bytes, redelivered: bool) -> None:
-            channel.held[tag] = Delivery(body, header, 1, tag), header
+            channel.in_flight[tag] = Delivery(body, header, 1, tag), header
             self.got.append((tag, header.exchange, header.key, header.properties, body, redelivered))
 
         channel._deliver = deliver
@@ -352,12 +352,12 @@ def test_when_the_connection_is_lost_only_what_was_not_confirmed_is_unknown(line
     ended: list[str | None] = []
     line.channel.ended = lambda: ended.append(line.channel.closed)
     line.feed(pushed(1))
-    delivery, _ = line.channel.held[1]
+    delivery, _ = line.channel.in_flight[1]
     line.tap.connection_lost(ConnectionResetError("reset"))
     outcomes = line.wait(future)
     assert kinds(outcomes) == [None, PublishUnknownError, BackpressureError, PublishUnknownError]
     assert "reset" in str(outcomes[1])
-    assert (delivery.lost, line.channel.held) == (True, {})
+    assert (delivery.lost, line.channel.in_flight) == (True, {})
     assert ended == ["the connection was lost: reset"]
     line.sent()
     with pytest.raises(BackendConnectionError, match="reset"):
@@ -420,7 +420,7 @@ def test_a_callback_that_raises_costs_one_message_its_place_and_nothing_else(
     (rejection,) = line.sent()
     assert isinstance(rejection, Basic.Reject)
     assert (rejection.delivery_tag, rejection.requeue) == (2, True)
-    assert sorted(line.channel.held) == [1, 3]
+    assert sorted(line.channel.in_flight) == [1, 3]
     assert line.wait(future) == ()
     assert "goes back to its queue" in caplog.text
     (ack,) = line.ack(1, 3)
@@ -450,7 +450,7 @@ def test_every_tag_is_settled_exactly_once_however_handlers_finish(data: st.Data
                     tags = {tag for tag in unacked if tag <= frame.delivery_tag}
                 assert tags <= expected & unacked
                 unacked -= tags
-            assert unacked == set(line.channel.held)
+            assert unacked == set(line.channel.in_flight)
 
 
 def test_acknowledgements_below_the_oldest_one_that_is_held_are_one_frame(line: Line) -> None:
@@ -474,13 +474,13 @@ def test_settling_100000_one_by_one_walks_over_each_once(line: Line) -> None:
 
     count = 100_000
     channel = line.channel
-    channel.held = Counted((tag, (Delivery(b"", None, 1, tag), cast("Any", None))) for tag in range(1, count + 1))
+    channel.in_flight = Counted((tag, (Delivery(b"", None, 1, tag), cast("Any", None))) for tag in range(1, count + 1))
     channel._newest = count
     frames = 0
     for tag in range(1, count + 1):
         singly, through = channel._settled([tag])
         frames += len(singly) + bool(through)
-    assert (frames, len(channel.held)) == (count, 0)
+    assert (frames, len(channel.in_flight)) == (count, 0)
     assert Counted.looks <= 2 * count + 1
 
 

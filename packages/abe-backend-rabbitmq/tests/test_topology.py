@@ -1,4 +1,4 @@
-"""Names in RabbitMQ, and the binary delay ladder."""
+"""Names in RabbitMQ, and the levels of a delay."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abe.backends.message_queue.base.names import matches
-from abe_backend_rabbitmq._topology import LEVELS, MAX_DELAY, TICK, Topology, ladder
+from abe_backend_rabbitmq._topology import LEVELS, MAX_DELAY, TICK, Topology, level_of
 
 NAMES = st.from_regex(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?", fullmatch=True)
 README = Path(__file__).parents[1] / "README.md"
@@ -18,8 +18,8 @@ LONGEST_NAME = 255
 
 def shared(namespace: str) -> list[str]:
     names = Topology(namespace)
-    fixed = [names.exchange, names.unwanted, names.nowhere, names.holding, names.held, names.registry, names.lock]
-    return [*fixed, names.moving, names.later, names.delay, names.news]
+    fixed = [names.exchange, names.unwanted, names.nowhere, names.parking, names.parked, names.registry, names.lock]
+    return [*fixed, names.parked_lock, names.later, names.delay, names.news]
 
 
 def own(namespace: str, group: str) -> list[str]:
@@ -67,10 +67,10 @@ def test_an_exchange_of_another_name_is_only_that() -> None:
 
 
 @given(delay=st.floats(min_value=1e-9, max_value=MAX_DELAY), group=NAMES)
-def test_a_message_waits_at_one_rung_and_never_for_longer_than_its_delay(delay: float, group: str) -> None:
+def test_a_message_waits_at_one_level_and_never_for_longer_than_its_delay(delay: float, group: str) -> None:
     names = Topology("shop")
-    level = ladder(delay)
-    assert [rung for rung in range(LEVELS) if matches(names.wait(group, rung), f"0.{level}.{group}")] == [level]
+    level = level_of(delay)
+    assert [each for each in range(LEVELS) if matches(names.wait(group, each), f"0.{level}.{group}")] == [level]
     assert level == 0 or TICK * 2**level <= delay + 1e-6
     assert level == LEVELS - 1 or delay < TICK * 2 ** (level + 1)
 
@@ -78,8 +78,8 @@ def test_a_message_waits_at_one_rung_and_never_for_longer_than_its_delay(delay: 
 @given(groups=st.lists(NAMES, min_size=2, max_size=2, unique=True))
 def test_a_message_waits_in_the_queues_of_its_own_group(groups: list[str]) -> None:
     names = Topology("shop")
-    key = f"0.{ladder(MAX_DELAY)}.{groups[0]}"
-    assert not any(matches(names.wait(groups[1], rung), key) for rung in range(LEVELS))
+    key = f"0.{level_of(MAX_DELAY)}.{groups[0]}"
+    assert not any(matches(names.wait(groups[1], each), key) for each in range(LEVELS))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_message_waits_in_the_queues_of_its_own_group(groups: list[str]) -> No
     [(1e-9, 0), (0.1, 0), (0.19, 0), (0.2, 1), (0.8, 3), (1.5, 3), (1.6, 4), (MAX_DELAY, LEVELS - 1)],
 )
 def test_a_delay_begins_at_the_longest_wait_that_it_has(delay: float, level: int) -> None:
-    assert ladder(delay) == level
+    assert level_of(delay) == level
 
 
 def test_the_backlog_is_one_less_for_the_broker_takes_the_one_that_fills_it() -> None:

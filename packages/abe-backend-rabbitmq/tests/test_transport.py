@@ -203,10 +203,10 @@ class TestBacklog:
             while outcomes := await transport.send(left):  # the queue says late that there is room again
                 left = [each for each, outcome in zip(left, outcomes, strict=True) if outcome is not None]
         for group, receiver in receivers.items():
-            while (await transport.stats(group)).waiting or receiver.holding:
+            while (await transport.stats(group)).waiting or receiver.in_flight:
                 await drain(group, 1)
         assert got == {group: [envelope.id for envelope in sent[:7]] for group in receivers}
-        assert transport._sender._partial == {}
+        assert transport._fan_out._partial == {}
 
     async def test_a_message_that_no_group_wants_is_not_refused_for_one_that_is_full(self, lab: Any) -> None:
         transport = await lab.transport(max_backlog=1)
@@ -236,7 +236,7 @@ class TestOneGroup:
         assert (await transport.stats("h")).waiting == 1
 
 
-class TestHeld:
+class TestParked:
     async def test_the_first_group_gets_what_was_published_before_it(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport()
         sent = lab.envelopes(1500)
@@ -245,7 +245,7 @@ class TestHeld:
         await transport.declare("g", None, change=True)
         received = await collect(receiver := await lab.receiver(transport, prefetch=2000), 1500)
         assert [receiver.metadata(delivery).id for delivery in received] == [envelope.id for envelope in sent]
-        assert await lab.waiting(lab.names.held) == 0
+        assert await lab.waiting(lab.names.parked) == 0
 
     async def test_patterns_choose_among_any_number(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport()
@@ -256,7 +256,7 @@ class TestHeld:
         await transport.declare("a", ("a.*",), change=True)
         receiver = await lab.receiver(transport, "a", prefetch=2000)
         assert [receiver.metadata(each).id for each in await collect(receiver, len(wanted))] == wanted
-        assert await lab.waiting(lab.names.held) == 1500 - len(wanted)
+        assert await lab.waiting(lab.names.parked) == 1500 - len(wanted)
         await transport.declare("rest", None, change=True)
         assert (await transport.stats("rest")).waiting == 1500 - len(wanted)
 
@@ -271,10 +271,10 @@ class TestHeld:
         receiver = await lab.receiver(transport, "a", prefetch=100)
         assert [receiver.metadata(each).id for each in await collect(receiver, 20)] == [each.id for each in wanted]
         for _ in range(4):  # as an idle consumer does
-            transport.look_at_held()
-            await asyncio.wait([transport._parked._begun])
-        assert await lab.waiting(lab.names.held) == 2_600
-        queue = await (await lab.pika()).get_queue(lab.names.held)
+            transport._broker.parked.look()
+            await asyncio.wait([transport._broker.parked._begun])
+        assert await lab.waiting(lab.names.parked) == 2_600
+        queue = await (await lab.pika()).get_queue(lab.names.parked)
         first = await queue.get()
         assert first.headers["x-delivery-count"] <= 2
         await first.nack()
@@ -286,12 +286,12 @@ class TestHeld:
         await transport.declare("second", None, change=True)
         assert [(await transport.stats(group)).waiting for group in ("first", "second")] == [3, 0]
 
-    async def test_delayed_ones_are_held_too_and_keep_their_time(self, lab: Any, collect: Collect) -> None:
+    async def test_delayed_ones_are_parked_too_and_keep_their_time(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport()
         await transport.send([lab.envelope("a", delay=0.4), lab.envelope("b", delay=0.4), lab.envelope("a", delay=60)])
         started = time.monotonic()
         await transport.declare("g", ("a",), change=True)
-        assert await lab.waiting(lab.names.held) == 1
+        assert await lab.waiting(lab.names.parked) == 1
         receiver = await lab.receiver(transport)
         [delivery] = await collect(receiver, 1)
         assert receiver.metadata(delivery).key == "a"
@@ -300,7 +300,7 @@ class TestHeld:
 
     async def test_what_a_stranger_left_there_stops_nobody(self, lab: Any) -> None:
         transport = await lab.transport()
-        await lab.put(lab.names.held, b"\xff", headers={"abe-headers": "broken", "abe-due": -1})
+        await lab.put(lab.names.parked, b"\xff", headers={"abe-headers": "broken", "abe-due": -1})
         await transport.send([lab.envelope("a"), lab.envelope("b")])
         await transport.declare("g", ("a",), change=True)
         assert (await transport.stats("g")).waiting == 1
@@ -320,7 +320,7 @@ class TestHeld:
         seen: list[tuple[str, str]] = []
         for group in ("slow", "fast"):
             receiver = await lab.receiver(transport, group, prefetch=5)
-            while (await transport.stats(group)).waiting or receiver.holding:
+            while (await transport.stats(group)).waiting or receiver.in_flight:
                 held = await collect(receiver, 1)
                 seen += [(group, receiver.metadata(delivery).id) for delivery in held]
                 await receiver.ack(held, verify=True)
@@ -343,7 +343,7 @@ class TestDelayed:
         transport = await lab.transport()
         await transport.declare("g", None, change=True)
         receiver = await lab.receiver(transport)
-        await transport.send(lab.envelopes(1, delay=0.1))  # the rungs are made
+        await transport.send(lab.envelopes(1, delay=0.1))  # the levels are made
         await collect(receiver, 1)
         started = time.monotonic()
         assert await transport.send([lab.envelope("late", delay=0.7), lab.envelope("early", delay=0.3)]) == ()
@@ -372,7 +372,7 @@ class TestDelayed:
         stats = await transport.stats("g")
         assert (stats.waiting, stats.delayed) == (1, 1)
 
-    async def test_a_rung_deleted_underneath_is_made_again(self, lab: Any) -> None:
+    async def test_a_level_deleted_underneath_is_made_again(self, lab: Any) -> None:
         transport = await lab.transport()
         await transport.declare("g", None, change=True)
         await transport.send(lab.envelopes(1, delay=0.4))
@@ -380,7 +380,7 @@ class TestDelayed:
         assert await transport.send(lab.envelopes(3, delay=0.4)) == ()
         assert (await transport.stats("g")).delayed == 3
 
-    async def test_a_retry_passes_the_same_rungs_again_and_again(self, lab: Any, collect: Collect) -> None:
+    async def test_a_retry_passes_the_same_levels_again_and_again(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport()
         await transport.declare("g", None, change=True)
         receiver = await lab.receiver(transport)
@@ -403,7 +403,7 @@ class TestSettling:
         receipts = await collect(receiver, 5)
         assert not any(await receiver.ack([receipts[3], receipts[0], receipts[1]], verify=False))
         assert not any(await receiver.ack([receipts[4], receipts[2]], verify=True))
-        assert receiver.holding == 0
+        assert receiver.in_flight == 0
         await receiver.close()
         assert await lab.waiting(lab.names.queue("g")) == 0
 
@@ -592,7 +592,7 @@ class TestChangesThatDied:
         if change == "declare":
             assert [type(outcome) for outcome in outcomes] == [UnroutableError, type(None)]
         else:
-            assert await lab.waiting(lab.names.held) == 2
+            assert await lab.waiting(lab.names.parked) == 2
 
     async def test_a_group_that_cannot_be_finished_stops_nobody_else(
         self, lab: Any, caplog: pytest.LogCaptureFixture
@@ -610,14 +610,14 @@ class TestChangesThatDied:
 
     async def test_what_is_left_for_groups_that_are_gone_is_dropped(self, lab: Any) -> None:
         transport = await lab.transport()
-        await lab.put(lab.names.held, b"{}", headers={"abe-for": "gone", "abe-key": "a"})
+        await lab.put(lab.names.parked, b"{}", headers={"abe-for": "gone", "abe-key": "a"})
         async with bounds.within(10):
             await transport.declare("g", ("b",), change=True)
-        assert await lab.waiting(lab.names.held) == 0
+        assert await lab.waiting(lab.names.parked) == 0
 
     async def test_who_shares_a_lock_does_not_free_it_for_the_other(self, lab: Any) -> None:
         transport = await lab.transport()
-        keeper, connection = transport._keeper, await transport.control.connection()
+        keeper, connection = transport._broker.registry, await transport._broker.control.connection()
         rival = await lab.transport(publish_timeout=0.2)
         async with keeper.locked():
             async with keeper.locked(connection):
@@ -661,7 +661,7 @@ class TestRegistry:
     async def test_forty_that_start_at_once_on_a_group_are_all_let_in(self, lab: Any) -> None:
         owner = await lab.transport()
         await owner.declare("g", ("a.*",), change=False)
-        async with owner._keeper.locked():  # nobody needs the lock
+        async with owner._broker.registry.locked():  # nobody needs the lock
             transports = await asyncio.gather(*(lab.transport(publish_timeout=10.0) for _ in range(40)))
 
             async def join(transport: RabbitMQTransport) -> None:
@@ -692,8 +692,8 @@ class TestRegistry:
         await transport.declare("g", ("a.*",), change=False)
         await transport.send([lab.envelope("a.b", delay=60)])
         await transport.delete_namespace()
-        for queue in (lab.names.held, lab.names.registry, lab.names.queue("g"), lab.names.dead("g")):
-            assert await transport.control.count(queue) is None
+        for queue in (lab.names.parked, lab.names.registry, lab.names.queue("g"), lab.names.dead("g")):
+            assert await transport._broker.control.count(queue) is None
         await transport.delete_namespace()
         assert await other.groups() == {}
         assert await other.send(lab.envelopes(1)) == ()
@@ -721,7 +721,7 @@ class TestOddDelays:
         assert [each.body for each in await collect(receiver, 2)] == [b"1", b"2"]
         assert (await transport.stats("g")).delayed == 1
 
-    async def test_a_stranger_s_message_on_a_rung_goes_on_when_the_rung_s_time_is_over(
+    async def test_a_foreign_message_on_a_level_goes_on_when_the_level_s_time_is_over(
         self, lab: Any, collect: Collect
     ) -> None:
         transport = await lab.transport()

@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 from abe.backends.message_queue.base import Delivery
 from abe.errors import BackendConnectionError
 from abe_backend_rabbitmq._channel import Channel
-from abe_backend_rabbitmq._connection import Connection, finished
+from abe_backend_rabbitmq._connection import Connection, run_to_completion
 from abe_backend_rabbitmq._control import Control
 from abe_backend_rabbitmq._errors import translated
 from abe_backend_rabbitmq._wire import Header
@@ -45,7 +45,7 @@ _MARK: Final = b"x-delivery-count"
 
 _TRIES, _PAUSE = 400, 0.005
 
-_HELD: Final = Delivery(b"", None, 1, 0), Header(b"", "", "")
+_PLACEHOLDER: Final = Delivery(b"", None, 1, 0), Header(b"", "", "")
 """Stands for each message in hand: no more than its tag is needed."""
 
 Found: TypeAlias = tuple[int, Header, bytes]
@@ -136,10 +136,10 @@ class Browser:
                 await self._consume(1)
             for channel in self._channels:
                 before = await self._control.count(self._queue, self._connection) or 0
-                kept = len(channel.held)
+                kept = len(channel.in_flight)
                 if channel.closed is None:
                     channel.ended = None
-                    await finished(channel.close())
+                    await run_to_completion(channel.close())
                     await self._until(before + kept)  # they are back before the next channel's
         self._channels.clear()
 
@@ -149,7 +149,7 @@ class Browser:
         self._ready.clear()
         self._bytes, self._too_much = 0, False
         await self._pass(lambda: self._left)
-        left = sum(len(channel.held) for channel in self._channels)
+        left = sum(len(channel.in_flight) for channel in self._channels)
         await self.close()
         self._left, self._size = left, max(1, min(_FIRST, _MOST // self._largest))
         await self._pass(lambda: passed - (left - self._left))
@@ -179,12 +179,12 @@ class Browser:
                     self._left = 0  # somebody who does not know of the lock took the others
                     break
             self._channel()
-        await finished(self._channel().native.basic_cancel(consumer))
+        await run_to_completion(self._channel().native.basic_cancel(consumer))
 
     async def _consume(self, count: int, *, cancel: bool = True) -> str:
         """Make a consumer. The queue has carried out by then what it was told before."""
         if not self._channels or self._consumers - self._fresh_from >= _CONSUMERS:
-            if not self._channels or self._channels[-1].held:
+            if not self._channels or self._channels[-1].in_flight:
                 channel = await self._connection.channel()
                 channel.ended = self._arrived.set
                 self._channels.append(channel)
@@ -192,10 +192,10 @@ class Browser:
         self._consumers += 1
         channel = self._channel()
         tag = f"page-{self._consumers:06}"
-        await finished(channel.consume(self._queue, count, self._deliver, tag))
+        await run_to_completion(channel.consume(self._queue, count, self._deliver, tag))
         self._unsure = False
         if cancel:
-            await finished(channel.native.basic_cancel(tag))
+            await run_to_completion(channel.native.basic_cancel(tag))
         return tag
 
     def _channel(self) -> Channel:
@@ -212,7 +212,7 @@ class Browser:
             await asyncio.sleep(_PAUSE)
 
     def _deliver(self, tag: int, header: Header, body: bytes, redelivered: bool) -> None:
-        self._channels[-1].held[tag] = _HELD
+        self._channels[-1].in_flight[tag] = _PLACEHOLDER
         self._due -= 1
         if self._due <= 0:
             self._arrived.set()

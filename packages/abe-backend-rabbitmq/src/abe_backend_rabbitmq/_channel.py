@@ -46,7 +46,7 @@ class Outgoing(NamedTuple):
 
 Pushed: TypeAlias = Callable[[int, Header, bytes, bool], None]
 """Called for each message that the broker pushes: its tag, what came with it, its body, whether it was delivered before. It puts the
-message into `Channel.held`. If it raises, the message goes back to its queue."""
+message into `Channel.in_flight`. If it raises, the message goes back to its queue."""
 
 
 class Flight:
@@ -89,7 +89,7 @@ class Channel:
         self.native = native
         self.closed: str | None = None
         """Why the channel is gone."""
-        self.held: dict[int, tuple[Delivery, Header]] = {}
+        self.in_flight: dict[int, tuple[Delivery, Header]] = {}
         """What was delivered and is not settled, by tag, the oldest first."""
         self.lost: Sequence[tuple[Delivery, Header]] = ()
         """What was held when the channel went."""
@@ -172,12 +172,12 @@ class Channel:
 
     async def requeue(self, tag: int) -> None:
         """Give a message back, to be delivered again at once; the broker counts it."""
-        if self.held.pop(tag, None) is not None and self.closed is None:
+        if self.in_flight.pop(tag, None) is not None and self.closed is None:
             self._reject(tag)
 
     def discard(self, tag: int) -> None:
         """Have the broker put a message where its queue puts what it discards."""
-        if self.held.pop(tag, None) is not None and self.closed is None:
+        if self.in_flight.pop(tag, None) is not None and self.closed is None:
             self._reject(tag, requeue=False)
 
     async def close(self) -> None:
@@ -202,8 +202,8 @@ class Channel:
             for tag, flight in pending.items():
                 message = flight.messages[tag - flight.first]
                 flight.settle(tag, refusal.outcome(message.exchange, message.key))
-        self.lost = list(self.held.values())
-        self.held.clear()
+        self.lost = list(self.in_flight.values())
+        self.in_flight.clear()
         for delivery, _ in self.lost:
             delivery.lost = True
         if self.ended is not None:
@@ -311,13 +311,13 @@ class Channel:
             self._deliver(tag, header, body, redelivered)
         except Exception:  # noqa: BLE001 - in the middle of what arrived: it would end the connection
             _log.exception("a delivery could not be taken in: it goes back to its queue")
-            self.held.pop(tag, None)
+            self.in_flight.pop(tag, None)
             return False
         return True
 
     def _settled(self, tags: Sequence[int]) -> tuple[list[int], int]:
         """Take tags out of what is held. Return those to acknowledge singly, and the one to acknowledge with all below it, or 0."""
-        held, newest, oldest = self.held, self._newest, self._oldest
+        held, newest, oldest = self.in_flight, self._newest, self._oldest
         done = [tag for tag in tags if held.pop(tag, None) is not None]
         # Tags come in order, one by one. (Asking the dict for its first would walk over all that were taken from its head.)
         while oldest <= newest and oldest not in held:

@@ -6,8 +6,7 @@ is no state that could come back wrong.
 
 import asyncio
 import logging
-import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any, Final, TypeVar
 
 import aiormq
@@ -17,17 +16,20 @@ from pamqp import frame as pamqp_frame
 from pamqp.exceptions import PAMQPException
 from yarl import URL
 
+from abe.backends.message_queue.base import tasks
+from abe.backends.message_queue.base.tasks import SharedTask, ignore_failure
 from abe.errors import BackendConnectionError, ConfigurationError
 from abe_backend_rabbitmq._channel import Channel
 from abe_backend_rabbitmq._errors import refused, translated
-from abe_backend_rabbitmq._quiet import OURS, install
+from abe_backend_rabbitmq._quiet import install, quietly
 from abe_backend_rabbitmq._settings import RabbitMQSettings, address, is_tls, vhost
 from abe_backend_rabbitmq._tap import TapFactory
+from abe_backend_rabbitmq._tls import tls_context
 from abe_backend_rabbitmq._watch import Watch
 
 _log: Final = logging.getLogger("abe.rabbitmq")
 
-_GOODBYE: Final = 1.0
+_CLOSE_TIMEOUT: Final = 1.0
 """Seconds for which closing waits for the broker's answer."""
 
 _T = TypeVar("_T")
@@ -67,8 +69,8 @@ class Connection:
             PermissionDeniedError: It does not let us in.
             ConfigurationError: The vhost is not there; or a certificate does not hold, ours or its.
         """
-        connecting = asyncio.ensure_future(_quietly(self._open))
-        connecting.add_done_callback(_retrieved)
+        connecting = asyncio.ensure_future(quietly(self._open))
+        connecting.add_done_callback(ignore_failure)
         try:
             await asyncio.wait([connecting], timeout=self._settings.connect_timeout)
         finally:
@@ -114,12 +116,12 @@ class Connection:
             BackendConnectionError: The connection is lost.
         """
         with translated(self.address):
-            return await finished(self._tapped())
+            return await run_to_completion(self._tapped())
 
     async def plain(self) -> AbstractChannel:
         """Open a channel of aiormq's, for what is rare."""
         with translated(self.address):
-            channel: AbstractChannel = await finished(self._native.channel())
+            channel: AbstractChannel = await run_to_completion(self._native.channel())
             return channel
 
     async def close(self) -> None:
@@ -128,19 +130,21 @@ class Connection:
             return
         if self._watch is not None:
             self._watch.stop()
-        mute = self._watch is not None and self._watch.waited > _GOODBYE
+        mute = self._watch is not None and self._watch.waited > _CLOSE_TIMEOUT
         if mute:  # first: aiormq would say goodbye, and wait for an answer
             self._abort()
-        closing = asyncio.ensure_future(_quietly(lambda: self._native.close()))
-        closing.add_done_callback(_retrieved)
+        closing = asyncio.ensure_future(quietly(lambda: self._native.close()))
+        closing.add_done_callback(ignore_failure)
         try:
-            await asyncio.wait([closing], timeout=min(_GOODBYE, self._settings.close_timeout))
+            await asyncio.wait([closing], timeout=min(_CLOSE_TIMEOUT, self._settings.close_timeout))
         finally:
             self._abort()
-        await asyncio.wait([closing], timeout=_GOODBYE)  # it ends by itself now; cancelled it would leave tasks behind
+        await asyncio.wait(
+            [closing], timeout=_CLOSE_TIMEOUT
+        )  # it ends by itself now; cancelled it would leave tasks behind
 
     async def _open(self) -> None:
-        context = await asyncio.to_thread(_tls_context, self._settings) if is_tls(self._url) else None
+        context = await asyncio.to_thread(tls_context, self._settings) if is_tls(self._url) else None
         try:
             url = URL(self._url).update_query(heartbeat=str(round(self._settings.heartbeat)))
             native: Any = aiormq.Connection(
@@ -198,7 +202,7 @@ class Connection:
     async def _ask(self) -> None:
         """Ask for what is answered even while queues cannot, a channel, and leave nothing: no task, no channel."""
         channel = await self.plain()
-        await finished(channel.close())
+        await run_to_completion(channel.close())
 
     def _give_up(self, reason: str) -> None:
         self.silent = True
@@ -231,37 +235,26 @@ class Link:
         self._name = name
         self._next = 0
         self._connection: Connection | None = None
-        self._connecting: asyncio.Task[Connection] | None = None
+        self._connecting = SharedTask(self._connect, _was_closed)
         self._closed = False
 
     async def get(self) -> Connection:
         """Return a live connection.
 
-        However many ask, one is made; who is cancelled stops waiting, and the connection is made all the same.
+        Concurrent callers share one attempt; cancelling a caller does not cancel it.
 
         Raises:
             AbeError: There is none to be had; see `Connection.open`.
         """
-        if self._closed:
-            raise _was_closed()
-        if self._connection is not None and self._connection.alive:
+        if self._connection is not None and self._connection.alive and not self._closed:
             return self._connection
-        if self._connecting is None or self._connecting.done():
-            self._connecting = asyncio.get_running_loop().create_task(self._connect())
-            self._connecting.add_done_callback(_retrieved)
-        connecting = self._connecting
-        await asyncio.wait([connecting])
-        if connecting.cancelled():
-            raise _was_closed()
-        return connecting.result()
+        return await self._connecting.join()
 
     async def close(self) -> None:
         """Disconnect for good."""
         self._closed = True
         try:
-            if self._connecting is not None and not self._connecting.done():
-                self._connecting.cancel()
-                await asyncio.wait([self._connecting])
+            await self._connecting.close()
         finally:
             if self._connection is not None:
                 await self._connection.close()
@@ -293,59 +286,13 @@ class Link:
         raise AssertionError("unreachable: the last address raises")
 
 
-def _tls_context(settings: RabbitMQSettings) -> ssl.SSLContext:
-    """Read the files. They are read for each connection, so that a renewed certificate needs no restart. Blocks."""
-    ca, certificate, key = settings.ca_file, settings.certificate_file, settings.key_file
-    names = {"RABBITMQ_CA_FILE": ca, "RABBITMQ_CERTIFICATE_FILE": certificate, "RABBITMQ_KEY_FILE": key}
-    for name, path in names.items():
-        if path is not None:
-            try:
-                with open(path, "rb") as file:
-                    file.read(1)
-            except OSError as exc:
-                raise ConfigurationError(f"{name} must be a file that can be read: {path!r}: {exc.strerror}") from exc
-    try:
-        context = ssl.create_default_context(cafile=ca)
-    except ssl.SSLError as exc:
-        raise ConfigurationError(f"RABBITMQ_CA_FILE must hold certificates as PEM, and {ca!r} does not") from exc
-    if certificate is not None:
-        try:
-            context.load_cert_chain(certificate, key, password=_no_password)
-        except ssl.SSLError as exc:
-            raise ConfigurationError(
-                "RABBITMQ_CERTIFICATE_FILE must hold a certificate as PEM, and RABBITMQ_KEY_FILE, or the same file, its private key"
-                f" without a password: {exc.reason or exc}"
-            ) from exc
-    return context
-
-
-def _no_password() -> str:
-    raise ConfigurationError("RABBITMQ_KEY_FILE must hold a private key without a password: it cannot be asked for")
-
-
-async def finished(work: Awaitable[_T]) -> _T:
-    """Await work of aiormq that goes on to its end even if the caller is cancelled: aiormq closes a channel whose request is cancelled.
+async def run_to_completion(work: Awaitable[_T]) -> _T:
+    """Run a request of aiormq to its end even if the caller is cancelled: aiormq closes a channel whose request is cancelled.
 
     Raises:
         BackendConnectionError: The connection was closed here meanwhile. (aiormq cancels what waits then; the caller was not cancelled.)
     """
-    task = asyncio.ensure_future(_quietly(lambda: work))
-    task.add_done_callback(_retrieved)
-    await asyncio.wait([task])
-    if task.cancelled():
-        raise _was_closed()
-    return task.result()
-
-
-async def _quietly(work: Callable[[], Awaitable[_T]]) -> _T:
-    """Do something in a context that tells that it is ours, and so are the tasks that it begins."""
-    OURS.set(True)
-    return await work()
-
-
-def _retrieved(task: "asyncio.Future[Any]") -> None:
-    if not task.cancelled():
-        task.exception()
+    return await tasks.run_to_completion(quietly(lambda: work), _was_closed)
 
 
 def _was_closed() -> BackendConnectionError:

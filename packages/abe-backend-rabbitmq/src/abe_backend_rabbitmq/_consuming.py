@@ -7,16 +7,14 @@ is given back long before, and taken anew in its order.
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from abe.errors import AbeError
+from abe_backend_rabbitmq._broker import Broker
 from abe_backend_rabbitmq._channel import Channel, Pushed
-from abe_backend_rabbitmq._connection import finished
+from abe_backend_rabbitmq._connection import run_to_completion
 from abe_backend_rabbitmq._errors import translated
 from abe_backend_rabbitmq._pace import OVERDUE, TICKS, WAITED, Pace
-
-if TYPE_CHECKING:
-    from abe_backend_rabbitmq._transport import RabbitMQTransport
 
 _log: Final = logging.getLogger("abe.rabbitmq")
 
@@ -30,7 +28,7 @@ class Consuming:
     """The consumers of one channel. There is one, or some more where it was slow for a while.
 
     Args:
-        transport: Knows the node's `consumer_timeout`, and what was lost.
+        broker: Knows the node's `consumer_timeout`, and what was lost.
         group: The group.
         channel: The channel.
         prefetch: How many messages may be held at most.
@@ -41,7 +39,7 @@ class Consuming:
 
     def __init__(
         self,
-        transport: "RabbitMQTransport",
+        broker: Broker,
         group: str,
         channel: Channel,
         prefetch: int,
@@ -53,7 +51,7 @@ class Consuming:
         self.pace = Pace()
         self.answered = True
         """Whether the broker has answered all that it was asked."""
-        self._transport = transport
+        self._broker = broker
         self._group = group
         self._channel = channel
         self._prefetch = prefetch
@@ -91,8 +89,8 @@ class Consuming:
         """Hold as many as may be held again after it was slow, once handlers begin them in time."""
         if self._credit < self._prefetch:
             channel = self._channel
-            room = self._prefetch - self._credit - len(channel.held)
-            settled = self.pace.settled_in(1, channel.delivered - len(channel.held))
+            room = self._prefetch - self._credit - len(channel.in_flight)
+            settled = self.pace.settled_in(1, channel.delivered - len(channel.in_flight))
             if room >= max(1, self._prefetch // 4) and settled >= max(_SOME, self._prefetch / WAITED):
                 self.adapt(self._consume(room))
 
@@ -112,7 +110,7 @@ class Consuming:
         await self._cancel()
         await self._take_back()
         while not self._stopping and self._channel.closed is None:
-            room = self._prefetch - len(self._channel.held)
+            room = self._prefetch - len(self._channel.in_flight)
             if room > 0:
                 await self._consume(max(1, min(room, pace)))
                 return
@@ -129,33 +127,33 @@ class Consuming:
         """Give back what is not begun, unless stopping does. The broker counts it, and that is taken off again."""
         if self._stopping:
             return
-        held = self._channel.held
+        held = self._channel.in_flight
         waiting = [tag for tag, (delivery, _) in held.items() if not delivery.begun]
         _log.debug("%d messages of group %r waited for a handler: they are taken anew", len(waiting), self._group)
         for tag in waiting:
             delivery, header = held[tag]
             delivery.lost = True
-            self._transport.losses.note(self._group, header, delivery)
+            self._broker.losses.note(self._group, header, delivery)
             await self._channel.requeue(tag)
         self._taken_back()
 
     async def _consume(self, credit: int) -> None:
-        queue = self._transport.topology.queue(self._group)
+        queue = self._broker.topology.queue(self._group)
         self._credit += credit
-        with translated(self._transport.settings.namespace):
-            self._consumers.append(await finished(self._channel.consume(queue, credit, self._deliver)))
+        with translated(self._broker.settings.namespace):
+            self._consumers.append(await run_to_completion(self._channel.consume(queue, credit, self._deliver)))
 
     async def _cancel(self) -> None:
         consumers, self._consumers, self._credit = self._consumers, [], 0
         for consumer in consumers:
             with translated(self._group):
                 self.answered = False
-                await finished(self._channel.native.basic_cancel(consumer))
+                await run_to_completion(self._channel.native.basic_cancel(consumer))
                 self.answered = True
 
     def _tick_later(self) -> None:
         if not self._stopping:
-            self._timer = self._loop.call_later(self._transport.consumer_timeout / TICKS, self._tick)
+            self._timer = self._loop.call_later(self._broker.consumer_timeout / TICKS, self._tick)
 
     def _tick(self) -> None:
         """See to it that nothing is held for too long."""
@@ -163,16 +161,18 @@ class Consuming:
         if channel.closed is not None:
             return
         self._tick_later()
-        settled = channel.delivered - len(channel.held)
-        waiting = next((tag for tag, (delivery, _) in channel.held.items() if not delivery.begun), None)
+        settled = channel.delivered - len(channel.in_flight)
+        waiting = next((tag for tag, (delivery, _) in channel.in_flight.items() if not delivery.begun), None)
         if waiting is not None and pace.held_for(waiting, WAITED):
             self.adapt(self.consume_anew(pace.settled_in(WAITED, settled)))
         self._warn()
-        pace.tick(channel.delivered, settled, (tag for tag, (delivery, _) in channel.held.items() if delivery.begun))
+        pace.tick(
+            channel.delivered, settled, (tag for tag, (delivery, _) in channel.in_flight.items() if delivery.begun)
+        )
 
     def _warn(self) -> None:
         """Say it before RabbitMQ takes a message from its handler."""
-        oldest = next(iter(self._channel.held), -1)
+        oldest = next(iter(self._channel.in_flight), -1)
         if oldest not in (-1, self._warned) and self.pace.held_for(oldest, OVERDUE):
             self._warned = oldest
             _log.warning(
@@ -180,5 +180,5 @@ class Consuming:
                 "channel, and delivers it again. Raise consumer_timeout, or work in smaller steps",
                 self._group,
                 OVERDUE / TICKS * 100,
-                self._transport.consumer_timeout,
+                self._broker.consumer_timeout,
             )

@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 from aiormq.abc import AbstractChannel
 
 from abe.errors import AbeError, BackendConnectionError
-from abe_backend_rabbitmq._connection import Connection, Link, finished
+from abe_backend_rabbitmq._connection import Connection, Link, run_to_completion
 from abe_backend_rabbitmq._errors import ChannelLocked, ChannelNotFound, translated
 
 _log: Final = logging.getLogger("abe.rabbitmq")
@@ -59,7 +59,7 @@ class Control:
         Raises:
             AbeError: It failed. The native error is the cause.
         """
-        return await finished(self._call(request, on))
+        return await run_to_completion(self._call(request, on))
 
     async def count(self, queue: str, on: Connection | None = None) -> int | None:
         """Return how many messages a queue has that nobody holds; None: there is no such queue."""

@@ -13,8 +13,8 @@ from abe.backends.message_queue.base.routing import group_missing
 from abe.errors import BackendConnectionError, ConfigurationError
 from abe_backend_rabbitmq._connection import Connection
 from abe_backend_rabbitmq._control import Control
+from abe_backend_rabbitmq._delays import Delays
 from abe_backend_rabbitmq._errors import ChannelNotFound
-from abe_backend_rabbitmq._ladder import Ladder
 from abe_backend_rabbitmq._registry import Entry, Registry, RegistryKeeper
 from abe_backend_rabbitmq._topology import LEVELS, Topology
 
@@ -31,8 +31,8 @@ class Groups:
 
     Args:
         control: Carries the requests.
-        keeper: Has the registry.
-        ladder: Forgets the rungs of groups that are gone.
+        registry: Knows the groups.
+        delays: Forgets the levels of groups that are gone.
         topology: The names.
         tell: Tells all who consume.
     """
@@ -40,14 +40,14 @@ class Groups:
     def __init__(
         self,
         control: Control,
-        keeper: RegistryKeeper,
-        ladder: Ladder,
+        registry: RegistryKeeper,
+        delays: Delays,
         topology: Topology,
         tell: Callable[[str], Awaitable[None]],
     ) -> None:
         self._control = control
-        self._keeper = keeper
-        self._ladder = ladder
+        self._registry = registry
+        self._delays = delays
         self._names = topology
         self._tell = tell
         self._known: Registry | None = None
@@ -67,7 +67,7 @@ class Groups:
         async def present(channel: AbstractChannel) -> None:
             for exchange in (names.exchange, names.later, names.delay, names.news, names.nowhere):
                 await channel.exchange_declare(exchange, passive=True)
-            for queue in (names.held, names.registry):
+            for queue in (names.parked, names.registry):
                 await channel.queue_declare(queue, passive=True)
 
         try:
@@ -75,9 +75,9 @@ class Groups:
         except BackendConnectionError as exc:
             if not isinstance(exc.__cause__, ChannelNotFound):
                 raise
-            async with self._keeper.locked(connection):
+            async with self._registry.locked(connection):
                 await self._control.call(self._make_namespace, connection)
-                await self._keeper.seed(connection)
+                await self._registry.seed(connection)
                 await self._restore(connection)
         else:
             await self._control.call(self._make_exchange, connection)
@@ -85,7 +85,7 @@ class Groups:
     def forget(self) -> None:
         """Read the registry again when it is needed next: the groups may have changed."""
         self._known = None
-        self._ladder.forget()
+        self._delays.forget()
 
     async def known(self) -> Registry:
         """Return the registry as it was when somebody looked last: who publishes by an old one is told so by the broker."""
@@ -110,7 +110,7 @@ class Groups:
         present = None if change else await self._present(group)
         if present is None:
             present = await self._there(
-                lambda: self._keeper.exclusively(partial(self._declare, group, patterns, EVERYTHING, change))
+                lambda: self._registry.exclusively(partial(self._declare, group, patterns, EVERYTHING, change))
             )
         self._patterns[group] = present[0]
         return present
@@ -121,7 +121,7 @@ class Groups:
         Raises:
             GroupMissingError: There is no such group.
         """
-        return await self._there(lambda: self._keeper.exclusively(partial(self._build, group, level)))
+        return await self._there(lambda: self._registry.exclusively(partial(self._build, group, level)))
 
     @property
     def version(self) -> int:
@@ -144,15 +144,15 @@ class Groups:
     async def restore(self, group: str) -> None:
         """Make a group again that was deleted underneath, with the patterns that it had when we last knew."""
         otherwise = self._patterns.get(group, EVERYTHING)
-        await self._there(lambda: self._keeper.exclusively(partial(self._declare, group, None, otherwise, False)))
+        await self._there(lambda: self._registry.exclusively(partial(self._declare, group, None, otherwise, False)))
 
     async def delete(self, group: str) -> None:
         """Delete what a group has."""
-        await self._there(lambda: self._keeper.exclusively(partial(self._delete, group)))
+        await self._there(lambda: self._registry.exclusively(partial(self._delete, group)))
 
     async def delete_namespace(self) -> None:
         """Delete everything. Whoever uses the namespace afterwards makes it again."""
-        await self._there(lambda: self._keeper.exclusively(self._delete_namespace))
+        await self._there(lambda: self._registry.exclusively(self._delete_namespace))
 
     async def _present(self, group: str) -> tuple[tuple[str, ...], bool] | None:
         """Return what a group wants; None: it is not there, or not all of it."""
@@ -187,7 +187,7 @@ class Groups:
             before = entry or Entry([], [])
             made = before.made if there and entry is not None else registry.version + 1
             bound = sorted({*before.bound, *wanted})
-            registry.groups[group] = Entry(wanted, bound, changing=True, rungs=before.rungs, made=made)
+            registry.groups[group] = Entry(wanted, bound, changing=True, levels=before.levels, made=made)
             await self._change(registry, group)
             if made == registry.version:
                 await self._tell(f"made {group} {made}")
@@ -200,13 +200,13 @@ class Groups:
         entry = registry.groups.get(group)
         if entry is None:
             raise group_missing(group)
-        count = max(entry.rungs, level + 1)
-        await self._control.call(lambda channel: self._make_rungs(channel, group, count))
-        if count > entry.rungs:
+        count = max(entry.levels, level + 1)
+        await self._control.call(lambda channel: self._make_levels(channel, group, count))
+        if count > entry.levels:
             self._known = None
-            entry.rungs = count
-            await self._keeper.write(registry)
-        await self._tell(f"rungs {group} {count}")
+            entry.levels = count
+            await self._registry.write(registry)
+        await self._tell(f"levels {group} {count}")
         return count
 
     async def _delete(self, group: str) -> None:
@@ -223,10 +223,10 @@ class Groups:
 
         async def delete(channel: AbstractChannel) -> None:
             # `nowhere` first: whoever finds it missing makes everything again.
-            exchanges = (names.exchange, names.unwanted, names.holding, names.later, names.delay, names.news)
+            exchanges = (names.exchange, names.unwanted, names.parking, names.later, names.delay, names.news)
             for exchange in (names.nowhere, *exchanges):
                 await channel.exchange_delete(exchange)
-            for queue in (names.held, names.registry):
+            for queue in (names.parked, names.registry):
                 await channel.queue_delete(queue)
 
         await self._control.call(delete)
@@ -234,9 +234,9 @@ class Groups:
 
     async def _settled(self) -> Registry:
         """Return the registry with nothing in it that is being changed: what somebody died in the middle of is carried out."""
-        registry = await self._there(self._keeper.peek)
+        registry = await self._there(self._registry.peek)
         if registry.stale or any(entry.changing for entry in registry.groups.values()):
-            registry = await self._keeper.exclusively(self._read)
+            registry = await self._registry.exclusively(self._read)
         self._saw(registry)
         return registry
 
@@ -252,7 +252,7 @@ class Groups:
 
     async def _read(self) -> Registry:
         """Return the registry, with every change that somebody died in the middle of carried out."""
-        registry = await self._keeper.read()
+        registry = await self._registry.read()
         if registry.stale or any(entry.changing for entry in registry.groups.values()):
             await self._finish(registry)
         self._known = registry
@@ -264,7 +264,7 @@ class Groups:
         self._known = None  # unless all of it succeeds, nobody knows what is there
         registry.stale.append(registry.version)
         registry.version += 1
-        await self._keeper.write(registry)
+        await self._registry.write(registry)
         await self._finish(registry, group)
 
     async def _finish(self, registry: Registry, ours: str | None = None) -> None:
@@ -287,28 +287,28 @@ class Groups:
                         raise
                     _log.warning("group %r is half made, and stays so until somebody can finish it: %s", group, exc)
                 else:
-                    registry.groups[group] = Entry(entry.patterns, entry.patterns, rungs=entry.rungs, made=entry.made)
+                    registry.groups[group] = Entry(entry.patterns, entry.patterns, levels=entry.levels, made=entry.made)
             else:
                 await self._control.call(partial(self._delete_group, group=group))
-                self._ladder.forget(group)
+                self._delays.forget(group)
                 del registry.groups[group]
         registry.stale.clear()
         self._known = registry
         self._saw(registry)
-        await self._keeper.write(registry)
+        await self._registry.write(registry)
 
     async def _make_namespace(self, channel: AbstractChannel) -> None:
         names = self._names
-        await channel.exchange_declare(names.holding, exchange_type="fanout", durable=True)
+        await channel.exchange_declare(names.parking, exchange_type="fanout", durable=True)
         await channel.exchange_declare(
-            names.unwanted, exchange_type="fanout", durable=True, arguments={"alternate-exchange": names.holding}
+            names.unwanted, exchange_type="fanout", durable=True, arguments={"alternate-exchange": names.parking}
         )
         for topic in (names.later, names.delay):
             await channel.exchange_declare(topic, exchange_type="topic", durable=True)
         await channel.exchange_declare(names.news, exchange_type="fanout", durable=True)
-        await channel.queue_declare(names.held, durable=True, arguments=dict(names.store_arguments))
-        await channel.queue_bind(names.held, names.holding)
-        await channel.queue_bind(names.held, names.delay, "*.held")
+        await channel.queue_declare(names.parked, durable=True, arguments=dict(names.store_arguments))
+        await channel.queue_bind(names.parked, names.parking)
+        await channel.queue_bind(names.parked, names.delay, "*.parked")
 
     async def _make_exchange(self, channel: AbstractChannel) -> None:
         names = self._names
@@ -318,11 +318,11 @@ class Groups:
     async def _restore(self, connection: Connection) -> None:
         """Make the exchange that is published to, with the bindings of the groups there are, if it was deleted underneath them.
 
-        Until all are bound there is no `nowhere`, so that everything is held: nobody who publishes meanwhile is told that no group wants
+        Until all are bound there is no `nowhere`, so that everything is parked: nobody who publishes meanwhile is told that no group wants
         it.
         """
         names = self._names
-        registry = await self._keeper.read(connection)
+        registry = await self._registry.read(connection)
 
         async def restore(channel: AbstractChannel) -> None:
             await channel.exchange_delete(names.nowhere)
@@ -332,7 +332,7 @@ class Groups:
             await self._bind(channel, registry)
             await channel.exchange_declare(names.nowhere, exchange_type="fanout", durable=True)
             for group in registry.groups:
-                await self._stop_holding(channel, group)
+                await self._stop_parking(channel, group)
 
         await self._control.call(restore, connection)
         if registry.groups:
@@ -340,7 +340,7 @@ class Groups:
 
     async def _make_group(self, channel: AbstractChannel, group: str, entry: Entry) -> None:
         await self._make_queues(channel, group, entry)
-        await self._stop_holding(channel, group)
+        await self._stop_parking(channel, group)
 
     async def _delete_group(self, channel: AbstractChannel, group: str) -> None:
         names = self._names
@@ -356,22 +356,22 @@ class Groups:
         await channel.queue_declare(names.dead(group), durable=True, arguments=dict(names.store_arguments))
         await channel.queue_declare(queue, durable=True, arguments=dict(names.queue_arguments(group)))
         await channel.queue_bind(queue, names.delay, names.straight(group))
-        await self._make_rungs(channel, group, entry.rungs)
+        await self._make_levels(channel, group, entry.levels)
         for pattern in entry.patterns:
             await channel.queue_bind(queue, names.exchange, pattern)
         for pattern in entry.bound:
             if pattern not in entry.patterns:
                 await channel.queue_unbind(queue, names.exchange, pattern)
 
-    async def _make_rungs(self, channel: AbstractChannel, group: str, count: int) -> None:
+    async def _make_levels(self, channel: AbstractChannel, group: str, count: int) -> None:
         names = self._names
         for level in range(count):
             queue = names.waiting(group, level)
             await channel.queue_declare(queue, durable=True, arguments=dict(names.store_arguments))
             await channel.queue_bind(queue, names.delay, names.wait(group, level))
 
-    async def _stop_holding(self, channel: AbstractChannel, group: str) -> None:
-        """From now on a message that no group wants is returned. This comes last: what was published before is held."""
+    async def _stop_parking(self, channel: AbstractChannel, group: str) -> None:
+        """From now on a message that no group wants is returned. This comes last: what was published before is parked."""
         names = self._names
         await channel.exchange_bind(destination=names.nowhere, source=names.unwanted, routing_key=group)
 

@@ -11,8 +11,8 @@ from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._browser import Browser, Found
 from abe_backend_rabbitmq._channel import Outgoing
 from abe_backend_rabbitmq._control import Control, Lock
-from abe_backend_rabbitmq._ladder import Ladder
-from abe_backend_rabbitmq._outlet import Outlet, moved
+from abe_backend_rabbitmq._delays import Delays
+from abe_backend_rabbitmq._publisher import Publisher, moved
 from abe_backend_rabbitmq._registry import Registry, RegistryKeeper
 from abe_backend_rabbitmq._topology import Topology
 from abe_backend_rabbitmq._wire import Header
@@ -24,13 +24,13 @@ _RARELY: Final = 600.0
 
 
 class Parked:
-    """Moves held messages, with a lock of its own: nobody who declares or subscribes waits for it.
+    """Moves parked messages, with a lock of its own: nobody who declares or subscribes waits for it.
 
     Args:
         control: Carries the requests.
-        outlet: Publishes the copies.
-        keeper: Has the registry.
-        ladder: For those with a delay.
+        publisher: Publishes the copies.
+        registry: Knows the groups.
+        delays: For those with a delay.
         topology: The names.
         timeout: Seconds to wait for another process that moves them.
     """
@@ -38,18 +38,18 @@ class Parked:
     def __init__(
         self,
         control: Control,
-        outlet: Outlet,
-        keeper: RegistryKeeper,
-        ladder: Ladder,
+        publisher: Publisher,
+        registry: RegistryKeeper,
+        delays: Delays,
         topology: Topology,
         timeout: float,
     ) -> None:
         self._control = control
-        self._outlet = outlet
-        self._keeper = keeper
-        self._ladder = ladder
+        self._publisher = publisher
+        self._registry = registry
+        self._delays = delays
         self._names = topology
-        self._lock = Lock(control, topology.moving, timeout)
+        self._lock = Lock(control, topology.parked_lock, timeout)
         self._begun: asyncio.Task[None] | None = None
         self._unwanted = 0
         self._look_at = 0.0
@@ -57,16 +57,20 @@ class Parked:
     def look(self) -> None:
         """Hand over what came late, unless that is under way: a failure is logged, and left to the next time."""
         if self._begun is None or self._begun.done():
-            self._begun = self._keeper.start(self._look())
+            self._begun = self._registry.start(self._look())
             self._begun.add_done_callback(_report)
 
+    def start(self) -> "asyncio.Task[None]":
+        """Begin to hand over. It goes on to its end, whoever is cancelled."""
+        return self._registry.start(self.hand_over())
+
     async def hand_over(self) -> None:
-        """Move held messages to the groups that want them, as long as there are any; a full group's stay for the next time."""
-        if not await self._control.count(self._names.held):
+        """Move parked messages to the groups that want them, as long as there are any; a full group's stay for the next time."""
+        if not await self._control.count(self._names.parked):
             return
         async with self._lock.held() as connection:
-            registry = await self._keeper.peek()
-            queue = self._names.held
+            registry = await self._registry.peek()
+            queue = self._names.parked
             browser = Browser(self._control, connection, queue, await self._control.count(queue, connection) or 0)
             try:
                 while page := await browser.page():
@@ -77,11 +81,11 @@ class Parked:
 
     async def _look(self) -> None:
         now = asyncio.get_running_loop().time()
-        count = await self._control.count(self._names.held)
+        count = await self._control.count(self._names.parked)
         if not count or (count == self._unwanted and now < self._look_at):
             return
         await self.hand_over()
-        self._unwanted, self._look_at = await self._control.count(self._names.held) or 0, now + _RARELY
+        self._unwanted, self._look_at = await self._control.count(self._names.parked) or 0, now + _RARELY
 
     async def _hand_over(self, browser: Browser, page: Sequence[Found], registry: Registry) -> bool:
         """Move what is wanted of a page; return whether every group took its own."""
@@ -95,12 +99,12 @@ class Parked:
             for group in groups or ():
                 delay = _wire.due(header) / 1000 - time.time()
                 if delay > 0:
-                    here = await self._ladder.place(group, delay, _wire.due(header))
+                    here = await self._delays.place(group, delay, _wire.due(header))
                     copies.append(moved(self._names.delay, f"0.{here.key}", header, body, here.headers))
                 else:
                     copies.append(moved("", self._names.queue(group), header, body))
                 places.append((place, group))
-        outcomes = await self._outlet.move(copies, bounded=True)
+        outcomes = await self._publisher.move(copies, bounded=True)
         left: dict[int, list[str]] = {}
         taken: set[int] = set()
         for i, (place, group) in enumerate(places):
@@ -126,12 +130,12 @@ class Parked:
         for place, groups in left.items():
             _, header, body = page[place]
             properties = _wire.copy(header, body, 0, ("abe-due", _wire.due(header)), ("abe-for", " ".join(groups)))
-            named.append(Outgoing("", self._names.held, properties, body, _wire.message_id(properties)))
-        for error in await self._outlet.move(named):
+            named.append(Outgoing("", self._names.parked, properties, body, _wire.message_id(properties)))
+        for error in await self._publisher.move(named):
             if error is not None:
                 raise error
 
 
 def _report(task: "asyncio.Task[None]") -> None:
     if not task.cancelled() and isinstance(error := task.exception(), AbeError):
-        _log.warning("held messages could not be handed out, and are kept until the next look: %s", error)
+        _log.warning("parked messages could not be handed out, and are kept until the next look: %s", error)

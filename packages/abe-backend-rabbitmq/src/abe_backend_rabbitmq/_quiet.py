@@ -6,8 +6,9 @@ that anybody still waits for.
 """
 
 import logging
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from typing import Final
+from typing import Final, TypeVar
 
 from aiormq.exceptions import AMQPError
 
@@ -27,6 +28,14 @@ _SHUTDOWN: Final = "unhandled exception during asyncio.run() shutdown"
 """How `asyncio.runners` begins what it says of a task that ended with an error although it was cancelled."""
 
 _log: Final = logging.getLogger("abe.rabbitmq")
+
+_T = TypeVar("_T")
+
+
+async def quietly(work: Callable[[], Awaitable[_T]]) -> _T:
+    """Do something in a context that tells that it is ours, and so are the tasks that it begins. Needs a task of its own."""
+    OURS.set(True)
+    return await work()
 
 
 def install() -> None:

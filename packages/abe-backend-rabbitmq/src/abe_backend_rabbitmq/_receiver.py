@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -11,16 +11,14 @@ from abe.backends.message_queue.base import Delivery, Disposition, Metadata, Out
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
 from abe.errors import AbeError, BackendConnectionError, GroupMissingError
 from abe_backend_rabbitmq import _wire
+from abe_backend_rabbitmq._broker import Broker
 from abe_backend_rabbitmq._channel import Channel
-from abe_backend_rabbitmq._connection import finished
+from abe_backend_rabbitmq._connection import run_to_completion
 from abe_backend_rabbitmq._consuming import Consuming
 from abe_backend_rabbitmq._errors import ChannelNotFound, consumer_timeout, lost, translated
 from abe_backend_rabbitmq._pace import LONG
 from abe_backend_rabbitmq._settlements import Settlements
 from abe_backend_rabbitmq._wire import Header
-
-if TYPE_CHECKING:
-    from abe_backend_rabbitmq._transport import RabbitMQTransport
 
 _log: Final = logging.getLogger("abe.rabbitmq")
 
@@ -30,11 +28,11 @@ TICK: Final = 1.0
 _UNSURE: Final = 1.0
 """Seconds after which an acknowledgement has surely arrived."""
 
-_GOODBYE: Final = 1.0
+_CLOSE_TIMEOUT: Final = 1.0
 """Seconds for which closing a channel waits for the broker's answer."""
 
 _LOOK_AGAIN: Final = 10.0
-"""Seconds after which a consumer that has nothing to do looks again for held messages."""
+"""Seconds after which a consumer that has nothing to do looks again for parked messages."""
 
 _TAG_BITS: Final = 48
 _TAG: Final = (1 << _TAG_BITS) - 1
@@ -47,15 +45,19 @@ class RabbitMQReceiver:
     A delivery's number names the channel, by its place in that row, and the tag.
 
     Args:
-        transport: Publishes copies, and opens channels.
+        broker: Publishes copies, and opens channels.
         group: The group.
-        prefetch: How many messages it holds at most.
+        prefetch: How many messages it may have in flight.
+        leave: Called when it closes.
     """
 
-    def __init__(self, transport: "RabbitMQTransport", group: str, prefetch: int) -> None:
+    def __init__(
+        self, broker: Broker, group: str, prefetch: int, leave: Callable[["RabbitMQReceiver"], Awaitable[object]]
+    ) -> None:
         self.group = group
-        self._transport = transport
-        self._queue = transport.topology.queue(group)
+        self._broker = broker
+        self._leave = leave
+        self._queue = broker.topology.queue(group)
         self._prefetch = min(prefetch, _MOST_PREFETCHED)
         self._loop = asyncio.get_running_loop()
         self._channel: Channel | None = None
@@ -70,9 +72,9 @@ class RabbitMQReceiver:
         self._acked_at = -_UNSURE
 
     @property
-    def holding(self) -> int:
+    def in_flight(self) -> int:
         """Messages that are not settled."""
-        return 0 if self._channel is None else len(self._channel.held)
+        return 0 if self._channel is None else len(self._channel.in_flight)
 
     async def start(self) -> None:
         """Begin to consume, on a new channel."""
@@ -83,12 +85,12 @@ class RabbitMQReceiver:
             self._consuming.end()
         self._generation += 1
         self._ready.clear()
-        transport = self._transport
-        self._version = transport.version
-        channel = await transport.consume_channel()
-        self._settlements = Settlements(transport, self.group, channel, self._prefetch // 2)
-        base, group, losses = self._generation << _TAG_BITS, self.group, transport.losses
-        ready, held = self._ready, channel.held
+        broker = self._broker
+        self._version = broker.groups.version
+        channel = await broker.consume_channel()
+        self._settlements = Settlements(broker, self.group, channel, self._prefetch // 2)
+        base, group, losses = self._generation << _TAG_BITS, self.group, broker.losses
+        ready, held = self._ready, channel.in_flight
 
         def deliver(tag: int, header: Header, body: bytes, redelivered: bool) -> None:
             delivery = _wire.delivery(base | tag, header, body, redelivered)
@@ -103,7 +105,7 @@ class RabbitMQReceiver:
                 self._wake()
 
         consuming = Consuming(
-            transport,
+            broker,
             group,
             channel,
             self._prefetch,
@@ -146,7 +148,7 @@ class RabbitMQReceiver:
         self._consuming.go_on()
         if not ready and self._loop.time() >= self._look_at:
             self._look_at = self._loop.time() + _LOOK_AGAIN
-            self._transport.look_at_held()
+            self._broker.parked.look()
         return [ready.popleft() for _ in range(min(limit, len(ready)))]
 
     def metadata(self, delivery: Delivery) -> Metadata:
@@ -166,7 +168,7 @@ class RabbitMQReceiver:
                 await channel.ack(known)
                 if verify:
                     try:
-                        await finished(channel.native.basic_qos(prefetch_count=self._prefetch))
+                        await run_to_completion(channel.native.basic_qos(prefetch_count=self._prefetch))
                     except (OSError, RuntimeError):
                         return [lost()] * len(deliveries)
         return () if len(known) == len(tags) else [lost() if tag is None else None for tag in tags]
@@ -187,7 +189,7 @@ class RabbitMQReceiver:
     async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         """Consume on a new channel; what the old one held is lost."""
         try:
-            await self._transport.look()
+            await self._broker.groups.now()
             await self.start()
         except BackendConnectionError as exc:
             if isinstance(exc.__cause__, ChannelNotFound):
@@ -209,14 +211,12 @@ class RabbitMQReceiver:
 
     async def close(self) -> None:
         """Give back everything, and close the channel."""
-        if self in self._transport.receivers:
-            self._transport.receivers.discard(self)
-            await self._transport.movers.leave(self.group)
+        await self._leave(self)
         try:
             await self.stop()
             channel = self._channel if (self._consuming is None or self._consuming.answered) else None
-            if channel is not None and channel.held and channel.closed is None:
-                held = [delivery for delivery, _ in channel.held.values()]
+            if channel is not None and channel.in_flight and channel.closed is None:
+                held = [delivery for delivery, _ in channel.in_flight.values()]
                 await self.settle([Settlement(delivery, Disposition.RELEASE) for delivery in held])
             if channel is not None and channel.closed is None and self._loop.time() - self._acked_at < _UNSURE:
                 await self._settle_down(channel)
@@ -227,7 +227,7 @@ class RabbitMQReceiver:
                 if (
                     self._consuming is None or self._consuming.answered
                 ):  # a broker that is silent is left to its connection
-                    await asyncio.wait([closing], timeout=_GOODBYE)
+                    await asyncio.wait([closing], timeout=_CLOSE_TIMEOUT)
 
     async def _settle_down(self, channel: Channel) -> None:
         """Have every acknowledgement arrive.
@@ -241,14 +241,14 @@ class RabbitMQReceiver:
 
         def deliver(tag: int, header: Header, body: bytes, redelivered: bool) -> None:
             delivery = _wire.delivery(base | tag, header, body, redelivered)
-            self._transport.losses.take_off(self.group, delivery, header)
-            channel.held[tag] = delivery, header
+            self._broker.losses.take_off(self.group, delivery, header)
+            channel.in_flight[tag] = delivery, header
             given.append(delivery)
 
         with translated(self.group):
             try:
-                consumer = await finished(channel.consume(self._queue, 1, deliver))
-                await finished(channel.native.basic_cancel(consumer))
+                consumer = await run_to_completion(channel.consume(self._queue, 1, deliver))
+                await run_to_completion(channel.native.basic_cancel(consumer))
             except ChannelNotFound:
                 return  # the queue was deleted, and what was in it
         await self.settle([Settlement(delivery, Disposition.RELEASE) for delivery in given])
@@ -260,7 +260,7 @@ class RabbitMQReceiver:
         if channel is None or channel.closed is not None or number >> _TAG_BITS != self._generation:
             return None
         tag = number & _TAG
-        return tag if tag in channel.held else None
+        return tag if tag in channel.in_flight else None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -290,9 +290,9 @@ class RabbitMQReceiver:
         limit = consumer_timeout(channel.closed or "")
         for delivery, header in channel.lost:
             long = consuming.pace.handled_for(_tag(delivery), LONG)
-            self._transport.losses.note(self.group, header, delivery, counts=long)
+            self._broker.losses.note(self.group, header, delivery, counts=long)
         if limit is not None:
-            self._transport.consumer_timeout = limit
+            self._broker.consumer_timeout = limit
         self._wake()
 
 

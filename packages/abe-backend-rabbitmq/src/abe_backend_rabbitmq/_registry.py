@@ -26,7 +26,7 @@ from abe_backend_rabbitmq._topology import Topology
 _log: Final = logging.getLogger("abe.rabbitmq")
 
 _PROPERTIES: Final = commands.Basic.Properties(content_type="application/json", delivery_mode=2)
-_GOODBYE: Final = 1.0
+_CLOSE_TIMEOUT: Final = 1.0
 """Seconds for which closing waits for work that was cancelled."""
 
 _POLL: Final = 0.005
@@ -47,8 +47,8 @@ class Entry(msgspec.Struct):
     bound: list[str]
     """What may be bound: `patterns`, and those before them until the change is through."""
     changing: bool = False
-    rungs: int = 0
-    """Levels of the delay ladder for which it has a queue."""
+    levels: int = 0
+    """Levels of delay for which it has a queue."""
     made: int = 0
     """The version in which its queue was made."""
 
@@ -89,25 +89,25 @@ class RegistryKeeper:
     Args:
         control: Carries the requests.
         topology: The names.
-        patience: Seconds to wait for the lock, and for the message.
+        timeout: Seconds to wait for the lock, and for the message.
         writable: Raises an error if the broker takes no messages: one that is written then would be in nobody's reach.
     """
 
     def __init__(
-        self, control: Control, topology: Topology, patience: float, writable: Callable[[], Awaitable[object]]
+        self, control: Control, topology: Topology, timeout: float, writable: Callable[[], Awaitable[object]]
     ) -> None:
         self._control = control
         self._names = topology
-        self._patience = patience
+        self._timeout = timeout
         self._writable = writable
-        self._lock = Lock(control, topology.lock, patience)
+        self._lock = Lock(control, topology.lock, timeout)
         self._ours = asyncio.Lock()
         self._holders: Counter[Connection] = Counter()
         self._tasks = Background()
 
     async def close(self) -> None:
         """Give up what is under way. What waits for a silent broker ends with its connection."""
-        await self._tasks.cancel(_GOODBYE)
+        await self._tasks.cancel(_CLOSE_TIMEOUT)
 
     async def exclusively(self, work: Callable[[], Awaitable[_T]]) -> _T:
         """Do something under the namespace's lock, to its end even if the caller is cancelled.
@@ -197,7 +197,7 @@ class RegistryKeeper:
                 await channel.basic_nack(taken.tag, multiple=True, requeue=True)
             return taken
 
-        taken = await self._patiently(peek, None)
+        taken = await self._until_taken(peek, None)
         if taken.deliveries > _TOO_OFTEN:
             return await self.exclusively(self.read)
         assert taken.newest is not None
@@ -219,7 +219,7 @@ class RegistryKeeper:
                 await channel.basic_nack(taken.tag, multiple=True, requeue=True)
             return taken
 
-        newest = (await self._patiently(read, on)).newest
+        newest = (await self._until_taken(read, on)).newest
         assert newest is not None
         return newest
 
@@ -241,14 +241,14 @@ class RegistryKeeper:
             await channel.basic_ack(taken.tag, multiple=True)
             return taken
 
-        await self._patiently(write, None)
+        await self._until_taken(write, None)
 
-    async def _patiently(
+    async def _until_taken(
         self, request: Callable[[AbstractChannel], Awaitable[_Taken]], on: Connection | None
     ) -> _Taken:
         """Make a request until the message is not in somebody else's hands."""
         loop = asyncio.get_running_loop()
-        deadline, pause = loop.time() + self._patience, _POLL
+        deadline, pause = loop.time() + self._timeout, _POLL
         while True:
             taken = await self._control.call(request, on)
             if taken.newest is not None:

@@ -3,17 +3,15 @@
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from abe.backends.message_queue.base import Delivery, Disposition, Outcomes, Settlement
 from abe.errors import AbeError, UnroutableError
 from abe_backend_rabbitmq import _wire
+from abe_backend_rabbitmq._broker import Broker
 from abe_backend_rabbitmq._channel import Channel, Outgoing
 from abe_backend_rabbitmq._errors import BlockedError, RabbitMQError, lost, translated
 from abe_backend_rabbitmq._wire import Header
-
-if TYPE_CHECKING:
-    from abe_backend_rabbitmq._transport import RabbitMQTransport
 
 _log: Final = logging.getLogger("abe.rabbitmq")
 
@@ -34,14 +32,14 @@ class Settlements:
     """Carries out the settlements of one receiver, on one channel.
 
     Args:
-        transport: Publishes the copies.
+        broker: Publishes the copies.
         group: The group.
         channel: Where the messages were delivered.
         room: How many messages may be held in place of a copy: not all that the consumer may have, or it would get no others.
     """
 
-    def __init__(self, transport: "RabbitMQTransport", group: str, channel: Channel, room: int) -> None:
-        self._transport = transport
+    def __init__(self, broker: Broker, group: str, channel: Channel, room: int) -> None:
+        self._broker = broker
         self._group = group
         self._channel = channel
         self._loop = asyncio.get_running_loop()
@@ -66,10 +64,10 @@ class Settlements:
             else:
                 settlement.delivery.begun = True  # decided: it is taken back no more
                 copied.append((settlement, tag))
-        outlet = self._transport.outlet
+        publisher = self._broker.publisher
         outcomes: Outcomes = ()
         while copied:
-            if outlet.blocked:
+            if publisher.blocked:
                 copied = await self._without_copies(copied, failures)
                 continue
             try:
@@ -93,7 +91,7 @@ class Settlements:
         Returns:
             Those that are left when it ends.
         """
-        outlet, loop = self._transport.outlet, self._loop
+        publisher, loop = self._broker.publisher, self._loop
         crowded = self._room < len(copied)
         self._room -= len(copied)
         waits = {Disposition.RELEASE: 0.0, Disposition.DEAD: _GIVEN_UP}
@@ -102,9 +100,9 @@ class Settlements:
             (now + min(waits.get(each.disposition, each.delay), _MOMENT if crowded else _LONGEST), each, tag)
             for each, tag in copied
         ]
-        ends = [asyncio.ensure_future(outlet.unblocked()), asyncio.ensure_future(self._hurried.wait())]
+        ends = [asyncio.ensure_future(publisher.unblocked()), asyncio.ensure_future(self._hurried.wait())]
         try:
-            while left and outlet.blocked:
+            while left and publisher.blocked:
                 now = loop.time()
                 due = [(each, tag) for at, each, tag in left if at <= now or self._hurried.is_set()]
                 left = [] if self._hurried.is_set() else [item for item in left if item[0] > now]
@@ -121,10 +119,10 @@ class Settlements:
 
     async def _leave_to_the_broker(self, settlement: Settlement, tag: int, failures: _Failures) -> None:
         channel = self._channel
-        if channel.closed is not None or tag not in channel.held:
+        if channel.closed is not None or tag not in channel.in_flight:
             failures[settlement.delivery] = lost()
             return
-        delivery, header = channel.held[tag]
+        delivery, header = channel.in_flight[tag]
         if settlement.disposition is Disposition.DEAD:
             _log.warning(
                 "message %s of group %r becomes a dead letter without its reason: rabbitmq takes no copy of it now",
@@ -134,7 +132,7 @@ class Settlements:
             channel.discard(tag)
             return
         if settlement.disposition is Disposition.RELEASE:  # the broker counts it, and nobody else does
-            self._transport.losses.note(self._group, header, delivery)
+            self._broker.losses.note(self._group, header, delivery)
         await channel.requeue(tag)
 
     async def _finish(
@@ -145,13 +143,13 @@ class Settlements:
     ) -> None:
         """Acknowledge those whose copy is there, and give the others back."""
         done: list[int] = []
-        channel, losses = self._channel, self._transport.losses
+        channel, losses = self._channel, self._broker.losses
         for i, (settlement, tag) in enumerate(copied):
             error = outcomes[i] if outcomes else None
-            if channel.closed is not None or tag not in channel.held:
+            if channel.closed is not None or tag not in channel.in_flight:
                 failures[settlement.delivery] = lost()
                 continue
-            delivery, header = channel.held[tag]
+            delivery, header = channel.in_flight[tag]
             if error is None:
                 losses.forget(self._group, header, delivery.body)
                 done.append(tag)
@@ -176,7 +174,7 @@ class Settlements:
             sent: list[int] = []
             for place in places:
                 settlement, tag = copied[place]
-                held = self._channel.held.get(tag)
+                held = self._channel.in_flight.get(tag)
                 if held is None:
                     continue
                 try:
@@ -185,14 +183,14 @@ class Settlements:
                     outcomes[place] = self._no_copy(exc)
                 else:
                     sent.append(place)
-            found = await self._transport.outlet.move(copies)
+            found = await self._broker.publisher.move(copies)
             for i, place in enumerate(sent):
                 outcomes[place] = found[i] if found else None
             missing = [place for place in sent if isinstance(outcomes[place], UnroutableError)]
             if last or not missing:
                 break
-            self._transport.ladder.forget()
-            await self._transport.restore(self._group)
+            self._broker.delays.forget()
+            await self._broker.groups.restore(self._group)
             places = missing
         return outcomes if any(outcomes) else ()
 
@@ -206,17 +204,17 @@ class Settlements:
     async def _copy(self, settlement: Settlement, delivery: Delivery, header: Header) -> Outgoing:
         body, attempt = delivery.body, delivery.attempt
         if settlement.disposition is Disposition.RETRY:
-            place = await self._transport.place(self._group, settlement.delay)
-            exchange, key = self._transport.topology.delay, f"0.{place.key}"
+            place = await self._broker.place(self._group, settlement.delay)
+            exchange, key = self._broker.topology.delay, f"0.{place.key}"
             properties = _wire.copy(header, body, attempt, *place.headers)
         elif settlement.disposition is Disposition.RELEASE:
-            exchange, key = "", self._transport.topology.queue(self._group)
+            exchange, key = "", self._broker.topology.queue(self._group)
             if settlement.attempts is not None:
                 properties = _wire.copy(header, body, settlement.attempts)
             else:
                 uncertain = [("abe-uncertain", delivery.uncertain)] if delivery.uncertain else []
                 properties = _wire.copy(header, body, attempt - 1, *uncertain)
         else:
-            exchange, key = "", self._transport.topology.dead(self._group)
+            exchange, key = "", self._broker.topology.dead(self._group)
             properties = _wire.buried(header, body, attempt, settlement.reason, settlement.error)
         return Outgoing(exchange, key, properties, body, _wire.message_id(properties))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 LEVELS: Final = 26
-"""Queues of a delay ladder: at level n a message waits for `TICK` times 2**n, and then at a lower one, if need be."""
+"""Levels of delay: at level n a message waits for `TICK` times 2**n, and then at a lower one, if need be."""
 
 TICK: Final = 0.1
 """Seconds of the shortest wait."""
@@ -45,26 +45,26 @@ class Topology:
         """Topic: published to. What no group wants goes on to `unwanted`."""
         self.unwanted = f"{prefix}:unwanted"
         """Fanout: bound to `nowhere` once for each group. So with groups a message ends there, and the broker returns it; without
-        any it goes on to `holding`."""
+        any it goes on to `parking`."""
         self.nowhere = f"{prefix}:nowhere"
         """Fanout: bound to nothing."""
-        self.holding = f"{prefix}:holding"
-        """Fanout: to the queue `held`."""
-        self.held = f"{prefix}:held"
+        self.parking = f"{prefix}:parking"
+        """Fanout: to the queue `parked`."""
+        self.parked = f"{prefix}:parked"
         """Queue: published while no group existed."""
         self.registry = f"{prefix}:groups"
         """Queue: one message, the groups and their patterns."""
         self.lock = f"{prefix}:lock"
         """Queue, exclusive: whoever has it may change the registry."""
-        self.moving = f"{prefix}:lock:held"
-        """Queue, exclusive: whoever has it may move held messages."""
+        self.parked_lock = f"{prefix}:lock:parked"
+        """Queue, exclusive: whoever has it may move parked messages."""
         self.later = f"{prefix}:later"
         """Topic: delayed messages, accepted if their first word is the registry's version."""
         self.delay = f"{prefix}:delay"
         """Topic: to the queues where delayed messages wait. The first word of a key is the version, or anything; then come the level and
-        the group; or ``held``."""
+        the group; or ``parked``."""
         self.news = f"{prefix}:news"
-        """Fanout: tells everybody who consumes that a group has another rung."""
+        """Fanout: tells everybody who consumes that a group has another level."""
 
     def queue(self, group: str) -> str:
         """Queue: the group's messages, waiting and in flight."""
@@ -108,7 +108,7 @@ class Topology:
         return f"*.{level}.{group}"
 
 
-def ladder(delay: float) -> int:
+def level_of(delay: float) -> int:
     """Return the level at which a delay above 0 begins: the longest wait that is not longer."""
     # The tiny number keeps 0.8 from being less than eight ticks.
     return min(max(1, int(delay / TICK + 1e-9)).bit_length(), LEVELS) - 1

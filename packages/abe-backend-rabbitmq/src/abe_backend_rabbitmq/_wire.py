@@ -3,9 +3,9 @@
 The body is the message's body. Its properties are the standard ones (content type, delivery mode, message id, timestamp in
 seconds) and headers: ``abe-version``, ``abe-published-at`` in milliseconds, and the application's own under their names. Those whose
 names RabbitMQ or we use, or that are too long for a name, travel together in ``abe-headers`` as JSON. A copy that we move (a retry, a
-dead letter, a message that was held) also has ``abe-key``, and ``abe-attempt``, the deliveries before (``abe-uncertain`` of them may
+dead letter, a message that was parked) also has ``abe-key``, and ``abe-attempt``, the deliveries before (``abe-uncertain`` of them may
 have been lost connections); a dead letter ``abe-reason``, ``abe-error`` and ``abe-dead-at`` in milliseconds; one that waits ``abe-due``
-and ``abe-until`` in milliseconds, a held one
+and ``abe-until`` in milliseconds, a parked one
 ``abe-for``, the groups that are to get it still, if others have it.
 
 Properties are bytes here: the flags and the values, as they stand in a content header after the size of the body.
@@ -300,12 +300,12 @@ def dead_letter(header: Header, body: bytes) -> DeadLetter:
 
 
 def due(header: Header) -> int:
-    """Return when a held message is due, in milliseconds since the epoch; 0: at once."""
+    """Return when a parked message is due, in milliseconds since the epoch; 0: at once."""
     return _number(_parsed(header).headers, "abe-due")
 
 
 def until(header: Header) -> int:
-    """Return when a delayed message leaves its rung, in milliseconds since the epoch; 0: nobody wrote it down."""
+    """Return when a delayed message leaves its level, in milliseconds since the epoch; 0: nobody wrote it down."""
     return _number(_parsed(header).headers, "abe-until")
 
 
@@ -315,7 +315,7 @@ def counted(header: Header) -> int:
 
 
 def left_to(header: Header) -> Sequence[str]:
-    """Return the groups that are still to get a held message, where others have it; none: whoever wants it."""
+    """Return the groups that are still to get a parked message, where others have it; none: whoever wants it."""
     named = _parsed(header).headers.get("abe-for")
     return named.split(" ") if isinstance(named, str) else ()
 

@@ -6,7 +6,7 @@ only some took is remembered, so that the next try leaves those out.
 """
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from abe.backends.message_queue.base import Envelope
@@ -21,14 +21,11 @@ from abe.errors import (
     UnroutableError,
 )
 from abe_backend_rabbitmq import _wire
+from abe_backend_rabbitmq._broker import Broker
 from abe_backend_rabbitmq._channel import Outgoing
 from abe_backend_rabbitmq._errors import ChannelNotFound
-from abe_backend_rabbitmq._groups import Groups
-from abe_backend_rabbitmq._ladder import Ladder
-from abe_backend_rabbitmq._outlet import Outlet
 from abe_backend_rabbitmq._registry import Registry
-from abe_backend_rabbitmq._settings import RabbitMQSettings
-from abe_backend_rabbitmq._topology import AT_ONCE, Topology
+from abe_backend_rabbitmq._topology import AT_ONCE
 
 _STALE: Final = 20
 """Times that the groups may change under one batch before it counts as failed."""
@@ -73,34 +70,19 @@ class _Job:
         return partial
 
 
-class Sender:
+class FanOut:
     """Publishes envelopes.
 
     Args:
-        settings: How long what some groups took is remembered, and whether groups have a limit.
-        outlet: The connection.
-        groups: Who wants what.
-        ladder: For delays.
-        topology: The names.
-        prepare: Makes what every namespace has.
+        broker: Publishes, and knows the groups.
     """
 
-    def __init__(
-        self,
-        settings: RabbitMQSettings,
-        outlet: Outlet,
-        groups: Groups,
-        ladder: Ladder,
-        topology: Topology,
-        prepare: Callable[[], Awaitable[None]],
-    ) -> None:
-        self._bounded = settings.max_backlog is not None
-        self._remember = 2 * settings.publish_timeout
-        self._outlet = outlet
-        self._groups = groups
-        self._ladder = ladder
-        self._topology = topology
-        self._prepare = prepare
+    def __init__(self, broker: Broker) -> None:
+        self._bounded = broker.settings.max_backlog is not None
+        self._remember = 2 * broker.settings.publish_timeout
+        self._broker = broker
+        self._groups = broker.groups
+        self._topology = broker.topology
         self._partial: dict[int, _Job] = {}
         self._refusing: dict[str, float] = {}
         self._looked = 0.0
@@ -153,7 +135,7 @@ class Sender:
 
     async def _whole(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
         """Publish for the broker to copy, or to one group."""
-        results = await self._outlet.publish([self._outgoing(each) for each in envelopes])
+        results = await self._broker.publisher.publish([self._outgoing(each) for each in envelopes])
         if not results:
             return results
         outcomes = list(results)
@@ -204,8 +186,8 @@ class Sender:
                 if not isinstance(exc.__cause__, ChannelNotFound) or mended:
                     failure = exc
                     break
-                mended = True  # an exchange of the ladder was deleted
-                await self._prepare()
+                mended = True  # the exchange of delayed messages was deleted
+                await self._broker.prepare()
             else:
                 if not jobs:
                     return
@@ -253,7 +235,7 @@ class Sender:
 
     async def _publish(self, copies: Sequence[Outgoing]) -> Sequence[AbeError | None]:
         try:
-            return await self._outlet.publish(copies) if copies else ()
+            return await self._broker.publisher.publish(copies) if copies else ()
         except AbeError as exc:
             return [exc] * len(copies)
 
@@ -272,7 +254,7 @@ class Sender:
         if not registry.groups and delay:
             due = int((time.time() + delay) * 1000) + 1
             properties = _wire.pack(envelope, ("abe-key", key), ("abe-due", due))
-            return [("", Outgoing(later, f"{registry.version}.held", properties, envelope.body, envelope.id))]
+            return [("", Outgoing(later, f"{registry.version}.parked", properties, envelope.body, envelope.id))]
         copies: list[tuple[str, Outgoing]] = []
         for name in groups:
             if name in job.done:
@@ -281,7 +263,7 @@ class Sender:
             waiting: tuple[tuple[str, int], ...] = ()
             if delay:
                 try:
-                    _, words, waiting = await self._ladder.place(name, delay)
+                    _, words, waiting = await self._broker.delays.place(name, delay)
                 except GroupMissingError:
                     return None  # it was deleted meanwhile
             properties = _wire.pack(envelope, ("abe-key", key), *waiting)

@@ -7,10 +7,10 @@ from abe.backends.message_queue.base import DeadLetter
 from abe.backends.message_queue.base.routing import group_missing
 from abe.errors import AbeError
 from abe_backend_rabbitmq import _wire
+from abe_backend_rabbitmq._broker import Broker
 from abe_backend_rabbitmq._browser import Browser, Found
-from abe_backend_rabbitmq._control import Control, Lock
-from abe_backend_rabbitmq._outlet import Outlet, moved
-from abe_backend_rabbitmq._topology import Topology
+from abe_backend_rabbitmq._control import Lock
+from abe_backend_rabbitmq._publisher import moved
 from abe_backend_rabbitmq._wire import Header
 
 
@@ -18,17 +18,14 @@ class DeadLetters:
     """What the engine asks for, for all groups.
 
     Args:
-        control: Carries the requests.
-        outlet: Publishes the copies of what is replayed.
-        topology: The names.
-        timeout: Seconds to wait for another process that looks at the same group's.
+        broker: Carries requests, and publishes the copies of what is replayed.
     """
 
-    def __init__(self, control: Control, outlet: Outlet, topology: Topology, timeout: float) -> None:
-        self._control = control
-        self._outlet = outlet
-        self._names = topology
-        self._timeout = timeout
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._control = broker.control
+        self._names = broker.topology
+        self._timeout = broker.settings.publish_timeout
         self._locks: dict[str, Lock] = {}
 
     async def pages(self, group: str) -> AsyncGenerator[Sequence[DeadLetter]]:
@@ -43,7 +40,7 @@ class DeadLetters:
         async with self._look(group) as browser:
             while browser is not None and (page := await browser.page()):
                 chosen = _chosen(page, ids)
-                outcomes = await self._outlet.move(
+                outcomes = await self._broker.publisher.move(
                     [moved("", queue, header, body) for _, header, body in chosen], bounded=True
                 )
                 done = [tag for i, (tag, _, _) in enumerate(chosen) if not outcomes or outcomes[i] is None]

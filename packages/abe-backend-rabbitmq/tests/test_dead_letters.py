@@ -124,7 +124,7 @@ class TestLargeNumbers:
             properties = _wire.buried(Header(_wire.pack(envelope), "x", "k"), envelope.body, 1, "why", "")
             copies.append(Outgoing("", lab.names.dead("g"), properties, envelope.body, envelope.id))
             if len(copies) == 250 or number + 1 == len(sizes):
-                assert not await transport.outlet.move(copies)
+                assert not await transport._broker.publisher.move(copies)
                 copies.clear()
         return transport
 

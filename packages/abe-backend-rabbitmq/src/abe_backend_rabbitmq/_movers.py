@@ -5,7 +5,7 @@ Whoever consumes also hears here what others make.
 RabbitMQ could do it by itself, by a time to live and an exchange for what outlived it. But what expires while a node starts, or while the
 queue that it goes to is full or missing, is tried again after three minutes and holds up what comes behind it.
 
-Each queue of the ladder is first in, first out: all of it waits equally long there. A message near its time is taken and held until then;
+Each of these queues is first in, first out: all of it waits equally long there. A message near its time is taken and kept until then;
 what has longer to wait is left in the queue.
 """
 
@@ -21,21 +21,18 @@ from aiormq.abc import DeliveredMessage
 from abe.backends.message_queue.base import Delivery
 from abe.errors import AbeError, UnroutableError
 from abe_backend_rabbitmq import _wire
+from abe_backend_rabbitmq._broker import Broker
 from abe_backend_rabbitmq._channel import Channel, Outgoing
-from abe_backend_rabbitmq._connection import finished
-from abe_backend_rabbitmq._control import Control
+from abe_backend_rabbitmq._connection import run_to_completion
 from abe_backend_rabbitmq._errors import ChannelNotFound, translated
-from abe_backend_rabbitmq._groups import Groups
-from abe_backend_rabbitmq._ladder import Ladder
-from abe_backend_rabbitmq._outlet import Outlet
-from abe_backend_rabbitmq._topology import TICK, Topology
+from abe_backend_rabbitmq._topology import TICK
 from abe_backend_rabbitmq._wire import Header
 
 _log: Final = logging.getLogger("abe.rabbitmq")
 
 _PREFETCH: Final = 32
 _NEAR: Final = 1.0
-"""Seconds before its time from which on a message is held."""
+"""Seconds before its time from which on a message is taken."""
 
 _AGAIN: Final = 0.5
 """Seconds after which something that failed is tried again."""
@@ -43,8 +40,8 @@ _AGAIN: Final = 0.5
 _MUCH_LATER: Final = 60.0
 """Seconds after which a message that cannot be moved is tried again."""
 
-_GOODBYE: Final = 1.0
-_HELD: Final = Delivery(b"", None, 1, 0), Header(b"", "", "")
+_CLOSE_TIMEOUT: Final = 1.0
+_PLACEHOLDER: Final = Delivery(b"", None, 1, 0), Header(b"", "", "")
 
 
 class _Waiting(NamedTuple):
@@ -54,8 +51,8 @@ class _Waiting(NamedTuple):
     body: bytes
 
 
-class _Rung:
-    """One queue of the ladder.
+class _Level:
+    """One of the queues in which a group's delayed messages wait.
 
     Args:
         movers: Those whose it is.
@@ -65,24 +62,25 @@ class _Rung:
 
     def __init__(self, movers: "Movers", group: str, level: int) -> None:
         self._movers = movers
+        self._broker = movers.broker
         self._group = group
         self._level = level
-        self._queue = movers.names.waiting(group, level)
-        self._held: list[_Waiting] = []
+        self._queue = movers.broker.topology.waiting(group, level)
+        self._taken: list[_Waiting] = []
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
         self._renewing = False
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
-    def held(self) -> int:
+    def in_flight(self) -> int:
         """Messages that are taken, and not moved."""
-        return len(self._held)
+        return len(self._taken)
 
     async def stop(self) -> None:
-        """Give back what is held."""
+        """Give back what is taken."""
         self.give_up()
-        await asyncio.wait([self._task], timeout=_GOODBYE)
+        await asyncio.wait([self._task], timeout=_CLOSE_TIMEOUT)
         self._task.cancel()
 
     def give_up(self) -> None:
@@ -99,14 +97,14 @@ class _Rung:
         while not self._stopping.is_set():
             pause = _AGAIN
             try:
-                channel = await self._movers.channel()
+                channel = await self._broker.consume_channel()
                 try:
                     pause = await self._move(channel)
                 finally:
-                    self._held.clear()
+                    self._taken.clear()
                     if channel.closed is None:
                         channel.ended = None
-                        await finished(channel.close())
+                        await run_to_completion(channel.close())
             except AbeError as exc:
                 _log.debug("delayed messages of group %r wait until somebody can move them: %s", self._group, exc)
                 if isinstance(exc.__cause__, ChannelNotFound):
@@ -133,24 +131,24 @@ class _Rung:
             longest = TICK * 2**self._level
             now = time.time()
             until = _wire.until(header) / 1000 or now + longest
-            channel.held[tag] = _HELD
-            self._held.append(_Waiting(tag, min(until, now + longest), header, body))
+            channel.in_flight[tag] = _PLACEHOLDER
+            self._taken.append(_Waiting(tag, min(until, now + longest), header, body))
             self._changed.set()
 
         with translated(self._group):
-            await finished(channel.consume(self._queue, _PREFETCH, deliver))
+            await run_to_completion(channel.consume(self._queue, _PREFETCH, deliver))
         while not (self._stopping.is_set() or self._renewing or channel.closed or cancelled):
             self._changed.clear()
             now = time.time()
-            ripe = [each for each in self._held if each.until <= now]
+            ripe = [each for each in self._taken if each.until <= now]
             if ripe:
                 if not await self._carry(channel, ripe):
                     await _at_most(self._stopping.wait(), _AGAIN)
                 continue
-            if not self._held:
+            if not self._taken:
                 await self._changed.wait()
                 continue
-            left = min(each.until for each in self._held) - now
+            left = min(each.until for each in self._taken) - now
             if left > _NEAR:
                 return left - _NEAR / 2
             await _at_most(self._changed.wait(), left)
@@ -167,70 +165,51 @@ class _Rung:
                 raise
             except Exception:  # noqa: BLE001 - it concerns this message, and none of the others
                 _log.exception("a delayed message of group %r cannot be moved; it is tried again later", self._group)
-                self._held.remove(each)
-                self._held.append(each._replace(until=each.until + _MUCH_LATER))
+                self._taken.remove(each)
+                self._taken.append(each._replace(until=each.until + _MUCH_LATER))
             else:
                 sent.append(each.tag)
-        outcomes = await self._movers.outlet.move(copies, bounded=True)
+        outcomes = await self._broker.publisher.move(copies, bounded=True)
         done = {tag for i, tag in enumerate(sent) if not outcomes or outcomes[i] is None}
-        self._held = [each for each in self._held if each.tag not in done]
+        self._taken = [each for each in self._taken if each.tag not in done]
         await channel.ack(sorted(done))
         if any(isinstance(outcome, UnroutableError) for outcome in outcomes):
-            self._movers.ladder.forget(self._group)
+            self._broker.delays.forget(self._group)
         return len(done) == len(sent)
 
     async def _copy(self, header: Header, body: bytes) -> Outgoing:
-        names, group, due = self._movers.names, self._group, _wire.due(header)
+        names, group, due = self._broker.topology, self._group, _wire.due(header)
         left = due / 1000 - time.time()
         extra: tuple[tuple[str, int], ...] = ()
         exchange, key = "", names.queue(group)
         if left > 0:
-            place = await self._movers.ladder.place(group, left, due)
+            place = await self._broker.delays.place(group, left, due)
             exchange, key, extra = names.delay, f"0.{place.key}", place.headers
         properties = _wire.copy(header, body, _wire.counted(header), *extra)
         return Outgoing(exchange, key, properties, body, _wire.message_id(properties))
 
 
 class Movers:
-    """The rungs of the groups that are consumed here.
+    """The levels of the groups that are consumed here.
 
     Args:
-        control: Carries requests, and news of rungs that others made.
-        outlet: Publishes.
-        ladder: Where messages wait next.
-        topology: The names.
-        channel: Opens a channel to consume.
-        groups: Knows, and makes, the groups' rungs.
+        broker: Carries requests and news, publishes, and opens channels.
         made: Called with a group, and the version in which its queue was made.
     """
 
-    def __init__(
-        self,
-        control: Control,
-        outlet: Outlet,
-        ladder: Ladder,
-        topology: Topology,
-        channel: Callable[[], Awaitable[Channel]],
-        groups: Groups,
-        made: Callable[[str, int], object],
-    ) -> None:
-        self.outlet = outlet
-        self.ladder = ladder
-        self.names = topology
-        self.channel = channel
-        self._control = control
-        self._groups = groups
+    def __init__(self, broker: Broker, made: Callable[[str, int], object]) -> None:
+        self.broker = broker
         self._made = made
         self._gone: set[str] = set()
         self._consumers: Counter[str] = Counter()
-        self._rungs: dict[str, list[_Rung]] = {}
+        self._levels: dict[str, list[_Level]] = {}
         self._listening: asyncio.Task[None] | None = None
         self._heard = asyncio.Event()
 
     def join(self, group: str) -> None:
         """See to a group's delayed messages, as somebody consumes it here."""
         self._consumers[group] += 1
-        self._rungs.setdefault(group, [])
+        self._levels.setdefault(group, [])
         self._heard.set()
         if self._listening is None or self._listening.done():
             self._listening = asyncio.get_running_loop().create_task(self._listen())
@@ -240,50 +219,50 @@ class Movers:
         self._consumers[group] -= 1
         if not self._consumers[group]:
             del self._consumers[group]
-            rungs = self._rungs.pop(group, [])
-            await asyncio.gather(*(rung.stop() for rung in rungs))
+            levels = self._levels.pop(group, [])
+            await asyncio.gather(*(level.stop() for level in levels))
 
     async def close(self) -> None:
         """Leave all of it."""
         if self._listening is not None:
             self._listening.cancel()
-            await asyncio.wait([self._listening], timeout=_GOODBYE)
+            await asyncio.wait([self._listening], timeout=_CLOSE_TIMEOUT)
         self._consumers.clear()
-        rungs = [rung for group in self._rungs.values() for rung in group]
-        self._rungs.clear()
-        await asyncio.gather(*(rung.stop() for rung in rungs))
+        levels = [level for group in self._levels.values() for level in group]
+        self._levels.clear()
+        await asyncio.gather(*(level.stop() for level in levels))
 
-    def held(self, group: str) -> int:
+    def in_flight(self, group: str) -> int:
         """Return how many of a group's delayed messages are taken from their queues."""
-        return sum(rung.held for rung in self._rungs.get(group, ()))
+        return sum(level.in_flight for level in self._levels.get(group, ()))
 
     def _built(self, group: str, count: int) -> None:
-        """Take note that somebody made a group's rungs, or made them again.
+        """Take note that somebody made a group's levels, or made them again.
 
         A consumer of a queue that is deleted and at once made again is neither cancelled nor served: all of them begin anew.
         """
-        for rung in self._rungs.get(group, ()):
-            rung.renew()
+        for level in self._levels.get(group, ()):
+            level.renew()
         self._see_to(group, count)
 
     def _see_to(self, group: str, count: int) -> None:
-        rungs = self._rungs.get(group)
-        if rungs is not None:
-            rungs += [_Rung(self, group, level) for level in range(len(rungs), count)]
+        levels = self._levels.get(group)
+        if levels is not None:
+            levels += [_Level(self, group, level) for level in range(len(levels), count)]
 
     def gone(self, group: str) -> None:
-        """Take note that a rung is not there: the group was deleted, or somebody deleted its queue."""
-        for rung in self._rungs.get(group, ()):
-            rung.give_up()
-        if group in self._rungs:
-            self._rungs[group] = []
+        """Take note that a level is not there: the group was deleted, or somebody deleted its queue."""
+        for level in self._levels.get(group, ()):
+            level.give_up()
+        if group in self._levels:
+            self._levels[group] = []
             self._gone.add(group)
 
     async def _look(self) -> None:
-        for group, entry in (await self._groups.now()).groups.items():
-            if group in self._gone and entry.rungs:
-                await self._groups.build(group, entry.rungs - 1)
-            self._see_to(group, entry.rungs)
+        for group, entry in (await self.broker.groups.now()).groups.items():
+            if group in self._gone and entry.levels:
+                await self.broker.groups.build(group, entry.levels - 1)
+            self._see_to(group, entry.levels)
             self._made(group, entry.made)
         self._gone.clear()
 
@@ -298,13 +277,13 @@ class Movers:
             await asyncio.sleep(_AGAIN)
 
     async def _listen_once(self) -> None:
-        """Hear of rungs that others make; what was made before is looked up, for each group that is consumed from now on."""
-        connection = await self._control.connection()
+        """Hear of levels that others make; what was made before is looked up, for each group that is consumed from now on."""
+        connection = await self.broker.control.connection()
         channel: Any = await connection.plain()
 
         async def heard(message: DeliveredMessage) -> None:
             match message.body.decode(errors="replace").split(" "):
-                case ["rungs", group, count] if count.isdecimal():
+                case ["levels", group, count] if count.isdecimal():
                     self._built(group, int(count))
                 case ["made", group, version] if version.isdecimal():
                     self._made(group, int(version))
@@ -314,10 +293,10 @@ class Movers:
         try:
             with translated(connection.address):
                 # Named by us: the rights that are documented are rights to our names.
-                queue = f"{self.names.news}:{id(channel):x}-{time.time_ns():x}"
-                await finished(channel.queue_declare(queue, exclusive=True, auto_delete=True))
-                await finished(channel.queue_bind(queue, self.names.news))
-                await finished(channel.basic_consume(queue, heard, no_ack=True))
+                queue = f"{self.broker.topology.news}:{id(channel):x}-{time.time_ns():x}"
+                await run_to_completion(channel.queue_declare(queue, exclusive=True, auto_delete=True))
+                await run_to_completion(channel.queue_bind(queue, self.broker.topology.news))
+                await run_to_completion(channel.basic_consume(queue, heard, no_ack=True))
             self._heard.set()
             while not channel.is_closed and connection.alive:
                 await _at_most(self._heard.wait(), 10 * _AGAIN)
@@ -327,7 +306,7 @@ class Movers:
         finally:
             if not channel.is_closed and connection.alive:
                 with translated(connection.address):
-                    await finished(channel.close())
+                    await run_to_completion(channel.close())
 
 
 async def _at_most(waiting: Awaitable[object], seconds: float) -> None:

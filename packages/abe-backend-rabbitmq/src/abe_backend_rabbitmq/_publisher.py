@@ -19,7 +19,7 @@ _HALF: Final = 0.5
 """Of the publish timeout: how long a broker that is short of memory or disk is waited for."""
 
 
-class Outlet:
+class Publisher:
     """Publishes.
 
     Args:

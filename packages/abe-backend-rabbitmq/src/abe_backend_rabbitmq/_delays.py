@@ -4,32 +4,32 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
-from abe_backend_rabbitmq._topology import TICK, Topology, ladder
+from abe_backend_rabbitmq._topology import TICK, Topology, level_of
 
 
 class Place(NamedTuple):
     """Where a message is to wait."""
 
     level: int
-    """The rung's."""
+    """The level's."""
     key: str
     """The routing key, behind its first word."""
     headers: tuple[tuple[str, int], tuple[str, int]]
-    """When it is due, and when it leaves the rung, in milliseconds since the epoch."""
+    """When it is due, and when it leaves the level, in milliseconds since the epoch."""
 
 
-class Ladder:
-    """Knows which rungs there are.
+class Delays:
+    """Knows which levels there are.
 
     Args:
         topology: The names.
-        build: Makes the rungs of a group up to a level, and returns how many it has.
+        build: Makes the levels of a group up to a level, and returns how many it has.
     """
 
     def __init__(self, topology: Topology, build: Callable[[str, int], Awaitable[int]]) -> None:
         self._names = topology
         self._build = build
-        self._rungs: dict[str, int] = {}
+        self._levels: dict[str, int] = {}
 
     async def place(self, group: str, delay: float, due: int = 0) -> Place:
         """Return where a message waits first, once there is the queue to wait in.
@@ -42,9 +42,9 @@ class Ladder:
         Raises:
             GroupMissingError: There is no such group.
         """
-        level = ladder(delay)
-        if self._rungs.get(group, 0) <= level:
-            self._rungs[group] = await self._build(group, level)
+        level = level_of(delay)
+        if self._levels.get(group, 0) <= level:
+            self._levels[group] = await self._build(group, level)
         now = time.time()
         due = due or int((now + delay) * 1000) + 1
         until = min(due, int((now + TICK * 2**level) * 1000) + 1)
@@ -53,6 +53,6 @@ class Ladder:
     def forget(self, group: str | None = None) -> None:
         """Make them anew when they are needed next: one was deleted."""
         if group is None:
-            self._rungs.clear()
+            self._levels.clear()
         else:
-            self._rungs.pop(group, None)
+            self._levels.pop(group, None)
