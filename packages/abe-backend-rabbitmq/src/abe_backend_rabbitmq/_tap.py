@@ -57,7 +57,7 @@ class Tap(asyncio.StreamReaderProtocol):
         self._said = said
         self._pieces: list[bytes] = []
         self._missing = 0
-        self._raw: bool = False
+        self._raw = False
         self._fed: float = 0.0
         self.heard: float = loop.time()
         """When something came last, by the event loop's clock."""
@@ -84,7 +84,27 @@ class Tap(asyncio.StreamReaderProtocol):
                 return
             data = b"".join(self._pieces)
             self._pieces.clear()
-        position, keep, size, channels = 0, 0, len(data), self.channels
+        rest, took, amqp = self._sift(data)
+        if rest or (took and now - self._fed > 1):
+            # aiormq counts silence by the frames it sees; those that we take prove life too.
+            super().data_received(rest or _HEARTBEAT)
+            self._fed = now
+        if not amqp:
+            self._raw = True  # aiormq says better what is wrong while we log in
+            if self.channels and self.transport is not None:
+                self.end("the broker sent something that is not AMQP")
+                self.transport.abort()
+
+    def _sift(self, data: bytes) -> tuple[bytes, bool, bool]:
+        """Give the channels their frames. Return what is left for aiormq, whether a frame was taken, and whether it was all AMQP.
+
+        1. A frame is a header of 7 bytes (kind, channel, length of the payload), the payload, and an end byte. Only whole frames are
+           looked at: what follows the last of them waits for the next piece, and `_missing` says how much of it has to come.
+        2. What cannot be a frame ends the search: aiormq gets everything from there on unread.
+        3. A channel of ours takes its frame or leaves it. `keep` is the end of the last frame that was taken: what lies between two
+           of those goes to aiormq as one slice.
+        """
+        position, keep, size, channels, amqp = 0, 0, len(data), self.channels, True
         rest: list[bytes] = []
         while position < size:
             if size - position < _SHORTEST:
@@ -93,7 +113,7 @@ class Tap(asyncio.StreamReaderProtocol):
             kind, number, length = _FRAME(data, position)
             end = position + length + 8
             if kind > _LAST_KIND or (end <= size and data[end - 1] != _FRAME_END):
-                self._raw, position = True, size  # aiormq says better what is wrong while we log in
+                amqp, position = False, size
                 break
             if end > size:
                 self._missing = end - size
@@ -111,13 +131,7 @@ class Tap(asyncio.StreamReaderProtocol):
             rest.append(data[keep:position])
         if position < size:
             self._pieces.append(data[position:])
-        if rest or (keep and now - self._fed > 1):
-            # aiormq counts silence by the frames it sees; those that we take prove life too.
-            super().data_received(b"".join(rest) or _HEARTBEAT)
-            self._fed = now
-        if self._raw and channels and self.transport is not None:
-            self.end("the broker sent something that is not AMQP")
-            self.transport.abort()
+        return b"".join(rest) if rest else b"", keep > 0, amqp
 
     def eof_received(self) -> bool | None:
         """Tell the channels."""
