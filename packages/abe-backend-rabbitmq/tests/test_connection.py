@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 import gc
+import inspect
 import io
 import logging
 import re
@@ -291,6 +292,20 @@ class TestRequests:
         with pytest.raises(asyncio.CancelledError):
             await caller
         failing.set()
+
+    def test_a_request_that_ends_with_the_event_loop_before_it_began_counts_as_awaited(self) -> None:
+        async def work() -> None:
+            raise AssertionError("it was begun")
+
+        request = work()
+
+        async def main() -> None:
+            self.caller = asyncio.create_task(
+                run_to_completion(request)
+            )  # it makes the request's task in the last turn
+
+        asyncio.run(main())
+        assert inspect.getcoroutinestate(request) == inspect.CORO_CLOSED
 
 
 class TestAddresses:

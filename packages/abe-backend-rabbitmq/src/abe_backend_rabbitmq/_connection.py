@@ -6,7 +6,8 @@ is no state that could come back wrong.
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Coroutine
+from contextvars import copy_context
 from typing import Any, Final, TypeVar
 
 import aiormq
@@ -16,12 +17,11 @@ from pamqp import frame as pamqp_frame
 from pamqp.exceptions import PAMQPException
 from yarl import URL
 
-from abe.backends.message_queue.base import tasks
-from abe.backends.message_queue.base.tasks import SharedTask, ignore_failure
+from abe.backends.message_queue.base.tasks import Background, SharedTask, ignore_failure, result_of
 from abe.errors import BackendConnectionError, ConfigurationError
 from abe_backend_rabbitmq._channel import Channel
 from abe_backend_rabbitmq._errors import refused, translated
-from abe_backend_rabbitmq._quiet import install, quietly
+from abe_backend_rabbitmq._quiet import OURS, install, quietly
 from abe_backend_rabbitmq._settings import RabbitMQSettings, address, is_tls, vhost
 from abe_backend_rabbitmq._tap import TapFactory
 from abe_backend_rabbitmq._tls import tls_context
@@ -286,13 +286,18 @@ class Link:
         raise AssertionError("unreachable: the last address raises")
 
 
-async def run_to_completion(work: Awaitable[_T]) -> _T:
+_requests: Final = Background()
+
+
+async def run_to_completion(work: Coroutine[Any, Any, _T]) -> _T:
     """Run a request of aiormq to its end even if the caller is cancelled: aiormq closes a channel whose request is cancelled.
 
     Raises:
         BackendConnectionError: The connection was closed here meanwhile. (aiormq cancels what waits then; the caller was not cancelled.)
     """
-    return await tasks.run_to_completion(quietly(lambda: work), _was_closed)
+    context = copy_context()
+    context.run(OURS.set, True)
+    return await result_of(context.run(_requests.start, work), _was_closed)
 
 
 def _was_closed() -> BackendConnectionError:
