@@ -152,9 +152,6 @@ SOURCES = {
 }
 """The distributions that the test checks, each with the words that it uses in their own sense."""
 
-NOT_YET = {"publisher.py", "in_flight.py"}
-"""Modules of core's engine whose names are still to be changed."""
-
 
 def names(directory: Path) -> set[str]:
     found = {path.stem for path in directory.glob("*.py")} | {
@@ -249,7 +246,6 @@ def test_names_use_the_terms_of_the_field(source: str) -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line}: {name}: say {RETIRED[word]}"
         for path in sorted((ROOT / source / "src").rglob("*.py"))
-        if path.name not in NOT_YET
         for line, name in identifiers(path)
         for word in retired(name) - SOURCES[source]
     ]

@@ -197,8 +197,8 @@ class InFlight:
             "group": self.group,
             "attempt": delivery.attempt,
         }
-        told = "message %r (key %r) of group %r, attempt %d, %s"
-        _log.log(level, told, *facts.values(), what, extra=facts)
+        template = "message %r (key %r) of group %r, attempt %d, %s"
+        _log.log(level, template, *facts.values(), what, extra=facts)
 
     def _failure(self, delivery: Delivery, delay: float, reason: str, error: str) -> Settlement:
         reason, error = _text(reason), _text(error)

@@ -53,11 +53,11 @@ class _Batch:
     doubtful: frozenset[int] = frozenset()  # those that an earlier try may have brought to the broker
     error: AbeError | None = None
 
-    def __init__(self, envelopes: list[Envelope], deadline: float, patience: float) -> None:
+    def __init__(self, envelopes: list[Envelope], deadline: float, timeout: float) -> None:
         self.envelopes = envelopes
         self.futures: list[asyncio.Future[AbeError | None]] = []
         self.deadline = deadline
-        self.patience = patience
+        self.timeout = timeout
 
 
 class Publisher:
@@ -88,7 +88,7 @@ class Publisher:
         self._deadlines = Deadlines(self._loop)
         self._current: _Batch | None = None
         self._ready: deque[_Batch] = deque()
-        self._flying = 0
+        self._under_way = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._scheduled = False
         self._alone = True
@@ -109,36 +109,34 @@ class Publisher:
             begun = begin(self._transport.send([envelope]))
             if not begun or begun == _ACCEPTED:
                 return None  # nobody could see that it was on its way
-        patience = self._timeout if timeout is None else timeout
-        deadline = self._loop.time() + patience
+        seconds = self._timeout if timeout is None else timeout
+        deadline = self._loop.time() + seconds
         if self._room.full() and not await self._room.wait(deadline):
-            return PublishRejectedError(f"too much was on its way to the broker for {patience:g} s: there was no room")
+            return PublishRejectedError(f"too much was on its way to the broker for {seconds:g} s: there was no room")
         if self._room.closed:
             raise BackendClosedError("the backend was closed")
         size = len(envelope.body)
         self._room.enter(size)
-        if begun is not None or (self._alone and not self._flying and self._current is None):
-            return await self._publish_alone(envelope, size, deadline, patience, begun)
-        batch, future = self._enqueue(envelope, size, deadline, patience)
-        if timeout is not None or batch.deadline - deadline > _SLACK * patience:
+        if begun is not None or (self._alone and not self._under_way and self._current is None):
+            return await self._publish_alone(envelope, size, deadline, seconds, begun)
+        batch, future = self._enqueue(envelope, size, deadline, seconds)
+        if timeout is not None or batch.deadline - deadline > _SLACK * seconds:
             await asyncio.wait([future], timeout=max(0.0, deadline - self._loop.time()))
             if not future.done():
-                self._leave(batch, future, patience)
+                self._leave(batch, future, seconds)
         return await future
 
     async def publish_many(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
         """Publish messages, and return their outcomes, all in this order."""
         futures: list[asyncio.Future[AbeError | None]] = []
         refusal: AbeError | None = None
-        patience = self._timeout
-        deadline = self._loop.time() + patience
+        timeout = self._timeout
+        deadline = self._loop.time() + timeout
         for envelope in envelopes:
             if refusal is None and self._room.full():
-                if not await self._room.wait(self._loop.time() + patience):
-                    refusal = PublishRejectedError(
-                        f"nothing was confirmed for {patience:g} s: there was no room for it"
-                    )
-                deadline = self._loop.time() + patience
+                if not await self._room.wait(self._loop.time() + timeout):
+                    refusal = PublishRejectedError(f"nothing was confirmed for {timeout:g} s: there was no room for it")
+                deadline = self._loop.time() + timeout
             if self._room.closed:
                 refusal = BackendClosedError("the backend was closed before the message could be sent")
             if refusal is not None:
@@ -148,7 +146,7 @@ class Publisher:
                 continue
             size = len(envelope.body)
             self._room.enter(size)
-            futures.append(self._enqueue(envelope, size, deadline, patience, deadline + _SLACK * patience)[1])
+            futures.append(self._enqueue(envelope, size, deadline, timeout, deadline + _SLACK * timeout)[1])
         try:
             return [await future for future in futures]
         except asyncio.CancelledError:
@@ -173,15 +171,15 @@ class Publisher:
         self._room.release()
 
     def _enqueue(
-        self, envelope: Envelope, size: int, deadline: float, patience: float, latest: float = math.inf
+        self, envelope: Envelope, size: int, deadline: float, timeout: float, latest: float = math.inf
     ) -> tuple[_Batch, asyncio.Future[AbeError | None]]:
         """Put a message into the batch that collects, or into a new one if that one's deadline is too early for it, or after `latest`."""
         batch = self._current
-        if batch is None or not deadline - _SLACK * patience <= batch.deadline <= latest:
+        if batch is None or not deadline - _SLACK * timeout <= batch.deadline <= latest:
             if batch is not None:
                 self._ready.append(batch)
             usual = self._loop.time() + self._timeout  # a shorter time is its owner's alone: others are to join
-            batch = self._current = _Batch([], max(deadline, usual), max(patience, self._timeout))
+            batch = self._current = _Batch([], max(deadline, usual), max(timeout, self._timeout))
             self._schedule()
         future: asyncio.Future[AbeError | None] = self._loop.create_future()
         batch.envelopes.append(envelope)
@@ -193,14 +191,14 @@ class Publisher:
         return batch, future
 
     def _schedule(self) -> None:
-        if self._flying < self._limits.max_concurrent and not self._scheduled:
+        if self._under_way < self._limits.max_concurrent and not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._fly)
+            self._loop.call_soon(self._start_batches)
 
-    def _leave(self, batch: _Batch, future: "asyncio.Future[AbeError | None]", patience: float) -> None:
+    def _leave(self, batch: _Batch, future: "asyncio.Future[AbeError | None]", timeout: float) -> None:
         """Take a message whose time is over out of its batch, or have it not tried again if that is under way."""
         place = batch.futures.index(future)
-        future.set_result(self._gave_up(batch.sending or place in batch.doubtful, batch.error, patience))
+        future.set_result(self._gave_up(batch.sending or place in batch.doubtful, batch.error, timeout))
         if not batch.sent:
             size = len(batch.envelopes[place].body)
             del batch.envelopes[place], batch.futures[place]
@@ -208,20 +206,20 @@ class Publisher:
             self._room.leave(1, size)
 
     async def _publish_alone(
-        self, envelope: Envelope, size: int, deadline: float, patience: float, begun: Begun[Outcomes] | Outcomes | None
+        self, envelope: Envelope, size: int, deadline: float, timeout: float, begun: Begun[Outcomes] | Outcomes | None
     ) -> AbeError | None:
         outcomes: list[AbeError | None] = [None]
-        self._flying += 1
+        self._under_way += 1
         try:
-            await self._deliver(_Batch([envelope], deadline, patience), outcomes, begun)
+            await self._deliver(_Batch([envelope], deadline, timeout), outcomes, begun)
             return outcomes[0]
         finally:
             self._room.leave(1, size)
-            self._landed()
+            self._batch_done()
 
-    def _fly(self) -> None:
+    def _start_batches(self) -> None:
         self._scheduled = False
-        while self._flying < self._limits.max_concurrent and (self._ready or self._current is not None):
+        while self._under_way < self._limits.max_concurrent and (self._ready or self._current is not None):
             if self._ready:
                 batch = self._ready.popleft()
             else:
@@ -231,7 +229,7 @@ class Publisher:
                 continue  # whoever was in it has left
             batch.sent = True
             self._alone = len(batch.futures) == 1
-            self._flying += 1
+            self._under_way += 1
             task = self._loop.create_task(self._run(batch))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -243,12 +241,12 @@ class Publisher:
             await self._deliver(batch, outcomes)
         finally:
             self._finish(batch, outcomes)
-            self._landed()
+            self._batch_done()
 
-    def _landed(self) -> None:
-        self._flying -= 1
+    def _batch_done(self) -> None:
+        self._under_way -= 1
         if (self._ready or self._current is not None) and not self._abandoned.is_set():
-            self._fly()
+            self._start_batches()
 
     async def _deliver(
         self, batch: _Batch, outcomes: list[AbeError | None], begun: Begun[Outcomes] | Outcomes | None = None
@@ -277,12 +275,12 @@ class Publisher:
             if batch.sending:
                 batch.doubtful = batch.doubtful.union(pending)
         for index in pending:
-            outcomes[index] = self._gave_up(index in batch.doubtful, batch.error, batch.patience)
+            outcomes[index] = self._gave_up(index in batch.doubtful, batch.error, batch.timeout)
         for index in batch.doubtful.difference(pending):
             outcome = outcomes[index]
             if outcome is not None and not isinstance(outcome, UnroutableError):
                 # Refused now, but an earlier try may have been accepted.
-                outcomes[index] = self._gave_up(True, outcome, batch.patience)
+                outcomes[index] = self._gave_up(True, outcome, batch.timeout)
 
     async def _try(
         self,
@@ -330,9 +328,9 @@ class Publisher:
         else:
             _log.warning("publishing fails, trying again: %s", error)
 
-    def _gave_up(self, unknown: bool, cause: AbeError | None, patience: float) -> AbeError:
+    def _gave_up(self, unknown: bool, cause: AbeError | None, timeout: float) -> AbeError:
         why = f": {cause}" if cause else ""
-        when = "before the backend was closed" if self._abandoned.is_set() else f"within {patience:g} s"
+        when = "before the backend was closed" if self._abandoned.is_set() else f"within {timeout:g} s"
         failure: AbeError
         if unknown:
             failure = PublishUnknownError(
