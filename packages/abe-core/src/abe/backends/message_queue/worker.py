@@ -128,7 +128,7 @@ class Workers:
         task = asyncio.current_task()
         assert task is not None
         ahead, threads, stopped = self._ahead, self._threads, self._stop_taking.is_set
-        handled = 0
+        handled, call = 0, self._call
         take = _nothing if isinstance(self._subscription, LookAhead) else self._subscription.take
         while not (self._stopping or stopped()) and (threads is None or await self._has_thread(threads, lane)):
             message = take()
@@ -137,7 +137,16 @@ class Workers:
                     message = await (self._subscription.receive() if ahead is None else self._next(ahead, lane))
                 except BackendClosedError:
                     return False
-            await self._one(message, task)
+            raised: BaseException | None = None
+            try:
+                await call(message)
+            except BaseException as exc:  # noqa: BLE001 - a failure, or a cancellation: see `_not_handled`
+                raised = exc
+            if raised is None and not task.cancelling():
+                self._subscription.ack_soon(message)
+            else:
+                await self._not_handled(message, raised, task)
+                raised = None  # its traceback would keep the handler's frames alive until the next message
             if ahead is not None:
                 ahead.done(message)
             handled += 1
@@ -192,14 +201,10 @@ class Workers:
             await threads.ready()
         return not (threads.exhausted or self._stopping or self._stop_taking.is_set())
 
-    async def _one(self, message: Message, task: asyncio.Task[Any]) -> None:
-        exc: BaseException | None = None
-        try:
-            await self._call(message)
-        except BaseException as raised:
-            if isinstance(raised, GeneratorExit) and not _is_running(task):
-                raise  # not a failure of the handler: this coroutine is closed because its event loop is gone
-            exc = raised
+    async def _not_handled(self, message: Message, exc: BaseException | None, task: asyncio.Task[Any]) -> None:
+        """Settle a message whose handler raised something, or whose worker or handler was cancelled."""
+        if isinstance(exc, GeneratorExit) and not _is_running(task):
+            raise exc  # not a failure of the handler: the coroutine is closed because its event loop is gone
         if task.cancelling() or isinstance(exc, asyncio.CancelledError):
             exc = await self._cancelled_or(exc, task)
         if exc is None:
