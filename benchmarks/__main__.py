@@ -2,9 +2,14 @@
 
 import sys
 
-from benchmarks import rabbitmq_ratios, redis_ratios, sqs_ratios
+from benchmarks import memory_ratios, rabbitmq_ratios, redis_ratios, sqs_ratios
 
-ALL = {"redis": redis_ratios.main, "rabbitmq": rabbitmq_ratios.main, "sqs": sqs_ratios.main}
+ALL = {
+    "memory": memory_ratios.main,
+    "redis": redis_ratios.main,
+    "rabbitmq": rabbitmq_ratios.main,
+    "sqs": sqs_ratios.main,
+}
 
 named = sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] in ALL else None
 chosen = [ALL[named]] if named else list(ALL.values())
