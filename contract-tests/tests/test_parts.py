@@ -121,7 +121,7 @@ async def test_the_account_goes_by_the_type_of_the_error() -> None:
         accounting.check()
     accounting.check(duplicates_allowed=True)
     accounting.delivered("b")
-    with pytest.raises(AssertionError, match="said rejected, yet they were delivered: b"):
+    with pytest.raises(AssertionError, match="rejected by publish, yet delivered: b"):
         accounting.check(duplicates_allowed=True)
 
 

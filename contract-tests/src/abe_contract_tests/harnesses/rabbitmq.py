@@ -12,7 +12,7 @@ from abe_backend_rabbitmq import RabbitMQBackend
 from abe_contract_tests.harness import Counts, Evidence, Harness, Oracle
 from abe_contract_tests.services import RabbitMQShell, Service, rabbitmq_service
 
-_NOBODY_LISTENS: Final = "amqp://guest:guest@127.0.0.1:1/"
+_UNREACHABLE: Final = "amqp://guest:guest@127.0.0.1:1/"
 
 
 class RabbitMQHarness(Harness):
@@ -52,7 +52,7 @@ class RabbitMQHarness(Harness):
         return {"RABBITMQ_URL": self.service.url, **_queue(namespace, lease)}
 
     def unreachable(self, namespace: str) -> Mapping[str, str]:
-        return {"RABBITMQ_URL": _NOBODY_LISTENS, **_queue(namespace, 1.0)}
+        return {"RABBITMQ_URL": _UNREACHABLE, **_queue(namespace, 1.0)}
 
     def wrong_credentials(self, namespace: str) -> tuple[Mapping[str, str], str]:
         secret = "swordfish-8061"

@@ -11,15 +11,15 @@ from abe_contract_tests.harness import Counts, Evidence, Harness, Oracle
 from abe_contract_tests.services import Service, redis_service
 
 _RELEASED: Final = "released"
-"""The consumer under whose name a closing consumer leaves what others should have at once."""
+"""The consumer that owns released entries until another consumer claims them."""
 _GROUP: Final = "group"
 """The consumer group of every stream."""
 
-_NOBODY_LISTENS: Final = "redis://127.0.0.1:1/0"
+_UNREACHABLE: Final = "redis://127.0.0.1:1/0"
 
 
 class RedisHarness(Harness):
-    """A Redis of the run's own, or the one at ``ABE_TEST_REDIS_URL``."""
+    """A Redis for this run, or the one at ``ABE_TEST_REDIS_URL``."""
 
     name: ClassVar[str] = "redis"
     backend: ClassVar[type[MessageQueueBackendProtocol]] = RedisBackend
@@ -46,7 +46,7 @@ class RedisHarness(Harness):
         return {"REDIS_URL": self.service.url, **_queue(namespace, lease)}
 
     def unreachable(self, namespace: str) -> Mapping[str, str]:
-        return {"REDIS_URL": _NOBODY_LISTENS, **_queue(namespace, 1.0)}
+        return {"REDIS_URL": _UNREACHABLE, **_queue(namespace, 1.0)}
 
     def wrong_credentials(self, namespace: str) -> tuple[Mapping[str, str], str]:
         secret = "swordfish-8061"

@@ -18,7 +18,7 @@ from abe_contract_tests.bounds import slowness
 from abe_contract_tests.harness import Counts, Evidence, Harness, Oracle
 from abe_contract_tests.services import Service, sqs_service
 
-_NOBODY_LISTENS: Final = "http://127.0.0.1:1"
+_UNREACHABLE: Final = "http://127.0.0.1:1"
 _REGION: Final = "us-east-1"
 _CREDENTIALS: Final = {"AWS_REGION": _REGION, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 _ESTABLISHED: Final = "01"
@@ -64,7 +64,7 @@ class _SqsHarness(Harness):
         }
 
     def unreachable(self, namespace: str) -> Mapping[str, str]:
-        return {**_environment(_NOBODY_LISTENS, namespace, 1.0), **self.variables}
+        return {**_environment(_UNREACHABLE, namespace, 1.0), **self.variables}
 
     async def oracle(self, namespace: str) -> Oracle:
         client = await _client(self.service.url)
@@ -163,8 +163,8 @@ class _SqsOracle:
         await self._client.close()
 
     async def _send(self, group: str, body: str, attributes: Mapping[str, Any]) -> None:
-        # A stranger has to name a message group, and what makes it different from any other.
-        fifo = {"MessageGroupId": "stranger", "MessageDeduplicationId": token_hex()} if self._suffix else {}
+        # A foreign message needs a message group and a deduplication id.
+        fifo = {"MessageGroupId": "foreign", "MessageDeduplicationId": token_hex()} if self._suffix else {}
         await self._client.send_message(
             QueueUrl=await self._url("group", group), MessageBody=body, MessageAttributes=attributes, **fifo
         )
@@ -227,7 +227,7 @@ def _escaped(name: str) -> str:
 
 
 def _text(body: bytes) -> tuple[str, dict[str, Any]]:
-    """Return a body as a stranger can send it: as it is, or in base64 and labelled so."""
+    """Return a body as another program can send it: unchanged, or in base64 with a label."""
     try:
         text = body.decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Brokers for tests: at an address, in a container, or as a private process, all behind one face."""
+"""Brokers for tests: at an address, in a container, or as a private process, with one interface."""
 
 from abe_contract_tests.services._base import (
     Broker,

@@ -1,4 +1,4 @@
-"""A broker that somebody else runs."""
+"""A broker that runs outside of the tests."""
 
 import shlex
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from abe_contract_tests.services._companion import ProcessCompanion
 
 
 class AddressService(Service):
-    """A broker at an address from the environment: used, never hurt."""
+    """A broker at an address from the environment. Faults are refused."""
 
     evidence: ClassVar[str] = "address from the environment"
     faults: ClassVar[bool] = False
 
     def __init__(self, broker: Broker, url: str, *, shell: str = "") -> None:
-        """Make the service; `start` looks whether anybody answers.
+        """Make the service; `start` checks that it answers.
 
         Args:
             broker: The kind of broker.
@@ -38,7 +38,7 @@ class AddressService(Service):
         return self._version
 
     def start(self) -> None:
-        """Look whether the broker answers."""
+        """Check that the broker answers."""
         try:
             self._version = self._broker.probe(self._url)
         except (NotReadyError, OSError, ValueError) as exc:
@@ -48,7 +48,7 @@ class AddressService(Service):
             ) from exc
 
     def stop(self) -> None:
-        """Do nothing: what we did not start we do not stop."""
+        """Do nothing: the tests did not start it."""
 
     def kill(self) -> None:
         """Refuse."""
@@ -78,6 +78,6 @@ class AddressService(Service):
 
     def _refuse(self) -> NoReturn:
         raise FaultUnsupportedError(
-            f"the {self._broker.name} at {self._broker.address_variable} is not ours to hurt; "
+            f"the {self._broker.name} at {self._broker.address_variable} was not started by the tests; "
             "unset the variable to have a private one"
         )

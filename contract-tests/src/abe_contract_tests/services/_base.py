@@ -1,4 +1,4 @@
-"""What a broker's module says about its broker, and what a test may do to a running one."""
+"""The interface of a broker for tests: how it is started, and the faults that a test may inject."""
 
 import secrets
 import signal
@@ -18,7 +18,7 @@ _PORT_ATTEMPTS: Final = 100
 
 
 class ServiceUnavailable(Exception):  # noqa: N818 - an outcome of looking for a broker, reported as INCOMPLETE
-    """No broker can be had here; the text says what to install or what went wrong."""
+    """No broker is available; the text says what to install or what went wrong."""
 
 
 class NotReadyError(Exception):
@@ -26,7 +26,7 @@ class NotReadyError(Exception):
 
 
 class FaultUnsupportedError(Exception):
-    """A fault was asked of a broker that is not ours to hurt."""
+    """A fault was requested of a broker that the tests did not start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Companion(Protocol):
         """Write to its standard input.
 
         Raises:
-            BrokenPipeError: It has ended. So does ConnectionResetError say.
+            BrokenPipeError: It has ended. ConnectionResetError means the same.
         """
 
     def readline(self) -> bytes:
@@ -53,11 +53,11 @@ class Companion(Protocol):
         ...
 
     def close(self) -> None:
-        """Close its standard input, at which it ends, and wait for that."""
+        """Close its standard input, which ends it, and wait for its end."""
 
 
 class Broker(ABC):
-    """How one kind of broker is started, addressed and greeted: all that a module for a new broker subclasses.
+    """How one kind of broker is started, addressed and probed: the base class for each kind.
 
     A broker without an `image` is a private process, or at an address; it needs none of the attributes that begin with ``container``.
     """
@@ -66,10 +66,10 @@ class Broker(ABC):
     """The broker's name, for reports."""
 
     address_variable: ClassVar[str]
-    """The environment variable whose address wins over everything."""
+    """The environment variable with an address, which takes precedence over everything."""
 
     shell_variable: ClassVar[str] = ""
-    """The environment variable with the command that runs another one beside a broker at an address, where tests need that."""
+    """The environment variable with the command that runs a program beside a broker at an address, where tests need one."""
 
     container_port: ClassVar[int] = 0
     """The port that the image serves on."""
@@ -78,7 +78,7 @@ class Broker(ABC):
     """Seconds until a starting broker must serve."""
 
     stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
-    """What tells the private process to shut down in order. A container is sent what its image says."""
+    """The signal for an orderly shutdown of the private process. A container gets the signal of its image."""
 
     @property
     def image(self) -> str:
@@ -87,11 +87,11 @@ class Broker(ABC):
 
     @abstractmethod
     def url(self, port: int) -> str:
-        """Return the address of a broker of ours that listens on that port of 127.0.0.1."""
+        """Return the address of a broker that listens on that port of 127.0.0.1."""
 
     @abstractmethod
     def probe(self, url: str) -> str:
-        """Greet the broker without its client library and return its name and version.
+        """Probe the broker without its client library, and return its name and version.
 
         Raises:
             NotReadyError: It answers, but does not serve yet.
@@ -109,11 +109,11 @@ class Broker(ABC):
         """
 
     def environment(self, port: int, directory: Path) -> Mapping[str, str]:
-        """Return what the private process needs in its environment, beside ours."""
+        """Return environment variables for the private process, in addition to this process's."""
         return {}
 
     def started(self, log: str) -> bool:
-        """Return whether the private process says that it serves: an answer on the port alone may be a stranger's."""
+        """Return whether the private process's log says that it serves: an answer on the port may be another program's."""
         return True
 
     def container_command(self) -> Sequence[str]:
@@ -121,11 +121,11 @@ class Broker(ABC):
         return []
 
     def container_entrypoint(self) -> Sequence[str]:
-        """Return what the command is given to, empty for what the image says."""
+        """Return the container's entrypoint; empty for the image's own."""
         return []
 
     def container_environment(self) -> Mapping[str, str]:
-        """Return what the container needs in its environment."""
+        """Return environment variables for the container."""
         return {}
 
 
@@ -229,7 +229,7 @@ class Service(ABC):
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody listens on.
+    """Return a free port of 127.0.0.1.
 
     It lies below the range from which Linux takes the local ports of outgoing connections: a client that retries the
     address of a killed server could otherwise be given that very port, and talk to itself.

@@ -9,7 +9,7 @@ from abe_contract_tests.services._base import ServiceUnavailable
 
 
 class ProcessCompanion:
-    """A program on this machine. It ends with this process at the latest, for its standard input ends with it."""
+    """A program on this machine. It ends with this process at the latest, as its standard input does."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class ContainerCompanion:
         Args:
             container: The engine's client's.
             command: The program.
-            timeout: Seconds after which a silent program is given up.
+            timeout: Seconds after which a silent program counts as failed.
         """
         api = container.client.api
         identity = api.exec_create(container.id, list(command), stdin=True, stderr=False)["Id"]
@@ -93,6 +93,6 @@ class ContainerCompanion:
         return line + b"\n"
 
     def close(self) -> None:
-        """Close its standard input, at which it ends."""
+        """Close its standard input, which ends it."""
         self._response.close()
         self._socket.close()

@@ -24,7 +24,7 @@ _ENGINE_ADDRESS: Final = "unix:///var/run/docker.sock"
 
 @functools.cache
 def image_problem(image: str) -> str | None:
-    """Return why no container of that image can be had, or None where it can. Pulls the image if it is not there."""
+    """Return why no container of that image can run, or None if it can. Pulls a missing image."""
     try:
         docker, errors = import_module("docker"), import_module("docker.errors")
         import_module("testcontainers.core.container")
@@ -46,7 +46,7 @@ def image_problem(image: str) -> str | None:
 
 
 def _engine_listens(address: str) -> bool:
-    # The client library leaks its socket where nobody listens, so that case is found out without it.
+    # The client library leaks its socket if nothing listens, so that case is checked without it.
     if not address.startswith("unix://"):
         return True
     with socket.socket(socket.AF_UNIX) as connection:
@@ -65,7 +65,7 @@ def _provide(client: Any, image: str, not_found: type[Exception]) -> None:
 
 
 class ContainerService(Service):
-    """A broker in a container of its own, published on one port of 127.0.0.1."""
+    """A broker in its own container, published on one port of 127.0.0.1."""
 
     evidence: ClassVar[str] = "container"
 
@@ -90,7 +90,7 @@ class ContainerService(Service):
         return self._version
 
     def start(self) -> None:
-        """Make the container, or start the one that was killed or terminated, and return when the broker serves."""
+        """Create the container, or restart the one that was killed or terminated, and return when the broker serves."""
         self.note("starts")
         try:
             if self._container is None:
@@ -139,7 +139,7 @@ class ContainerService(Service):
         self.note("is frozen")
 
     def resume(self) -> None:
-        """Let the container go on."""
+        """Resume the container."""
         self._wrapped().unpause()
         self.note("goes on")
 
@@ -154,17 +154,17 @@ class ContainerService(Service):
         return bytes(self._wrapped().logs(tail=20)).decode(errors="replace")
 
     def log_size(self) -> int:
-        """Return the moment: the engine knows when each line was written."""
+        """Return the current time: the engine has the time of each line."""
         return int(time.time())
 
     def log_since(self, size: int) -> str:
-        """Return what it wrote since that moment."""
+        """Return what it wrote since that time."""
         return "" if self._container is None else bytes(self._wrapped().logs(since=size)).decode(errors="replace")
 
     def _create(self) -> Any:
         errors = import_module("docker.errors")
         config = import_module("testcontainers.core.config").testcontainers_config
-        # Without its image, the container that would remove ours for us cannot start, and none of ours would.
+        # Without its image, the container that removes the others cannot start, and then none does.
         if not config.ryuk_disabled and image_problem(config.ryuk_image) is not None:
             config.ryuk_disabled = True
         for attempt in range(1, _ATTEMPTS + 1):

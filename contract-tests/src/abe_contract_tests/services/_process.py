@@ -21,17 +21,17 @@ _POLL: Final = 0.02
 _ORDERLY: Final = 10.0
 _TAIL_LINES: Final = 20
 _TAKEN: Final = ("already in use", "eaddrinuse")
-"""What servers write when somebody else has their port."""
+"""The log lines of servers whose port is in use."""
 _STANDING: Final = "TtZX"
 """States of a thread in which it does nothing any more (proc_pid_stat(5)): stopped, traced, or dead."""
 
 
 class _PortTakenError(Exception):
-    """Somebody else was faster to the port."""
+    """Another program has taken the port."""
 
 
 class ProcessService(Service):
-    """A broker that this process started, in a session of its own, and that ends with this process at the latest."""
+    """A broker that this process started, in its own session, and that ends with this process at the latest."""
 
     evidence: ClassVar[str] = "private process"
 
@@ -70,7 +70,7 @@ class ProcessService(Service):
         return self._directory
 
     def start(self) -> None:
-        """Start the broker, on its old port and data where it has some, and return when it serves."""
+        """Start the broker, on its previous port and data if it has any, and return when it serves."""
         if self._process is not None:
             raise RuntimeError(f"{self._broker.name} is running already, as process {self._process.pid}")
         if self._directory is None:
@@ -86,7 +86,7 @@ class ProcessService(Service):
             raise
 
     def stop(self) -> None:
-        """Kill the broker, for nobody needs its data any more, and delete them."""
+        """Kill the broker, and delete its data."""
         self.kill()
         self.forget()
         if self._directory is not None:
@@ -115,7 +115,7 @@ class ProcessService(Service):
         self._reap()
 
     def pause(self) -> None:
-        """Send SIGSTOP, and return when every thread has stopped: until then, those on other processors go on answering."""
+        """Send SIGSTOP, and return when every thread has stopped: until then, threads on other processors still answer."""
         group = self._running().pid
         self._signal(signal.SIGSTOP)
         deadline = Deadline(_ORDERLY)
@@ -235,7 +235,7 @@ class ProcessService(Service):
         return self._process
 
     def _signal(self, number: signal.Signals) -> None:
-        # The whole session, which is ours alone: some servers are a script and its child.
+        # The whole session, which has only the broker: some servers are a script and its child.
         try:
             os.killpg(self._running().pid, number)
         except ProcessLookupError:
@@ -251,7 +251,7 @@ class ProcessService(Service):
 
 
 def _stopped(group: int) -> bool:
-    """Return whether every thread of a process group has stopped; true where there is no Linux to tell."""
+    """Return whether every thread of a process group has stopped; true on systems other than Linux."""
     return all(state in _STANDING for process in Path("/proc").glob("[0-9]*") for state in _threads(process, group))
 
 

@@ -1,4 +1,4 @@
-"""What must end with this process ends with it, even when this process is killed."""
+"""Ends other processes with this one, even when this one is killed."""
 
 import subprocess
 from typing import Final
@@ -7,7 +7,7 @@ _SCRIPT: Final = 'IFS= read -r _ || eval "$1"'
 
 
 class Watchdog:
-    """Runs a shell command as soon as this process is gone without `dismiss`.
+    """Runs a shell command when this process ends without `dismiss`.
 
     A pipe tells: the kernel closes our end whatever ends us. (A parent-death signal would hang on the thread that
     started the broker, and the worker threads of an event loop end with the loop.)

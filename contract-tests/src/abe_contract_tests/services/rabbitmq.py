@@ -23,14 +23,14 @@ IMAGE_VARIABLE: Final = "ABE_TEST_RABBITMQ_IMAGE"
 _IMAGE: Final = "rabbitmq:3"
 _PROBE_TIMEOUT: Final = 2.0
 _SERVER: Final = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
-"""Debian's real script: the one on PATH changes to a user of its own."""
+"""Debian's real script: the one on PATH changes to its own user."""
 
 _NODE: Final = "abe@localhost"
 _NO_SPINNING: Final = "+sbwt none +sbwtdcpu none +sbwtdio none"
 """Schedulers that wait without spinning: the processors are the tests'."""
 
 _CERTIFICATE_DEMANDED: Final = ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "SSLV3_ALERT_HANDSHAKE_FAILURE")
-"""How the server ends a connection that shows no certificate where it demands one, by TLS 1.3 and before."""
+"""How the server closes a connection without a client certificate if it requires one, by TLS 1.3 and before."""
 
 _GREETING: Final = b"AMQP\x00\x00\x09\x01"
 
@@ -82,7 +82,7 @@ class RabbitMQ(Broker):
             except ssl.SSLError as exc:
                 if exc.reason not in _CERTIFICATE_DEMANDED:
                     raise
-                # A server that keeps strangers out serves all the same.
+                # A server that requires a login serves too.
                 return "RabbitMQ of a version it does not tell"
         found = reply.find(b"\x07versionS")
         if not reply.startswith(b"\x01") or found < 0:
@@ -136,7 +136,7 @@ class RabbitMQ(Broker):
         }
 
     def started(self, log: str) -> bool:
-        """Look for the line that says so."""
+        """Look for the line that reports it."""
         return "Server startup complete" in log
 
     def container_command(self) -> Sequence[str]:

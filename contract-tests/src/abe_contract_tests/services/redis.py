@@ -64,13 +64,13 @@ class Redis(Broker):
         return self._image
 
     def url(self, port: int) -> str:
-        """Return the address, with the password where there is one."""
+        """Return the address, with the password if there is one."""
         scheme = "redis" if self._tls is None else "rediss"
         login = f":{quote(self._password, safe='')}@" if self._password else ""
         return f"{scheme}://{login}127.0.0.1:{port}/0"
 
     def probe(self, url: str) -> str:
-        """Greet with PING, and ask for the version."""
+        """Send PING, and ask for the version."""
         replies = ask(url, ("PING",), ("INFO", "server"), authority=None if self._tls is None else self._tls.authority)
         if replies[0].startswith("-LOADING"):
             raise NotReadyError("it is loading its data")
@@ -79,7 +79,7 @@ class Redis(Broker):
         )
         if "valkey_version" in fields:
             return f"Valkey {fields['valkey_version']}"
-        # A server that keeps strangers out serves all the same.
+        # A server that requires a login serves too.
         return f"Redis {fields.get('redis_version', 'of a version it does not tell')}"
 
     def command(self, port: int, directory: Path) -> Sequence[str]:
@@ -99,7 +99,7 @@ class Redis(Broker):
         ]
 
     def started(self, log: str) -> bool:
-        """Look for the line with which every version greets its port."""
+        """Look for the line that every version logs when its port is open."""
         return "ready to accept connections" in log.lower()
 
     def container_command(self) -> Sequence[str]:

@@ -64,7 +64,7 @@ main(sys.argv[1:])
 
 
 class _Emulator(Broker):
-    """What the two have in common: they keep everything in memory, so that one that was ended starts again empty."""
+    """What both servers have in common: they keep everything in memory, so a restarted one is empty."""
 
     address_variable: ClassVar[str] = "ABE_TEST_SQS_URL"
     module: ClassVar[str]
@@ -90,7 +90,7 @@ class _Emulator(Broker):
         return f"http://127.0.0.1:{port}"
 
     def probe(self, url: str) -> str:
-        """Ask for the queues, and for a version where the server has a way to tell it."""
+        """List the queues, and ask for the version if the server reports one."""
         headers = ask(url, "ListQueues", {})[1]
         if version := headers.get(_VERSION_HEADER):
             return f"moto {version}"
@@ -106,7 +106,7 @@ class _Emulator(Broker):
         return [sys.executable, *self.arguments("127.0.0.1", port)]
 
     def started(self, log: str) -> bool:
-        """Look for the line with which both greet their port."""
+        """Look for the line that both log when their port is open."""
         return "Running on http" in log
 
     @abstractmethod
@@ -144,7 +144,7 @@ class MiniStack(_Emulator):
     package: ClassVar[str] = "ministack"
 
     def arguments(self, host: str, port: int) -> Sequence[str]:
-        """Return the module; the rest is said in the environment."""
+        """Return the module; environment variables configure it."""
         return ["-m", "ministack"]
 
     def environment(self, port: int, directory: Path) -> Mapping[str, str]:
