@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from abe_contract_tests import harness
 
 def fields(kind: type[Any]) -> list[str]:
     """Return the names that an instance has, by the annotations of its class; those of its `__init__` where it has none."""
-    own = kind.__dict__.get("__slots__") or inspect.get_annotations(kind)
-    return [name for name in own if not name.startswith("_")]
+    own = list(kind) if issubclass(kind, Enum) else kind.__dict__.get("__slots__") or inspect.get_annotations(kind)
+    names = (each.name if isinstance(each, Enum) else each for each in own)
+    return [name for name in names if not name.startswith("_")]
 
 
 KINDS = [
@@ -22,6 +24,8 @@ KINDS = [
     base.Capabilities,
     base.DeadLetter,
     base.Delivery,
+    base.Disposition,
+    base.Durability,
     base.Envelope,
     base.GroupStats,
     base.Metadata,

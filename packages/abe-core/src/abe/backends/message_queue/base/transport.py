@@ -94,14 +94,17 @@ class Delivery(msgspec.Struct, eq=False):
 
 
 class Disposition(Enum):
-    """What becomes of a delivery that is not simply acknowledged."""
+    """What becomes of a delivery that is not simply acknowledged.
+
+    Attributes:
+        RETRY: Deliver it to the group again, not before `Settlement.delay`. The attempt counts.
+        RELEASE: Deliver it again at once, in its old place where the broker can. The attempt does not count where the broker can tell.
+        DEAD: Move it to the group's dead letters, in one step or so that a crash in the middle doubles it and never loses it.
+    """
 
     RETRY = "retry"
-    """Deliver it to the group again, not before `delay`. The attempt counts."""
     RELEASE = "release"
-    """Deliver it again at once, in its old place where the broker can. The attempt does not count where the broker can tell."""
     DEAD = "dead"
-    """Move it to the group's dead letters, in one step or so that a crash in the middle doubles it and never loses it."""
 
 
 @dataclass(frozen=True, slots=True)
