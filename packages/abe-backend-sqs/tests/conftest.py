@@ -13,7 +13,8 @@ import pytest
 from aiohttp import ClientSession, web
 
 from abe_backend_sqs import SqsBackend, SqsSettings
-from abe_backend_sqs._transport import SqsTransport, _lingering
+from abe_backend_sqs._broker import lingering
+from abe_backend_sqs._transport import SqsTransport
 from abe_contract_tests import bounds
 from abe_contract_tests.services import Service, ServiceUnavailable, sqs_service
 
@@ -171,7 +172,7 @@ async def lab(server: Service, stranger: Any) -> AsyncIterator[Lab]:
         async with AsyncExitStack() as stack:
             yield Lab(server, gate, stranger, stack)
         async with bounds.within(10):  # polls outlive their consumers, and transports their last poll
-            await _lingering.drain()
+            await lingering.drain()
     finally:
         await runner.cleanup()
 

@@ -7,7 +7,7 @@ import pytest
 
 from abe.errors import ConfigurationError
 from abe_backend_sqs._attributes import faults_of
-from abe_backend_sqs._registry import Group, tags
+from abe_backend_sqs._tags import Group, tags
 from abe_contract_tests import bounds
 
 GOOD = {"MessageRetentionPeriod": "1209600", "DelaySeconds": "0", "MaximumMessageSize": "1048576"}

@@ -132,7 +132,7 @@ async def test_who_cannot_connect_and_gives_up_leaves_nothing_open(settings: Sqs
             await backend.connect()
         session = backend._calls.session
         assert session is not None
-        clients = session.transport.clients  # type: ignore[attr-defined]
+        clients = session.transport.broker.clients  # type: ignore[attr-defined]
         for task in clients._made.values():
             assert not task.result()._endpoint.http_session._sessions
     await backend.disconnect()

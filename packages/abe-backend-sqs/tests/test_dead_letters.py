@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from abe import AsyncLoopConsumer, Reject
 from abe_backend_sqs import SqsBackend
@@ -137,3 +138,14 @@ async def test_letters_are_replayed_and_purged_by_their_ids(lab: Any) -> None:
         assert await letters.purge("id-1", "id-228") == 2
         assert (await backend.stats("g")).waiting == 2
         assert len(await letters.list(500)) == 226
+
+
+async def test_dead_letters_are_found_whatever_sqs_counts(lab: Any) -> None:
+    async with bounds.within(20):
+        backend = await lab.backend(registry_ttl=1.0)
+        async with backend.consume(group="g") as messages:
+            await backend.publish("k", {"n": 1})
+            await (await messages.receive()).reject("no")
+        attributes = {f"ApproximateNumberOfMessages{each}": "0" for each in ("", "NotVisible", "Delayed")}
+        lab.gate.times(1, "GetQueueAttributes", lambda _: web.json_response({"Attributes": attributes}))
+        assert len(await backend.dead_letters("g").list()) == 1

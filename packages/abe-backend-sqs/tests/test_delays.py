@@ -138,7 +138,7 @@ async def test_a_retry_beyond_12_hours_or_nearly_so_is_a_copy_that_says_when(
 async def test_a_message_that_was_held_for_long_is_copied_where_it_cannot_be_hidden_for_long_enough(lab: Any) -> None:
     async with bounds.within(15):
         receiver, delivery = await taken(lab)
-        receiver._held[delivery.native].expires = time.monotonic() + MINUTE
+        receiver._in_flight[delivery.native].expires = time.monotonic() + MINUTE
         assert not any(await receiver.settle([Settlement(delivery, Disposition.RETRY, delay=2 * MINUTE)]))
         assert (await appears(lab, "SendMessageBatch"))["DelaySeconds"] == 2 * MINUTE
         await receiver.close()
@@ -150,7 +150,7 @@ async def test_a_lease_is_renewed_for_12_hours_and_then_lost_which_is_said(
     caplog.set_level(logging.WARNING, logger="abe.sqs")
     async with bounds.within(15):
         receiver, delivery = await taken(lab)
-        held = receiver._held[delivery.native]
+        held = receiver._in_flight[delivery.native]
         assert not await receiver.renew([delivery])
         assert "12 hours" not in caplog.text
         held.expires = time.monotonic() + 5.9

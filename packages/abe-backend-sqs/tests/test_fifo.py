@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from abe.backends.message_queue.base import Disposition, Envelope, Settlement
-from abe_backend_sqs import SqsBackend, SqsSettings, _held, _later, _wire
+from abe_backend_sqs import SqsBackend, SqsSettings, _delays, _inflight, _wire
 from abe_backend_sqs._copies import Copies
 from abe_backend_sqs._topology import Topology
 from abe_contract_tests import bounds, suite
@@ -166,7 +166,7 @@ async def test_the_dead_letters_of_one_key_are_all_listed(lab: Any) -> None:
         assert [letter.body for letter in letters] == [b'{"n":%d}' % n for n in range(25)]
 
 
-async def test_a_stranger_s_message_keeps_its_message_group_when_it_is_retried(lab: Any) -> None:
+async def test_a_foreign_message_keeps_its_message_group_when_it_is_retried(lab: Any) -> None:
     async with bounds.within(15):
         backend = await lab.backend(fifo=True)
         async with backend.consume(group="g") as messages:
@@ -203,7 +203,7 @@ async def test_a_release_that_was_cancelled_and_is_repeated_is_counted_once(
         await transport.send([Envelope("the-id", "k", b'{"n":1}', 1)])
         receiver = await transport.subscribe("g", 5)
         (delivery,) = await receiver.receive(5)
-        client, waiting = await transport.clients.calls(), asyncio.Event()
+        client, waiting = await transport.broker.clients.calls(), asyncio.Event()
 
         async def hang(**_: Any) -> None:
             waiting.set()
@@ -228,17 +228,17 @@ async def test_a_release_that_was_cancelled_and_is_repeated_is_counted_once(
 
 def test_a_delivery_is_said_to_be_no_attempt_once_and_that_can_be_taken_back() -> None:
     message = {"MessageId": "a-message"}
-    first, second = _held.Held(message, 1, 0.0), _held.Held(message, 2, 0.0)
+    first, second = _inflight.Leased(message, 1, 0.0), _inflight.Leased(message, 2, 0.0)
     for _ in range(2):
         first.uncount()
-    assert _held.uncounted(message) == 1
+    assert _inflight.uncounted(message) == 1
     second.uncount()
-    assert _held.uncounted(message) == 2
+    assert _inflight.uncounted(message) == 2
     for _ in range(2):
         second.recount()
-    assert _held.uncounted(message) == 1
+    assert _inflight.uncounted(message) == 1
     first.recount()
-    assert "a-message" not in _held._uncounted
+    assert "a-message" not in _inflight._uncounted
 
 
 async def test_no_attempt_comes_before_the_first(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +249,9 @@ async def test_no_attempt_comes_before_the_first(lab: Any, monkeypatch: pytest.M
         sent = await lab.ask(
             "send_message", QueueUrl=url, MessageBody="{}", MessageGroupId="k", MessageDeduplicationId="1"
         )
-        monkeypatch.setitem(_held._uncounted, sent["MessageId"], 3)  # more than SQS counted, whose count is approximate
+        monkeypatch.setitem(
+            _inflight._uncounted, sent["MessageId"], 3
+        )  # more than SQS counted, whose count is approximate
         async with backend.consume(group="g") as messages:
             message = await messages.receive()
             assert message.attempt == 1
@@ -277,7 +279,7 @@ async def test_delayed_messages_of_a_group_do_not_wait_because_another_group_was
         backend = await lab.backend(fifo=True, wait=5)
         await backend.declare("other")
         async with backend.consume(group="g") as messages:
-            later = await lab.url("later", "g")
+            later = await lab.url("delayed", "g")
             while not any(each["QueueUrl"] == later for each in lab.gate.requests("ReceiveMessage")):  # noqa: ASYNC110 - the server sets no event of ours
                 await asyncio.sleep(0.01)
             await backend.delete_group("other")
@@ -316,11 +318,11 @@ async def test_delayed_messages_that_cannot_be_moved_are_complained_about_once(
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="abe.sqs")
     pauses = Pauses(4)
-    monkeypatch.setattr(_later, "pause", pauses)
+    monkeypatch.setattr(_delays, "pause", pauses)
     async with bounds.within(15):
         transport = await lab.transport(fifo=True)
         await transport.declare("g", None, change=False)
-        later = await lab.url("later", "g")
+        later = await lab.url("delayed", "g")
         lab.gate.rules.append(
             lambda name, body: refusal(code, status) if name == "ReceiveMessage" and body["QueueUrl"] == later else None
         )
@@ -343,9 +345,9 @@ async def test_tries_to_move_delayed_messages_are_rare_although_consumers_come_a
         first = await transport.subscribe("g", 1)
         await first.close()
         second = await transport.subscribe("g", 1)
-        assert not transport.later("g")._left.is_set(), "what a pause waits for is that the last one has left"
+        assert not transport.broker.delays("g")._unused.is_set(), "what a pause waits for is that the last one has left"
         await second.close()
-        assert transport.later("g")._left.is_set()
+        assert transport.broker.delays("g")._unused.is_set()
 
 
 @pytest.mark.thorough

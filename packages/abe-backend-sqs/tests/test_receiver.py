@@ -15,7 +15,8 @@ from abe.backends.message_queue.base.tasks import gather_all
 from abe.errors import BackendConnectionError, GroupMissingError, LeaseLostError
 from abe_backend_sqs import _transport
 from abe_backend_sqs._polls import Poll, Polls
-from abe_backend_sqs._receiver import SqsReceiver, _Arrival
+from abe_backend_sqs._queue import Queue
+from abe_backend_sqs._receiver import SqsReceiver
 from abe_contract_tests import bounds
 
 Refusal = Callable[..., web.Response]
@@ -38,7 +39,7 @@ async def stalled(
     monkeypatch: pytest.MonkeyPatch, receiver: SqsReceiver, operation: str
 ) -> tuple[asyncio.Event, asyncio.Event]:
     """Hold up an operation until the first event is set; the second says that somebody waits for it."""
-    client = await receiver._transport.clients.calls()
+    client = await receiver._broker.clients.calls()
     go, waiting, call = asyncio.Event(), asyncio.Event(), getattr(client, operation)
 
     async def wait(**arguments: Any) -> Any:
@@ -138,7 +139,7 @@ async def test_what_may_be_deleted_when_the_receiver_is_closed_is_not_given_back
 ) -> None:
     async with bounds.within(15):
         receiver, held = await holding(lab, 3)
-        client = await receiver._transport.clients.calls()
+        client = await receiver._broker.clients.calls()
         answered, delete = asyncio.Event(), client.delete_message_batch
 
         async def never(**arguments: Any) -> None:
@@ -201,7 +202,7 @@ async def test_what_an_answer_leaves_out_is_not_taken_for_done(lab: Any) -> None
         lab.gate.times(1, "DeleteMessageBatch", lambda _: web.json_response({"Successful": [{"Id": "1"}]}))
         left_out, done = await receiver.ack(held, verify=False)
         assert isinstance(left_out, BackendConnectionError)
-        assert "leaves out whether" in str(left_out)
+        assert "does not say whether" in str(left_out)
         assert done is None
         assert not any(await receiver.ack(held[:1], verify=False))
         assert await counts(lab) == (0, 1), "the second was said to be deleted, and the server was never asked"
@@ -211,7 +212,7 @@ async def test_what_an_answer_leaves_out_is_not_taken_for_done(lab: Any) -> None
 async def test_settlements_of_one_kind_make_no_requests_of_another(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async with bounds.within(15):
         receiver, held = await holding(lab, 2)
-        async with receiver._renewing:  # a renewal is under way, which only what is hidden has to wait for
+        async with receiver._settlements._renewing:  # a renewal is under way, which only what is shown has to wait for
             assert not any(await receiver.settle([Settlement(held[0], Disposition.DEAD, reason="bad")]))
         assert not lab.gate.requests("ChangeMessageVisibilityBatch")
         await receiver.close()
@@ -247,7 +248,7 @@ async def test_a_handle_that_sqs_does_not_take_is_a_lost_lease(lab: Any, delay: 
             lab.gate.fails(1, "ChangeMessageVisibilityBatch", (0, "InvalidParameterValue", True))
             with pytest.raises(LeaseLostError):
                 await message.nack(delay=delay)
-            assert not messages._inbox._receiver._held
+            assert not messages._inbox._receiver._in_flight
 
 
 async def test_what_arrived_and_nobody_was_handed_is_given_back_when_the_receiver_stops(lab: Any) -> None:
@@ -263,7 +264,7 @@ async def test_what_arrived_and_nobody_was_handed_is_given_back_when_the_receive
         assert await counts(lab) == (0, 3)
         await receiver.stop()
         assert await counts(lab) == (3, 0)
-        assert not receiver._held
+        assert not receiver._in_flight
         assert not await receiver.receive(3)
         await receiver.close()
 
@@ -273,7 +274,7 @@ async def test_a_poll_that_outlives_the_receiver_gives_back_what_arrived_before_
         receiver, held = await holding(lab, 1)
         await receiver.stop()
         # Another poll's, which came while this one's were being looked at.
-        receiver._arrived.append(_Arrival(held[0], receiver._held[held[0].native]))
+        receiver._arrived.append((held[0], receiver._in_flight[held[0].native]))
         await receiver._take([])
         assert await counts(lab) == (1, 0)
         await receiver.close()
@@ -283,10 +284,10 @@ async def test_records_of_settlements_that_were_given_up_are_let_go(lab: Any) ->
     async with bounds.within(15):
         receiver, held = await holding(lab, 3)
         for each in held[:2]:
-            receiver._held[each.native].deadline = time.monotonic()
-        with receiver._held.being_settled([held[1].native]):
+            receiver._in_flight[each.native].deadline = time.monotonic()
+        with receiver._in_flight.being_settled([held[1].native]):
             assert not await receiver.renew([held[2]])
-            assert set(receiver._held) == {held[1].native, held[2].native}, "one has a settlement on its way"
+            assert set(receiver._in_flight) == {held[1].native, held[2].native}, "one has a settlement on its way"
         (failure,) = await receiver.ack([held[0]], verify=False)
         assert isinstance(failure, LeaseLostError), "it is not taken for one that was carried out"
         await receiver.close()
@@ -297,15 +298,15 @@ async def test_what_a_topic_brings_is_deleted_only_by_what_the_registry_says_now
 ) -> None:
     async with bounds.within(15):
         receiver, _ = await holding(lab, 0, fanout="sns")
-        queues = receiver._transport.queues
-        await receiver._transport.declare("g", ("wanted.#",), change=True)
-        now = queues.registry
+        keeper = receiver._broker.groups.keeper
+        await (await lab.transport(fanout="sns")).declare("g", ("wanted.#",), change=True)
+        now = keeper.registry
 
-        async def registry(*, since: float | None = None) -> Any:
-            found = await now(since=since)
+        async def registry(since: float | None = None) -> Any:
+            found = await now(since)
             return found if since is not None else found._replace(groups={"g": ("stale",)})
 
-        monkeypatch.setattr(queues, "registry", registry)
+        monkeypatch.setattr(keeper, "registry", registry)
         for key in ("wanted.k", "unwanted"):
             await lab.ask(
                 "send_message",
@@ -336,18 +337,19 @@ async def test_there_are_as_many_polls_as_messages_flow(lab: Any) -> None:
     async def take(messages: Sequence[Any]) -> None:
         return
 
-    polls = Polls(transport, "name", "url", take)
+    queue = Queue("name", "url", transport.broker.clients)
+    polls = Polls(queue, [], transport.broker.background.start, take)
     sizes: list[int] = []
     for brought in (10, 10, 10, 9, 1, 1, 10, 10, 0, 10):
         await polls.brought(Poll(10, polls), [{}] * brought)
-        sizes.append(polls._most)
+        sizes.append(polls._max_concurrent)
     assert sizes == [2, 3, 3, 2, 1, 1, 2, 3, 1, 2]
 
 
 async def test_a_receiver_goes_on_when_its_group_was_declared_again(lab: Any) -> None:
     async with bounds.within(30):
         receiver, (gone,) = await holding(lab, 1)
-        transport = receiver._transport
+        transport = await lab.transport()
         await lab.ask("delete_queue", QueueUrl=await lab.url("group", "g"))
         with pytest.raises(GroupMissingError):
             while True:

@@ -37,7 +37,7 @@ async def receiving(lab: Any, count: int, **settings: Any) -> tuple[SqsReceiver,
 
 async def run_out(receiver: SqsReceiver) -> None:
     """Wait until the leases of all that is held are over."""
-    while any(held.deadline > time.monotonic() for held in receiver._held.values()):  # noqa: ASYNC110 - by the clock
+    while any(held.deadline > time.monotonic() for held in receiver._in_flight.values()):  # noqa: ASYNC110 - by the clock
         await asyncio.sleep(0.05)
 
 
@@ -133,7 +133,7 @@ async def test_a_lease_that_is_renewed_late_is_ours_again(lab: Any) -> None:
         receiver, held = await receiving(lab, 2)
         await run_out(receiver)
         assert not await receiver.renew(held)
-        assert all(receiver._held[each.native].deadline > time.monotonic() for each in held)
+        assert all(receiver._in_flight[each.native].deadline > time.monotonic() for each in held)
         assert not any(await receiver.settle([Settlement(each, Disposition.RETRY, delay=0) for each in held]))
         again: list[Delivery] = []
         while len(again) < 2:
@@ -197,8 +197,8 @@ async def test_an_old_handle_is_not_used_where_the_server_would_take_it(moto: Se
         )
         ours, theirs = SqsTransport(settings), SqsTransport(replace(settings, lease=30.0))
         await ours.declare("g", None, change=False)
-        client = await ours.clients.calls()
-        url = await ours.queues.url(ours.queues.names.queue("g"))
+        client = await ours.broker.clients.calls()
+        url = (await ours.broker.groups.find(ours.broker.groups.names.queue("g"))).url
         await client.send_message(QueueUrl=url, MessageBody="{}")
         one = await ours.subscribe("g", 10)
         (mine,) = await one.receive(1)

@@ -5,8 +5,10 @@ import json
 from typing import Any
 
 import pytest
+from aiohttp import web
 
-from abe_backend_sqs._registry import Group, common_topic, from_tags, tags
+from abe.errors import AbeError
+from abe_backend_sqs._tags import Group, common_topic, from_tags, tags
 from abe_backend_sqs._topics import allowing
 from abe_contract_tests import bounds
 
@@ -65,7 +67,7 @@ async def test_where_others_make_the_queues_nothing_is_subscribed(lab: Any) -> N
         assert (await backend.stats("g")).waiting == 1
 
 
-async def test_what_reached_a_group_that_does_not_want_it_is_dropped_and_a_stranger_s_message_is_not(lab: Any) -> None:
+async def test_what_reached_a_group_that_does_not_want_it_is_dropped_and_a_foreign_message_is_not(lab: Any) -> None:
     async with bounds.within(20):
         backend = await lab.backend(fanout="sns")
         await backend.declare("g")
@@ -122,3 +124,51 @@ def test_the_topic_is_one_that_reaches_every_group() -> None:
 def test_a_subscription_travels_in_the_tags() -> None:
     group = Group("g", ("#",), 1.0, f"{TOPIC}:1")
     assert from_tags(tags(group)) == group
+
+
+def gone() -> web.Response:
+    """Return what SNS answers where there is no such topic."""
+    return web.Response(
+        status=404,
+        content_type="text/xml",
+        text="<ErrorResponse><Error><Type>Sender</Type><Code>NotFound</Code>"
+        "<Message>Topic does not exist</Message></Error></ErrorResponse>",
+    )
+
+
+async def test_a_topic_is_used_when_the_groups_have_been_there_for_long_enough(lab: Any) -> None:
+    async with bounds.within(20):
+        backend = await lab.backend(fanout="sns", topic_after=60)
+        await backend.declare("g")
+        await backend.publish("k", {"n": 1})
+        assert not lab.gate.requests("PublishBatch")
+        assert (await backend.stats("g")).waiting == 1
+
+
+async def test_a_group_whose_deletion_was_interrupted_still_gets_everything(lab: Any, refusal: Any) -> None:
+    async with bounds.within(20):
+        one, other = await lab.backend(fanout="sns"), await lab.backend(fanout="sns")
+        await one.declare("a")
+        await one.declare("b")
+        lab.gate.times(1, "DeleteQueue", lambda _: refusal("AccessDenied"))
+        with pytest.raises(AbeError):
+            await one.delete_group("a")
+        await other.declare("a")
+        await other.publish("k", {"n": 1})
+        assert [(await other.stats(group)).waiting for group in ("a", "b")] == [1, 1]
+
+
+async def test_a_topic_that_was_deleted_is_done_without(lab: Any) -> None:
+    async with bounds.within(20):
+        backend = await lab.backend(fanout="sns")
+        await backend.declare("a")
+        lab.gate.times(1, "PublishBatch", lambda _: gone())
+        await backend.publish("k", {"n": 1})
+        await backend.publish("k", {"n": 2})
+        assert len(lab.gate.requests("PublishBatch")) == 1
+        assert (await backend.stats("a")).waiting == 2
+        lab.gate.times(1, "Subscribe", lambda _: gone())
+        await (await lab.backend(fanout="sns")).declare("b")
+        assert len(lab.gate.requests("CreateTopic")) == 1  # nobody takes himself for subscribed to a new one
+        await backend.publish("k", {"n": 3})
+        assert [(await backend.stats(group)).waiting for group in ("a", "b")] == [3, 1]

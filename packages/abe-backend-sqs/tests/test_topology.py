@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abe.errors import ConfigurationError
-from abe_backend_sqs._registry import Group, Listing, Registry, from_tags, tags
+from abe_backend_sqs._tags import Group, Listing, Registry, from_tags, tags
 from abe_backend_sqs._topology import Topology
 
 NAMES = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?", fullmatch=True)
@@ -17,21 +17,21 @@ def test_names_are_readable() -> None:
     names = Topology("application_events")
     assert names.queue("billing") == "application_events-group-billing"
     assert names.dead("a.b-c") == "application_events-dead-a-_b--c"
-    assert names.held == "application_events-held"
+    assert names.parked == "application_events-parked"
 
 
 @given(NAMES, NAMES, NAMES, NAMES)
 def test_no_two_names_fall_together(namespace: str, group: str, other_namespace: str, other_group: str) -> None:
     one, other = Topology(namespace), Topology(other_namespace)
-    ours = {one.queue(group), one.dead(group), one.held}
-    theirs = {other.queue(other_group), other.dead(other_group), other.held}
+    ours = {one.queue(group), one.dead(group), one.parked}
+    theirs = {other.queue(other_group), other.dead(other_group), other.parked}
     assert len(ours) == 3
     assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,75}", name) for name in ours)
     if namespace != other_namespace:
         assert not ours & theirs
         assert not any(name.startswith(one.prefix) for name in theirs)
     elif group != other_group:
-        assert ours & theirs == {one.held}
+        assert ours & theirs == {one.parked}
 
 
 @pytest.mark.parametrize(("one", "other"), [("a-b", "a.b"), ("a--b", "a-b"), ("a", "a-group-a"), ("a.b", "a-_b")])

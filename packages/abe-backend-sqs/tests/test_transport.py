@@ -1,4 +1,4 @@
-"""The provider on a server: with strangers, pinned groups and queues made by others."""
+"""The provider on a server: with foreign messages, pinned groups and queues made by others."""
 
 import asyncio
 import json
@@ -9,11 +9,11 @@ import pytest
 from abe.backends.message_queue.base import Envelope
 from abe.errors import ConfigurationError
 from abe_backend_sqs import SqsBackend
-from abe_backend_sqs._registry import Group, tags
+from abe_backend_sqs._tags import Group, tags
 from abe_contract_tests import bounds
 
 
-async def test_plain_json_of_a_stranger_is_consumed(lab: Any) -> None:
+async def test_plain_json_of_a_foreign_program_is_consumed(lab: Any) -> None:
     async with bounds.within(15):
         backend = await lab.backend()
         async with backend.consume(group="g") as messages:
@@ -25,7 +25,7 @@ async def test_plain_json_of_a_stranger_is_consumed(lab: Any) -> None:
             await message.ack()
 
 
-async def test_a_stranger_may_name_a_key_and_an_id_and_send_base64(lab: Any) -> None:
+async def test_a_foreign_program_may_name_a_key_and_an_id_and_send_base64(lab: Any) -> None:
     attributes = {"key": "order.created", "id": "order-1", "encoding": "base64"}
     async with bounds.within(15):
         backend = await lab.backend()
@@ -43,7 +43,7 @@ async def test_a_stranger_may_name_a_key_and_an_id_and_send_base64(lab: Any) -> 
             await message.ack()
 
 
-async def test_ours_is_read_as_json_by_a_stranger(lab: Any) -> None:
+async def test_ours_is_read_as_json_by_a_foreign_program(lab: Any) -> None:
     async with bounds.within(15):
         backend = await lab.backend()
         await backend.declare("g")
@@ -91,7 +91,7 @@ async def test_nothing_is_made_where_others_make_the_queues(lab: Any) -> None:
         backend = await lab.backend(ensure=False)
         with pytest.raises(ConfigurationError, match=r"dead-g.*SQS_ENSURE"):
             await backend.declare("g")
-        with pytest.raises(ConfigurationError, match=r"held.*SQS_ENSURE"):
+        with pytest.raises(ConfigurationError, match=r"parked.*SQS_ENSURE"):
             await backend.publish("order.created", {"n": 1})
         with pytest.raises(ConfigurationError, match="SQS_ENSURE"):
             await backend.delete_group("g")

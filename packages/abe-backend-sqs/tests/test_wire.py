@@ -69,7 +69,7 @@ def test_the_attempt_is_what_sqs_counts_on_top_of_what_came_before() -> None:
     assert _wire.delivery(message, _wire.parse(message)).attempt == 5
 
 
-def test_a_stranger_s_message_is_read_with_what_it_says() -> None:
+def test_a_foreign_message_is_read_with_what_it_says() -> None:
     plain = {"MessageId": "m", "ReceiptHandle": "h", "Body": '{"n":1}'}
     assert _wire.parse(plain).metadata == Metadata("m")
     named = {
@@ -100,7 +100,7 @@ def test_an_envelope_that_cannot_be_read_is_a_fault_and_keeps_its_body(header: s
     assert (again.body, again.attributes["abe"]["StringValue"]) == ("{}", header)
 
 
-def test_a_copy_says_the_same_and_keeps_a_stranger_s_attributes() -> None:
+def test_a_copy_says_the_same_and_keeps_a_foreign_message_s_attributes() -> None:
     message = received(_wire.pack(Envelope("id", "k", b"{}", 7, HEADERS)))
     message["MessageAttributes"]["theirs"] = {"DataType": "Number", "StringValue": "1", "StringListValues": []}
     entry = _wire.repack(message, attempts=4, due=99)
@@ -128,8 +128,8 @@ def test_a_dead_letter_fits_however_long_the_error_is() -> None:
 THEIRS = {f"theirs-{n}": {"DataType": "String", "StringValue": "x"} for n in range(ATTRIBUTES)}
 
 
-def strangers(size: int, attributes: Mapping[str, Any] | None = None, group: str = "") -> dict[str, Any]:
-    """Return a stranger's message of exactly that size."""
+def foreign(size: int, attributes: Mapping[str, Any] | None = None, group: str = "") -> dict[str, Any]:
+    """Return a foreign message of exactly that size."""
     message = received(Entry("", attributes or {}, 0))
     message["Body"] = "x" * (size - measured(Entry("", attributes or {}, 0)))
     if group:
@@ -151,7 +151,7 @@ def says(**attributes: str) -> dict[str, Any]:
 @pytest.mark.parametrize("attributes", [{}, THEIRS, says(key="k", id="i"), says(encoding="base64", id="i" * 500)])
 @pytest.mark.parametrize("group", ["", "g" * 128])
 def test_a_copy_of_any_message_is_one_that_sqs_takes(left: int, attributes: dict[str, Any], group: str) -> None:
-    message = strangers(LIMIT - left, attributes, group)
+    message = foreign(LIMIT - left, attributes, group)
     if "encoding" in attributes:
         message["Body"] = (b"/" * (len(message["Body"]) // 4 * 4)).decode()  # no text when decoded
     before = _wire.parse(message)
@@ -169,7 +169,7 @@ def test_a_copy_of_any_message_is_one_that_sqs_takes(left: int, attributes: dict
 
 
 def test_ten_attributes_are_ten_with_ours_among_them() -> None:
-    message = strangers(1_000, {**THEIRS, **says(key="k", id="i", encoding="x")}, "group")
+    message = foreign(1_000, {**THEIRS, **says(key="k", id="i", encoding="x")}, "group")
     for _ in range(3):
         del message["MessageAttributes"][next(iter(message["MessageAttributes"]))]
     dead = _wire.leaving(message, _wire.bury(message, attempts=1, reason="why", error="", at=1))
@@ -180,24 +180,24 @@ def test_ten_attributes_are_ten_with_ours_among_them() -> None:
     assert len(again.attributes) == ATTRIBUTES
 
 
-def test_the_texts_go_before_a_stranger_s_attributes_and_these_before_the_note() -> None:
+def test_the_texts_go_before_a_foreign_message_s_attributes_and_these_before_the_note() -> None:
     note = len("abe-dead") + len("String") + len('[1,"","",1]')
     bury = partial(_wire.bury, attempts=1, reason="why", error="trace", at=1)
     nine = dict(list(THEIRS.items())[:-1])
-    exact = bury(strangers(LIMIT - note, nine | says(key="k")))
+    exact = bury(foreign(LIMIT - note, nine | says(key="k")))
     assert exact.size == LIMIT - len("theirs-9Stringx")
     one = dict(list(THEIRS.items())[:1])
-    exact = bury(strangers(LIMIT - note, one))
+    exact = bury(foreign(LIMIT - note, one))
     assert (exact.size, set(exact.attributes)) == (LIMIT, {"abe-dead", "theirs-0"})
-    tight = bury(strangers(LIMIT - note + 1, one))
+    tight = bury(foreign(LIMIT - note + 1, one))
     assert set(tight.attributes) == {"abe-dead"}
-    full = bury(strangers(LIMIT - note + 1))
+    full = bury(foreign(LIMIT - note + 1))
     assert not full.attributes
     assert "no room" in _wire.dead_letter(received(full)).reason
 
 
 def test_the_texts_take_what_is_left_and_leave_the_message_group_its_room() -> None:
-    message = strangers(LIMIT - 1_000, group="g" * 128)
+    message = foreign(LIMIT - 1_000, group="g" * 128)
     entry = _wire.leaving(message, _wire.bury(message, attempts=1, reason="why", error="e" * 5_000, at=1))
     letter = _wire.dead_letter(received(entry))
     assert letter.reason == "why"

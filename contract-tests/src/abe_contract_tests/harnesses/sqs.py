@@ -147,10 +147,12 @@ class _SqsOracle:
         await self._send(group, text, {"abe": {"DataType": "String", "StringValue": metadata}})
 
     async def counts(self, group: str) -> Counts:
-        waiting, held, delayed = await self._numbers("group", group)
+        waiting, in_flight, delayed = await self._numbers("group", group)
         if self._suffix:
-            delayed += sum(await self._numbers("later", group))
-        return Counts(waiting=waiting, in_flight=held, delayed=delayed, dead=sum(await self._numbers("dead", group)))
+            delayed += sum(await self._numbers("delayed", group))
+        return Counts(
+            waiting=waiting, in_flight=in_flight, delayed=delayed, dead=sum(await self._numbers("dead", group))
+        )
 
     async def consumers(self, group: str) -> int | None:
         return None
@@ -170,7 +172,7 @@ class _SqsOracle:
         )
 
     async def _url(self, kind: str, group: str) -> str:
-        name = f"{self._namespace}-{kind}-{_escaped(group)}{self._suffix if kind != 'later' else ''}"
+        name = f"{self._namespace}-{kind}-{_escaped(group)}{self._suffix if kind != 'delayed' else ''}"
         url: str = (await self._client.get_queue_url(QueueName=name))["QueueUrl"]
         return url
 
@@ -185,8 +187,8 @@ class _SqsOracle:
             if "QueueDoesNotExist" not in str(exc) and "NonExistentQueue" not in str(exc):
                 raise
             return 0, 0, 0
-        waiting, held, delayed = (int(found["Attributes"][f"ApproximateNumberOfMessages{name}"]) for name in names)
-        return waiting, held, delayed
+        waiting, in_flight, delayed = (int(found["Attributes"][f"ApproximateNumberOfMessages{name}"]) for name in names)
+        return waiting, in_flight, delayed
 
 
 async def _delete_topic(url: str, name: str) -> None:

@@ -7,11 +7,11 @@ break what is promised without a word. Where the group's tags say that it is our
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple, cast
+from typing import Final, NamedTuple
 
 from abe.errors import ConfigurationError, PermissionDeniedError
-from abe_backend_sqs._connection import Clients
-from abe_backend_sqs._errors import SqsError, translated
+from abe_backend_sqs._errors import SqsError
+from abe_backend_sqs._queue import Queue
 from abe_backend_sqs._settings import SqsSettings
 from abe_backend_sqs._topology import FIFO
 from abe_backend_sqs._wire import LIMIT
@@ -33,66 +33,44 @@ class Fault(NamedTuple):
     why: str
 
 
-class Attributes:
-    """Looks at the attributes of queues.
+async def wanted(settings: SqsSettings, name: str, dead: Queue | None) -> dict[str, str]:
+    """Return what a queue is made with.
 
     Args:
-        settings: What queues are to be like.
-        clients: Asks SQS.
+        settings: The lease.
+        name: Its name.
+        dead: The queue of its dead letters, where it has one.
     """
+    found = {"VisibilityTimeout": str(settings.visibility), "MessageRetentionPeriod": str(_RETENTION)}
+    if dead is not None:
+        found["RedrivePolicy"] = _redrive(await dead.arn())
+    if name.endswith(FIFO):
+        found["FifoQueue"] = "true"
+    return found
 
-    def __init__(self, settings: SqsSettings, clients: Clients) -> None:
-        self._settings = settings
-        self._clients = clients
 
-    async def new(self, name: str, dead_url: str | None) -> dict[str, str]:
-        """Return what a queue is made with. One that is made first and described later would lose messages after four days in between.
+async def check(queue: Queue, dead: Queue | None, *, ours: bool) -> None:
+    """Put right what would break what is promised, where the queue is ours. Who may not look takes it as it is.
 
-        Args:
-            name: Its name.
-            dead_url: The address of the queue of its dead letters, where it has one.
-        """
-        found = {"VisibilityTimeout": str(self._settings.visibility), "MessageRetentionPeriod": str(_RETENTION)}
-        if dead_url is not None:
-            found["RedrivePolicy"] = _redrive(await self._arn(dead_url))
-        if name.endswith(FIFO):
-            found["FifoQueue"] = "true"
-        return found
-
-    async def check(self, name: str, url: str, dead_url: str | None, *, ours: bool) -> None:
-        """Put right what would break what is promised, where the queue is ours. Who may not look takes it as it is.
-
-        Raises:
-            ConfigurationError: It is not, or may not be changed. The text says what is wrong, and what would be right.
-        """
-        client = await self._clients.calls()
-        try:
-            with translated(self._settings.address):
-                reply: Mapping[str, Any] = await client.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])
-            dead = None if dead_url is None else await self._arn(dead_url)
-        except PermissionDeniedError as exc:
-            _log.debug("the queue %s is taken as it is: %s", name, exc)
-            return
-        found = cast("Mapping[str, str]", reply["Attributes"])
-        faults = faults_of(name, found, dead)
-        if not faults:
-            return
-        if ours and not any(fault.attribute == "FifoQueue" for fault in faults):
-            try:
-                with translated(self._settings.address):
-                    right = {fault.attribute: fault.right for fault in faults}
-                    await client.set_queue_attributes(QueueUrl=url, Attributes=right)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-            except (PermissionDeniedError, SqsError) as exc:
-                raise _refused(name, faults) from exc
-            _log.warning("the queue %s was put right: %s", name, _listed(faults))
-            return
-        raise _refused(name, faults)
-
-    async def _arn(self, url: str) -> str:
-        client = await self._clients.calls()
-        with translated(self._settings.address):
-            found = await client.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])
-            return found["Attributes"]["QueueArn"]
+    Raises:
+        ConfigurationError: It is not, or may not be changed. The text says what is wrong, and what would be right.
+    """
+    try:
+        found = await queue.attributes("All")
+        arn = None if dead is None else await dead.arn()
+    except PermissionDeniedError as exc:
+        _log.debug("the queue %s is taken as it is: %s", queue.name, exc)
+        return
+    faults = faults_of(queue.name, found, arn)
+    if not faults:
+        return
+    if not ours or any(fault.attribute == "FifoQueue" for fault in faults):
+        raise _refused(queue.name, faults)
+    try:
+        await queue.set_attributes({fault.attribute: fault.right for fault in faults})
+    except (PermissionDeniedError, SqsError) as exc:
+        raise _refused(queue.name, faults) from exc
+    _log.warning("the queue %s was put right: %s", queue.name, _listed(faults))
 
 
 def faults_of(name: str, attributes: Mapping[str, str], dead: str | None) -> list[Fault]:
@@ -103,41 +81,31 @@ def faults_of(name: str, attributes: Mapping[str, str], dead: str | None) -> lis
         attributes: What SQS says about it.
         dead: The ARN of the queue of its dead letters; None for a queue that has none.
     """
+    fifo = name.endswith(FIFO)
+    retention = _number(attributes, "MessageRetentionPeriod", _RETENTION) < _RETENTION
+    delay = _number(attributes, "DelaySeconds", 0) > 0
+    size = _number(attributes, "MaximumMessageSize", LIMIT) < LIMIT
+    kind = (_of(attributes, "FifoQueue") == "true") is not fifo
     wrong = [
-        Fault(
-            "MessageRetentionPeriod",
-            _of(attributes, "MessageRetentionPeriod"),
-            str(_RETENTION),
-            "loses messages sooner",
-        )
-        if _number(attributes, "MessageRetentionPeriod", _RETENTION) < _RETENTION
-        else None,
-        Fault("DelaySeconds", _of(attributes, "DelaySeconds"), "0", "delays every message")
-        if _number(attributes, "DelaySeconds", 0)
-        else None,
-        Fault("MaximumMessageSize", _of(attributes, "MaximumMessageSize"), str(LIMIT), "refuses larger messages")
-        if _number(attributes, "MaximumMessageSize", LIMIT) < LIMIT
-        else None,
-        _redriven(attributes, dead),
-        Fault("FifoQueue", _of(attributes, "FifoQueue"), str(name.endswith(FIFO)).lower(), "is of the other kind")
-        if (_of(attributes, "FifoQueue") == "true") is not name.endswith(FIFO)
-        else None,
+        ("MessageRetentionPeriod", retention, str(_RETENTION), "loses messages sooner"),
+        ("DelaySeconds", delay, "0", "delays every message"),
+        ("MaximumMessageSize", size, str(LIMIT), "refuses larger messages"),
+        ("RedrivePolicy", *_redriven(attributes, dead), "moves messages away after some deliveries"),
+        ("FifoQueue", kind, str(fifo).lower(), "is of the other kind"),
     ]
-    return [fault for fault in wrong if fault is not None]
+    return [Fault(what, _of(attributes, what), right, why) for what, found, right, why in wrong if found]
 
 
-def _redriven(attributes: Mapping[str, str], dead: str | None) -> Fault | None:
-    """Return what is wrong with where SQS itself moves messages to, and after how many deliveries."""
-    found = _of(attributes, "RedrivePolicy")
-    if not found:
-        return None
+def _redriven(attributes: Mapping[str, str], dead: str | None) -> tuple[bool, str]:
+    """Return whether SQS itself moves messages where it must not, or too soon; and what would be right."""
     right = "" if dead is None else _redrive(dead)
+    if not (found := _of(attributes, "RedrivePolicy")):
+        return False, right
     try:
         policy = json.loads(found)
-        same = policy["deadLetterTargetArn"] == dead and int(policy["maxReceiveCount"]) >= _BACKSTOP
+        return policy["deadLetterTargetArn"] != dead or int(policy["maxReceiveCount"]) < _BACKSTOP, right
     except (ValueError, KeyError, TypeError):
-        same = False
-    return None if same else Fault("RedrivePolicy", found, right, "moves messages away after some deliveries")
+        return True, right
 
 
 def _redrive(dead: str) -> str:

@@ -1,69 +1,70 @@
 """A queue that is looked through rather than consumed: dead letters, and parked messages.
 
-What is looked at is out of sight for as long as the look takes, since SQS has no other way to get at what is behind it. It is shown again
-when the look ends, also where it ends early, and by itself after a minute.
+What is looked at is invisible for as long as the look takes, since SQS has no other way to get at what is behind it. It is made visible
+again when the look ends, also where it ends early, and by itself after a minute.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from contextlib import aclosing
 from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, cast
+from typing import Any, Final, Self, cast
 
 from abe.backends.message_queue.base.tasks import result_of
 from abe.errors import BackendConnectionError
 from abe_backend_sqs import _wire
-from abe_backend_sqs._errors import QueueMissingError, ThrottledError, translated
-from abe_backend_sqs._handles import Handles
-from abe_backend_sqs._polls import POLLED
-from abe_backend_sqs._wire import BATCH, Message
-
-if TYPE_CHECKING:
-    from abe_backend_sqs._transport import SqsTransport
+from abe_backend_sqs._broker import Broker
+from abe_backend_sqs._errors import QueueMissingError, ThrottledError
+from abe_backend_sqs._queue import Queue
+from abe_backend_sqs._wire import Message
 
 _log: Final = logging.getLogger("abe.sqs")
 
-_HIDING: Final = 60
-"""Seconds for which what was looked at is out of sight at most."""
+_VISIBILITY: Final = 60
+"""Seconds for which what was looked at is invisible at most."""
 _PAGE: Final = 100
 _BYTES: Final = 4 << 20
 """What a page holds at most, one message excepted."""
 _SHARE: Final = 0.25
 """Of `publish_timeout`: what collecting a page may take, so that the rest of a step has its time."""
 _MOST: Final = 100_000
-"""Messages of a look. SQS lets 120,000 of a queue be out of sight at once."""
+"""Messages of a look. SQS lets 120,000 of a queue be invisible at once."""
 _AGAIN: Final = 3
 """Answers in a row that bring nothing new, after which there is no more."""
+_CLOCKS: Final = 5_000
+"""Milliseconds that the clocks of SQS's servers may be apart."""
 _SKEW: Final = 2.0
 """Seconds that our clock may be away from that of SQS, by the whole seconds that SQS tells, before it is taken for wrong."""
 
 
 class Browser:
-    """Takes everything out of a queue's sight, lets some of it be deleted, and shows the rest when it is closed.
+    """Makes everything in a queue invisible, lets some of it be deleted, and makes the rest visible when it is closed.
 
     Args:
-        transport: Asks SQS.
+        broker: Knows the queues.
         name: The queue's name. There may be none: then it is empty.
-        thorough: Ask all of SQS's servers that hold parts of the queue, which takes a second where it is empty.
         most: Messages that it takes.
+        thorough: Ask all of SQS's servers that hold parts of the queue, which takes a second where it is empty. By default, as the
+            broker does.
     """
 
-    def __init__(self, transport: "SqsTransport", name: str, *, thorough: bool = False, most: int = _MOST) -> None:
-        self._transport = transport
+    def __init__(self, broker: Broker, name: str, most: int = _MOST, *, thorough: bool | None = None) -> None:
+        self._broker = broker
         self._name = name
-        self._thorough = thorough
+        self._thorough = broker.thorough if thorough is None else thorough
         self._most = most
+        self._queue: Queue | None = None
         self._taken: dict[str, str] = {}
-        """The handles of what is out of sight, by message."""
+        """The handles of what is invisible, by message."""
         self._seen: set[str] = set()
-        self._handles = Handles(transport, "")
         self._asking: asyncio.Task[Sequence[Message]] | None = None
         self._nothing_new = 0
         self._expected = 0
         self._ended = False
-        self.started: float = time.time() * 1000
+        self._started: float = time.time() * 1000
         """When it was begun, in milliseconds since the epoch, by the clock of SQS."""
 
     async def __aenter__(self) -> Self:
@@ -73,12 +74,12 @@ class Browser:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._taken or self._asking is not None:
-            # Whoever is cancelled, or has no more time, does not keep it from being shown.
-            await result_of(self._transport.in_background(self._show()))
+            # Whoever is cancelled, or has no more time, does not keep it from being made visible.
+            await result_of(self._broker.background.start(self._make_visible()))
 
     @property
     def complete(self) -> bool:
-        """Whether it has seen all that it was to: others may have had some of it out of sight."""
+        """Whether it has seen all that it was to: some of it may have been invisible."""
         return len(self._seen) >= min(self._expected, self._most)
 
     async def pages(self, enough: int = _PAGE) -> AsyncGenerator[Sequence[Message]]:
@@ -87,12 +88,12 @@ class Browser:
         Args:
             enough: Messages that make a page. Of a FIFO queue's message group the next ones come when the last ones are deleted.
         """
-        if not await self._begin():
+        if (queue := await self._begin()) is None:
             return
         page: list[Message] = []
         size, deadline = 0, self._deadline()
         while not self._ended and len(self._seen) < self._most:
-            for message in await self._take():
+            for message in await self._take(queue):
                 more = _wire.size(message)
                 if page and size + more > _BYTES:
                     yield page
@@ -105,8 +106,25 @@ class Browser:
         if page:
             yield page
 
-    def _deadline(self) -> float:
-        return time.monotonic() + self._transport.settings.publish_timeout * _SHARE
+    async def chosen(self, ids: Collection[str] | None) -> AsyncGenerator[Sequence[Message]]:
+        """Go through the dead letters with these ids (None: all), page by page.
+
+        Those that were dead when it began: one that is replayed, and dies again before we are through, is not met again. It is told by
+        when it was put into the queue; and as clocks may differ, one of an id that was chosen before is another only where it was
+        put there long before.
+        """
+        done: set[str] = set()
+        async with aclosing(self.pages()) as pages:
+            async for page in pages:
+                chosen: list[Message] = []
+                for message in page:
+                    letter, sent = _wire.dead_letter(message), _wire.sent(message)
+                    same = _wire.identity(message) or letter.id
+                    new = sent > self._started or (same in done and sent > self._started - _CLOCKS)
+                    if not new and (ids is None or letter.id in ids):
+                        chosen.append(message)
+                        done.add(same)
+                yield chosen
 
     async def delete(self, messages: Sequence[Message]) -> None:
         """Remove some of what was taken for good.
@@ -115,61 +133,54 @@ class Browser:
             BackendConnectionError: Some were not removed.
             PermissionDeniedError: They may not be.
         """
-        failures = await self._handles.delete([message["ReceiptHandle"] for message in messages])
-        for message in messages:
-            if message["ReceiptHandle"] not in failures:
+        if self._queue is None or not messages:
+            return
+        outcomes = await self._queue.delete([message["ReceiptHandle"] for message in messages])
+        for message, error in zip(messages, outcomes, strict=True):
+            if error is None:
                 self._taken.pop(message["MessageId"], None)
-        for error in failures.values():
-            if not error.retryable:
-                raise error
+        failures = [error for error in outcomes if error is not None]
+        if failures and not failures[0].retryable:
+            raise failures[0]
+        if failures:
             raise BackendConnectionError(
-                f"{len(failures)} of {len(messages)} messages could not be deleted from {self._name}: {error}"
-            ) from error
+                f"{len(failures)} of {len(messages)} messages could not be deleted from {self._name}: {failures[0]}"
+            ) from failures[0]
 
-    async def _begin(self) -> bool:
+    def _deadline(self) -> float:
+        return time.monotonic() + self._broker.settings.publish_timeout * _SHARE
+
+    async def _begin(self) -> Queue | None:
         try:
-            self._handles.url = await self._transport.queues.url(self._name)
-            self._expected = sum((await self._transport.queues.counts(self._name))[:2])
+            self._queue = await self._broker.groups.find(self._name)
+            counts = await self._broker.groups.counts(self._name)
         except QueueMissingError:
-            self._ended = True
-            return False
-        self._ended = not (self._expected or self._thorough)
-        return not self._ended
+            return None
+        self._expected = counts.visible + counts.in_flight
+        return self._queue if self._expected or self._thorough else None
 
-    async def _take(self) -> Sequence[Message]:
-        """Take what the next request brings. The request is not cancelled with this: what it brings is to be shown again."""
-        self._asking = self._transport.in_background(self._ask())
+    async def _take(self, queue: Queue) -> Sequence[Message]:
+        """Take what the next request brings. The request is not cancelled with this: what it brings is to be made visible again."""
+        self._asking = self._broker.background.start(self._ask(queue))
         brought = await result_of(self._asking)
         self._asking = None
         return brought
 
-    async def _ask(self) -> Sequence[Message]:
-        return self._new(await self._receive())
-
-    async def _receive(self) -> Mapping[str, Any]:
-        client = await self._transport.clients.calls()
+    async def _ask(self, queue: Queue) -> Sequence[Message]:
+        # A poll that waits asks every server; one that does not is enough where all that was counted has come.
+        wait = int(self._thorough or len(self._seen) < self._expected)
         try:
-            with translated(self._transport.settings.address):
-                reply: Mapping[str, Any] = await client.receive_message(
-                    QueueUrl=self._handles.url,
-                    MaxNumberOfMessages=BATCH,
-                    # A poll that waits asks every server; one that does not is enough where all that was counted has come.
-                    WaitTimeSeconds=int(self._thorough or len(self._seen) < self._expected),
-                    VisibilityTimeout=_HIDING,
-                    MessageSystemAttributeNames=POLLED,
-                    MessageAttributeNames=("All",),
-                )
+            return self._new(await queue.look(wait, _VISIBILITY))
         except ThrottledError:
             if not self._seen:
                 raise
-            self._ended = True  # as many are out of sight as SQS allows: the rest is for the next time
-            return {}
-        return reply
+            self._ended = True  # as many are invisible as SQS allows: the rest is for the next time
+            return ()
 
     def _new(self, reply: Mapping[str, Any]) -> Sequence[Message]:
         """Note what an answer brings, and whether it is the last one; return what was not seen before."""
         if not self._seen:
-            self.started = _by_their_clock(reply, self.started)
+            self._started = _by_their_clock(reply, self._started)
         found = cast("Sequence[Message]", reply.get("Messages") or ())
         batch = [message for message in found if message["MessageId"] not in self._seen]
         self._taken.update((message["MessageId"], message["ReceiptHandle"]) for message in found)
@@ -180,14 +191,16 @@ class Browser:
         self._ended = self._ended or not found or enough or self._nothing_new >= _AGAIN
         return batch
 
-    async def _show(self) -> None:
+    async def _make_visible(self) -> None:
         if self._asking is not None:
             await asyncio.wait([self._asking])
         taken, self._taken = self._taken, {}
-        shown = await self._handles.hide(dict.fromkeys(taken.values(), 0))
-        if shown:
-            some = next(iter(shown.values()))
-            _log.debug("%d messages of %s stay out of sight for a minute: %s", len(shown), self._name, some)
+        if self._queue is None:
+            return
+        outcomes = await self._queue.change_visibility((handle, 0) for handle in taken.values())
+        failures = [error for error in outcomes if error is not None]
+        if failures:
+            _log.debug("%d messages of %s stay invisible for a minute: %s", len(failures), self._name, failures[0])
 
 
 def _by_their_clock(reply: Mapping[str, Any], ours: float) -> float:

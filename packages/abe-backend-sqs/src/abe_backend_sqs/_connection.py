@@ -60,7 +60,7 @@ class Clients:
     """
 
     def __init__(self, settings: SqsSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._made: dict[str, asyncio.Task[Any]] = {}
         self._thread = ThreadPoolExecutor(1, "abe-sqs")
         self._closed = False
@@ -76,20 +76,12 @@ class Clients:
         return client
 
     async def polls(self) -> "SQSClient":
-        """Return the client for polls: they would keep the connections of the other from its requests.
-
-        Raises:
-            ConfigurationError: As above.
-        """
-        client: SQSClient = await self._client("polls", _POLLS, self._settings.wait + _ANSWER)
+        """Return the client for polls, which would keep the connections of the other from its requests; raises as `calls` does."""
+        client: SQSClient = await self._client("polls", _POLLS, self.settings.wait + _ANSWER)
         return client
 
     async def topics(self) -> "SNSClient":
-        """Return the client for SNS.
-
-        Raises:
-            ConfigurationError: As above.
-        """
+        """Return the client for SNS; raises as `calls` does."""
         client: SNSClient = await self._client("topics", _CALLS, self._answer)
         return client
 
@@ -120,7 +112,7 @@ class Clients:
 
     @property
     def _answer(self) -> float:
-        return max(_SHARE * self._settings.publish_timeout, _LEAST)
+        return max(_SHARE * self.settings.publish_timeout, _LEAST)
 
     async def _client(self, name: str, connections: int, read_timeout: float) -> Any:
         task = self._made.get(name)
@@ -136,7 +128,7 @@ class Clients:
         return await result_of(task)
 
     async def _make(self, name: str, connections: int, read_timeout: float) -> Any:
-        settings = self._settings
+        settings = self.settings
         service, endpoint = ("sns", settings.topic_endpoint_url) if name == "topics" else ("sqs", settings.endpoint_url)
         config = AioConfig(
             connector_args={"keepalive_timeout": _IDLE},
@@ -165,7 +157,7 @@ class Clients:
 
     def _create(self, service: str, arguments: Mapping[str, Any]) -> Any:
         # A session of its own: sessions are not made for several threads, and a cancelled caller leaves its thread behind.
-        session: Any = AioSession(profile=self._settings.profile, session_vars=_empty_profile())
+        session: Any = AioSession(profile=self.settings.profile, session_vars=_empty_profile())
         session.register_component("data_loader", _models)
         session.register(f"before-parse.{service}", _check_form)
         return session.create_client(service, **arguments).__aenter__()

@@ -55,7 +55,7 @@ class Copies:
         due = int((time.time() + settlement.delay) * 1000) if settlement.delay > LONGEST_DELAY else 0
         entry = delayed(_wire.repack(message, attempts=attempt, due=due), settlement.delay)
         if self._fifo:
-            return Copy(names.later(group), _wire.leaving(message, entry))
+            return Copy(names.delayed(group), _wire.leaving(message, entry))
         return Copy(names.queue(group), entry)
 
     def due(self, group: str, message: Message) -> Copy:
@@ -78,13 +78,13 @@ class Copies:
             entry = self._in_order(message, entry, message["MessageId"])
         return Copy(self._names.queue(group), entry)
 
-    def unheld(self, group: str, message: Message) -> Copy:
-        """Return what a held message enters a group as, with what is left of its delay."""
+    def unparked(self, group: str, message: Message) -> Copy:
+        """Return what a parked message enters a group as, with what is left of its delay."""
         parsed = _wire.parse(message)
         left = max(0.0, parsed.due / 1000 - time.time())
         entry = _wire.repack(message, attempts=0, due=parsed.due if left > LONGEST_DELAY else 0)
         if left:
-            name = self._names.later(group) if self._fifo else self._names.queue(group)
+            name = self._names.delayed(group) if self._fifo else self._names.queue(group)
             return Copy(name, delayed(entry, left))
         if self._fifo:
             # The message's own id: one that was moved, and not deleted here before a crash, is not moved twice.

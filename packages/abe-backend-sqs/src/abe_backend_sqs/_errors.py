@@ -52,78 +52,34 @@ class EntryRefusedError(PublishRejectedError):
     retryable = False
 
 
-_KEY: Final = ("Disabled", "InvalidKeyUsage", "InvalidState", "NotFound", "OptInRequired")
-
-_BY_CODE: Final[dict[str, type[AbeError]]] = {
-    **dict.fromkeys(
-        (
-            "AccessDenied",
-            "AccessDeniedException",
-            "AuthFailure",
-            "AuthorizationError",
-            "AuthorizationErrorException",
-            "ExpiredToken",
-            "ExpiredTokenException",
-            "IncompleteSignature",
-            "IncompleteSignatureException",
-            "InvalidAccessKeyId",
-            "InvalidClientTokenId",
-            "InvalidSignatureException",
-            "KMS.AccessDeniedException",
-            "KMSAccessDenied",
-            "KMSAccessDeniedException",
-            "KmsAccessDenied",
-            "MissingAuthenticationToken",
-            "MissingAuthenticationTokenException",
-            "NotAuthorized",
-            "OptInRequired",
-            "SignatureDoesNotMatch",
-            "UnrecognizedClientException",
-        ),
-        PermissionDeniedError,
-    ),
-    **dict.fromkeys(
-        (
-            "BandwidthLimitExceeded",
-            "ConcurrentAccess",
-            "EC2ThrottledException",
-            "KMS.ThrottlingException",
-            "KMSThrottling",
-            "KMSThrottlingException",
-            "KmsThrottled",
-            "LimitExceededException",
-            "OverLimit",
-            "PriorRequestNotComplete",
-            "ProvisionedThroughputExceededException",
-            "QueueDeletedRecently",
-            "RequestLimitExceeded",
-            "RequestThrottled",
-            "RequestThrottledException",
-            "SlowDown",
-            "Throttled",
-            "ThrottledException",
-            "Throttling",
-            "ThrottlingException",
-            "TooManyRequestsException",
-            "TransactionInProgressException",
-        ),
-        ThrottledError,
-    ),
-    **dict.fromkeys(("RequestExpired", "RequestInTheFuture", "RequestTimeTooSkewed"), ClockError),
-    **dict.fromkeys(("QueueDoesNotExist", "NonExistentQueue", "NotFound", "NotFoundException"), QueueMissingError),
-    **dict.fromkeys(("ReceiptHandleIsInvalid", "MessageNotInflight"), LeaseLostError),
+_CODES: Final[Mapping[type[AbeError], str]] = {
+    PermissionDeniedError: """
+        AccessDenied AccessDeniedException AuthFailure AuthorizationError AuthorizationErrorException ExpiredToken ExpiredTokenException
+        IncompleteSignature IncompleteSignatureException InvalidAccessKeyId InvalidClientTokenId InvalidSignatureException
+        KMS.AccessDeniedException KMSAccessDenied KMSAccessDeniedException KmsAccessDenied MissingAuthenticationToken
+        MissingAuthenticationTokenException NotAuthorized OptInRequired SignatureDoesNotMatch UnrecognizedClientException
+        """,
+    ThrottledError: """
+        BandwidthLimitExceeded ConcurrentAccess EC2ThrottledException KMS.ThrottlingException KMSThrottling KMSThrottlingException
+        KmsThrottled LimitExceededException OverLimit PriorRequestNotComplete ProvisionedThroughputExceededException QueueDeletedRecently
+        RequestLimitExceeded RequestThrottled RequestThrottledException SlowDown Throttled ThrottledException Throttling
+        ThrottlingException TooManyRequestsException TransactionInProgressException
+        """,
+    ClockError: "RequestExpired RequestInTheFuture RequestTimeTooSkewed",
+    QueueMissingError: "QueueDoesNotExist NonExistentQueue NotFound NotFoundException",
+    LeaseLostError: "ReceiptHandleIsInvalid MessageNotInflight",
     # What is wrong with the queue's key, or its endpoint, is wrong for every message until somebody mends it.
-    **dict.fromkeys(
-        (
-            *(f"{kms}{what}" for kms in ("KMS", "Kms", "KMS.") for what in _KEY),
-            *(f"{kms}{what}Exception" for kms in ("KMS", "Kms", "KMS.") for what in _KEY),
-            "InvalidAddress",
-            "InvalidSecurity",
-            "UnsupportedOperation",
-        ),
-        ConfigurationError,
-    ),
-    **dict.fromkeys(("QueueAlreadyExists", "QueueNameExists"), QueueExistsError),
+    ConfigurationError: "InvalidAddress InvalidSecurity UnsupportedOperation",
+    QueueExistsError: "QueueAlreadyExists QueueNameExists",
+}
+_BY_CODE: Final[dict[str, type[AbeError]]] = {
+    **{code: kind for kind, codes in _CODES.items() for code in codes.split()},
+    **{
+        f"{kms}{what}{suffix}": ConfigurationError
+        for kms in ("KMS", "Kms", "KMS.")
+        for what in ("Disabled", "InvalidKeyUsage", "InvalidState", "NotFound", "OptInRequired")
+        for suffix in ("", "Exception")
+    },
 }
 
 _TIMED_OUT: Final = ("RequestTimeout", "RequestTimeoutException")

@@ -7,21 +7,14 @@ taken it over goes to the consumer that began it, which gives it back.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Final
 
 from abe.errors import AbeError, BackendConnectionError
-from abe_backend_sqs._errors import CLIENT_ERRORS, translate
+from abe_backend_sqs._queue import Queue
 from abe_backend_sqs._wire import BATCH, Message
 
-if TYPE_CHECKING:
-    from abe_backend_sqs._transport import SqsTransport
-
 _log: Final = logging.getLogger("abe.sqs")
-
-POLLED: Final = ("ApproximateReceiveCount", "SentTimestamp", "MessageGroupId")
-"""What SQS itself tells about a message."""
-
 
 _AGAIN: Final = 2
 """Seconds for which a poll waits for what may come again."""
@@ -41,21 +34,26 @@ class Polls:
     """Polls a queue, as many times at once as messages flow, and never for more than was asked for.
 
     Args:
-        transport: Asks SQS.
-        name: The queue's name.
-        url: Its address.
+        queue: The queue.
+        left_behind: Polls of this queue whose consumers are gone.
+        run: Runs what must not be cancelled with the one who asked for it.
         take: Gets what they bring.
     """
 
     def __init__(
-        self, transport: "SqsTransport", name: str, url: str, take: Callable[[Sequence[Message]], Awaitable[None]]
+        self,
+        queue: Queue,
+        left_behind: list[Poll],
+        run: Callable[[Coroutine[Any, Any, None]], object],
+        take: Callable[[Sequence[Message]], Awaitable[None]],
     ) -> None:
-        self._transport = transport
-        self._name = name
+        self._left_behind = left_behind
+        self._run = run
         self._take = take
+        self._settings = queue.clients.settings
         self._under_way: set[Poll] = set()
-        self._most = 1
-        self.url: str = url
+        self._max_concurrent = 1
+        self.queue: Queue = queue
         self.asked_for: int = 0
         """Messages that the polls under way may bring."""
         self.error: AbeError | None = None
@@ -65,26 +63,21 @@ class Polls:
 
     def ask_for(self, count: int) -> None:
         """Have polls under way for that many messages more: those that a consumer of this process left behind, then new ones."""
-        left_behind = self._transport.left_behind[self._name]
-        while left_behind and left_behind[-1].count <= count:
-            poll = left_behind.pop()
+        while self._left_behind and self._left_behind[-1].count <= count:
+            poll = self._left_behind.pop()
             poll.owner = self
             count -= self._began(poll)
-        while count > 0 and len(self._under_way) < self._most:
+        while count > 0 and len(self._under_way) < self._max_concurrent:
             poll = Poll(min(BATCH, count), self)
             count -= self._began(poll)
-            self._transport.in_background(_carry_out(poll))
+            self._run(_carry_out(poll))
 
     def leave(self) -> None:
         """Leave what is under way to the group's next consumer in this process."""
-        self._transport.left_behind[self._name] += self._under_way
+        self._left_behind += self._under_way
         self._under_way.clear()
         self.asked_for = 0
         self.news.set()
-
-    async def ask(self, count: int) -> Sequence[Message]:
-        """Ask SQS, and wait until there is something, or the time is up."""
-        return await poll(self._transport, self.url, count)
 
     async def again(self, count: int) -> int:
         """Ask once more, for what may be delivered to us again, and return how many it brought. Not to be cancelled.
@@ -92,32 +85,28 @@ class Polls:
         Raises:
             AbeError: By the tables of errors.
         """
-        messages = await poll(self._transport, self.url, count, wait=_AGAIN)
+        messages = await self.queue.poll(count, _AGAIN)
         await self._take(messages)
         return len(messages)
 
     async def brought(self, poll: Poll, messages: Sequence[Message]) -> None:
-        """Have what a poll brought. One that brings all it may is joined by one more; each that brings less, as SQS likes to, even if
-        there is more, leaves one fewer; and one that brings nothing leaves but one."""
+        """Have what a poll brought. A full poll adds a poller, a partial one, as SQS likes to answer even if there is more, removes one,
+        and an empty one resets to one."""
         if not messages:
-            self._most = 1
+            self._max_concurrent = 1
         elif len(messages) < poll.count:
-            self._most = max(1, self._most - 1)
+            self._max_concurrent = max(1, self._max_concurrent - 1)
         else:
-            self._most = min(self._transport.settings.pollers, self._most + 1)
+            self._max_concurrent = min(self._settings.pollers, self._max_concurrent + 1)
         await self._take(messages)
-
-    def failed(self, error: AbeError) -> None:
-        """Know that a poll failed."""
-        self.error = error
 
     def ended(self, poll: Poll) -> None:
         """Forget a poll."""
         if poll in self._under_way:
             self._under_way.discard(poll)
             self.asked_for -= poll.count
-        elif poll in self._transport.left_behind[self._name]:
-            self._transport.left_behind[self._name].remove(poll)
+        elif poll in self._left_behind:
+            self._left_behind.remove(poll)
         self.news.set()
 
     def _began(self, poll: Poll) -> int:
@@ -126,38 +115,15 @@ class Polls:
         return poll.count
 
 
-async def poll(transport: "SqsTransport", url: str, count: int, *, wait: int | None = None) -> Sequence[Message]:
-    """Ask SQS for up to that many messages, and wait until there is one, or the time is up: that many seconds, or those of the settings.
-
-    Raises:
-        AbeError: By the tables of errors.
-    """
-    settings = transport.settings
-    client = await transport.clients.polls()
-    try:
-        reply: Mapping[str, Any] = await client.receive_message(
-            QueueUrl=url,
-            MaxNumberOfMessages=count,
-            WaitTimeSeconds=settings.wait if wait is None else wait,
-            VisibilityTimeout=settings.visibility,
-            MessageSystemAttributeNames=POLLED,
-            MessageAttributeNames=("All",),
-        )
-    except CLIENT_ERRORS as exc:
-        raise translate(exc, settings.address) from exc
-    messages: Sequence[Message] = reply.get("Messages") or ()
-    return messages
-
-
 async def _carry_out(poll: Poll) -> None:
     """Poll. Whoever owns it in the end gets what it brings."""
     try:
-        messages = await poll.owner.ask(poll.count)
+        messages = await poll.owner.queue.poll(poll.count)
         await poll.owner.brought(poll, messages)
     except AbeError as exc:
-        poll.owner.failed(exc)
+        poll.owner.error = exc
     except Exception as exc:  # noqa: BLE001 - a fault here must not leave the consumer waiting for what does not come
         _log.exception("unexpected exception where an answer of SQS was taken (a bug of the provider)")
-        poll.owner.failed(BackendConnectionError(f"an answer of SQS could not be taken: {exc!r}"))
+        poll.owner.error = BackendConnectionError(f"an answer of SQS could not be taken: {exc!r}")
     finally:
         poll.owner.ended(poll)

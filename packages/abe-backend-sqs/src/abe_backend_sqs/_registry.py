@@ -1,124 +1,276 @@
-"""Which groups there are, as the tags of their queues say. Pure.
+"""How the groups are read and changed: the list of queues' names again and again, the tags of a queue when its group has changed.
 
-A group exists when its queue has the tags that say so, which are set when everything else about it is done.
+SQS answers five requests for tags a second in an account. So tags are kept queue by queue, and read again only where the list says that
+the group has changed; what is read stays read, however often the rest is throttled. One reading is under way at a time, whoever asks for
+it, and goes on when those who asked are gone. While what was read last may still be relied on, a publisher goes by it, and the next
+reading happens beside it.
+
+SQS has no lock and no transaction, so that a change is told by queues that are always empty. A group has one, its revision, whose name is
+another one each time. Who changes a group's tags (`RegistryKeeper.change`):
+
+1. adds a revision, so that there are two (where there was none, two are added: one alone would be relied on);
+2. sets the tags;
+3. adds another revision, and removes those that were there after the tags were set;
+4. looks whether one is left. If not, others did the same beside this, and it begins again without a change: somebody has to be the last.
+
+Whoever is ended in between leaves two, until the next change or `Groups` tidies them up. Who reads them (`RegistryKeeper._holds`):
+
+1. lists the names of queues, and then reads tags;
+2. relies on tags that were read after a list with at most one revision of that group for as long as the list has the same one;
+3. where there are two, reads the tags each time.
+
+So whatever was read before step 2 of a change is read again after step 3, as that revision is not the one that was listed.
+
+A queue that vanishes while its revision stays was deleted by nobody who deletes groups. Its consumers make it again. Until then those who
+know what it wanted still count on it, so that a publish that wants it waits, and fails in the end, in place of passing it by.
 """
 
-import base64
-import json
-from collections.abc import Iterable, Mapping
-from typing import Final, NamedTuple, Self
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Final, NamedTuple
 
+from abe.backends.message_queue.base import ExponentialBackoff
 from abe.backends.message_queue.base.routing import Routes
-from abe.errors import ConfigurationError
+from abe.backends.message_queue.base.tasks import SharedTask, result_of
+from abe.errors import AbeError, BackendClosedError, BackendConnectionError
+from abe_backend_sqs import _queue
+from abe_backend_sqs._connection import Clients
+from abe_backend_sqs._errors import QueueMissingError, ThrottledError
+from abe_backend_sqs._queue import Queue
+from abe_backend_sqs._tags import Group, Listing, Registry, common_topic, from_tags
+from abe_backend_sqs._topology import FIFO, Topology
 
-_GROUP_TAG: Final = "abe-group"
-_PATTERNS_TAG: Final = "abe-patterns-"
-_PARTS_TAG: Final = "abe-patterns"
-_SINCE_TAG: Final = "abe-since"
-_SUBSCRIPTION_TAG: Final = "abe-subscription"
-_TAG_ROOM: Final = 256
-_MOST_TAGS: Final = 40
-"""Of the 50 that a queue may have: the others are the owner's."""
+_log: Final = logging.getLogger("abe.sqs")
 
-
-class Group(NamedTuple):
-    """What the tags of a queue say."""
-
-    name: str
-    patterns: tuple[str, ...]
-    since: float
-    """Seconds since the epoch, by the clock of whoever set them."""
-    subscription: str = ""
-    """The ARN of the queue's subscription to the namespace's topic, where it has one."""
+_MAX_CONCURRENT: Final = 3
+"""Requests for tags under way at once."""
+_TRIES: Final = 4
+_BACKOFF: Final = ExponentialBackoff(initial=0.2, maximum=2.0)
+_UNREVISED: Final = 60.0
+"""Seconds after which tags are read again where no revision says whether they have changed: their owner sets them by other means."""
+_MISSED: Final = 90.0
+"""Seconds for which a group counts whose queue was deleted underneath. SQS keeps the name for 60 of them."""
 
 
-def tags(group: Group) -> dict[str, str]:
-    """Return the tags of a group's queue. A tag may not hold every character, so the patterns travel as base64.
+class _Known(NamedTuple):
+    """The tags of a queue."""
 
-    Raises:
-        ConfigurationError: There are more patterns than a queue's tags can hold.
+    group: Group | None
+    revisions: frozenset[Queue]
+    """Those of the group that were listed before its tags were read."""
+    read_at: float
+
+
+class RegistryKeeper:
+    """Reads and changes the groups of a namespace.
+
+    Args:
+        clients: Ask SQS.
+        names: What the queues are called.
     """
-    text = base64.urlsafe_b64encode(json.dumps(group.patterns, ensure_ascii=False).encode()).decode()
-    parts = [text[start : start + _TAG_ROOM] for start in range(0, len(text), _TAG_ROOM)]
-    if len(parts) > _MOST_TAGS:
-        raise ConfigurationError(
-            f"group {group.name!r}: its {len(group.patterns)} key patterns are more than the tags of a queue can hold"
+
+    def __init__(self, clients: Clients, names: Topology) -> None:
+        self._settings = clients.settings
+        self._clients = clients
+        self._names = names
+        self._known: dict[str, _Known] = {}
+        self._missing: dict[str, float] = {}
+        """Since when the queues of groups are missing that were not deleted as groups are, by the queue's name."""
+        self._registry: Registry | None = None
+        self._changes = 0
+        self._reading = SharedTask(self._read, _closed)
+        self._listed = asyncio.Event()
+        self._concurrent = asyncio.Semaphore(_MAX_CONCURRENT)
+        self._lost_topics: set[str] = set()
+        if self._settings.pinned is not None:
+            pinned = dict(self._settings.pinned)
+            self._registry = Registry(pinned, {}, 0.0, Routes(pinned, tuple))
+
+    async def open(self) -> None:
+        """Return when SQS has answered once; the tags are read beside what comes next."""
+        if self._registry is None:
+            self._listed.clear()
+            reading = self._reading.start()
+            listed = asyncio.ensure_future(self._listed.wait())
+            try:
+                await asyncio.wait([reading, listed], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                listed.cancel()
+            if not self._listed.is_set():
+                await result_of(reading, _closed)
+
+    async def close(self) -> None:
+        """End what is under way."""
+        await self._reading.cancel()
+
+    async def registry(self, since: float | None = None) -> Registry:
+        """Return the groups, as they were no longer ago than the setting says, or than `since` by the monotonic clock."""
+        while (found := self._fresh(since)) is None:
+            await self._reading.join()
+        if self._settings.pinned is None and time.monotonic() - found.looked_at > self._settings.registry_ttl / 2:
+            self._reading.start()  # so that it is there when this one must not be relied on any more
+        return found
+
+    def forget(self) -> None:
+        """Rely on nothing that was read so far, nor on what is being read, but for tags of which the list says that they hold."""
+        if self._settings.pinned is None:
+            self._registry = None
+            self._changes += 1
+
+    def lose_topic(self, arn: str) -> None:
+        """Publish to a topic no more."""
+        self._lost_topics.add(arn)
+
+    async def list(self) -> Listing:
+        """Look at the names of the queues."""
+        queues: dict[str, Queue] = {}
+        revisions: dict[str, set[Queue]] = {}
+        for queue in await _queue.list_all(self._clients, self._names.listed):
+            if queue.name.endswith(FIFO) is not self._settings.fifo:
+                continue
+            if (mark := self._names.mark(queue.name)) is not None:
+                revisions.setdefault(mark, set()).add(queue)
+            elif queue.name.startswith(self._names.prefix):
+                queues[queue.name] = queue
+        return Listing(queues, {mark: frozenset(found) for mark, found in revisions.items()})
+
+    async def group(self, queue: Queue) -> Group | None:
+        """Read the tags of a queue."""
+        tries = 0
+        while True:
+            try:
+                return from_tags(await queue.tags())
+            except QueueMissingError:
+                raise
+            except BackendConnectionError as exc:
+                tries += 1
+                # Throttling ends by itself: what others were answered, they do not ask again.
+                if tries >= _TRIES and not isinstance(exc, ThrottledError):
+                    raise
+                await asyncio.sleep(_BACKOFF(tries))
+
+    async def revisions(self, name: str) -> frozenset[Queue]:
+        """Return the revisions of the group whose queue has that name."""
+        return (await self.list()).of(self._names.mark_of(name))
+
+    async def revise(self, name: str) -> None:
+        """Add a revision of the group whose queue has that name."""
+        attributes = {"FifoQueue": "true"} if self._settings.fifo else {}
+        await _queue.create(self._clients, self._names.revision(name), attributes)
+
+    async def change(self, name: str, change: Callable[[], Awaitable[object]] | None = None) -> None:
+        """Change the group whose queue has that name, so that every publisher that looks from now on sees it: steps 1 to 4 above.
+
+        Args:
+            name: The queue's name.
+            change: Sets the tags; it may be called once. None: only one revision is to be left.
+        """
+        removed: set[Queue] = set()
+        for tries in range(1, _TRIES + 1):
+            if not await self.revisions(name):
+                await self.revise(name)
+            await self.revise(name)
+            if change is not None:
+                await change()
+                change = None
+            before = await self.revisions(name)
+            await self.revise(name)
+            for revision in before:
+                await revision.remove()
+            removed |= before
+            if len(await self.revisions(name) - removed) == 1:
+                break
+            await asyncio.sleep(_BACKOFF(tries))
+        self.forget()
+
+    def _fresh(self, since: float | None) -> Registry | None:
+        found = self._registry
+        if found is None or self._settings.pinned is not None:
+            return found
+        oldest = time.monotonic() - self._settings.registry_ttl if since is None else since
+        return found if found.looked_at > oldest else None
+
+    async def _read(self) -> None:
+        try:
+            await self._read_groups()
+        except AbeError as exc:
+            _log.debug("the groups could not be read: %s", exc)  # perhaps nobody waits for it
+            raise
+
+    async def _read_groups(self) -> None:
+        started, changes = time.monotonic(), self._changes
+        listing = await self.list()
+        self._listed.set()
+        wanting = [name for name in listing.queues if not self._holds(name, listing)]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for name in wanting:
+                    tasks.create_task(self._read_one(name, listing))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        members = self._members(listing)
+        arn = common_topic(members.values(), time.time() - self._settings.topic_after)
+        registry = Registry.of(
+            members.values(),
+            started,
+            arn if arn not in self._lost_topics else "",
+            listing,
+            (members[name].name for name in self._missing),
         )
-    named = {f"{_PATTERNS_TAG}{index}": part for index, part in enumerate(parts)}
-    if group.subscription:
-        named[_SUBSCRIPTION_TAG] = group.subscription
-    return {_GROUP_TAG: group.name, _SINCE_TAG: str(round(group.since * 1000)), _PARTS_TAG: str(len(parts)), **named}
+        if changes == self._changes:  # else it may be from before a change of ours
+            self._registry = registry
+
+    async def _read_one(self, name: str, listing: Listing) -> None:
+        revisions = listing.of(self._names.mark_of(name))
+        group: Group | None = None
+        async with self._concurrent:
+            read_at = time.monotonic()
+            with suppress(QueueMissingError):  # deleted since it was listed: the next list says so
+                group = await self.group(listing.queues[name])
+        before = self._known.get(name)
+        if group is None and before is not None and before.group is not None and revisions:
+            # Without its tags, and with a revision: it was deleted underneath, and is being made again.
+            self._known[name] = before._replace(revisions=frozenset())
+            self._missing.setdefault(name, time.monotonic())
+        else:
+            self._known[name] = _Known(group, revisions, read_at)
+            self._missing.pop(name, None)
+
+    def _holds(self, name: str, listing: Listing) -> bool:
+        """Whether the tags that were read last are those that the queue has now."""
+        known = self._known.get(name)
+        revisions = listing.of(self._names.mark_of(name))
+        if known is None or known.revisions != revisions or len(revisions) > 1 or name in self._missing:
+            return False
+        return bool(revisions) or time.monotonic() - known.read_at < _UNREVISED
+
+    def _members(self, listing: Listing) -> Mapping[str, Group]:
+        """Return the groups by the names of their queues, those included that are missing and may come back."""
+        now = time.monotonic()
+        for name in [each for each in self._known if each not in listing.queues]:
+            group = self._known[name].group
+            if group is None or not listing.of(self._names.mark_of(name)):
+                self._forget(name)
+                continue
+            if name not in self._missing:
+                _log.warning("the queue of group %r was deleted by other means than delete_group", group.name)
+            self._missing.setdefault(name, now)
+        for name in [each for each, since in self._missing.items() if now - since > _MISSED]:
+            _log.warning("the queue %r that was deleted has not come back, so its group is gone", name)
+            self._forget(name)
+        found = {name: known.group for name, known in self._known.items() if known.group is not None}
+        # One that is missing is reached by no topic.
+        return {
+            name: group._replace(subscription="") if name in self._missing else group for name, group in found.items()
+        }
+
+    def _forget(self, name: str) -> None:
+        self._known.pop(name, None)
+        self._missing.pop(name, None)
 
 
-def from_tags(found: Mapping[str, str]) -> Group | None:
-    """Read them; None where they say nothing that can be read: the queue is being made, or not ours."""
-    try:
-        text = "".join(found[f"{_PATTERNS_TAG}{index}"] for index in range(int(found[_PARTS_TAG])))
-        patterns = json.loads(base64.urlsafe_b64decode(text))
-        since = int(found.get(_SINCE_TAG, 0)) / 1000
-        return Group(found[_GROUP_TAG], tuple(patterns), since, found.get(_SUBSCRIPTION_TAG, ""))
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-class Listing(NamedTuple):
-    """What one look at the names of queues tells about the groups."""
-
-    queues: Mapping[str, str]
-    """The addresses of the groups' queues, by name."""
-    revisions: Mapping[str, frozenset[str]]
-    """The addresses of the queues that are revisions, by what those of one group have in common."""
-
-    def of(self, mark: str) -> frozenset[str]:
-        """Return the revisions of a group."""
-        return self.revisions.get(mark, frozenset())
-
-
-class Registry(NamedTuple):
-    """The groups as they were when somebody looked."""
-
-    groups: Mapping[str, tuple[str, ...]]
-    since: Mapping[str, float]
-    """When they became what they are, in seconds since the epoch."""
-    looked_at: float
-    """By the monotonic clock, before the first question was asked."""
-    routes: Routes[tuple[str, ...]]
-    """The groups that want a key."""
-    members: tuple[Group, ...] = ()
-    """What the tags said."""
-    topic: str = ""
-    """The ARN of the topic that reaches every group; empty where there is none."""
-    listing: "Listing | None" = None
-    """What was listed before the tags were read."""
-    missing: frozenset[str] = frozenset()
-    """Those of the groups whose queues were deleted underneath, and may be made again by their consumers."""
-
-    @classmethod
-    def of(
-        cls, members: Iterable[Group], looked_at: float, topic: str, listing: "Listing", missing: Iterable[str] = ()
-    ) -> Self:
-        """Return what the tags say."""
-        found = tuple(sorted(members))
-        patterns, since = {each.name: each.patterns for each in found}, {each.name: each.since for each in found}
-        return cls(patterns, since, looked_at, Routes(patterns, tuple), found, topic, listing, frozenset(missing))
-
-    @property
-    def present(self) -> Mapping[str, tuple[str, ...]]:
-        """The groups whose queues are there."""
-        return {name: patterns for name, patterns in self.groups.items() if name not in self.missing}
-
-    @property
-    def subscriptions(self) -> Mapping[str, str]:
-        """The ARN of the subscription of each group's queue, where it has one."""
-        return {each.name: each.subscription for each in self.members if each.subscription}
-
-
-def topic(subscription: str) -> str:
-    """Return the ARN of the topic of a subscription."""
-    return subscription.rpartition(":")[0]
-
-
-def common_topic(groups: Iterable[Group], before: float) -> str:
-    """Return the ARN of the topic that reaches every group, or nothing where one is not subscribed, or was not before that time."""
-    topics = {topic(group.subscription) if group.since <= before else "" for group in groups}
-    return topics.pop() if len(topics) == 1 else ""
+def _closed() -> BackendClosedError:
+    return BackendClosedError("the connection to SQS was closed")

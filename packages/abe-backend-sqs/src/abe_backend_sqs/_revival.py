@@ -12,8 +12,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Final
 
 from abe.errors import AbeError
-from abe_backend_sqs._handles import Receipt
-from abe_backend_sqs._held import Holding
+from abe_backend_sqs._inflight import InFlight, Receipt
 from abe_backend_sqs._polls import Polls
 from abe_backend_sqs._wire import BATCH
 
@@ -22,18 +21,18 @@ _LONGEST: Final = 3.0
 
 
 class Revival:
-    """Receives again what is held, and in doubt.
+    """Receives again what is in flight, and whose lease ran out.
 
     Args:
-        held: What is held.
+        in_flight: What the consumer has.
         polls: Asks SQS.
         run: Runs what must not be cancelled with the one who asked for it.
     """
 
     def __init__(
-        self, held: Holding, polls: Polls, run: Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
+        self, in_flight: InFlight, polls: Polls, run: Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
     ) -> None:
-        self._held = held
+        self._in_flight = in_flight
         self._polls = polls
         self._run = run
         self._sought: dict[Receipt, float] = {}
@@ -60,7 +59,7 @@ class Revival:
             self._seeking = self._run(self._seek())
         await asyncio.wait([self._seeking])
         now = time.monotonic()
-        again = [each for each in receipts if each in self._held and self._held[each].deadline > now]
+        again = [each for each in receipts if each in self._in_flight and self._in_flight[each].deadline > now]
         if self._error is not None and len(again) < len(receipts):
             raise self._error
         return again
@@ -85,5 +84,5 @@ class Revival:
         return [
             receipt
             for receipt, until in self._sought.items()
-            if receipt in self._held and self._held[receipt].deadline <= now < until
+            if receipt in self._in_flight and self._in_flight[receipt].deadline <= now < until
         ]

@@ -26,7 +26,7 @@ _ALIASES: Final = {
 _GROUPS: Final = 'a JSON object from group to key patterns, such as {"billing": ["order.#"]}'
 _LONGEST_POLL: Final = 20
 _LONGEST_LEASE: Final = 43_199
-"""Seconds: a message is hidden for one second more than its lease, and for 12 hours at most."""
+"""Seconds: a message is invisible for one second more than its lease, and for 12 hours at most."""
 _MESSAGE_GROUP: Final = re.compile("[!-~]{1,128}")
 
 Pinned: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
@@ -211,7 +211,7 @@ class SqsSettings(QueueSettings):
             raise ConfigurationError("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are set together, or not at all")
         if self.lease > _LONGEST_LEASE:
             raise ConfigurationError(
-                f"QUEUE_LEASE_SECONDS is {self.lease:g}: SQS hides no message for longer than 12 hours, so set it to "
+                f"QUEUE_LEASE_SECONDS is {self.lease:g}: SQS keeps no message invisible for longer than 12 hours, so set it to "
                 f"{_LONGEST_LEASE} at most"
             )
         if self.message_group is not None and not self.fifo:

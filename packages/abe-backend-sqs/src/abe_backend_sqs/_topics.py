@@ -3,21 +3,19 @@
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
+from abe.backends.message_queue.base import Outcomes
 from abe.errors import AbeError
 from abe_backend_sqs import _wire
 from abe_backend_sqs._connection import Clients
 from abe_backend_sqs._errors import QueueMissingError, translated
-from abe_backend_sqs._handles import Handles
-from abe_backend_sqs._registry import Registry
-from abe_backend_sqs._settings import SqsSettings
-from abe_backend_sqs._wire import Message
-
-if TYPE_CHECKING:
-    from abe_backend_sqs._queues import Queues
+from abe_backend_sqs._queue import Queue, requests, stored
+from abe_backend_sqs._registry import RegistryKeeper
+from abe_backend_sqs._tags import Registry
+from abe_backend_sqs._wire import Entry, Message
 
 _log: Final = logging.getLogger("abe.sqs")
 
@@ -28,42 +26,45 @@ _STATEMENT: Final = "abe-topic"
 
 
 class Topics:
-    """Subscribes queues to the topic, and ends that.
+    """Publishes to topics, subscribes queues to them, and ends that.
 
     Args:
-        settings: Whose account.
-        clients: Asks SNS, and SQS.
+        clients: Ask SNS.
     """
 
-    def __init__(self, settings: SqsSettings, clients: Clients) -> None:
-        self._settings = settings
+    def __init__(self, clients: Clients) -> None:
         self._clients = clients
+        self._address = clients.settings.address
+
+    async def publish(self, arn: str, entries: Sequence[Entry]) -> Outcomes:
+        """Publish up to ten messages, and return what became of each."""
+        sns, wanted = await self._clients.topics(), requests(entries)
+        for request in wanted:
+            request["Message"] = request.pop("MessageBody")
+        call = sns.publish_batch(TopicArn=arn, PublishBatchRequestEntries=wanted)
+        return await stored(call, len(entries), self._address)
 
     async def create(self, name: str) -> str:
         """Have the topic of that name, and return its ARN."""
         sns = await self._clients.topics()
-        with translated(self._settings.address):
+        with translated(self._address):
             return (await sns.create_topic(Name=name))["TopicArn"]
 
-    async def subscribe(self, topic: str, url: str) -> str:
+    async def subscribe(self, topic: str, queue: Queue) -> str:
         """Have the topic send what it gets to a queue, as it is, and return the subscription's ARN; nothing where it was deleted.
 
         A topic that was deleted is not made again: groups that were subscribed to it would take themselves for subscribed to the new one.
         """
-        sns, sqs = await self._clients.topics(), await self._clients.calls()
-        with translated(self._settings.address):
-            found: Mapping[str, Any] = await sqs.get_queue_attributes(
-                QueueUrl=url, AttributeNames=["QueueArn", "Policy"]
-            )
-            queue = found["Attributes"]["QueueArn"]
-            policy = allowing(found["Attributes"].get("Policy", ""), topic=topic, queue=queue)
-            await sqs.set_queue_attributes(QueueUrl=url, Attributes={"Policy": policy})
+        sns = await self._clients.topics()
+        found = await queue.attributes("QueueArn", "Policy")
+        arn = found["QueueArn"]
+        await queue.set_attributes({"Policy": allowing(found.get("Policy", ""), topic=topic, queue=arn)})
         try:
-            with translated(self._settings.address):
+            with translated(self._address):
                 reply = await sns.subscribe(
                     TopicArn=topic,
                     Protocol="sqs",
-                    Endpoint=queue,
+                    Endpoint=arn,
                     Attributes={"RawMessageDelivery": "true"},
                     ReturnSubscriptionArn=True,
                 )
@@ -74,17 +75,14 @@ class Topics:
     async def delete(self, topic: str) -> None:
         """Delete a topic."""
         sns = await self._clients.topics()
-        with suppress(QueueMissingError), translated(self._settings.address):
+        with suppress(QueueMissingError), translated(self._address):
             await sns.delete_topic(TopicArn=topic)
 
     async def unsubscribe(self, subscription: str) -> None:
         """End a subscription; a no-op when there is none."""
         sns = await self._clients.topics()
-        try:
-            with translated(self._settings.address):
-                await sns.unsubscribe(SubscriptionArn=subscription)
-        except QueueMissingError:
-            return
+        with suppress(QueueMissingError), translated(self._address):
+            await sns.unsubscribe(SubscriptionArn=subscription)
 
 
 def allowing(policy: str, *, topic: str, queue: str) -> str:
@@ -104,14 +102,14 @@ def allowing(policy: str, *, topic: str, queue: str) -> str:
     return json.dumps(document)
 
 
-async def wanted(queues: "Queues", handles: Handles, group: str, messages: Sequence[Message]) -> Sequence[Message]:
+async def wanted(keeper: RegistryKeeper, queue: Queue, group: str, messages: Sequence[Message]) -> Sequence[Message]:
     """Return what a group wants. A topic sends everything to everybody, and publishers learn late that a group's patterns are new."""
     came = time.monotonic()
     try:
-        unwanted = _unwanted(await queues.registry(), group, messages)
+        unwanted = _unwanted(await keeper.registry(), group, messages)
         if unwanted:  # perhaps they were not, until a moment ago
-            unwanted = _unwanted(await queues.registry(since=came), group, messages)
-            await handles.delete([message["ReceiptHandle"] for message in unwanted])
+            unwanted = _unwanted(await keeper.registry(came), group, messages)
+            await queue.delete([message["ReceiptHandle"] for message in unwanted])
     except AbeError as exc:
         _log.debug("what group %r wants cannot be found out now, so it gets everything: %s", group, exc)
         return messages

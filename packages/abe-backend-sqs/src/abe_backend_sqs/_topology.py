@@ -28,7 +28,7 @@ class Topology:
         """What the names of all groups' queues and revisions begin with."""
         self.prefix = f"{self.listed}-"
         """What the names of all groups' queues begin with."""
-        self.held = f"{self._namespace}-held{suffix}"
+        self.parked = f"{self._namespace}-parked{suffix}"
         """Queue: published before any group existed."""
 
     def queue(self, group: str) -> str:
@@ -52,10 +52,10 @@ class Topology:
 
     def owns(self, name: str) -> bool:
         """Whether a queue is one of this namespace, and of this kind: another namespace's name may begin like it."""
-        if name.startswith(f"{self._namespace}-later-"):
+        if name.startswith(f"{self._namespace}-delayed-"):
             return bool(self._suffix)
         begins = name.startswith((self.prefix, f"{self.listed}s-", f"{self._namespace}-dead-"))
-        return name == self.held or (begins and name.endswith(FIFO) is bool(self._suffix))
+        return name == self.parked or (begins and name.endswith(FIFO) is bool(self._suffix))
 
     @property
     def all(self) -> str:
@@ -71,9 +71,9 @@ class Topology:
         """Queue: the group's dead letters."""
         return f"{self._namespace}-dead-{_part(group)}{self._suffix}"
 
-    def later(self, group: str) -> str:
+    def delayed(self, group: str) -> str:
         """Queue: what waits for its time, beside a FIFO queue, which can delay no single message."""
-        return f"{self._namespace}-later-{_part(group)}"
+        return f"{self._namespace}-delayed-{_part(group)}"
 
 
 @lru_cache(maxsize=10_000)

@@ -4,28 +4,22 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Final, NamedTuple
 
-from abe.backends.message_queue.base import Envelope
+from abe.backends.message_queue.base import Envelope, Outcomes
 from abe.backends.message_queue.base.routing import group_full, unroutable
-from abe.errors import (
-    AbeError,
-    BackendConnectionError,
-    PayloadTooLargeError,
-    PublishUnknownError,
-)
+from abe.errors import AbeError, BackendConnectionError, PayloadTooLargeError, PublishUnknownError
 from abe_backend_sqs import _wire
-from abe_backend_sqs._connection import Clients
 from abe_backend_sqs._copies import LONGEST_DELAY, delayed
-from abe_backend_sqs._errors import CLIENT_ERRORS, QueueMissingError, translate_entry, translate_send
-from abe_backend_sqs._queues import Queues
-from abe_backend_sqs._registry import Registry
+from abe_backend_sqs._errors import QueueMissingError
+from abe_backend_sqs._groups import Groups
 from abe_backend_sqs._settings import SqsSettings
+from abe_backend_sqs._tags import Registry
 from abe_backend_sqs._topics import SNS_LIMIT
 from abe_backend_sqs._wire import Entry
 
-_FLIGHTS: Final = 48
+_MAX_CONCURRENT: Final = 48
 """Requests that store messages under way at once."""
 
 
@@ -33,56 +27,54 @@ class _Partial(NamedTuple):
     """A message that only some of its queues have."""
 
     envelope: Envelope
-    """Held, so that no other object has its identity meanwhile."""
+    """Kept, so that no other object has its identity meanwhile."""
     names: set[str]
     """The queues that have it."""
     since: float
     """When it was first found so, by the monotonic clock."""
 
 
-class Sender:
+class Publisher:
     """Puts messages into queues.
 
     Args:
+        groups: Knows where.
         settings: The provider's.
-        clients: Asks SQS.
-        queues: Knows where.
     """
 
-    def __init__(self, settings: SqsSettings, clients: Clients, queues: Queues) -> None:
+    def __init__(self, groups: Groups, settings: SqsSettings) -> None:
+        self.groups: Groups = groups
         self._settings = settings
-        self._clients = clients
-        self._queues = queues
-        self._flights = asyncio.Semaphore(_FLIGHTS)
+        self._concurrent = asyncio.Semaphore(_MAX_CONCURRENT)
         self._counting = asyncio.Lock()
         self._partial: dict[int, _Partial] = {}
         """By the envelope's identity. The engine tries again with the very object, for as long as a publish may take; another publish has
         another, though it be of the same id, and what it says must reach all queues."""
 
-    async def send(self, envelopes: Sequence[Envelope], registry: Registry) -> Sequence[AbeError | None]:
-        """Publish: to the queue of each group that wants the key, or to the held messages where there is no group."""
+    async def send(self, envelopes: Sequence[Envelope], registry: Registry) -> Outcomes:
+        """Publish: to the queue of each group that wants the key, or to the parked messages where there is no group."""
         self._forget_partial()
         if self._settings.max_backlog is None:
             return await self._fan_out(envelopes, registry, None)
         async with self._counting:
-            wanting = {group for envelope in envelopes for group in _groups(envelope, registry)}
+            wanting = {group for envelope in envelopes for group in _wanting(envelope, registry)}
             return await self._fan_out(envelopes, registry, await self._rooms(wanting, self._settings.max_backlog))
 
-    async def post(self, name: str, entries: Sequence[Entry]) -> Sequence[AbeError | None]:
+    async def post(self, name: str, entries: Sequence[Entry]) -> Outcomes:
         """Put messages into a queue, and return each one's outcome. Messages keep their order where the queue has one."""
         batches = list(_wire.batches(entries, SNS_LIMIT if _is_topic(name) else _wire.LIMIT))
         if len(batches) == 1:
-            return await self._fly(name, entries)
+            return await self._send(name, entries)
         outcomes: list[AbeError | None] = [None] * len(entries)
 
-        async def flight(positions: Sequence[int]) -> None:
-            results = await self._fly(name, [entries[position] for position in positions])
+        async def send(positions: Sequence[int]) -> None:
+            results = await self._send(name, [entries[position] for position in positions])
             for position, result in zip(positions, results, strict=True):
                 outcomes[position] = result
 
         if self._settings.fifo:
             for index, positions in enumerate(batches):
-                await flight(positions)
+                await send(positions)
                 failed = next((each for each in map(outcomes.__getitem__, positions) if each and each.retryable), None)
                 if failed is not None:  # what is behind it must not overtake it
                     error = BackendConnectionError(f"not sent, as one before it failed: {failed}")
@@ -90,17 +82,17 @@ class Sender:
                         outcomes[position] = error
                     break
         else:
-            await asyncio.gather(*map(flight, batches))
+            await asyncio.gather(*map(send, batches))
         return outcomes
 
     async def _fan_out(
         self, envelopes: Sequence[Envelope], registry: Registry, room: dict[str, int] | None
-    ) -> Sequence[AbeError | None]:
+    ) -> Outcomes:
         outcomes: list[AbeError | None] = [None] * len(envelopes)
         queues: dict[str, list[tuple[int, Entry]]] = {}
         for position, envelope in enumerate(envelopes):
-            groups = _groups(envelope, registry)
-            entry = self._entry(envelope, held=not registry.groups)
+            groups = _wanting(envelope, registry)
+            entry = self._entry(envelope, parked=not registry.groups)
             outcomes[position] = error = _too_large(entry) or self._refusal(envelope, registry, groups, room)
             if error is None:
                 for name in self._ways(envelope, entry, registry, groups):
@@ -110,25 +102,25 @@ class Sender:
 
     def _ways(self, envelope: Envelope, entry: Entry, registry: Registry, groups: Sequence[str]) -> Sequence[str]:
         """Return the names of the queues that it goes to, or the ARN of the topic: one that delays nothing, and reaches all groups."""
-        names = self._queues.names
+        names = self.groups.names
         if not registry.groups:
-            return [names.held]
+            return [names.parked]
         if self._settings.fanout == "sns" and len(groups) == len(registry.groups) and envelope.group is None:
             topic = registry.topic
             if topic and not envelope.delay and entry.size <= SNS_LIMIT:
                 return [topic]
-        return [*map(names.later if self._settings.fifo and envelope.delay else names.queue, groups)]
+        return [*map(names.delayed if self._settings.fifo and envelope.delay else names.queue, groups)]
 
-    def _entry(self, envelope: Envelope, *, held: bool) -> Entry:
-        """Return what is sent for an envelope. Held messages wait out their delay in the queue of the group that they end in."""
+    def _entry(self, envelope: Envelope, *, parked: bool) -> Entry:
+        """Return what is sent for an envelope. Parked messages wait out their delay in the queue of the group that they end in."""
         due = math.ceil((time.time() + envelope.delay) * 1000) if envelope.delay else 0
-        if due and not held:
+        if due and not parked:
             return delayed(_wire.pack(envelope, due=due if envelope.delay > LONGEST_DELAY else 0), envelope.delay)
         entry = _wire.pack(envelope, due=due)
         if not self._settings.fifo:
             return entry
-        # Held messages are kept apart by key: those that no group wants must not be in the way of the others.
-        order = envelope.key if held else self._settings.message_group or envelope.key
+        # Parked messages are kept apart by key: those that no group wants must not be in the way of the others.
+        order = envelope.key if parked else self._settings.message_group or envelope.key
         return _wire.in_order(entry, order, envelope.id)
 
     def _refusal(
@@ -139,8 +131,8 @@ class Sender:
         if not registry.groups or room is None:
             return None
         having = self._having(envelope)  # by an earlier try: there it takes no room any more
-        names = self._queues.names
-        left = [each for each in groups if names.queue(each) not in having and names.later(each) not in having]
+        names = self.groups.names
+        left = [each for each in groups if names.queue(each) not in having and names.delayed(each) not in having]
         if any(room[group] <= 0 for group in left):
             if having:
                 return PublishUnknownError("some groups have the message, and another has max_backlog messages waiting")
@@ -152,7 +144,7 @@ class Sender:
     async def _rooms(self, groups: Collection[str], most: int) -> dict[str, int]:
         async def room(group: str) -> int:
             try:
-                waiting, _, delayed = await self._queues.group_counts(group)
+                waiting, _, delayed = await self.groups.group_counts(group)
             except QueueMissingError:
                 return most  # what is sent to it fails by itself
             return most - waiting - delayed
@@ -215,53 +207,19 @@ class Sender:
         error.__cause__ = worst
         return error
 
-    async def _fly(self, name: str, entries: Sequence[Entry]) -> Sequence[AbeError | None]:
-        async with self._flights:
-            return await self._post(name, entries)
-
-    async def _post(self, name: str, entries: Sequence[Entry]) -> Sequence[AbeError | None]:
-        try:
-            call = await self._call(name, entries)
-        except AbeError as exc:
-            return [exc] * len(entries)
-        try:
-            reply = await call()
-        except CLIENT_ERRORS as exc:
-            error = translate_send(exc, self._settings.address)
-            error.__cause__ = exc
-            if isinstance(error, QueueMissingError):
-                self._queues.forget(name)
-            return [error] * len(entries)
-        return self._outcomes(reply, len(entries))
-
-    def _outcomes(self, reply: Mapping[str, Any], count: int) -> Sequence[AbeError | None]:
-        """Read what became of each message: only of one that the answer names is anything known."""
-        stored = {each.get("Id") for each in reply.get("Successful", ())}
-        failed = {each.get("Id"): each for each in reply.get("Failed", ())}
-        outcomes: list[AbeError | None] = []
-        for name in map(str, range(count)):
-            if name in failed:
-                outcomes.append(translate_entry(failed[name], self._settings.address))
-            elif name in stored:
-                outcomes.append(None)
-            else:
-                text = f"SQS at {self._settings.address}: the answer does not say whether the message was stored"
-                outcomes.append(PublishUnknownError(text))
-        return outcomes
-
-    async def _call(self, name: str, entries: Sequence[Entry]) -> Callable[[], Awaitable[Mapping[str, Any]]]:
-        """Return the request that stores the messages, when all that it needs to know is known."""
-        requests: list[Any] = [_request(str(position), entry) for position, entry in enumerate(entries)]
-        if not _is_topic(name):
-            url, client = await self._queues.store(name), await self._clients.calls()
-            return lambda: client.send_message_batch(QueueUrl=url, Entries=requests)
-        topics = await self._clients.topics()
-        for request in requests:
-            request["Message"] = request.pop("MessageBody")
-        return lambda: topics.publish_batch(TopicArn=name, PublishBatchRequestEntries=requests)
+    async def _send(self, name: str, entries: Sequence[Entry]) -> Outcomes:
+        async with self._concurrent:
+            try:
+                if _is_topic(name):
+                    return await self.groups.topics.publish(name, entries)
+                return await (await self.groups.store(name)).send(entries)
+            except AbeError as exc:
+                if isinstance(exc, QueueMissingError):
+                    self.groups.forget(name)
+                return [exc] * len(entries)
 
 
-def _groups(envelope: Envelope, registry: Registry) -> Sequence[str]:
+def _wanting(envelope: Envelope, registry: Registry) -> Sequence[str]:
     """Return the groups that get a message."""
     if envelope.group is None:
         return registry.routes[envelope.key]
@@ -280,15 +238,3 @@ def _too_large(entry: Entry) -> AbeError | None:
         f"the message is {entry.size} bytes of {most} with its headers, as SQS carries it; "
         f"the rest of its {_wire.LIMIT} is for what a retry or a dead letter adds"
     )
-
-
-def _request(id: str, entry: Entry) -> dict[str, Any]:
-    request: dict[str, Any] = {"Id": id, "MessageBody": entry.body}
-    if entry.attributes:
-        request["MessageAttributes"] = entry.attributes
-    if entry.delay:
-        request["DelaySeconds"] = entry.delay
-    if entry.group:
-        request["MessageGroupId"] = entry.group
-        request["MessageDeduplicationId"] = entry.dedup
-    return request

@@ -1,18 +1,24 @@
-"""What one consumer holds: messages that SQS counts as ours, until their leases run out."""
+"""What one consumer has in flight: messages that SQS counts as ours, until their leases run out."""
 
 import logging
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, TypeAlias
 
 from abe.backends.message_queue.base import Disposition, Settlement
 from abe.backends.message_queue.base.routing import lease_lost
 from abe.errors import AbeError
-from abe_backend_sqs._handles import LONGEST_HIDING, Receipt
+from abe_backend_sqs._queue import LONGEST_VISIBILITY
 from abe_backend_sqs._wire import Message, received
 
 _log: Final = logging.getLogger("abe.sqs")
+
+Receipt: TypeAlias = str
+"""The handle by which a delivery was known first."""
+
+Failures: TypeAlias = Mapping[Receipt, AbeError]
+"""What went wrong with which delivery."""
 
 _MOST_LOST: Final = 10_000
 """Receipts whose loss is remembered, for settlements that were under way when it was found out."""
@@ -25,7 +31,7 @@ while we had it, and what nobody took in time."""
 _MOST_UNCOUNTED: Final = 100_000
 
 
-class Held:
+class Leased:
     """A message that SQS counts as ours."""
 
     __slots__ = (
@@ -53,7 +59,7 @@ class Held:
         self.attempt = attempt
         self.deadline = deadline
         """When its lease runs out unless it is renewed, by the monotonic clock."""
-        self.expires = time.monotonic() + LONGEST_HIDING
+        self.expires = time.monotonic() + LONGEST_VISIBILITY
         self.released = False
         """Whether this delivery is known to be no attempt."""
         self.replaced = False
@@ -64,21 +70,21 @@ class Held:
         """Whether it was said that its lease cannot be renewed for much longer."""
 
     @property
-    def hideable(self) -> int:
-        """The seconds for which it may still be hidden."""
+    def remaining(self) -> int:
+        """The seconds for which it may still stay invisible."""
         return int(self.expires - time.monotonic())
 
     def stays(self, settlement: Settlement, *, fifo: bool) -> bool:
-        """Whether hiding the message does what a settlement says.
+        """Whether changing the message's visibility does what a settlement says.
 
-        In a FIFO queue a hidden message holds up those behind it, so that only what comes back at once stays; it keeps its place, and a
-        release counts as an attempt. In any other, a release cannot be uncounted, and a delay may be longer than a message can be hidden.
+        In a FIFO queue an invisible message holds up those behind it, so that only what comes back at once stays; it keeps its place, and
+        a release counts as an attempt. In any other, a release cannot be uncounted, and a message can be invisible for 12 hours at most.
         """
         if settlement.disposition is Disposition.DEAD:
             return False
         if fifo:
             return settlement.disposition is Disposition.RELEASE or not settlement.delay
-        shown_in_time = self.hideable >= -int(-settlement.delay // 1)
+        shown_in_time = self.remaining >= -int(-settlement.delay // 1)
         return settlement.disposition is Disposition.RETRY and shown_in_time and not self.received_again
 
     def uncount(self) -> None:
@@ -113,91 +119,88 @@ def uncounted(message: Message) -> int:
     return _uncounted.get(str(message["MessageId"]), 0)
 
 
-class Holding(dict[Receipt, Held]):
-    """What one consumer holds, by the receipt that it was handed out with."""
+class InFlight(dict[Receipt, Leased]):
+    """What one consumer has in flight, by the receipt that it was handed out with."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.leaving: set[Receipt] = set()
-        """Those with a settlement on its way: renewing them would hide again what it shows."""
+        self.settling: set[Receipt] = set()
+        """Those with a settlement on its way: renewing them would make invisible again what it makes visible."""
         self._lost: dict[Receipt, None] = {}
         self._receipts: dict[str, Receipt] = {}
 
-    def __setitem__(self, receipt: Receipt, held: Held) -> None:
-        super().__setitem__(receipt, held)
-        self._receipts[str(held.message["MessageId"])] = receipt
+    def __setitem__(self, receipt: Receipt, leased: Leased) -> None:
+        super().__setitem__(receipt, leased)
+        self._receipts[str(leased.message["MessageId"])] = receipt
 
     def handle(self, receipt: Receipt) -> str:
         """Return the handle by which SQS knows a delivery."""
-        held = self.get(receipt)
-        return str(receipt) if held is None else held.handle
+        leased = self.get(receipt)
+        return str(receipt) if leased is None else leased.handle
 
     def ours(self, receipts: Iterable[Receipt]) -> tuple[list[Receipt], list[Receipt], dict[Receipt, AbeError]]:
         """Return which are still ours, which may be, as their leases ran out with nobody known to have them, and an error for each of those
         that are not; none of them has what was carried out before."""
         now = time.monotonic()
         ours: list[Receipt] = []
-        doubtful: list[Receipt] = []
+        expired: list[Receipt] = []
         lost: dict[Receipt, AbeError] = {}
         for receipt in receipts:
-            held = self.get(receipt)
-            if held is not None:
-                (ours if held.deadline > now else doubtful).append(receipt)
+            leased = self.get(receipt)
+            if leased is not None:
+                (ours if leased.deadline > now else expired).append(receipt)
             elif receipt in self._lost:
                 lost[receipt] = lease_lost()
-        return ours, doubtful, lost
+        return ours, expired, lost
 
     def receive_again(self, message: Message, deadline: float) -> bool:
-        """Take a delivery of a message that is held already for the one that we have, if nobody else had it in between."""
+        """Take a delivery of a message that is in flight already for the one that we have, if nobody else had it in between."""
         receipt = self._receipts.get(str(message["MessageId"]))
-        held = None if receipt is None else self.get(receipt)
-        if receipt is None or held is None:
+        leased = None if receipt is None else self.get(receipt)
+        if receipt is None or leased is None:
             return False
         count = received(message)
-        if (
-            count > held.count + 1 and not held.replaced
-        ):  # what has a copy in its place is only to be deleted, whoever had it
+        # What has a copy in its place is only to be deleted, whoever had it.
+        if count > leased.count + 1 and not leased.replaced:
             self.lose(receipt)
             return False
-        if count > held.count:
-            held.handle, held.count, held.deadline = str(message["ReceiptHandle"]), count, deadline
-            held.expires = time.monotonic() + LONGEST_HIDING
-            held.received_again = True
+        if count > leased.count:
+            leased.handle, leased.count, leased.deadline = str(message["ReceiptHandle"]), count, deadline
+            leased.expires = time.monotonic() + LONGEST_VISIBILITY
+            leased.received_again = True
             uncount(message)
         return True
 
     def lose(self, receipt: Receipt) -> None:
         """Know that it is not ours any more, and that no settlement has seen to that."""
-        if (held := self.pop(receipt, None)) is None:
-            return
-        self._receipts.pop(str(held.message["MessageId"]), None)
-        while len(self._lost) >= _MOST_LOST:
-            del self._lost[next(iter(self._lost))]
-        self._lost[receipt] = None
+        if self.forget(receipt):
+            while len(self._lost) >= _MOST_LOST:
+                del self._lost[next(iter(self._lost))]
+            self._lost[receipt] = None
 
     def is_lost(self, receipt: Receipt) -> bool:
         """Whether it is known that it is not ours any more, and that it was not settled."""
         return receipt in self._lost
 
-    def forget(self, receipt: Receipt) -> Held | None:
-        """Let go of what was carried out."""
-        held = self.pop(receipt, None)
-        if held is not None:
-            self._receipts.pop(str(held.message["MessageId"]), None)
-        return held
+    def forget(self, receipt: Receipt) -> bool:
+        """Let go of what was carried out; return whether it was in flight."""
+        if (leased := self.pop(receipt, None)) is None:
+            return False
+        self._receipts.pop(str(leased.message["MessageId"]), None)
+        return True
 
     def expire(self, known: Collection[Receipt]) -> None:
         """Let go of those whose leases ran out, and whose settlements, if there were any, were given up: nobody asks for them any more."""
         now = time.monotonic()
-        for receipt in [each for each, held in self.items() if held.deadline <= now]:
-            if receipt not in self.leaving and receipt not in known:
+        for receipt in [each for each, leased in self.items() if leased.deadline <= now]:
+            if receipt not in self.settling and receipt not in known:
                 self.lose(receipt)
 
     def warn(self, left: Mapping[Receipt, int], lease: int, group: str) -> None:
         """Say once of each message that it can be kept for no longer than a lease.
 
         Args:
-            left: The seconds for which each may still be hidden.
+            left: The seconds for which each may still stay invisible.
             lease: The seconds of a lease.
             group: Whose they are.
         """
@@ -206,7 +209,7 @@ class Holding(dict[Receipt, Held]):
             self[receipt].warned = True
         if late:
             _log.warning(
-                "%d messages of group %r have been held for 12 hours, which is as long as SQS allows: "
+                "%d messages of group %r have been in flight for 12 hours, which is as long as SQS allows: "
                 "unless they are settled within %d seconds, they are delivered again",
                 len(late),
                 group,
@@ -217,11 +220,11 @@ class Holding(dict[Receipt, Held]):
     def being_settled(self, receipts: Iterable[Receipt]) -> Generator[None]:
         """Keep them from being renewed, and from being given back, meanwhile."""
         receipts = list(receipts)
-        self.leaving.update(receipts)
+        self.settling.update(receipts)
         try:
             yield
         finally:
-            self.leaving.difference_update(receipts)
+            self.settling.difference_update(receipts)
 
 
 class Settled:
@@ -230,16 +233,16 @@ class Settled:
     def __init__(self) -> None:
         self._most: dict[str, int] = {}
 
-    def add(self, held: Held, *, certain: bool) -> None:
+    def add(self, leased: Leased, *, certain: bool) -> None:
         """Remember that a message was acknowledged, or that a copy has taken its place.
 
         Args:
-            held: The message.
+            leased: The message.
             certain: SQS was told, and said yes. Otherwise somebody else may have it next, and decide; until then it is done.
         """
         while len(self._most) >= _MOST_LOST:
             del self._most[next(iter(self._most))]
-        self._most[str(held.message["MessageId"])] = _EVER if certain else held.count + 1
+        self._most[str(leased.message["MessageId"])] = _EVER if certain else leased.count + 1
 
     def has(self, message: Message) -> bool:
         """Whether a message that is delivered is only to be deleted."""

@@ -101,15 +101,15 @@ async def test_what_nobody_sends_again_is_forgotten(lab: Any, refusal: Refusal) 
     async with bounds.within(15):
         transport = await lab.transport(pinned=PINNED, publish_timeout=0.2)
         await transport.declare("a", ("#",), change=True)
-        sender = transport.sender
-        registry = await transport.queues.registry()
-        (error,) = await sender.send([Envelope("id", "k", b"{}", 1)], registry)
+        publisher = transport.broker.publisher
+        registry = await transport.broker.groups.keeper.registry()
+        (error,) = await publisher.send([Envelope("id", "k", b"{}", 1)], registry)
         assert isinstance(error, PublishUnknownError)
-        assert len(sender._partial) == 1
+        assert len(publisher._partial) == 1
         async with bounds.within(2):
-            while sender._partial:
+            while publisher._partial:
                 await asyncio.sleep(0.02)
-                await sender.send([], registry)
+                await publisher.send([], registry)
 
 
 @pytest.mark.parametrize("text", [b"", b"{}", b"<html>all is well</html>"])

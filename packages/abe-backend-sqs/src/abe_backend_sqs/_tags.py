@@ -1,0 +1,125 @@
+"""Which groups there are, as the tags of their queues say. Pure.
+
+A group exists when its queue has the tags that say so, which are set when everything else about it is done.
+"""
+
+import base64
+import json
+from collections.abc import Iterable, Mapping
+from typing import Final, NamedTuple, Self
+
+from abe.backends.message_queue.base.routing import Routes
+from abe.errors import ConfigurationError
+from abe_backend_sqs._queue import Queue
+
+_GROUP_TAG: Final = "abe-group"
+_PATTERNS_TAG: Final = "abe-patterns-"
+_PARTS_TAG: Final = "abe-patterns"
+_SINCE_TAG: Final = "abe-since"
+_SUBSCRIPTION_TAG: Final = "abe-subscription"
+_TAG_ROOM: Final = 256
+_MOST_TAGS: Final = 40
+"""Of the 50 that a queue may have: the others are the owner's."""
+
+
+class Group(NamedTuple):
+    """What the tags of a queue say."""
+
+    name: str
+    patterns: tuple[str, ...]
+    since: float
+    """Seconds since the epoch, by the clock of whoever set them."""
+    subscription: str = ""
+    """The ARN of the queue's subscription to the namespace's topic, where it has one."""
+
+
+def tags(group: Group) -> dict[str, str]:
+    """Return the tags of a group's queue. A tag may not hold every character, so the patterns travel as base64.
+
+    Raises:
+        ConfigurationError: There are more patterns than a queue's tags can hold.
+    """
+    text = base64.urlsafe_b64encode(json.dumps(group.patterns, ensure_ascii=False).encode()).decode()
+    parts = [text[start : start + _TAG_ROOM] for start in range(0, len(text), _TAG_ROOM)]
+    if len(parts) > _MOST_TAGS:
+        raise ConfigurationError(
+            f"group {group.name!r}: its {len(group.patterns)} key patterns are more than the tags of a queue can hold"
+        )
+    named = {f"{_PATTERNS_TAG}{index}": part for index, part in enumerate(parts)}
+    if group.subscription:
+        named[_SUBSCRIPTION_TAG] = group.subscription
+    return {_GROUP_TAG: group.name, _SINCE_TAG: str(round(group.since * 1000)), _PARTS_TAG: str(len(parts)), **named}
+
+
+def from_tags(found: Mapping[str, str]) -> Group | None:
+    """Read them; None where they say nothing that can be read: the queue is being made, or not ours."""
+    try:
+        text = "".join(found[f"{_PATTERNS_TAG}{index}"] for index in range(int(found[_PARTS_TAG])))
+        patterns = json.loads(base64.urlsafe_b64decode(text))
+        since = int(found.get(_SINCE_TAG, 0)) / 1000
+        return Group(found[_GROUP_TAG], tuple(patterns), since, found.get(_SUBSCRIPTION_TAG, ""))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+class Listing(NamedTuple):
+    """What one look at the names of queues tells about the groups."""
+
+    queues: Mapping[str, Queue]
+    """The groups' queues, by name."""
+    revisions: Mapping[str, frozenset[Queue]]
+    """The queues that are revisions, by what those of one group have in common."""
+
+    def of(self, mark: str) -> frozenset[Queue]:
+        """Return the revisions of a group."""
+        return self.revisions.get(mark, frozenset())
+
+
+class Registry(NamedTuple):
+    """The groups as they were when somebody looked."""
+
+    groups: Mapping[str, tuple[str, ...]]
+    since: Mapping[str, float]
+    """When they became what they are, in seconds since the epoch."""
+    looked_at: float
+    """By the monotonic clock, before the first question was asked."""
+    routes: Routes[tuple[str, ...]]
+    """The groups that want a key."""
+    members: tuple[Group, ...] = ()
+    """What the tags said."""
+    topic: str = ""
+    """The ARN of the topic that reaches every group; empty where there is none."""
+    listing: "Listing | None" = None
+    """What was listed before the tags were read."""
+    missing: frozenset[str] = frozenset()
+    """Those of the groups whose queues were deleted underneath, and may be made again by their consumers."""
+
+    @classmethod
+    def of(
+        cls, members: Iterable[Group], looked_at: float, topic: str, listing: "Listing", missing: Iterable[str] = ()
+    ) -> Self:
+        """Return what the tags say."""
+        found = tuple(sorted(members))
+        patterns, since = {each.name: each.patterns for each in found}, {each.name: each.since for each in found}
+        return cls(patterns, since, looked_at, Routes(patterns, tuple), found, topic, listing, frozenset(missing))
+
+    @property
+    def present(self) -> Mapping[str, tuple[str, ...]]:
+        """The groups whose queues are there."""
+        return {name: patterns for name, patterns in self.groups.items() if name not in self.missing}
+
+    @property
+    def subscriptions(self) -> Mapping[str, str]:
+        """The ARN of the subscription of each group's queue, where it has one."""
+        return {each.name: each.subscription for each in self.members if each.subscription}
+
+
+def topic(subscription: str) -> str:
+    """Return the ARN of the topic of a subscription."""
+    return subscription.rpartition(":")[0]
+
+
+def common_topic(groups: Iterable[Group], before: float) -> str:
+    """Return the ARN of the topic that reaches every group, or nothing where one is not subscribed, or was not before that time."""
+    topics = {topic(group.subscription) if group.since <= before else "" for group in groups}
+    return topics.pop() if len(topics) == 1 else ""
