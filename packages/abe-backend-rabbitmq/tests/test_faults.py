@@ -382,7 +382,7 @@ class TestFrozenNode:
     async def test_connecting_is_bounded(self, lab: Any, victim: ProcessService) -> None:
         backend = RabbitMQBackend(lab.settings(connect_timeout=0.3, publish_timeout=1.0))
         async with frozen(victim), bounds.within(4):
-            with pytest.raises(BackendConnectionError, match=r"within [\d.]+ s: it is silent"):
+            with pytest.raises(BackendConnectionError, match=r"timed out after [\d.]+ s"):
                 await backend.connect()
             with pytest.raises(AbeError):
                 await backend.publish("k", {})

@@ -49,7 +49,7 @@ Pushed: TypeAlias = Callable[[int, Header, bytes, bool], None]
 message into `Channel.in_flight`. If it raises, the message goes back to its queue."""
 
 
-class Flight:
+class UnconfirmedBatch:
     """Messages that were published together. The future's result is each one's outcome, or nothing when all were accepted."""
 
     __slots__ = ("_failed", "_future", "_left", "first", "messages")
@@ -107,13 +107,13 @@ class Channel:
         self._kind, self._method, self._header, self._left = 0, b"", b"", 0
         self._parts: list[bytes] = []
         self._sent, self._low = 0, 1
-        self._pending: dict[int, Flight] = {}
+        self._pending: dict[int, UnconfirmedBatch] = {}
         self._returned: dict[tuple[str, str, str], int] = {}
         self._routes: dict[tuple[str, str], bytes] = {}
         tap.channels[self._number] = self
 
     def publish(self, messages: Sequence[Outgoing]) -> asyncio.Future[Sequence[AbeError | None]]:
-        """Publish messages, in this order. The future's result is as of `Flight`; who is cancelled leaves alone.
+        """Publish messages, in this order. The future's result is as of `UnconfirmedBatch`; who is cancelled leaves alone.
 
         An outcome is `PublishUnknownError` if the channel went before that message's confirm came.
 
@@ -124,7 +124,7 @@ class Channel:
             raise BackendConnectionError(self.closed or "the connection was lost")
         future: asyncio.Future[Sequence[AbeError | None]] = self._loop.create_future()
         tag = self._sent
-        flight = Flight(tag + 1, messages, future)
+        batch = UnconfirmedBatch(tag + 1, messages, future)
         pending, routes, two, most = self._pending, self._routes, self._two, self._most
         parts: list[bytes] = []
         for exchange, key, properties, body, _ in messages:
@@ -139,7 +139,7 @@ class Channel:
                     piece = body[start : start + most]
                     parts += (b"\3", two, _SIZE(len(piece)), piece, b"\xce")
             tag += 1
-            pending[tag] = flight
+            pending[tag] = batch
         self._sent = tag
         self._write(b"".join(parts))
         return future
@@ -199,9 +199,9 @@ class Channel:
         pending, self._pending = self._pending, {}
         if pending:
             refusal = Refusal(reason)
-            for tag, flight in pending.items():
-                message = flight.messages[tag - flight.first]
-                flight.settle(tag, refusal.outcome(message.exchange, message.key))
+            for tag, batch in pending.items():
+                message = batch.messages[tag - batch.first]
+                batch.settle(tag, refusal.outcome(message.exchange, message.key))
         self.lost = list(self.in_flight.values())
         self.in_flight.clear()
         for delivery, _ in self.lost:
@@ -278,18 +278,18 @@ class Channel:
             self._low = max(low, tag + 1)
         pending, returned = self._pending, self._returned
         for each in tags:
-            flight = pending.pop(each, None)
-            if flight is None:
+            batch = pending.pop(each, None)
+            if batch is None:
                 continue
             error: AbeError | None = nacked() if nack else None
             if returned and not nack:  # a return comes before its ack
-                exchange, key, _, _, id = flight.messages[each - flight.first]
+                exchange, key, _, _, id = batch.messages[each - batch.first]
                 times = returned.pop((exchange, key, id), 0)
                 if times:
                     error = unroutable(key)
                 if times > 1:
                     returned[exchange, key, id] = times - 1
-            flight.settle(each, error)
+            batch.settle(each, error)
         if returned and not pending:
             returned.clear()
 

@@ -66,7 +66,7 @@ class Connection:
 
         Raises:
             BackendConnectionError: RabbitMQ cannot be reached, or does not answer.
-            PermissionDeniedError: It does not let us in.
+            PermissionDeniedError: The user may not log in.
             ConfigurationError: The vhost is not there; or a certificate does not hold, ours or its.
         """
         connecting = asyncio.ensure_future(quietly(self._open))
@@ -80,12 +80,10 @@ class Connection:
                 await asyncio.wait([connecting])
         if connecting.cancelled():
             limit = f"{self._settings.connect_timeout:g} s"
-            raise BackendConnectionError(
-                f"rabbitmq at {self.address} did not let us in within {limit}: it is silent{self._doubt()}"
-            )
+            raise BackendConnectionError(f"login to rabbitmq at {self.address} timed out after {limit}{self._hint()}")
         if self._farewell is not None:
             raise refused(self._farewell, self.address) from connecting.exception()
-        with translated(self.address, self._doubt()):
+        with translated(self.address, self._hint()):
             connecting.result()
         assert self._factory.tap is not None
         self._watch = Watch(
@@ -131,7 +129,7 @@ class Connection:
         if self._watch is not None:
             self._watch.stop()
         mute = self._watch is not None and self._watch.waited > _CLOSE_TIMEOUT
-        if mute:  # first: aiormq would say goodbye, and wait for an answer
+        if mute:  # first: aiormq would close in order, and wait for an answer
             self._abort()
         closing = asyncio.ensure_future(quietly(lambda: self._native.close()))
         closing.add_done_callback(ignore_failure)
@@ -157,7 +155,7 @@ class Connection:
         except ValueError:  # by yarl, or by the codec for names of hosts; the text may show the URL
             raise ConfigurationError("RABBITMQ_URL or MESSAGE_QUEUE_HOST names a host that cannot be one") from None
 
-    def _doubt(self) -> str:
+    def _hint(self) -> str:
         """Return what may be wrong with somebody who took the connection, and never said a word that we understand."""
         tap = self._factory.tap
         if self._greeted or tap is None or tap.transport is None:

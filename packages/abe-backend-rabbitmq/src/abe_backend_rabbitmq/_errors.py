@@ -89,18 +89,18 @@ _STALE: Final = re.compile("unknown delivery tag|timed out")
 """Preconditions that fail because of what happened, not because of how something is set up."""
 
 
-def translate(exc: BaseException, address: str, doubt: str = "") -> AbeError:
+def translate(exc: BaseException, address: str, hint: str = "") -> AbeError:
     """Return our error for one of the client's.
 
     Args:
         exc: Theirs.
         address: Whose.
-        doubt: What may be wrong where the connection is lost for no reason that is told.
+        hint: What may be wrong where the connection is lost for no reason that is told.
     """
     where = f"rabbitmq at {address}"
     for cause in _chain(exc):
-        if isinstance(cause, ssl.SSLError) and (hint := _tls(cause)):
-            return ConfigurationError(f"{where}: {hint}")  # it would be tried for ever
+        if isinstance(cause, ssl.SSLError) and (problem := _tls(cause)):
+            return ConfigurationError(f"{where}: {problem}")  # it would be tried for ever
     text = str(exc) or type(exc).__name__
     if isinstance(exc, native.ChannelPreconditionFailed):
         if _STALE.search(text):
@@ -109,7 +109,7 @@ def translate(exc: BaseException, address: str, doubt: str = "") -> AbeError:
     if _was_closed(exc):
         return BackendConnectionError(f"{where}: {_CLOSED}")  # the client's text shows its address
     kind = next((ours for theirs, ours in _BY_TYPE if isinstance(exc, theirs)), RabbitMQError)
-    hints: dict[type[AbeError], str] = {PermissionDeniedError: f" ({_RIGHTS})", BackendConnectionError: doubt}
+    hints: dict[type[AbeError], str] = {PermissionDeniedError: f" ({_RIGHTS})", BackendConnectionError: hint}
     return kind(f"{where}: {text}{hints.get(kind, '')}")
 
 
@@ -124,7 +124,7 @@ def refused(close: commands.Connection.Close, address: str) -> AbeError:
 
 
 @contextmanager
-def translated(address: str, doubt: str = "") -> Generator[None, None, None]:
+def translated(address: str, hint: str = "") -> Generator[None, None, None]:
     """Turn the client's errors into ours; the arguments are those of `translate`.
 
     Raises:
@@ -136,7 +136,7 @@ def translated(address: str, doubt: str = "") -> Generator[None, None, None]:
         raise
     except Exception as exc:
         if isinstance(exc, _NATIVE) or _was_closed(exc):
-            raise translate(exc, address, doubt) from exc
+            raise translate(exc, address, hint) from exc
         raise
 
 

@@ -175,7 +175,7 @@ def metadata(header: Header, body: bytes) -> Metadata:
 
 def _metadata(properties: Properties, header: Header, body: bytes, headers: dict[str, str]) -> Metadata:
     given = properties.headers
-    id = properties.message_id or stranger_id(header, body)
+    id = properties.message_id or foreign_id(header, body)
     return Metadata(id, original_key(header, given), _published_at(properties, given), headers or None)
 
 
@@ -253,12 +253,12 @@ def copy(header: Header, body: bytes, attempt: int, *extra: tuple[str, str | int
     }
     properties.fields = kept | fields
     if not properties.message_id:
-        properties.values["message_id"] = _short(stranger_id(header, body))
+        properties.values["message_id"] = _short(foreign_id(header, body))
     properties.values["delivery_mode"] = _PERSISTENT
     for name in ("expiration", "user_id"):
         properties.values.pop(name, None)
     raw = properties.marshal()
-    if len(raw) > _MOST:  # a stranger's headers filled a frame: there is no room for ours beside them
+    if len(raw) > _MOST:  # the headers of a foreign message filled a frame: there is no room for ours beside them
         properties.fields = fields
         raw = properties.marshal()
     return raw
@@ -333,10 +333,10 @@ def original_key(header: Header, given: Mapping[str, Value]) -> str:
 
 def identity(header: Header, body: bytes) -> str:
     """Return the id of a message, whoever wrote it."""
-    return message_id(header.properties) or stranger_id(header, body)
+    return message_id(header.properties) or foreign_id(header, body)
 
 
-def stranger_id(header: Header, body: bytes) -> str:
+def foreign_id(header: Header, body: bytes) -> str:
     """Return an id for a message without one: the same at each delivery."""
     return hashlib.blake2b(body + header.key.encode(), digest_size=12).hexdigest()
 
@@ -355,7 +355,7 @@ def _short(text: str) -> bytes:
 
 
 def _strings(given: Mapping[str, Value]) -> dict[str, str]:
-    """Return the application's headers. A stranger's numbers become text; tables and arrays stay out."""
+    """Return the application's headers. Numbers of a foreign message become text; tables and arrays stay out."""
     found = {
         name: value if isinstance(value, str) else str(value)
         for name, value in given.items()
