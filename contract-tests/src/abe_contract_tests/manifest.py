@@ -25,10 +25,13 @@ class SuiteTest:
 
     clauses: tuple[str, ...]
     three_methods: bool
+    transport: bool
 
     def applies_to(self, harness: type[Harness]) -> bool:
         """Whether the test applies to that provider."""
         if is_minimal(harness) and not self.three_methods:
+            return False
+        if self.transport and not hasattr(harness.backend, "make_transport"):
             return False
         return harness.networked or not all(BY_ID[id].networked_only for id in self.clauses)
 
@@ -61,6 +64,7 @@ def suite_test(function: Any, module: str) -> SuiteTest | None:
         name=f"{module}::{function.__name__}",
         clauses=tuple(dict.fromkeys(id for mark in marks for id in mark.args)),
         three_methods=any(mark.kwargs["three_methods"] for mark in marks),
+        transport=any(mark.kwargs["transport"] for mark in marks),
     )
 
 

@@ -17,15 +17,19 @@ MARK: Final = "contract_clause"
 _Test = TypeVar("_Test", bound=Callable[..., Coroutine[Any, Any, None]])
 
 
-def clause(*ids: str, capability: str | None = None, three_methods: bool = False) -> Callable[[_Test], _Test]:
+def clause(
+    *ids: str, capability: str | None = None, three_methods: bool = False, transport: bool = False
+) -> Callable[[_Test], _Test]:
     """Mark a test as one that proves clauses.
 
     Args:
         ids: The clauses.
-        capability: A field of `Capabilities`. If the backend does not declare it, that capability's negative probe replaces the test:
-            using it must raise `UnsupportedCapabilityError` at the call. The capabilities of the clauses are added.
-        three_methods: Whether the test uses only ``publish``, ``consume`` and ``from_env``, so that it also runs against a minimal
-            backend.
+        capability: A field of `Capabilities`. Where the backend does not declare it, the test is replaced by that capability's
+            negative probe: using it must raise `UnsupportedCapabilityError` at the call. A clause that has a capability of its own
+            brings it along.
+        three_methods: The test uses ``publish``, ``consume`` and ``from_env`` only, so that it also runs against a provider that has
+            nothing else.
+        transport: The test uses the provider's transport without the engine, so that it runs against a `TransportBackend` only.
 
     Raises:
         ValueError: A clause or the capability does not exist.
@@ -41,7 +45,9 @@ def clause(*ids: str, capability: str | None = None, three_methods: bool = False
     def decorate(test: _Test) -> _Test:
         checked = _conditional(test, sorted(filter(None, needed)), sorted(filter(None, unless)))
         # Marked explicitly, so that they run with any asyncio_mode of the project.
-        marked: _Test = pytest.mark.asyncio(pytest.mark.contract_clause(*ids, three_methods=three_methods)(checked))
+        marked: _Test = pytest.mark.asyncio(
+            pytest.mark.contract_clause(*ids, three_methods=three_methods, transport=transport)(checked)
+        )
         return marked
 
     return decorate
