@@ -69,21 +69,6 @@ class TestDeadLetters:
         assert {delivery.attempt for delivery in again} == {1}
         assert [receiver.metadata(delivery).id for delivery in again] == order
 
-    async def test_more_than_a_page_is_purged(self, lab: Any, collect: Collect) -> None:
-        transport, _ = await bury(lab, collect, 1201)
-        assert await total(transport.purge("g", None)) == 1201
-        assert (await transport.stats("g")).dead == 0
-        assert await total(transport.purge("g", None)) == 0
-
-    async def test_the_ids_that_are_named_and_no_others(self, lab: Any, collect: Collect) -> None:
-        transport, receiver = await bury(lab, collect, 10)
-        before = await ids(transport)
-        assert await total(transport.replay("g", [before[3], "nobody"])) == 1
-        assert await total(transport.purge("g", [before[3], before[5]])) == 1
-        [again] = await collect(receiver, 1)
-        assert receiver.metadata(again).id == before[3]
-        assert await ids(transport) == [letter for i, letter in enumerate(before) if i not in (3, 5)]
-
     async def test_two_that_look_at_once_see_all(self, lab: Any, collect: Collect) -> None:
         transport, _ = await bury(lab, collect, 50)
         other = await lab.transport()

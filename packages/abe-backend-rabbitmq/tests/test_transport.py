@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -17,7 +16,6 @@ from abe.errors import (
     BackendConnectionError,
     BackpressureError,
     ConfigurationError,
-    GroupMissingError,
     LeaseLostError,
     PublishUnknownError,
     UnroutableError,
@@ -48,41 +46,6 @@ async def buried(transport: RabbitMQTransport, group: str = "g") -> list[DeadLet
 
 
 class TestPublishing:
-    async def test_a_message_arrives_with_all_it_had(self, lab: Any, collect: Collect) -> None:
-        transport = await lab.transport()
-        await transport.declare("g", None, change=True)
-        receiver = await lab.receiver(transport)
-        sent = lab.envelope("orders.created", headers={"h": "\u00fc"}, body=b'{"a": 1}')
-        assert await transport.send([sent]) == ()
-        [delivery] = await collect(receiver, 1)
-        assert (delivery.body, delivery.attempt, delivery.fault) == (sent.body, 1, None)
-        assert receiver.metadata(delivery) == (sent.id, sent.key, sent.published_at, sent.headers)
-
-    async def test_each_group_gets_what_its_patterns_want(self, lab: Any) -> None:
-        transport = await lab.transport()
-        await transport.declare("all", None, change=True)
-        await transport.declare("orders", ("orders.*",), change=True)
-        await transport.declare("two", ("orders.#", "users.#"), change=True)
-        keys = ["orders.created", "users.x.y", "orders", "other"]
-        assert await transport.send([lab.envelope(key) for key in keys]) == ()
-        counts = {group: (await transport.stats(group)).waiting for group in ("all", "orders", "two")}
-        assert counts == {"all": 4, "orders": 1, "two": 3}
-
-    async def test_a_message_that_no_group_wants_is_told(self, lab: Any) -> None:
-        transport = await lab.transport()
-        await transport.declare("orders", ("orders.*",), change=True)
-        outcomes = await transport.send([lab.envelope("orders.x"), lab.envelope("users.x"), lab.envelope("orders.y")])
-        assert [type(outcome) for outcome in outcomes] == [type(None), UnroutableError, type(None)]
-        assert (await transport.stats("orders")).waiting == 2
-
-    async def test_bindings_are_the_patterns_asked_for_last(self, lab: Any) -> None:
-        transport = await lab.transport()
-        await transport.declare("g", ("a.*", "b.*"), change=True)
-        await (await lab.transport()).declare("g", ("b.*", "c.*"), change=True)
-        outcomes = await transport.send([lab.envelope(key) for key in ("a.x", "b.x", "c.x")])
-        assert [type(outcome) for outcome in outcomes] == [UnroutableError, type(None), type(None)]
-        assert await transport.groups() == {"g": ("b.*", "c.*")}
-
     async def test_order_is_kept_within_and_across_batches(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport()
         await transport.declare("g", None, change=True)
@@ -157,16 +120,6 @@ class TestTopology:
 
 
 class TestBacklog:
-    async def test_it_is_exact(self, lab: Any, collect: Collect) -> None:
-        transport = await lab.transport(max_backlog=5)
-        await transport.declare("g", None, change=True)
-        outcomes = await transport.send(lab.envelopes(8))
-        assert [type(outcome) for outcome in outcomes] == [type(None)] * 5 + [BackpressureError] * 3
-        receiver = await lab.receiver(transport, prefetch=2)
-        held = await collect(receiver, 2)
-        await receiver.ack(held, verify=True)
-        assert await transport.send(lab.envelopes(1)) == ()
-
     async def test_what_a_full_group_refuses_is_nowhere_and_what_only_some_took_goes_to_the_full_one_alone(
         self, lab: Any, collect: Collect
     ) -> None:
@@ -247,19 +200,6 @@ class TestParked:
         assert [receiver.metadata(delivery).id for delivery in received] == [envelope.id for envelope in sent]
         assert await lab.waiting(lab.names.parked) == 0
 
-    async def test_patterns_choose_among_any_number(self, lab: Any, collect: Collect) -> None:
-        transport = await lab.transport()
-        sent = [lab.envelope("a.x" if number % 3 else "b.x") for number in range(1500)]
-        for start in range(0, 1500, 250):
-            await transport.send(sent[start : start + 250])
-        wanted = [envelope.id for envelope in sent if envelope.key == "a.x"]
-        await transport.declare("a", ("a.*",), change=True)
-        receiver = await lab.receiver(transport, "a", prefetch=2000)
-        assert [receiver.metadata(each).id for each in await collect(receiver, len(wanted))] == wanted
-        assert await lab.waiting(lab.names.parked) == 1500 - len(wanted)
-        await transport.declare("rest", None, change=True)
-        assert (await transport.stats("rest")).waiting == 1500 - len(wanted)
-
     async def test_those_that_nobody_wants_are_in_nobody_s_way_and_left_alone(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport()
         unwanted = [lab.envelope("b.x") for _ in range(2_600)]
@@ -278,25 +218,6 @@ class TestParked:
         first = await queue.get()
         assert first.headers["x-delivery-count"] <= 2
         await first.nack()
-
-    async def test_a_later_group_gets_no_second_copy(self, lab: Any) -> None:
-        transport = await lab.transport()
-        await transport.send(lab.envelopes(3))
-        await transport.declare("first", None, change=True)
-        await transport.declare("second", None, change=True)
-        assert [(await transport.stats(group)).waiting for group in ("first", "second")] == [3, 0]
-
-    async def test_delayed_ones_are_parked_too_and_keep_their_time(self, lab: Any, collect: Collect) -> None:
-        transport = await lab.transport()
-        await transport.send([lab.envelope("a", delay=0.4), lab.envelope("b", delay=0.4), lab.envelope("a", delay=60)])
-        started = time.monotonic()
-        await transport.declare("g", ("a",), change=True)
-        assert await lab.waiting(lab.names.parked) == 1
-        receiver = await lab.receiver(transport)
-        [delivery] = await collect(receiver, 1)
-        assert receiver.metadata(delivery).key == "a"
-        assert 0.2 < time.monotonic() - started < 2.0 * bounds.slowness(started)
-        assert (await transport.stats("g")).delayed == 1
 
     async def test_what_a_stranger_left_there_stops_nobody(self, lab: Any) -> None:
         transport = await lab.transport()
@@ -339,21 +260,6 @@ class TestDelayed:
         assert await transport.send([lab.envelope("b", delay=0.1)]) == ()
         await collect(await lab.receiver(transport, "h"), 1)
 
-    async def test_not_before_and_soon_after(self, lab: Any, collect: Collect) -> None:
-        transport = await lab.transport()
-        await transport.declare("g", None, change=True)
-        receiver = await lab.receiver(transport)
-        await transport.send(lab.envelopes(1, delay=0.1))  # the levels are made
-        await collect(receiver, 1)
-        started = time.monotonic()
-        assert await transport.send([lab.envelope("late", delay=0.7), lab.envelope("early", delay=0.3)]) == ()
-        early, late = [(receiver.metadata(each).key, time.monotonic()) for each in await collect(receiver, 1)], []
-        assert early[0][0] == "early"
-        assert 0.3 <= early[0][1] - started < 1.3
-        late = [(receiver.metadata(each).key, time.monotonic()) for each in await collect(receiver, 1)]
-        assert late[0][0] == "late"
-        assert 0.7 <= late[0][1] - started < 1.7
-
     async def test_the_groups_are_those_of_the_time_of_publishing(self, lab: Any) -> None:
         ours, theirs = await lab.transport(), await lab.transport()
         await ours.declare("one", None, change=True)
@@ -380,33 +286,8 @@ class TestDelayed:
         assert await transport.send(lab.envelopes(3, delay=0.4)) == ()
         assert (await transport.stats("g")).delayed == 3
 
-    async def test_a_retry_passes_the_same_levels_again_and_again(self, lab: Any, collect: Collect) -> None:
-        transport = await lab.transport()
-        await transport.declare("g", None, change=True)
-        receiver = await lab.receiver(transport)
-        sent = lab.envelope("orders.x", headers={"h": "v"})
-        await transport.send([sent])
-        for attempt in range(1, 5):
-            [delivery] = await collect(receiver, 1)
-            assert (delivery.attempt, delivery.body) == (attempt, sent.body)
-            assert receiver.metadata(delivery) == (sent.id, sent.key, sent.published_at, sent.headers)
-            assert not any(await receiver.settle([retry(delivery, 0.1)]))
-        assert await lab.waiting(lab.names.dead("g")) == 0
-
 
 class TestSettling:
-    async def test_an_acknowledged_message_is_gone(self, lab: Any, collect: Collect) -> None:
-        transport = await lab.transport()
-        await transport.declare("g", None, change=True)
-        receiver = await lab.receiver(transport)
-        await transport.send(lab.envelopes(5))
-        receipts = await collect(receiver, 5)
-        assert not any(await receiver.ack([receipts[3], receipts[0], receipts[1]], verify=False))
-        assert not any(await receiver.ack([receipts[4], receipts[2]], verify=True))
-        assert receiver.in_flight == 0
-        await receiver.close()
-        assert await lab.waiting(lab.names.queue("g")) == 0
-
     async def test_what_was_settled_is_not_ours_any_more(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport()
         await transport.declare("g", None, change=True)
@@ -422,32 +303,6 @@ class TestSettling:
             assert isinstance(outcomes[0], LeaseLostError)
         assert list(await receiver.renew([delivery])) == [delivery]
         assert (await transport.stats("g")).dead == 0
-
-    async def test_attempts_are_counted_and_releases_are_not(self, lab: Any, collect: Collect) -> None:
-        transport = await lab.transport()
-        await transport.declare("g", None, change=True)
-        receiver = await lab.receiver(transport)
-        await transport.send(lab.envelopes(1))
-        for settlement, expected in ((release, 1), (retry, 1), (release, 2), (retry, 2)):
-            [delivery] = await collect(receiver, 1)
-            assert delivery.attempt == expected
-            assert not any(await receiver.settle([settlement(delivery)]))
-        [delivery] = await collect(receiver, 1)
-        assert delivery.attempt == 3
-
-    async def test_a_dead_letter_keeps_everything(self, lab: Any, collect: Collect) -> None:
-        transport = await lab.transport()
-        await transport.declare("g", None, change=True)
-        receiver = await lab.receiver(transport)
-        sent = lab.envelope("a.b", headers={"h": "v"}, body=b"\x00\xff")
-        await transport.send([sent])
-        [delivery] = await collect(receiver, 1)
-        before = time.time()
-        assert not any(await receiver.settle([dead(delivery, "why", "trace")]))
-        [letter] = await buried(transport)
-        assert (letter.id, letter.key, letter.body, letter.headers) == (sent.id, "a.b", sent.body, {"h": "v"})
-        assert (letter.attempts, letter.reason, letter.error) == (1, "why", "trace")
-        assert before - 1 < letter.dead_at < time.time() + 1
 
     async def test_an_endless_error_text_is_cut_and_buries_the_message_all_the_same(
         self, lab: Any, collect: Collect
@@ -501,16 +356,6 @@ class TestLeaving:
         assert not any(await receiver.ack(again, verify=True))
         assert len(await collect(receiver, 3)) == 3
 
-    async def test_stopping_ends_a_receive_that_waits(self, lab: Any) -> None:
-        transport = await lab.transport()
-        await transport.declare("g", None, change=True)
-        receiver = await lab.receiver(transport)
-        waiting = asyncio.create_task(receiver.receive(1))
-        await asyncio.sleep(0)
-        async with bounds.within(0.5):
-            await receiver.stop()
-            assert list(await waiting) == []
-
     async def test_a_lost_channel_loses_what_it_delivered_and_the_next_one_gets_it(
         self, lab: Any, collect: Collect
     ) -> None:
@@ -528,47 +373,6 @@ class TestLeaving:
         assert {delivery.attempt for delivery in again} == {1}
         assert all(await receiver.ack(held, verify=False))  # and costs the new channel nothing
         assert not any(await receiver.ack(again, verify=True))
-
-
-class TestStats:
-    async def test_they_are_exact(self, lab: Any, collect: Collect) -> None:
-        transport = await lab.transport()
-        await transport.declare("g", None, change=True)
-        receiver = await lab.receiver(transport, prefetch=6)
-        await transport.send([*lab.envelopes(10), *lab.envelopes(2, delay=60)])
-        held = await collect(receiver, 6)
-        await receiver.settle([dead(held[2]), retry(held[3], 60.0)])
-        held = [*held[:2], *held[4:], *await collect(receiver, 2)]
-        stats = await transport.stats("g")
-        assert (stats.waiting, stats.in_flight, stats.delayed, stats.dead) == (2, 6, 3, 1)
-
-    async def test_a_group_that_does_not_exist_is_missing(self, lab: Any) -> None:
-        transport = await lab.transport()
-        for call in (transport.stats("nobody"), transport.subscribe("nobody", 1), buried(transport, "nobody")):
-            with pytest.raises(GroupMissingError, match="nobody"):
-                await call
-
-    async def test_ping_asks_the_broker(self, lab: Any) -> None:
-        await (await lab.transport()).ping()
-
-
-class TestChangesThatDied:
-    async def test_an_exchange_half_restored_is_restored_by_the_next(
-        self, lab: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        await (await lab.transport()).declare("g", None, change=True)
-        await (await lab.pika()).exchange_delete(lab.names.exchange)
-
-        async def die(*_: object) -> None:
-            raise BackendConnectionError("died here")
-
-        with monkeypatch.context() as patch:
-            patch.setattr("abe_backend_rabbitmq._groups.Groups._make_queues", die)
-            with pytest.raises(BackendConnectionError, match="died here"):
-                await lab.transport()
-        transport = await lab.transport()
-        assert await transport.send(lab.envelopes(1)) == ()
-        assert (await transport.stats("g")).waiting == 1
 
     @pytest.mark.parametrize("change", ["declare", "delete"])
     async def test_a_change_is_finished_by_whoever_reads_the_registry(
