@@ -176,7 +176,7 @@ class TestKnowing:
 
 def revisions(transport: SqsTransport, registry: Any, group: str) -> frozenset[Queue]:
     names = transport.broker.groups.names
-    found: frozenset[Queue] = registry.listing.of(names.mark_of(names.queue(group)))
+    found: frozenset[Queue] = registry.listing.of(names.queue(group))
     return found
 
 

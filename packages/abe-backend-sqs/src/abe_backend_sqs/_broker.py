@@ -35,7 +35,7 @@ class Broker:
         self.copies = Copies(settings, self.groups.names)
         self.publisher = Publisher(self.groups, settings)
         self.settled = Settled()
-        self.left_behind: defaultdict[str, list[Poll]] = defaultdict(list)
+        self.detached: defaultdict[str, list[Poll]] = defaultdict(list)
         """Polls of consumers that are gone, by queue."""
         self.background = Background()
         """What must not be cancelled with the one who asked for it."""

@@ -221,7 +221,7 @@ class Groups:
         self._check_deletable("the namespace is")
         registry = await self.keeper.registry(time.monotonic())
         found = await _queue.list_all(self._clients, self.names.all)
-        for queue in sorted(found, key=lambda queue: self.names.mark(queue.name) is None):  # revisions first
+        for queue in sorted(found, key=lambda queue: self.names.revised(queue.name) is None):  # revisions first
             if self.names.owns(queue.name):
                 await queue.remove()
         self.deletions.update(registry.groups)

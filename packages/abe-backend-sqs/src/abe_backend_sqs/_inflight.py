@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from abe.backends.message_queue.base import Disposition, Settlement
@@ -31,43 +32,33 @@ while we had it, and what nobody took in time."""
 _MOST_UNCOUNTED: Final = 100_000
 
 
+@dataclass(slots=True, eq=False)
 class Leased:
     """A message that SQS counts as ours."""
 
-    __slots__ = (
-        "attempt",
-        "count",
-        "deadline",
-        "expires",
-        "handle",
-        "message",
-        "received_again",
-        "released",
-        "replaced",
-        "uncertain",
-        "warned",
-    )
+    message: Message
+    attempt: int
+    deadline: float
+    """When its lease runs out unless it is renewed, by the monotonic clock."""
+    handle: str = ""
+    """The newest one. The first is what the engine knows it by."""
+    count: int = 1
+    """Which delivery of SQS's the newest handle is of."""
+    expires: float = field(default_factory=lambda: time.monotonic() + LONGEST_VISIBILITY)
+    """When SQS lets nobody have it for longer, by the monotonic clock."""
+    received_again: bool = False
+    """Whether SQS has delivered it to us more often than we have handed it out."""
+    released: bool = False
+    """Whether this delivery is known to be no attempt."""
+    replaced: bool = False
+    """Whether its copy is stored, so that only deleting it is left."""
+    uncertain: bool = False
+    """Whether it may have been deleted by a request that was not answered."""
+    warned: bool = False
+    """Whether it was said that its lease cannot be renewed for much longer."""
 
-    def __init__(self, message: Message, attempt: int, deadline: float) -> None:
-        self.message = message
-        self.handle: str = str(message.get("ReceiptHandle", ""))
-        """The newest one. The first is what the engine knows it by."""
-        self.count: int = received(message)
-        """Which delivery of SQS's the newest handle is of."""
-        self.received_again = False
-        """Whether SQS has delivered it to us more often than we have handed it out."""
-        self.attempt = attempt
-        self.deadline = deadline
-        """When its lease runs out unless it is renewed, by the monotonic clock."""
-        self.expires = time.monotonic() + LONGEST_VISIBILITY
-        self.released = False
-        """Whether this delivery is known to be no attempt."""
-        self.replaced = False
-        """Whether its copy is stored, so that only deleting it is left."""
-        self.uncertain = False
-        """Whether it may have been deleted by a request that was not answered."""
-        self.warned = False
-        """Whether it was said that its lease cannot be renewed for much longer."""
+    def __post_init__(self) -> None:
+        self.handle, self.count = str(self.message.get("ReceiptHandle", "")), received(self.message)
 
     @property
     def remaining(self) -> int:

@@ -1,8 +1,8 @@
 """The requests for messages that are under way for one consumer.
 
-A poll is never cancelled: what SQS had put into its answer would be lost until its lease runs out, and an attempt with it. Who
-stops leaves the polls that are under way to the group's next consumer in this process; what one of them brings while nobody has
-taken it over goes to the consumer that began it, which gives it back.
+A poll is never cancelled: messages that SQS had put into its answer would be lost until their leases run out, and an attempt with
+them. A consumer that stops detaches its polls: the group's next consumer in this process takes them over. What a poll brings before
+that goes to the consumer that began it, which gives it back.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ class Polls:
 
     Args:
         queue: The queue.
-        left_behind: Polls of this queue whose consumers are gone.
+        detached: Polls of this queue whose consumers are gone.
         run: Runs what must not be cancelled with the one who asked for it.
         take: Gets what they bring.
     """
@@ -43,11 +43,11 @@ class Polls:
     def __init__(
         self,
         queue: Queue,
-        left_behind: list[Poll],
+        detached: list[Poll],
         run: Callable[[Coroutine[Any, Any, None]], object],
         take: Callable[[Sequence[Message]], Awaitable[None]],
     ) -> None:
-        self._left_behind = left_behind
+        self._detached = detached
         self._run = run
         self._take = take
         self._settings = queue.clients.settings
@@ -62,9 +62,9 @@ class Polls:
         """Set whenever one ends."""
 
     def ask_for(self, count: int) -> None:
-        """Have polls under way for that many messages more: those that a consumer of this process left behind, then new ones."""
-        while self._left_behind and self._left_behind[-1].count <= count:
-            poll = self._left_behind.pop()
+        """Have polls under way for that many messages more: detached ones of another consumer, then new ones."""
+        while self._detached and self._detached[-1].count <= count:
+            poll = self._detached.pop()
             poll.owner = self
             count -= self._began(poll)
         while count > 0 and len(self._under_way) < self._max_concurrent:
@@ -72,9 +72,9 @@ class Polls:
             count -= self._began(poll)
             self._run(_carry_out(poll))
 
-    def leave(self) -> None:
-        """Leave what is under way to the group's next consumer in this process."""
-        self._left_behind += self._under_way
+    def detach(self) -> None:
+        """Let the group's next consumer in this process take over what is under way."""
+        self._detached += self._under_way
         self._under_way.clear()
         self.asked_for = 0
         self.news.set()
@@ -105,8 +105,8 @@ class Polls:
         if poll in self._under_way:
             self._under_way.discard(poll)
             self.asked_for -= poll.count
-        elif poll in self._left_behind:
-            self._left_behind.remove(poll)
+        elif poll in self._detached:
+            self._detached.remove(poll)
         self.news.set()
 
     def _began(self, poll: Poll) -> int:
@@ -116,7 +116,7 @@ class Polls:
 
 
 async def _carry_out(poll: Poll) -> None:
-    """Poll. Whoever owns it in the end gets what it brings."""
+    """Poll. Its owner at the end gets what it brings."""
     try:
         messages = await poll.owner.queue.poll(poll.count)
         await poll.owner.brought(poll, messages)

@@ -58,7 +58,7 @@ class Publisher:
             return await self._fan_out(envelopes, registry, None)
         async with self._counting:
             wanting = {group for envelope in envelopes for group in _wanting(envelope, registry)}
-            return await self._fan_out(envelopes, registry, await self._rooms(wanting, self._settings.max_backlog))
+            return await self._fan_out(envelopes, registry, await self._free(wanting, self._settings.max_backlog))
 
     async def post(self, name: str, entries: Sequence[Entry]) -> Outcomes:
         """Put messages into a queue, and return each one's outcome. Messages keep their order where the queue has one."""
@@ -95,13 +95,15 @@ class Publisher:
             entry = self._entry(envelope, parked=not registry.groups)
             outcomes[position] = error = _too_large(entry) or self._refusal(envelope, registry, groups, room)
             if error is None:
-                for name in self._ways(envelope, entry, registry, groups):
+                for name in self._destinations(envelope, entry, registry, groups):
                     queues.setdefault(name, []).append((position, entry))
         await self._post_all(envelopes, queues, outcomes)
         return outcomes if any(outcomes) else ()
 
-    def _ways(self, envelope: Envelope, entry: Entry, registry: Registry, groups: Sequence[str]) -> Sequence[str]:
-        """Return the names of the queues that it goes to, or the ARN of the topic: one that delays nothing, and reaches all groups."""
+    def _destinations(
+        self, envelope: Envelope, entry: Entry, registry: Registry, groups: Sequence[str]
+    ) -> Sequence[str]:
+        """Return the names of the queues for it, or the ARN of the topic, which delays nothing and reaches all groups."""
         names = self.groups.names
         if not registry.groups:
             return [names.parked]
@@ -130,18 +132,18 @@ class Publisher:
             return unroutable(envelope)
         if not registry.groups or room is None:
             return None
-        having = self._having(envelope)  # by an earlier try: there it takes no room any more
+        stored = self._stored_in(envelope)  # by an earlier try: there it takes no room any more
         names = self.groups.names
-        left = [each for each in groups if names.queue(each) not in having and names.delayed(each) not in having]
+        left = [each for each in groups if names.queue(each) not in stored and names.delayed(each) not in stored]
         if any(room[group] <= 0 for group in left):
-            if having:
+            if stored:
                 return PublishUnknownError("some groups have the message, and another has max_backlog messages waiting")
             return group_full()
         for group in left:
             room[group] -= 1
         return None
 
-    async def _rooms(self, groups: Collection[str], most: int) -> dict[str, int]:
+    async def _free(self, groups: Collection[str], most: int) -> dict[str, int]:
         async def room(group: str) -> int:
             try:
                 waiting, _, delayed = await self.groups.group_counts(group)
@@ -160,7 +162,7 @@ class Publisher:
         """Post to every queue; a message that only some of them took is remembered, so that its next try leaves those out."""
 
         async def post(name: str, some: Sequence[tuple[int, Entry]]) -> None:
-            left = [each for each in some if name not in self._having(envelopes[each[0]])] if self._partial else some
+            left = [each for each in some if name not in self._stored_in(envelopes[each[0]])] if self._partial else some
             results = await self.post(name, [entry for _, entry in left]) if left else ()
             for (position, _), result in zip(left, results, strict=True):
                 if result is None:
@@ -178,23 +180,23 @@ class Publisher:
             return
         for position, envelope in enumerate(envelopes):
             if position in failed:
-                outcomes[position] = self._partly(envelope, done.get(position, set()), failed[position])
+                outcomes[position] = self._partial_failure(envelope, done.get(position, set()), failed[position])
             else:
                 self._partial.pop(id(envelope), None)
 
-    def _having(self, envelope: Envelope) -> Collection[str]:
+    def _stored_in(self, envelope: Envelope) -> Collection[str]:
         found = self._partial.get(id(envelope))
         return found.names if found else ()
 
     def _forget_partial(self) -> None:
-        """Forget messages that nobody sends again, as the time of their publish is over. The first ones are the oldest."""
+        """Forget messages that are not sent again, as the time of their publish is over. The first ones are the oldest."""
         oldest = time.monotonic() - self._settings.publish_timeout
         while self._partial and (first := next(iter(self._partial.values()))).since < oldest:
             del self._partial[id(first.envelope)]
 
-    def _partly(self, envelope: Envelope, done: set[str], failed: Sequence[tuple[str, AbeError]]) -> AbeError:
+    def _partial_failure(self, envelope: Envelope, done: set[str], failed: Sequence[tuple[str, AbeError]]) -> AbeError:
         errors = [error for _, error in failed]
-        # What may be stored is told first, then what will never be.
+        # An error of what may be stored comes first, then one of what will never be.
         worst = min(errors, key=lambda error: (not error.maybe_accepted, error.retryable))
         known = self._partial.get(id(envelope))
         if known is None:

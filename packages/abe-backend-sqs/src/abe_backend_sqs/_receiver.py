@@ -50,7 +50,7 @@ class SqsReceiver:
         self._settings = broker.settings
         self._in_flight = InFlight()
         self._settlements = Settlements(broker, group, queue, self._in_flight)
-        self._polls = Polls(queue, broker.left_behind[queue.name], broker.background.start, self._take)
+        self._polls = Polls(queue, broker.detached[queue.name], broker.background.start, self._take)
         self._revival = Revival(self._in_flight, self._polls, broker.background.start)
         self._arrived: deque[tuple[Delivery, Leased]] = deque()
         self._stopping = False
@@ -167,12 +167,12 @@ class SqsReceiver:
 
     async def stop(self) -> None:
         """Take nothing new, and give back what nobody was handed. The polls under way end by themselves, in the background."""
-        self._leave_polls()
+        self._unsubscribe()
         await self._give_back_arrived()
 
     async def close(self) -> None:
         """Give back what is still ours. What may be deleted comes back when its lease runs out, or never."""
-        self._leave_polls()
+        self._unsubscribe()
         self._revival.end()
         self._arrived.clear()
         await self._give_back(
@@ -198,11 +198,11 @@ class SqsReceiver:
             self._in_flight.lose(receipt)
         return self._in_flight.ours(lost)[2]
 
-    def _leave_polls(self) -> None:
+    def _unsubscribe(self) -> None:
         if self._settings.fifo and not self._stopping:
             self._broker.delays(self._group).unregister()
         self._stopping = True
-        self._polls.leave()
+        self._polls.detach()
 
     async def _take(self, messages: Sequence[Message]) -> None:
         """Have what a poll brought: to be handed out, made invisible again, or given back."""

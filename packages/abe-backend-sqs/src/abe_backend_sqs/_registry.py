@@ -1,28 +1,27 @@
 """How the groups are read and changed: the list of queues' names again and again, the tags of a queue when its group has changed.
 
 SQS answers five requests for tags a second in an account. So tags are kept queue by queue, and read again only where the list says that
-the group has changed; what is read stays read, however often the rest is throttled. One reading is under way at a time, whoever asks for
-it, and goes on when those who asked are gone. While what was read last may still be relied on, a publisher goes by it, and the next
-reading happens beside it.
+the group has changed; throttling of some queues does not discard the tags of others. Concurrent callers share one reading, and
+cancelling a caller does not cancel it. Publishers may use a registry for `SQS_REGISTRY_TTL_SECONDS`; the next one is read meanwhile.
 
-SQS has no lock and no transaction, so that a change is told by queues that are always empty. A group has one, its revision, whose name is
-another one each time. Who changes a group's tags (`RegistryKeeper.change`):
+SQS has no lock and no transaction, so that queues that are always empty tell of changes. A group has one, its revision, whose name is new
+each time. To change a group's tags (`RegistryKeeper.change`):
 
-1. adds a revision, so that there are two (where there was none, two are added: one alone would be relied on);
-2. sets the tags;
-3. adds another revision, and removes those that were there after the tags were set;
-4. looks whether one is left. If not, others did the same beside this, and it begins again without a change: somebody has to be the last.
+1. Add a revision, so that there are two (where there was none, add two: one alone would be relied on).
+2. Set the tags.
+3. Add another revision, and remove those that were there after the tags were set.
+4. List them. If more than one is left, another process changed the group too: begin again, without setting tags.
 
-Whoever is ended in between leaves two, until the next change or `Groups` tidies them up. Who reads them (`RegistryKeeper._holds`):
+A process that dies in between leaves two, until the next change or declaration removes one. To read them (`RegistryKeeper._holds`):
 
-1. lists the names of queues, and then reads tags;
-2. relies on tags that were read after a list with at most one revision of that group for as long as the list has the same one;
-3. where there are two, reads the tags each time.
+1. List the names of queues, and then read tags.
+2. Use tags that were read after a list with at most one revision of the group for as long as lists have the same one.
+3. Where there are two, read the tags each time.
 
-So whatever was read before step 2 of a change is read again after step 3, as that revision is not the one that was listed.
+So tags that were read before step 2 of a change are read again after step 3, as the revision is another one.
 
-A queue that vanishes while its revision stays was deleted by nobody who deletes groups. Its consumers make it again. Until then those who
-know what it wanted still count on it, so that a publish that wants it waits, and fails in the end, in place of passing it by.
+A queue that is missing while its revision is there was not deleted by `delete_group`. Its consumers make it again. Until then
+publishers that know the group still count it, so that a publish that it wants waits, and fails in the end, in place of passing it by.
 """
 
 import asyncio
@@ -131,7 +130,7 @@ class RegistryKeeper:
         for queue in await _queue.list_all(self._clients, self._names.listed):
             if queue.name.endswith(FIFO) is not self._settings.fifo:
                 continue
-            if (mark := self._names.mark(queue.name)) is not None:
+            if (mark := self._names.revised(queue.name)) is not None:
                 revisions.setdefault(mark, set()).add(queue)
             elif queue.name.startswith(self._names.prefix):
                 queues[queue.name] = queue
@@ -154,7 +153,7 @@ class RegistryKeeper:
 
     async def revisions(self, name: str) -> frozenset[Queue]:
         """Return the revisions of the group whose queue has that name."""
-        return (await self.list()).of(self._names.mark_of(name))
+        return (await self.list()).of(name)
 
     async def revise(self, name: str) -> None:
         """Add a revision of the group whose queue has that name."""
@@ -224,7 +223,7 @@ class RegistryKeeper:
             self._registry = registry
 
     async def _read_one(self, name: str, listing: Listing) -> None:
-        revisions = listing.of(self._names.mark_of(name))
+        revisions = listing.of(name)
         group: Group | None = None
         async with self._concurrent:
             read_at = time.monotonic()
@@ -242,7 +241,7 @@ class RegistryKeeper:
     def _holds(self, name: str, listing: Listing) -> bool:
         """Whether the tags that were read last are those that the queue has now."""
         known = self._known.get(name)
-        revisions = listing.of(self._names.mark_of(name))
+        revisions = listing.of(name)
         if known is None or known.revisions != revisions or len(revisions) > 1 or name in self._missing:
             return False
         return bool(revisions) or time.monotonic() - known.read_at < _UNREVISED
@@ -252,7 +251,7 @@ class RegistryKeeper:
         now = time.monotonic()
         for name in [each for each in self._known if each not in listing.queues]:
             group = self._known[name].group
-            if group is None or not listing.of(self._names.mark_of(name)):
+            if group is None or not listing.of(name):
                 self._forget(name)
                 continue
             if name not in self._missing:

@@ -11,6 +11,7 @@ from typing import Final, NamedTuple, Self
 from abe.backends.message_queue.base.routing import Routes
 from abe.errors import ConfigurationError
 from abe_backend_sqs._queue import Queue
+from abe_backend_sqs._topology import mark
 
 _GROUP_TAG: Final = "abe-group"
 _PATTERNS_TAG: Final = "abe-patterns-"
@@ -70,9 +71,9 @@ class Listing(NamedTuple):
     revisions: Mapping[str, frozenset[Queue]]
     """The queues that are revisions, by what those of one group have in common."""
 
-    def of(self, mark: str) -> frozenset[Queue]:
-        """Return the revisions of a group."""
-        return self.revisions.get(mark, frozenset())
+    def of(self, name: str) -> frozenset[Queue]:
+        """Return the revisions of the group whose queue has that name."""
+        return self.revisions.get(mark(name), frozenset())
 
 
 class Registry(NamedTuple):

@@ -24,6 +24,10 @@ class Topology:
     def __init__(self, namespace: str, *, fifo: bool = False) -> None:
         self._namespace = _part(namespace)
         self._suffix = suffix = FIFO if fifo else ""
+        self.all = f"{self._namespace}-"
+        """What the names of all queues of the namespace begin with, and perhaps others."""
+        self.topic = f"{self._namespace}-topic"
+        """Topic: what every group wants, with SQS_FANOUT=sns."""
         self.listed = f"{self._namespace}-group"
         """What the names of all groups' queues and revisions begin with."""
         self.prefix = f"{self.listed}-"
@@ -37,18 +41,14 @@ class Topology:
 
     def revision(self, queue: str) -> str:
         """Queue, always empty: its name alone, which is another one each time, says whether a group is what it was."""
-        return f"{self.listed}s-{_mark(queue)}{token_hex(8)}{self._suffix}"
+        return f"{self.listed}s-{mark(queue)}{token_hex(8)}{self._suffix}"
 
-    def mark(self, name: str) -> str | None:
-        """Return which group's revision it is, as `mark_of` says; None for the name of any other queue."""
+    def revised(self, name: str) -> str | None:
+        """Return the mark of the group of which it is a revision; None for the name of any other queue."""
         found = re.fullmatch(
             rf"{re.escape(self.listed)}s-([0-9a-f]{{16}})[0-9a-f]{{16}}{re.escape(self._suffix)}", name
         )
         return found[1] if found else None
-
-    def mark_of(self, queue: str) -> str:
-        """Return what the names of the revisions of a group's queue have in common."""
-        return _mark(queue)
 
     def owns(self, name: str) -> bool:
         """Whether a queue is one of this namespace, and of this kind: another namespace's name may begin like it."""
@@ -56,16 +56,6 @@ class Topology:
             return bool(self._suffix)
         begins = name.startswith((self.prefix, f"{self.listed}s-", f"{self._namespace}-dead-"))
         return name == self.parked or (begins and name.endswith(FIFO) is bool(self._suffix))
-
-    @property
-    def all(self) -> str:
-        """What the names of all queues of the namespace begin with, and perhaps others."""
-        return f"{self._namespace}-"
-
-    @property
-    def topic(self) -> str:
-        """Topic: what every group wants, with SQS_FANOUT=sns."""
-        return f"{self._namespace}-topic"
 
     def dead(self, group: str) -> str:
         """Queue: the group's dead letters."""
@@ -77,7 +67,8 @@ class Topology:
 
 
 @lru_cache(maxsize=10_000)
-def _mark(queue: str) -> str:
+def mark(queue: str) -> str:
+    """Return what the names of the revisions of a group's queue have in common."""
     return hashlib.sha256(queue.encode()).hexdigest()[:_MARK]
 
 
