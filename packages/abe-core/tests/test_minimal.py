@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import gc
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -21,6 +22,7 @@ from abe.errors import (
     UnsupportedCapabilityError,
 )
 from abe.testing import registered_backend
+from abe_contract_tests.bounds import within
 
 
 class Provider:
@@ -205,6 +207,96 @@ async def test_what_a_provider_has_beyond_the_three_is_used() -> None:
         pass  # has nothing to connect
     assert connecting.calls == ["connect", "ping", "disconnect"]
     assert entered.calls == ["enter", "exit"]
+
+
+class Slow(Provider):
+    """Delivers what is put into its queue, and tells who asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    async def consume(self, *, group: str | None = None) -> AsyncIterator[dict[str, Any]]:
+        while True:
+            yield await self.queue.get()
+
+
+async def test_a_cancelled_loop_takes_nothing_with_it() -> None:
+    provider = Slow()
+
+    async def loop() -> None:
+        async for _ in full(provider).consume():
+            raise AssertionError("nothing is there")
+
+    looping = asyncio.create_task(loop())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    looping.cancel()
+    await asyncio.wait([looping])
+    del looping
+    gc.collect()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await provider.queue.put({"n": 1})
+    async with within(10), full(provider).consume() as subscription:
+        assert await anext(subscription) == {"n": 1}
+
+
+async def test_a_wait_that_timed_out_has_taken_nothing() -> None:
+    provider = Slow()
+    async with within(10), full(provider).consume() as subscription:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(subscription), 0.01)
+        await provider.queue.put({"n": 1})
+        assert await anext(subscription) == {"n": 1}
+
+
+async def test_two_that_ask_at_once_are_a_clear_error() -> None:
+    provider = Slow()
+    async with within(10), full(provider).consume() as subscription:
+        first = asyncio.ensure_future(anext(subscription))
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="one at a time"):
+            await anext(subscription)
+        await provider.queue.put({"n": 1})
+        assert await first == {"n": 1}
+
+
+async def test_what_is_set_on_it_is_set_on_the_provider() -> None:
+    provider = Provider()
+    backend: Any = full(provider)
+    backend.silent = True
+    assert provider.silent
+
+
+async def test_publish_many_goes_on_after_an_error_of_the_providers_own() -> None:
+    class Failing(Provider):
+        async def publish(self, key: str, payload: dict[str, Any]) -> None:
+            if key == "odd":
+                raise ConnectionError("gone")
+            await super().publish(key, payload)
+
+    provider = Failing()
+    with pytest.raises(PartialPublishError) as caught:
+        await full(provider).publish_many([("a", {}), ("odd", {}), ("b", {})])
+    [(index, error)] = caught.value.failures
+    assert index == 1
+    assert isinstance(error, PublishUnknownError)
+    assert isinstance(error.__cause__, ConnectionError)
+    assert [key for key, _ in provider.published] == ["a", "b"]
+
+
+async def test_a_provider_may_close_without_waiting() -> None:
+    class Plain(Provider):
+        closed = False
+
+        def disconnect(self) -> None:
+            self.closed = True
+
+    provider = Plain()
+    await full(provider).disconnect()
+    assert provider.closed
 
 
 async def test_the_consumer_runs_on_what_was_loaded() -> None:

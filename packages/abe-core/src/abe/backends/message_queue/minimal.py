@@ -5,9 +5,12 @@ Such a provider takes one kind of settlement: the request for the next message. 
 """
 
 import asyncio
+import inspect
 import logging
 import sys
+import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, cast
 
@@ -78,6 +81,12 @@ class MinimalBackend:
             raise AttributeError(name)
         return getattr(self._provider, name)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "_provider":
+            super().__setattr__(name, value)
+        else:
+            setattr(self._provider, name, value)
+
     def __repr__(self) -> str:
         return f"<MinimalBackend around {self._provider!r}>"
 
@@ -143,6 +152,10 @@ class MinimalBackend:
                 await self.publish(item.key, item.payload, mandatory=item.mandatory, timeout=item.timeout, **options)
             except AbeError as exc:
                 failures.append((index, exc))
+            except Exception as exc:  # noqa: BLE001 - the others are published all the same, and the caller is told which were
+                error = PublishUnknownError(f"{self._name} failed: {exc!r}")
+                error.__cause__ = exc
+                failures.append((index, error))
         if failures:
             raise PartialPublishError(failures, len(publications))
 
@@ -229,8 +242,8 @@ class MinimalBackend:
 
     async def _if_any(self, method: str) -> None:
         own: Any = getattr(self._provider, method, None)
-        if own is not None:
-            await own()
+        if callable(own) and inspect.isawaitable(done := own()):
+            await done
 
     def _unsupported(self, what: str) -> NoReturn:
         raise UnsupportedCapabilityError(f"{self._name} has only the three methods of the protocol: {what} needs more")
@@ -277,6 +290,10 @@ class MinimalSubscription:
             )
         self._iterator: AsyncIterator[dict[str, Any]] = aiter(messages)
         self._asking: asyncio.Future[dict[str, Any]] | None = None
+        self._asked: list[asyncio.Future[dict[str, Any]]] = []  # the same, for the finalizer
+        # Whoever drops the subscription after a cancelled wait must not leave a task behind that takes a message.
+        weakref.finalize(self, _cancel_soon, self._asked).atexit = False
+        self._waiting = False
         self._stopped = False
 
     async def __aenter__(self) -> Self:
@@ -304,11 +321,19 @@ class MinimalSubscription:
         """Wait for the iterator's next message."""
         if self._stopped:
             raise BackendClosedError("the subscription was closed")
+        if self._waiting:
+            raise RuntimeError("this subscription is being asked for its next message already: it has one at a time")
         if self._asking is None:
             self._asking = asyncio.ensure_future(anext(self._iterator))
+            self._asked[:] = [self._asking]
         asking = self._asking
-        await asyncio.wait([asking])
+        self._waiting = True
+        try:
+            await asyncio.wait([asking])
+        finally:
+            self._waiting = False
         self._asking = None
+        self._asked.clear()
         if asking.cancelled():
             raise BackendClosedError("the subscription was closed")
         try:
@@ -348,6 +373,12 @@ class MinimalSubscription:
                     await close()
             except TimeoutError:
                 _log.warning("the provider did not close its iterator within %g s", _CLOSING)
+
+
+def _cancel_soon(asked: "Sequence[asyncio.Future[Any]]") -> None:
+    for asking in asked:
+        with suppress(RuntimeError):  # its event loop is closed
+            asking.get_loop().call_soon_threadsafe(asking.cancel)
 
 
 def _plain(payload: Publishable) -> dict[str, Any]:

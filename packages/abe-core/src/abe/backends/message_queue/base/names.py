@@ -134,7 +134,7 @@ def check_headers(headers: Mapping[str, str] | None) -> Mapping[str, str] | None
             raise InvalidNameError("a header name must not be empty")
     if size > MAX_HEADER_BYTES:
         raise InvalidNameError(f"the headers take {size} bytes; at most {MAX_HEADER_BYTES} are carried")
-    return dict(headers)
+    return {str.__str__(name): str.__str__(value) for name, value in headers.items()}
 
 
 @lru_cache(maxsize=4096)
@@ -169,4 +169,4 @@ def _check_text(text: str, what: str) -> str:
         raise InvalidNameError(f"the {what} {text!r} is not valid Unicode text") from None
     if not 1 <= size <= MAX_KEY_BYTES:
         raise InvalidNameError(f"a {what} must be 1 to {MAX_KEY_BYTES} bytes of UTF-8, not {size}")
-    return text
+    return str.__str__(text)  # itself, or the plain text of a subclass, which no encoder knows

@@ -71,7 +71,7 @@ class Outgoing:
             )
         return Envelope(
             next_id() if id is None else check_id(id),
-            key,
+            key if type(key) is str else str.__str__(key),
             body,
             time.time_ns() // 1_000_000,
             check_headers(headers) if headers else None,

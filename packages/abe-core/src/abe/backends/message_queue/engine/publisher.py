@@ -59,6 +59,15 @@ class _Batch:
         self.deadline = deadline
         self.timeout = timeout
 
+    def tell(self, pending: Sequence[int], results: Outcomes) -> None:
+        """Tell those whose outcome is final: none of them waits for another's next try."""
+        if not self.futures:
+            return  # one caller waits for all of them
+        for index, result in zip(pending, results, strict=True):
+            final = result is None or not (isinstance(result, _AGAIN) or index in self.doubtful)
+            if final and not self.futures[index].done():
+                self.futures[index].set_result(result)
+
 
 class Publisher:
     """Coalesces messages into batches, bounds what is on its way, and retries within the deadline with the same ids.
@@ -92,6 +101,7 @@ class Publisher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._scheduled = False
         self._alone = True
+        self._at_once = 0
         self._room = Room(max_count=max_count, max_bytes=max_bytes)
         self._connected = False
         self._abandoned = asyncio.Event()
@@ -108,6 +118,9 @@ class Publisher:
         if self._alone and self._connected and not self._room.count and not self._room.closed:
             begun = begin(self._transport.send([envelope]))
             if not begun or begun == _ACCEPTED:
+                self._at_once += 1
+                if not self._at_once & 63:
+                    await asyncio.sleep(0)  # a loop of publishes that never wait must not block the event loop
                 return None  # nobody could see that it was on its way
         seconds = self._timeout if timeout is None else timeout
         deadline = self._loop.time() + seconds
@@ -167,7 +180,7 @@ class Publisher:
         self._deadlines.expire()
         self._deadlines.close()
         if self._tasks:
-            await asyncio.wait(self._tasks)
+            await asyncio.wait(self._tasks, timeout=_SLACK * timeout)  # a transport may be slow to let go
         self._room.release()
 
     def _enqueue(
@@ -292,13 +305,13 @@ class Publisher:
         """Send those once, unless they are under way, and return which have no final outcome."""
         try:
             if begun is None:
-                if not self._connected:
-                    await self._opened()
-                    self._connected = True
+                pending = await self._connect(batch, pending)
+                if not pending:
+                    return ()
                 whole = len(pending) == len(batch.envelopes)
                 begun = begin(self._transport.send(batch.envelopes if whole else [batch.envelopes[i] for i in pending]))
             batch.sending = True
-            results = (await begun) if isinstance(begun, Begun) else begun
+            results = _one_each((await begun) if isinstance(begun, Begun) else begun, len(pending))
         except AbeError as exc:
             results = [exc] * len(pending)
         except Exception as exc:  # noqa: BLE001 - a fault in a transport is an outcome too: nobody may wait for ever
@@ -315,8 +328,18 @@ class Publisher:
             again = [i for i in pending if isinstance(outcomes[i], _AGAIN)]
             batch.doubtful = batch.doubtful.union(i for i in again if _maybe_accepted(outcomes[i]))
             self._connected = not again  # whatever it was, have a look before the next try
+            if again:
+                batch.tell(pending, results)
         self._trouble(outcomes[again[0]] if again else None)
         return again
+
+    async def _connect(self, batch: _Batch, pending: Sequence[int]) -> Sequence[int]:
+        """Connect, if need be, and return who still waits: who ran out of time meanwhile was told that nothing was published."""
+        if self._connected:
+            return pending
+        await self._opened()
+        self._connected = True
+        return [i for i in pending if not (batch.futures and batch.futures[i].done())]
 
     def _trouble(self, error: AbeError | None) -> None:
         """Log when publishing begins to fail, and when it works again; not each try in between."""
@@ -346,6 +369,12 @@ class Publisher:
             if not future.done():
                 future.set_result(outcome)
         self._room.leave(len(batch.futures), batch.size)
+
+
+def _one_each(results: Outcomes, count: int) -> Outcomes:
+    if results and len(results) != count:
+        raise RuntimeError(f"{len(results)} outcomes of {count} messages")
+    return results
 
 
 def _unexpected(exc: Exception) -> PublishUnknownError:

@@ -18,6 +18,7 @@ class Room:
         self.closed: bool = False
         """Whether nobody waits for room any more."""
         self._bytes = 0
+        self._coming = 0  # woken, and not in yet: their places are not for who comes after them
         self._max_count = max_count
         self._max_bytes = max_bytes
         self._loop = asyncio.get_running_loop()
@@ -26,7 +27,7 @@ class Room:
 
     def full(self) -> bool:
         """Whether whoever comes has to wait."""
-        return (self.count >= self._max_count or self._bytes >= self._max_bytes) and not self.closed
+        return self._taken(self._coming)
 
     def enter(self, size: int) -> None:
         """Count a message of that many bytes."""
@@ -43,9 +44,10 @@ class Room:
 
     async def wait(self, deadline: float) -> bool:
         """Wait until there is room, or this is closed; return False if the deadline, by the event loop's clock, comes first."""
-        while self.full():
+        woken = False
+        while self._taken(0 if woken else self._coming):
             future: asyncio.Future[None] = self._loop.create_future()
-            self._waiting.append(future)
+            (self._waiting.appendleft if woken else self._waiting.append)(future)
             try:
                 async with asyncio.timeout_at(deadline):
                     await future
@@ -55,6 +57,8 @@ class Room:
             except asyncio.CancelledError:
                 self._hand_on(future)
                 raise
+            self._coming -= 1
+            woken = True
         self._loop.call_soon(self._more)
         return True
 
@@ -68,6 +72,9 @@ class Room:
         """Wake all who wait for room."""
         self._wake(len(self._waiting))
 
+    def _taken(self, coming: int) -> bool:
+        return (self.count + coming >= self._max_count or self._bytes >= self._max_bytes) and not self.closed
+
     def _more(self) -> None:
         # One large message that left makes room for many small ones: those that come in have the next one look.
         if not self.full():
@@ -75,6 +82,7 @@ class Room:
 
     def _hand_on(self, future: "asyncio.Future[None]") -> None:
         if future.done() and not future.cancelled():
+            self._coming -= 1
             self._wake(1)  # woken, and leaving at the same moment: the place is somebody else's
 
     def _wake(self, places: int) -> None:
@@ -82,4 +90,5 @@ class Room:
             future = self._waiting.popleft()
             if not future.done():
                 future.set_result(None)
+                self._coming += 1
                 places -= 1

@@ -77,7 +77,8 @@ class _MemoryReceiver:
     def metadata(self, delivery: Delivery) -> Metadata:
         envelope = delivery.header
         assert isinstance(envelope, Envelope)
-        return Metadata(envelope.id, envelope.key, envelope.published_at, envelope.headers)
+        headers = None if envelope.headers is None else dict(envelope.headers)  # the envelope is every group's
+        return Metadata(envelope.id, envelope.key, envelope.published_at, headers)
 
     async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
         # The number is of a delivery, not of a message, so that a late one finds nothing: there is no need to verify more.

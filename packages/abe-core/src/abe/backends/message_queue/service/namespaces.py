@@ -123,6 +123,8 @@ class Queue:
     def give_back(self, items: Iterable[Item]) -> None:
         """Put items back where they came from: before everything that was published after them."""
         returned = sorted(items, key=lambda item: item.serial)
+        for item in returned:
+            item.owner = None  # or its event loop would live as long as the message
         if returned and self.ready and returned[-1].serial > self.ready[0].serial:
             self.ready = deque(sorted([*returned, *self.ready], key=lambda item: item.serial))
         else:
