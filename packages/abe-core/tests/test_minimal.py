@@ -128,6 +128,21 @@ async def test_publish_refuses_what_the_protocol_has_no_word_for(option: str, va
     assert provider.published == []
 
 
+async def test_options_that_the_provider_takes_are_passed_on() -> None:
+    class WithMore(Provider):
+        async def publish(self, key: str, payload: dict[str, Any], *, headers: Any = None, **more: Any) -> None:
+            self.published.append((key, {"headers": headers, **more}))
+
+        async def consume(self, *, group: str | None = None, prefetch: int = 1) -> AsyncIterator[dict[str, Any]]:
+            yield {"group": group, "prefetch": prefetch}
+
+    provider = WithMore()
+    await full(provider).publish("k", {}, headers={"h": "v"}, delay=1.0)
+    assert provider.published == [("k", {"headers": {"h": "v"}, "delay": 1.0})]
+    async with full(provider).consume(group="g", prefetch=7) as subscription:
+        assert await anext(subscription) == {"group": "g", "prefetch": 7}
+
+
 async def test_a_publish_ends_in_its_time_and_its_outcome_is_unknown() -> None:
     provider = Provider()
     provider.silent = True

@@ -9,7 +9,7 @@ import inspect
 import logging
 import sys
 import weakref
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, cast
@@ -112,24 +112,24 @@ class MinimalBackend:
         Args:
             key: The message's key.
             payload: A JSON object, or an object that is encoded as one.
-            headers: Not supported, as are `id`, `delay`, `mandatory` and `group`.
+            headers: Passed on where the provider's method has such a parameter, as are `id`, `delay`, `mandatory` and `group`.
             timeout: Seconds within which it returns or raises; None: no limit besides the provider's own.
 
         Raises:
-            UnsupportedCapabilityError: An argument was given that the protocol does not have.
+            UnsupportedCapabilityError: An argument was given that the provider's method does not have.
             PublishUnknownError: The provider took longer than `timeout`.
             Exception: Any exception of the provider.
         """
-        given = {"headers": headers, "id": id, "delay": delay or None, "mandatory": mandatory or None, "group": group}
-        for name, value in given.items():
-            if value is not None:
-                self._unsupported(f"publish({name}=...)")
+        options = self._options(
+            self._provider.publish,
+            {"headers": headers, "id": id, "delay": delay or None, "mandatory": mandatory or None, "group": group},
+        )
         check_seconds("timeout", timeout)
         plain = payload if isinstance(payload, dict) else _plain(payload)
         bound = asyncio.timeout(timeout)
         try:
             async with bound:
-                await self._provider.publish(key, plain)
+                await self._provider.publish(key, plain, **options)
         except TimeoutError:
             if not bound.expired():
                 raise
@@ -171,15 +171,15 @@ class MinimalBackend:
 
         Args:
             group: The group; None: the provider's own default.
-            keys: Not supported, as are `prefetch` and `max_attempts`.
+            keys: Passed on where the provider's method has such a parameter, as are `prefetch` and `max_attempts`.
 
         Raises:
-            UnsupportedCapabilityError: An argument was given that the protocol does not have.
+            UnsupportedCapabilityError: An argument was given that the provider's method does not have.
         """
-        for name, value in {"keys": keys, "prefetch": prefetch, "max_attempts": max_attempts}.items():
-            if value is not None:
-                self._unsupported(f"consume({name}=...)")
-        return MinimalSubscription(self._provider.consume(group=group))
+        options = self._options(
+            self._provider.consume, {"keys": keys, "prefetch": prefetch, "max_attempts": max_attempts}
+        )
+        return MinimalSubscription(self._provider.consume(group=group, **options))
 
     async def connect(self) -> None:
         """Connect, if the provider has such a method."""
@@ -235,6 +235,17 @@ class MinimalBackend:
     @property
     def _name(self) -> str:
         return type(self._provider).__name__
+
+    def _options(self, method: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options that were given, if the provider's method takes all of them."""
+        options = {name: value for name, value in given.items() if value is not None}
+        if options:
+            parameters = inspect.signature(method).parameters
+            any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+            for name in options:
+                if not any_name and name not in parameters:
+                    self._unsupported(f"{method.__name__}({name}=...)")
+        return options
 
     def _own(self, method: str) -> Any:
         own = getattr(self._provider, method, None)
