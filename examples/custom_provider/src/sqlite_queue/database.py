@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from abe.errors import BackendClosedError, BackendConnectionError
+from abe.errors import BackendClosedError, BackendConnectionError, ConfigurationError
 
 _T = TypeVar("_T")
 
@@ -24,7 +24,7 @@ class Database:
         """Do work in one transaction. Whoever does not write keeps nobody from writing.
 
         Raises:
-            BackendConnectionError: The file cannot be opened, or is locked for too long. Nothing was done.
+            BackendConnectionError: The file cannot be opened, or is locked for too long (ConfigurationError: it is no database).
             BackendClosedError: It was closed.
         """
         if self._closed:
@@ -46,8 +46,9 @@ class Database:
             with self._connection as connection:
                 connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
                 return work(connection)
-        except sqlite3.OperationalError as exc:
-            raise BackendConnectionError(f"the queue's file: {exc}") from exc
+        except sqlite3.DatabaseError as exc:
+            kind = BackendConnectionError if isinstance(exc, sqlite3.OperationalError) else ConfigurationError
+            raise kind(f"the queue's file: {exc}") from exc
 
     def _close(self) -> None:
         if self._connection is not None:
