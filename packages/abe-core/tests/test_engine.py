@@ -751,6 +751,10 @@ class TestSettler:
         settler = settler_on(receiver, manual_clock)
         items = [delivery(number) for number in (1, 2, 3)]
         waiters = [settler.submit(item, Settlement(item, Disposition.RETRY)) for item in items]
+        await turns()
+        assert [waiter.done() for waiter in waiters] == [True, True, False], (
+            "what is final waits for no other's next try"
+        )
         await manual_clock.advance(5)
         outcomes = await within(asyncio.gather(*waiters))
         assert [type(outcome) for outcome in outcomes] == [type(None), LeaseLostError, type(None)]

@@ -118,7 +118,6 @@ class MinimalBackend:
         Raises:
             UnsupportedCapabilityError: An argument was given that the provider's method does not have.
             PublishUnknownError: The provider took longer than `timeout`.
-            Exception: Any exception of the provider.
         """
         options = self._options(
             self._provider.publish,

@@ -216,7 +216,7 @@ class Settler:
         """Have a batch carried out, and tell whoever waits; the log, where nobody does."""
         outcomes: list[AbeError | None] = [_closed()] * len(items)
         try:
-            await self._carry_out(call, items, outcomes)
+            await self._carry_out(call, items, outcomes, partial(_tell, deliveries, waiters or ()))
             late = [each for each, error in zip(deliveries, outcomes, strict=True) if error and error.retryable]
             await self._give_back(late)
         finally:  # when closing gives it up, too
@@ -241,8 +241,12 @@ class Settler:
         call: Callable[[Sequence[_Item]], Awaitable[Outcomes]],
         items: Sequence[_Item],
         outcomes: list[AbeError | None],
+        tell: Callable[[Sequence[AbeError | None]], None],
     ) -> None:
-        """Make the call, again for those of the items that may be carried out later; put each one's outcome in its place."""
+        """Make the call, again for those of the items that may be carried out later; put each one's outcome in its place.
+
+        Before each pause the outcomes are told: what is final waits for no other's next try.
+        """
         deadline = self._clock.time() + self._timeout
         outcomes[:] = await self._attempt(call, items)
         places: Sequence[int] = range(len(items))
@@ -253,6 +257,7 @@ class Settler:
             if self._abandoned or self._clock.time() + pause > deadline:
                 break
             _log.debug("%d settlements failed, trying again: %s", len(places), outcomes[places[0]])
+            tell(outcomes)
             await sleep(self._clock, pause)
             again = await self._attempt(call, [items[place] for place in places])
             for place, error in zip(places, again, strict=True):
@@ -293,6 +298,16 @@ class Settler:
             parts = items[:half], items[half:]
             return [each for part in parts for each in await self._attempt(call, part)]
         return [error] * len(items)
+
+
+def _tell(
+    deliveries: Sequence[Delivery], waiters: Sequence[Waiter | None], outcomes: Sequence[AbeError | None]
+) -> None:
+    """Tell those who wait for an outcome that is final."""
+    for delivery, waiter, error in zip(deliveries, waiters, outcomes, strict=False):
+        if waiter is not None and not waiter.done() and (error is None or not error.retryable):
+            delivery.lost = error is not None
+            waiter.set_result(error)
 
 
 def _one_each(outcomes: Outcomes, items: Sequence[object]) -> Outcomes:
