@@ -9,8 +9,9 @@ import pytest
 from aiohttp import web
 
 from abe.backends.message_queue.base import Envelope
-from abe.errors import AbeError, BackendConnectionError, GroupMissingError
+from abe.errors import AbeError, BackendConnectionError, GroupMissingError, UnroutableError
 from abe_backend_sqs import _registry
+from abe_backend_sqs._errors import QueueMissingError
 from abe_backend_sqs._queue import Queue
 from abe_backend_sqs._transport import SqsTransport
 from abe_contract_tests import bounds
@@ -268,6 +269,19 @@ class TestDeletedUnderneath:
             assert await maker.groups() == {"g": ("k.#",), "other": ("#",)}
             assert (await maker.stats("g")).waiting == 1
 
+    async def test_a_queue_that_stays_missing_does_not_have_the_groups_read_at_each_try(self, lab: Any) -> None:
+        async with bounds.within(20):
+            maker, publisher = await lab.transport(), await lab.transport(registry_ttl=600.0, publish_timeout=1200.0)
+            await maker.declare("gone", None, change=False)
+            await publisher.send([envelope()])
+            await lab.ask("delete_queue", QueueUrl=await lab.url("group", "gone"))
+            await publisher.send([envelope()])  # the address that it knew is found out to be wrong
+            lab.gate.seen.clear()
+            for _ in range(5):
+                (error,) = await publisher.send([envelope()])
+                assert error.retryable
+            assert len(lab.gate.requests("ListQueues")) <= 1
+
     async def test_one_that_does_not_come_back_is_gone_after_a_while(
         self, lab: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -292,6 +306,16 @@ class TestDeletedUnderneath:
             assert (await maker.stats("other")).waiting == 2
             with pytest.raises(GroupMissingError):
                 await maker.stats("g")
+
+    async def test_that_is_known_at_once_too_where_it_was_never_published_to(self, lab: Any) -> None:
+        async with bounds.within(20):
+            maker, publisher = await lab.transport(), await lab.transport(registry_ttl=600.0, publish_timeout=1200.0)
+            await maker.declare("g", ("g",), change=False)
+            await maker.declare("other", ("other",), change=False)
+            assert await publisher.send([envelope("other")]) == ()
+            await maker.delete_group("g")
+            assert [type(each) for each in await publisher.send([envelope("g")])] == [QueueMissingError]
+            assert [type(each) for each in await publisher.send([envelope("g")])] == [UnroutableError]
 
 
 async def _missing(backend: Any) -> bool:

@@ -60,6 +60,14 @@ class Groups:
                 self.keeper.lose_topic(name)
         self.keeper.forget()
 
+    def not_found(self, name: str) -> None:
+        """Look again next time, as `forget`, after a publish that did not find that queue.
+
+        Where it was looked for and is known to be missing, that is no news of the groups: they are not read again at each try.
+        """
+        if name in self._queues or not self.keeper.misses(name):
+            self.forget(name)
+
     async def find(self, name: str) -> Queue:
         """Return a queue.
 

@@ -217,7 +217,7 @@ class Publisher:
                 return await (await self.groups.store(name)).send(entries)
             except AbeError as exc:
                 if isinstance(exc, QueueMissingError):
-                    self.groups.forget(name)
+                    self.groups.not_found(name)
                 return [exc] * len(entries)
 
 

@@ -119,6 +119,10 @@ class RegistryKeeper:
             self._registry = None
             self._changes += 1
 
+    def misses(self, name: str) -> bool:
+        """Whether it is known already that the queue of that name was deleted, by other means than `delete_group`, and may come back."""
+        return name in self._missing
+
     def lose_topic(self, arn: str) -> None:
         """Publish to a topic no more."""
         self._lost_topics.add(arn)
