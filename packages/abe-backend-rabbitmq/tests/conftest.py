@@ -41,8 +41,8 @@ class Lab:
 
     async def transport(self, **changes: Any) -> RabbitMQTransport:
         transport = RabbitMQTransport(self.settings(**changes))
+        self._stack.push_async_callback(transport.close)  # one that could not be opened is closed too
         await transport.open()
-        self._stack.push_async_callback(transport.close)
         return transport
 
     async def receiver(self, transport: RabbitMQTransport, group: str = "g", prefetch: int = 1000) -> RabbitMQReceiver:

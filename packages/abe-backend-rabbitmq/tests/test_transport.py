@@ -286,6 +286,19 @@ class TestDelayed:
         assert await transport.send(lab.envelopes(3, delay=0.4)) == ()
         assert (await transport.stats("g")).delayed == 3
 
+    async def test_a_retry_passes_the_same_levels_again_and_again(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None, change=True)
+        receiver = await lab.receiver(transport)
+        sent = lab.envelope("orders.x", headers={"h": "v"})
+        await transport.send([sent])
+        for attempt in range(1, 5):
+            [delivery] = await collect(receiver, 1)
+            assert (delivery.attempt, delivery.body) == (attempt, sent.body)
+            assert receiver.metadata(delivery) == (sent.id, sent.key, sent.published_at, sent.headers)
+            assert not any(await receiver.settle([retry(delivery, 0.1)]))
+        assert await lab.waiting(lab.names.dead("g")) == 0
+
 
 class TestSettling:
     async def test_what_was_settled_is_not_ours_any_more(self, lab: Any, collect: Collect) -> None:
@@ -373,6 +386,25 @@ class TestLeaving:
         assert {delivery.attempt for delivery in again} == {1}
         assert all(await receiver.ack(held, verify=False))  # and costs the new channel nothing
         assert not any(await receiver.ack(again, verify=True))
+
+
+class TestChangesThatDied:
+    async def test_an_exchange_half_restored_is_restored_by_the_next(
+        self, lab: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await (await lab.transport()).declare("g", None, change=True)
+        await (await lab.pika()).exchange_delete(lab.names.exchange)
+
+        async def die(*_: object) -> None:
+            raise BackendConnectionError("died here")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("abe_backend_rabbitmq._groups.Groups._make_queues", die)
+            with pytest.raises(BackendConnectionError, match="died here"):
+                await lab.transport()
+        transport = await lab.transport()
+        assert await transport.send(lab.envelopes(1)) == ()
+        assert (await transport.stats("g")).waiting == 1
 
     @pytest.mark.parametrize("change", ["declare", "delete"])
     async def test_a_change_is_finished_by_whoever_reads_the_registry(
