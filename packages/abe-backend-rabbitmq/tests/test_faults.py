@@ -24,7 +24,9 @@ from abe.errors import (
     LeaseLostError,
     PublishUnknownError,
 )
-from abe_backend_rabbitmq import RabbitMQBackend
+from abe_backend_rabbitmq import RabbitMQBackend, _wire
+from abe_backend_rabbitmq._channel import Outgoing
+from abe_backend_rabbitmq._connection import Link
 from abe_contract_tests import bounds
 from abe_contract_tests.accounting import Accounting
 from abe_contract_tests.services import RabbitMQShell, rabbitmq_service
@@ -559,6 +561,28 @@ class TestMemoryAlarm:
             async with second.consume(group="g") as subscription:
                 assert (await anext(subscription))["n"] in {1, 2}
             await second.disconnect()
+
+    async def test_a_channel_asked_for_meanwhile_is_had_or_fails_with_its_connection(
+        self, lab: Any, alarm: Any, until: Callable[..., Awaitable[None]]
+    ) -> None:
+        """An event of aiormq's, which the end of a connection does not set, would keep it waiting for ever."""
+        link = Link(lab.settings(), "test")
+        try:
+            connection = await link.get()
+            channel = await connection.channel()
+            await alarm(True)
+            publishing = channel.publish([Outgoing("", "nobody", _wire.NEWS, b"body", "")])
+            await until(lambda: connection.blocked)
+            asking = [asyncio.create_task(connection.channel()) for _ in range(3)]
+            await asyncio.sleep(0)  # they have asked, and nothing was answered yet
+            connection._abort()  # as where the node is killed, or the path to it is cut
+            async with bounds.within(5):
+                outcomes = await asyncio.gather(*asking, return_exceptions=True)
+                assert [type(each) for each in await publishing] == [PublishUnknownError]
+            assert [type(each) for each in outcomes] == [BackendConnectionError] * 3
+        finally:
+            async with bounds.within(5):
+                await link.close()
 
     async def test_closing_is_bounded_and_gives_back_what_is_held(
         self, lab: Any, shell: RabbitMQShell, alarm: Any

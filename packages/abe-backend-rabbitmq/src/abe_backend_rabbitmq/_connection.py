@@ -39,7 +39,7 @@ _T = TypeVar("_T")
 
 
 class _Native(aiormq.Connection):
-    """aiormq's connection, which keeps nothing of those who ask for its end.
+    """aiormq's connection, which keeps nothing of those who ask for its end, and opens channels while it is blocked.
 
     aiormq makes another future at each look at `closing`, and keeps it until the connection ends. aio-pika looks for each channel, and
     leaves its callback there if the broker closes the channel. A channel's own end comes with its connection's, and is enough.
@@ -56,6 +56,13 @@ class _Native(aiormq.Connection):
     def closing(self) -> "asyncio.Future[Any]":
         """The same once that is so; a future that nobody sets before."""
         return self.ended if self.is_closed else self.loop.create_future()
+
+    async def ready(self) -> None:
+        """Wait for nothing.
+
+        aio-pika waits here before it opens a channel. It gets the connection when that is open. aiormq would also wait until a blocked
+        connection is unblocked, and one that is lost before never is.
+        """
 
 
 class _Pika(aio_pika.Connection):
