@@ -147,5 +147,9 @@ async def test_dead_letters_are_found_whatever_sqs_counts(lab: Any) -> None:
             await backend.publish("k", {"n": 1})
             await (await messages.receive()).reject("no")
         attributes = {f"ApproximateNumberOfMessages{each}": "0" for each in ("", "NotVisible", "Delayed")}
-        lab.gate.times(1, "GetQueueAttributes", lambda _: web.json_response({"Attributes": attributes}))
+        lab.gate.times(
+            1,
+            "GetQueueAttributes",
+            lambda body: web.json_response({"Attributes": attributes}) if "-dead-" in body["QueueUrl"] else None,
+        )
         assert len(await backend.dead_letters("g").list()) == 1
