@@ -10,7 +10,7 @@ each time. To change a group's tags (`RegistryKeeper.change`):
 1. Add a revision, so that there are two (where there was none, add two: one alone would be relied on).
 2. Set the tags.
 3. Add another revision, and remove those that were there after the tags were set.
-4. List them. If more than one is left, another process changed the group too: begin again, without setting tags.
+4. List them. If there is not exactly one left, another process changed the group too: begin again, without setting tags.
 
 A process that dies in between leaves two, until the next change or declaration removes one. To read them (`RegistryKeeper._holds`):
 
