@@ -152,7 +152,7 @@ RETIRED = {
 
 SOURCES = {
     "packages/abe-core": set[str](),
-    "packages/abe-backend-redis": set[str](),
+    **{f"packages/abe-backend-{provider}": set[str]() for provider in PROVIDERS},
     "contract-tests": {"verdict", "verdicts"},  # the overall result of a provider
 }
 """The distributions that the test checks, each with the words that it uses in their own sense."""

@@ -155,7 +155,7 @@ class Channel:
         """
         self._deliver = deliver  # first: messages may come in the same chunk as the reply
         await self.native.basic_qos(prefetch_count=prefetch)
-        reply = await self.native.basic_consume(queue, _not_ours, consumer_tag=tag)
+        reply = await self.native.basic_consume(queue, _never_called, consumer_tag=tag)
         assert reply.consumer_tag is not None
         return reply.consumer_tag
 
@@ -345,7 +345,7 @@ def nacked() -> BackpressureError:
     )
 
 
-async def _not_ours(_: object) -> None:
+async def _never_called(_: object) -> None:
     _log.error("a delivery went past the tap: it is not acknowledged, and comes again")
 
 

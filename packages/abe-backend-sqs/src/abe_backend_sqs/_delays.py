@@ -60,7 +60,7 @@ class Delays:
 
     async def _run(self) -> None:
         failures = 0
-        told = -1
+        logged = -1
         try:
             while self._consumers:
                 try:
@@ -69,16 +69,16 @@ class Delays:
                     failures += 1
                     # One that trying again cannot mend is worth an error, once, and no more than the rarest tries.
                     level = logging.WARNING if exc.retryable else logging.ERROR
-                    if level <= told:
+                    if level <= logged:
                         level = logging.DEBUG
-                    told = max(told, level)
+                    logged = max(logged, level)
                     _log.log(level, "delayed messages of group %r do not move, trying again: %s", self._group, exc)
                     await pause(self._unused, _BACKOFF(failures) if exc.retryable else _BACKOFF.maximum)
                 except Exception:  # noqa: BLE001 - or what waits would never move
                     _log.exception("unexpected exception where delayed messages are moved (a bug of the provider)")
                     await pause(self._unused, _BACKOFF.maximum)
                 else:
-                    failures, told = 0, -1
+                    failures, logged = 0, -1
         finally:
             self._running = False
 
