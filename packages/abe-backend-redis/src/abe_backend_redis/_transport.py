@@ -171,7 +171,7 @@ class RedisTransport:
         try:
             return await wire.send(data, 1)[0]
         except BackendConnectionError as exc:
-            raise PublishUnknownError(f"{exc} before the confirm arrived") from exc
+            raise PublishUnknownError(f"{exc}, before the confirm came") from exc
         except ReplyError as exc:
             if code(exc) == "STALE":
                 return None
