@@ -142,7 +142,8 @@ CLAUSES: Final = (
     Clause(
         "C-RED-03",
         "A live consumer may hold a message, buffered or in a handler, for three leases with no second delivery; "
-        "a revived consumer's late ack never removes the new owner's copy; one that stood still does not get its own messages again",
+        "a revived consumer's late ack never removes the new owner's copy; one that stood still does not get again what it holds "
+        "and nobody else took",
         capability="lease",
     ),
     Clause(
@@ -199,7 +200,8 @@ CLAUSES: Final = (
     ),
     Clause(
         "C-GRP-09",
-        "An operation on a group that does not exist raises `GroupMissingError`; `delete_namespace` leaves nothing behind",
+        "Statistics and dead letters of a group that does not exist raise `GroupMissingError`, and deleting it does nothing; "
+        "`delete_namespace` leaves nothing behind",
     ),
     Clause("C-CON-01", "50 consumers, 5,000 messages: all of them, and in flight never above the limit"),
     Clause(

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 LONG_LEASE: Final = "30"
 """For tests that prove that something comes back before a lease runs out: no test waits that long."""
 
+CLOCKS: Final = 0.02
+"""Seconds by which the broker's clock and ours may disagree on how long something took: each cuts off milliseconds."""
+
 _POLL: Final = 0.005
 """Seconds between two questions to the broker. A broker has no event for "the count is now 0"."""
 

@@ -8,10 +8,7 @@ from abe.backends.message_queue.base import Publication
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.marks import clause, probe
 from abe_contract_tests.suite import jobs
-from abe_contract_tests.suite.steps import collect, expect_counts, until_empty
-
-CLOCKS = 0.02
-"""Seconds by which the broker's clock and ours may disagree on how long something took: each cuts off milliseconds."""
+from abe_contract_tests.suite.steps import CLOCKS, collect, expect_counts, until_empty
 
 
 @clause("C-DLY-01", capability="max_delay")

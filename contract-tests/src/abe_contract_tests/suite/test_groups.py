@@ -298,7 +298,7 @@ async def test_a_publisher_that_is_gone_before_the_first_group_comes_loses_nothi
 
 
 @clause("C-GRP-07", capability="key_patterns")
-async def test_held_messages_go_to_the_first_group_that_wants_their_key(contract: Contract) -> None:
+async def test_parked_messages_go_to_the_first_group_that_wants_their_key(contract: Contract) -> None:
     backend = contract.backend()
     oracle = await contract.oracle()
     async with contract.within():
@@ -342,7 +342,7 @@ async def test_groups_named_in_the_environment_exist_from_the_first_use_on(contr
 
 
 @clause("C-GRP-07")
-async def test_groups_that_start_at_the_same_time_lose_nothing_that_was_held(contract: Contract) -> None:
+async def test_groups_that_start_at_the_same_time_lose_nothing_that_was_parked(contract: Contract) -> None:
     backend = contract.backend()
     others = [contract.backend() for _ in range(3)]
     oracle = await contract.oracle()

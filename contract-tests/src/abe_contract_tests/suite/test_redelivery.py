@@ -13,6 +13,7 @@ from abe_contract_tests.contract import Contract
 from abe_contract_tests.marks import clause
 from abe_contract_tests.suite import jobs
 from abe_contract_tests.suite.steps import (
+    CLOCKS,
     LONG_LEASE,
     assert_silent,
     collect,
@@ -23,9 +24,6 @@ from abe_contract_tests.suite.steps import (
     until_empty,
     until_in_flight,
 )
-
-CLOCKS = 0.02
-"""Seconds by which the broker's clock and ours may disagree on how long something took: each cuts off milliseconds."""
 
 
 @clause("C-RED-01", capability="redelivery_bound")

@@ -9,6 +9,7 @@ from abe.errors import BackpressureError, GroupMissingError, UnroutableError
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.marks import clause
 from abe_contract_tests.suite.kit import Kit, dead, release, retry
+from abe_contract_tests.suite.steps import CLOCKS
 
 
 @clause("C-HDR-01", transport=True)
@@ -149,7 +150,7 @@ async def test_what_is_parked_keeps_its_time(contract: Contract) -> None:
         receiver = await kit.receiver(transport)
         [delivery] = await kit.take(receiver, 1)
         assert receiver.metadata(delivery).key == "soon"
-        assert time.monotonic() - sent + 0.01 >= 1.0
+        assert time.monotonic() - sent >= 1.0 - CLOCKS
         await kit.expect(transport, "g", delayed=1)
 
 
@@ -162,8 +163,9 @@ async def test_a_delayed_message_waits_in_the_broker_and_comes_soon_after(contra
         sent = time.monotonic()
         assert await kit.send(transport, kit.envelope("late", delay=1.0), kit.envelope("now")) == [None, None]
         [now] = await kit.drain(transport, receiver, 1)
-        [late] = await kit.take(receiver, 1)
-        assert time.monotonic() - sent + 0.01 >= 1.0
+        async with contract.within(1.0, "redelivery_bound"):
+            [late] = await kit.take(receiver, 1)
+        assert time.monotonic() - sent >= 1.0 - CLOCKS
         assert [receiver.metadata(each).key for each in (now, late)] == ["now", "late"]
 
 
@@ -212,7 +214,7 @@ async def test_a_retry_waits_for_its_time_in_the_broker(contract: Contract) -> N
         await receiver.stop()
         await receiver.close()
         [again] = await kit.take(await kit.receiver(transport), 1)  # another consumer gets it
-        assert time.monotonic() - settled + 0.01 >= 1.0
+        assert time.monotonic() - settled >= 1.0 - CLOCKS
         assert again.attempt == 2
 
 
