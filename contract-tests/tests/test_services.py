@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from abe_contract_tests import services
+from abe_contract_tests import bounds, services
 from abe_contract_tests.services import FaultUnsupportedError, Service, ServiceUnavailable
 from abe_contract_tests.services import _process as process_module
 from abe_contract_tests.services._address import AddressService
@@ -106,9 +106,9 @@ def alive(pid: int) -> bool:
 
 
 def await_end(processes: set[int]) -> None:
-    deadline = time.monotonic() + BOUND
+    deadline = bounds.Deadline(BOUND)
     while survivors := {pid for pid in processes if alive(pid)}:
-        assert time.monotonic() < deadline, f"still there: {survivors}"
+        assert not deadline.passed, f"still there: {survivors}"
         time.sleep(0.02)
 
 
@@ -263,9 +263,9 @@ class TestProcess:
             assert all(alive(process) for process in processes)
             parent.send_signal(signal.SIGKILL)
             await_end(processes)
-        deadline = time.monotonic() + BOUND
+        deadline = bounds.Deadline(BOUND)
         while Path(directory).exists():
-            assert time.monotonic() < deadline, f"still there: {directory}"
+            assert not deadline.passed, f"still there: {directory}"
             time.sleep(0.02)
 
     def test_a_taken_port_is_left_for_another(self, server: Kind, monkeypatch: pytest.MonkeyPatch) -> None:

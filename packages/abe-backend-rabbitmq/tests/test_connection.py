@@ -52,7 +52,7 @@ async def nothing_left() -> AsyncIterator[None]:
     gc.collect()
     left = asyncio.all_tasks() - {asyncio.current_task()}
     if left:
-        await asyncio.wait(left, timeout=2)
+        await asyncio.wait(left, timeout=2 * bounds.slowness())
     assert [task for task in left if not task.done()] == []
     assert complaints == []
 
@@ -338,7 +338,7 @@ class TestAddresses:
 
         server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
         url = f"amqp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        backend = RabbitMQBackend(RabbitMQSettings(url=url, publish_timeout=1.0))
+        backend = RabbitMQBackend(bounds.stretched(RabbitMQSettings(url=url, publish_timeout=1.0)))
         with pytest.raises(PublishRejectedError):
             await backend.publish("k", {})
         assert visits > 2
@@ -353,7 +353,7 @@ class TestAddresses:
 
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         url = f"amqp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        backend = RabbitMQBackend(RabbitMQSettings(url=url, connect_timeout=0.5))
+        backend = RabbitMQBackend(bounds.stretched(RabbitMQSettings(url=url, connect_timeout=0.5)))
         with pytest.raises(BackendConnectionError, match="is it RabbitMQ that listens there"):
             await backend.connect()
         await backend.disconnect()
@@ -563,7 +563,7 @@ class TestTls:
 
     async def test_a_port_with_tls_is_not_spoken_to_without(self, secure: Service) -> None:
         url = secure.url.replace("amqps:", "amqp:")
-        backend = RabbitMQBackend(RabbitMQSettings(url=url, connect_timeout=1.0))
+        backend = RabbitMQBackend(bounds.stretched(RabbitMQSettings(url=url, connect_timeout=1.0)))
         async with bounds.within(3):
             with pytest.raises(BackendConnectionError, match="amqps://"):
                 await backend.connect()

@@ -77,7 +77,7 @@ async def nothing_unretrieved() -> AsyncIterator[None]:
     gc.collect()
     left = asyncio.all_tasks() - {asyncio.current_task()}
     if left:
-        await asyncio.wait(left, timeout=5)
+        await asyncio.wait(left, timeout=5 * bounds.slowness())
     assert [task for task in left if not task.done()] == []
     assert complaints == []
 

@@ -79,7 +79,7 @@ async def test_a_message_of_ours_is_read_by_a_plain_client(lab: Any) -> None:
         "orders.created", {"order": 1, "name": "é"}, id="m-1", headers={"trace": "t", "x-death": "mine", long: "v"}
     )
     async with bounds.within(10):
-        message = await queue.get(timeout=5)
+        message = await queue.get(timeout=None)
         assert json.loads(message.body) == {"order": 1, "name": "é"}
         assert (message.content_type, message.message_id, message.routing_key) == (
             "application/json",
@@ -118,7 +118,7 @@ async def test_a_dead_letter_of_a_stranger_s_message_is_replayed_with_all_it_had
             await (await messages.receive()).reject("no good")
         assert await backend.dead_letters("g").replay_all() == 1
         queue = await (await lab.pika()).get_queue(lab.names.queue("g"))
-        message = await queue.get(timeout=5)
+        message = await queue.get(timeout=None)
         assert {name: message.headers[name] for name in table} == table
         assert (message.correlation_id, message.reply_to, message.priority) == ("c", "r", 3)
         await message.ack()

@@ -143,7 +143,7 @@ class TestHandling:
     async def test_a_synchronous_handler_runs_in_threads_up_to_the_concurrency(
         self, memory_backend: MemoryBackend
     ) -> None:
-        both = threading.Barrier(2, timeout=5)
+        both = threading.Barrier(2, timeout=5 * bounds.slowness())
         names: set[str] = set()
 
         def handler(message: dict[str, Any]) -> None:

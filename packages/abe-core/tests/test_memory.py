@@ -121,13 +121,14 @@ class TestLoopsAndThreads:
                 for _ in range(20):
                     await asyncio.sleep(0)
                 waiting.set()
-                taken.append(await asyncio.wait_for(coming, 5))
+                async with bounds.within(5):
+                    taken.append(await coming)
 
         consumer = threading.Thread(target=asyncio.run, args=(consume(),))
         consumer.start()
-        assert waiting.wait(5)
+        assert waiting.wait(5 * bounds.slowness())
         asyncio.run(backend.publish("a", {"n": 1}))
-        consumer.join(5)
+        consumer.join(5 * bounds.slowness())
         assert taken == [{"n": 1}]
 
     def test_a_consumer_whose_event_loop_was_closed_under_it_keeps_no_message_from_the_others(self) -> None:
@@ -149,7 +150,8 @@ class TestLoopsAndThreads:
                 for _ in range(20):
                     await asyncio.sleep(0)
                 await backend.publish("a", {"n": 1})
-                assert await asyncio.wait_for(coming, 2) == {"n": 1}
+                async with bounds.within(2):
+                    assert await coming == {"n": 1}
 
         pending = abandoned.run_until_complete(wait_in_vain())
         abandoned.close()
