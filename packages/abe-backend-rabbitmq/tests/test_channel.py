@@ -1,7 +1,6 @@
 """What a channel promises, on a real node."""
 
 import asyncio
-import gc
 import itertools
 import logging
 import random
@@ -13,7 +12,6 @@ from uuid import uuid4
 
 import pytest
 import uvloop
-from aio_pika.tools import OneShotCallback
 from yarl import URL
 
 from abe.backends.message_queue.base import Delivery, Envelope
@@ -21,7 +19,6 @@ from abe.errors import BackendConnectionError, BackpressureError, PublishUnknown
 from abe_backend_rabbitmq import RabbitMQSettings, _wire
 from abe_backend_rabbitmq._channel import Channel, Outgoing
 from abe_backend_rabbitmq._connection import Connection
-from abe_backend_rabbitmq._errors import ChannelNotFound
 from abe_backend_rabbitmq._wire import Header
 from abe_contract_tests import bounds
 from abe_contract_tests.services._process import ProcessService
@@ -54,7 +51,7 @@ async def making_queue(node: ProcessService) -> AsyncIterator[str]:
     await connection.open()
     name = f"test-{uuid4().hex}"
     channel = await connection.plain()
-    await channel.declare_queue(name, durable=True, arguments=cast("Any", QUORUM))
+    await channel.queue_declare(name, durable=True, arguments=cast("Any", QUORUM))
     yield name
     await channel.queue_delete(name)
     await connection.close()
@@ -163,7 +160,7 @@ def outgoing(key: str, body: bytes = b"{}", *, headers: dict[str, str] | None = 
 
 async def waiting(connection: Connection, queue: str) -> int:
     channel = await connection.plain()
-    count = (await channel.get_queue(queue)).declaration_result.message_count
+    count = (await channel.queue_declare(queue, passive=True)).message_count
     await channel.close()
     return count or 0
 
@@ -177,7 +174,7 @@ async def mixed(connection: Connection, queue: str, until: Until, count: int) ->
     rnd = random.Random(1)
     full = f"{queue}-full"
     plain = await connection.plain()
-    await plain.declare_queue(
+    await plain.queue_declare(
         full, durable=True, arguments=QUORUM | {"x-max-length": 2, "x-overflow": "reject-publish"}
     )
     subscriber, publisher = await connection.channel(), await connection.channel()
@@ -224,7 +221,7 @@ async def mixed(connection: Connection, queue: str, until: Until, count: int) ->
                 want[message.id] = headers, message.body
         flights.append((fate, publisher.publish(batch)))
         if number % 13 == 0:
-            await plain.get_queue(queue)
+            await plain.queue_declare(queue, passive=True)
         await asyncio.sleep(0)
     found: Counter[tuple[str, type | None]] = Counter()
     for fate, future in flights:
@@ -271,7 +268,7 @@ async def test_a_consumer_that_the_broker_cancels_is_told(connect: Connect, unti
     connection = await connect()
     channel, control = await connection.channel(), await connection.plain()
     name = f"test-{uuid4().hex}"
-    await control.declare_queue(name, durable=True, arguments=cast("Any", QUORUM))
+    await control.queue_declare(name, durable=True, arguments=cast("Any", QUORUM))
     cancelled: list[Any] = []
     channel.native.on_consumer_cancel_callbacks.add(cancelled.append)
     tag = await channel.consume(name, 10, Inbox(channel))
@@ -419,10 +416,10 @@ async def test_a_close_beside_acknowledgements_costs_neither_those_before_it_nor
         )
         assert connection.alive
         async with bounds.within(10):
-            while not (left := (await control.get_queue(queue)).declaration_result.message_count):
+            while not (left := (await control.queue_declare(queue, passive=True)).message_count):
                 pass
         assert 60 <= (left or 0) <= 100
-        await (await control.get_queue(queue)).purge()
+        await control.queue_purge(queue)
 
 
 async def test_a_message_whose_callback_raises_comes_again(
@@ -493,24 +490,3 @@ def test_traffic_of_every_kind_by_another_event_loop(node: ProcessService, until
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(traffic())
-
-
-async def test_channels_that_are_gone_leave_nothing_with_their_connection(connect: Connect) -> None:
-    connection = await connect()
-
-    async def left() -> int:
-        for _ in range(20):
-            closed, refused = await connection.plain(), await connection.plain()
-            await closed.close()
-            with pytest.raises(ChannelNotFound):
-                await refused.get_queue("abe-no-such-queue")
-            await (await connection.channel()).close()
-        del closed, refused
-        for _ in range(3):  # what ends of aio-pika's takes some turns
-            await asyncio.sleep(0)
-            gc.collect()
-        return sum(isinstance(each, asyncio.Future | OneShotCallback) for each in gc.get_objects())
-
-    await left()  # what is made once is there
-    before = await left()
-    assert await left() < before + 20

@@ -239,7 +239,9 @@ class TestRequests:
         async with bounds.within(5):
             before = await control.connection()
             await before.close()
-            requests = (control.call(lambda channel: channel.get_exchange("amq.topic")) for _ in range(5))
+            requests = (
+                control.call(lambda channel: channel.exchange_declare("amq.topic", passive=True)) for _ in range(5)
+            )
             await asyncio.gather(*requests)
             assert await control.connection() is not before
             await control.close()
@@ -250,7 +252,7 @@ class TestRequests:
         link = Link(lab.settings(), "test")
         control = Control(link)
         await control.connection()
-        asking = asyncio.create_task(control.call(lambda channel: channel.get_exchange("amq.topic")))
+        asking = asyncio.create_task(control.call(lambda channel: channel.exchange_declare("amq.topic", passive=True)))
         for _ in range(turns):
             await asyncio.sleep(0)
         async with bounds.within(5):

@@ -211,7 +211,7 @@ class TestClosedConnections:
                     await shell.close_connections(name)
                 for queue in (lab.names.queue("g"), lab.names.waiting("g", 0)):
                     await (await lab.pika()).queue_delete(queue)
-        theirs = [record for record in caplog.records if record.name.startswith(("aio_pika", "aiormq", "pamqp"))]
+        theirs = [record for record in caplog.records if record.name.startswith(("aiormq", "pamqp"))]
         assert [record.getMessage() for record in theirs if record.levelno >= logging.WARNING] == []
         assert lab.url.partition("@")[0] not in caplog.text
 
@@ -247,7 +247,7 @@ async def main():
 
     async def request(channel):
         begun.set()
-        return await channel.get_queue("abe-no-such-queue")
+        return await channel.queue_declare("abe-no-such-queue", passive=True)
 
     asyncio.ensure_future(control.call(request))
     await begun.wait()

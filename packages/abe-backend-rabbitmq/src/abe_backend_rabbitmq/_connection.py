@@ -1,4 +1,4 @@
-"""Connections to RabbitMQ: aio-pika, on aiormq, logs in and speaks the protocol, the supervision is ours.
+"""Connections to RabbitMQ: aiormq logs in and speaks the protocol, the supervision is ours.
 
 Nothing is restored by itself when a connection is lost: whoever needs one gets a new one and says again what is wanted of it. So there
 is no state that could come back wrong.
@@ -8,13 +8,10 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from contextvars import copy_context
-from functools import cached_property
 from typing import Any, Final, TypeVar
 
-import aio_pika
 import aiormq
-from aio_pika.abc import UnderlayConnection
-from aio_pika.tools import OneShotCallback
+from aiormq.abc import AbstractChannel
 from pamqp import commands
 from pamqp import frame as pamqp_frame
 from pamqp.exceptions import PAMQPException
@@ -38,54 +35,6 @@ _CLOSE_TIMEOUT: Final = 1.0
 _T = TypeVar("_T")
 
 
-class _Native(aiormq.Connection):
-    """aiormq's connection, which keeps nothing of those who ask for its end, and opens channels while it is blocked.
-
-    aiormq makes another future at each look at `closing`, and keeps it until the connection ends. aio-pika looks for each channel, and
-    leaves its callback there if the broker closes the channel. A channel's own end comes with its connection's, and is enough.
-    """
-
-    @cached_property
-    def ended(self) -> "asyncio.Future[Any]":
-        """Done when the connection has ended."""
-        base: Any = super()
-        ended: asyncio.Future[Any] = base.closing
-        return ended
-
-    @property
-    def closing(self) -> "asyncio.Future[Any]":
-        """The same once that is so; a future that nobody sets before."""
-        return self.ended if self.is_closed else self.loop.create_future()
-
-    async def ready(self) -> None:
-        """Wait for nothing.
-
-        aio-pika waits here before it opens a channel. It gets the connection when that is open. aiormq would also wait until a blocked
-        connection is unblocked, and one that is lost before never is.
-        """
-
-
-class _Pika(aio_pika.Connection):
-    """aio-pika's connection, on one of aiormq's that it is given."""
-
-    def __init__(self, native: _Native) -> None:
-        super().__init__(native.url)
-        self._native: Any = native
-
-    async def connect(self, timeout: float | None = None) -> None:
-        """Connect and log in."""
-        try:
-            await self._native.connect()
-        except BaseException:
-            await self.close()  # or it would do so when it is collected, in a task of its own
-            raise
-        base: Any = self
-        ended = OneShotCallback(base._on_connection_close)
-        self._native.ended.add_done_callback(ended)
-        self.transport = UnderlayConnection(self._native, ended)
-        await self._on_connected()
-
-
 class Connection:
     """One connection, until it is lost.
 
@@ -102,8 +51,7 @@ class Connection:
         self._url = url
         self._name = name
         self._factory = TapFactory(self._said)
-        self._native: _Native | None = None
-        self._pika: _Pika | None = None
+        self._native: Any = None
         self._farewell: commands.Connection.Close | None = None
         self._greeted = False
         self._blocked = False
@@ -168,25 +116,22 @@ class Connection:
         with translated(self.address):
             return await run_to_completion(self._tapped())
 
-    async def plain(self) -> aio_pika.Channel:
-        """Open a channel of aio-pika's, for what is rare."""
-        assert self._pika is not None
+    async def plain(self) -> AbstractChannel:
+        """Open a channel of aiormq's, for what is rare."""
         with translated(self.address):
-            channel = aio_pika.Channel(self._pika)
-            await run_to_completion(channel.initialize())
+            channel: AbstractChannel = await run_to_completion(self._native.channel())
             return channel
 
     async def close(self) -> None:
         """Disconnect, whatever the broker does."""
-        if self._native is None or self._pika is None:
+        if self._native is None:
             return
-        pika = self._pika
         if self._watch is not None:
             self._watch.stop()
         mute = self._watch is not None and self._watch.waited > _CLOSE_TIMEOUT
         if mute:  # first: aiormq would close in order, and wait for an answer
             self._abort()
-        closing = asyncio.ensure_future(quietly(lambda: pika.close(asyncio.CancelledError)))
+        closing = asyncio.ensure_future(quietly(lambda: self._native.close()))
         closing.add_done_callback(ignore_failure)
         try:
             await asyncio.wait([closing], timeout=min(_CLOSE_TIMEOUT, self._settings.close_timeout))
@@ -200,14 +145,13 @@ class Connection:
         context = await asyncio.to_thread(tls_context, self._settings) if is_tls(self._url) else None
         try:
             url = URL(self._url).update_query(heartbeat=str(round(self._settings.heartbeat)))
-            native = _Native(
+            native: Any = aiormq.Connection(
                 url, context=context, client_properties={"connection_name": self._name}, transport_factory=self._factory
             )
             self._native = native
             native.vhost = vhost(self._url)  # aiormq takes a %2F in a name for a slash
-            native.ended.add_done_callback(self._ended)
-            self._pika = _Pika(native)
-            await self._pika.connect()
+            native.closing.add_done_callback(self._ended)
+            await native.connect()
         except ValueError:  # by yarl, or by the codec for names of hosts; the text may show the URL
             raise ConfigurationError("RABBITMQ_URL or MESSAGE_QUEUE_HOST names a host that cannot be one") from None
 
@@ -222,11 +166,7 @@ class Connection:
 
     async def _tapped(self) -> Channel:
         assert self._factory.tap is not None
-        assert self._native is not None
-        assert self._pika is not None
-        opened = aio_pika.Channel(self._pika, publisher_confirms=False)
-        await opened.initialize()
-        native = await opened.get_underlay_channel()
+        native = await self._native.channel(publisher_confirms=False)
         channel = Channel(self._factory.tap, native, self._native.connection_tune.frame_max)
         await native.confirm_delivery()
         return channel

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Final, TypeVar
 
-from aio_pika.abc import AbstractChannel
+from aiormq.abc import AbstractChannel
 
 from abe.errors import AbeError, BackendConnectionError
 from abe_backend_rabbitmq._connection import Connection, Link, run_to_completion
@@ -64,12 +64,12 @@ class Control:
     async def count(self, queue: str, on: Connection | None = None) -> int | None:
         """Return how many messages a queue has that nobody holds; None: there is no such queue."""
         try:
-            found = await self.call(lambda channel: channel.get_queue(queue), on)
+            declared = await self.call(lambda channel: channel.queue_declare(queue, passive=True), on)
         except BackendConnectionError as exc:
             if isinstance(exc.__cause__, ChannelNotFound):
                 return None
             raise
-        return found.declaration_result.message_count or 0
+        return declared.message_count or 0
 
     async def _call(self, request: Callable[[AbstractChannel], Awaitable[_T]], on: Connection | None) -> _T:
         # Before the lock: a connection that is being made makes requests itself.
@@ -126,7 +126,7 @@ class Lock:
         pause = _POLL
         while True:
             try:
-                await self._control.call(lambda channel: channel.declare_queue(self._name, exclusive=True), on)
+                await self._control.call(lambda channel: channel.queue_declare(self._name, exclusive=True), on)
             except BackendConnectionError as exc:
                 if not isinstance(exc.__cause__, ChannelLocked):
                     raise

@@ -2,9 +2,6 @@
 
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
-
-from aio_pika.abc import AbstractChannel
 
 from abe.backends.message_queue.base import DeadLetter
 from abe.backends.message_queue.base.routing import group_missing
@@ -57,7 +54,8 @@ class DeadLetters:
         """Remove them."""
         async with self._look(group) as browser:
             if browser is not None and ids is None:
-                yield await self._control.call(partial(_purge, queue=self._names.dead(group)))
+                queue = self._names.dead(group)
+                yield (await self._control.call(lambda channel: channel.queue_purge(queue))).message_count or 0
                 return
             while browser is not None and (page := await browser.page()):
                 chosen = _chosen(page, ids)
@@ -90,10 +88,6 @@ class DeadLetters:
                 raise
             finally:
                 await browser.close()
-
-
-async def _purge(channel: AbstractChannel, queue: str) -> int:
-    return (await (await channel.get_queue(queue, ensure=False)).purge()).message_count or 0
 
 
 def _chosen(page: Sequence[Found], ids: Collection[str] | None) -> Sequence[Found]:

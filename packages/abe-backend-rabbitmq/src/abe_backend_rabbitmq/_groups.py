@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from aio_pika.abc import AbstractChannel
+from aiormq.abc import AbstractChannel
 
 from abe.backends.message_queue.base.names import EVERYTHING
 from abe.backends.message_queue.base.routing import group_missing
@@ -66,9 +66,9 @@ class Groups:
 
         async def present(channel: AbstractChannel) -> None:
             for exchange in (names.exchange, names.later, names.delay, names.news, names.nowhere):
-                await channel.get_exchange(exchange)
+                await channel.exchange_declare(exchange, passive=True)
             for queue in (names.parked, names.registry):
-                await channel.get_queue(queue)
+                await channel.queue_declare(queue, passive=True)
 
         try:
             await self._control.call(present, connection)
@@ -163,9 +163,9 @@ class Groups:
 
         async def present(channel: AbstractChannel) -> None:
             for queue in (names.dead(group), names.queue(group)):
-                await channel.get_queue(queue)
+                await channel.queue_declare(queue, passive=True)
             # Once more, for the broker to compare its arguments with our settings.
-            await channel.declare_queue(names.queue(group), durable=True, arguments=dict(names.queue_arguments(group)))
+            await channel.queue_declare(names.queue(group), durable=True, arguments=dict(names.queue_arguments(group)))
 
         try:
             await self._control.call(present)
@@ -299,20 +299,21 @@ class Groups:
 
     async def _make_namespace(self, channel: AbstractChannel) -> None:
         names = self._names
-        await channel.declare_exchange(names.parking, "fanout", durable=True)
-        arguments: dict[str, Any] = {"alternate-exchange": names.parking}
-        await channel.declare_exchange(names.unwanted, "fanout", durable=True, arguments=arguments)
+        await channel.exchange_declare(names.parking, exchange_type="fanout", durable=True)
+        await channel.exchange_declare(
+            names.unwanted, exchange_type="fanout", durable=True, arguments={"alternate-exchange": names.parking}
+        )
         for topic in (names.later, names.delay):
-            await channel.declare_exchange(topic, "topic", durable=True)
-        await channel.declare_exchange(names.news, "fanout", durable=True)
-        parked = await channel.declare_queue(names.parked, durable=True, arguments=dict(names.store_arguments))
-        await parked.bind(names.parking, "")
-        await parked.bind(names.delay, "*.parked")
+            await channel.exchange_declare(topic, exchange_type="topic", durable=True)
+        await channel.exchange_declare(names.news, exchange_type="fanout", durable=True)
+        await channel.queue_declare(names.parked, durable=True, arguments=dict(names.store_arguments))
+        await channel.queue_bind(names.parked, names.parking)
+        await channel.queue_bind(names.parked, names.delay, "*.parked")
 
     async def _make_exchange(self, channel: AbstractChannel) -> None:
         names = self._names
         arguments: dict[str, Any] = {"alternate-exchange": names.unwanted}
-        await channel.declare_exchange(names.exchange, "topic", durable=True, arguments=arguments)
+        await channel.exchange_declare(names.exchange, exchange_type="topic", durable=True, arguments=arguments)
 
     async def _restore(self, connection: Connection) -> None:
         """Make the exchange that is published to, with the bindings of the groups there are, if it was deleted underneath them.
@@ -329,7 +330,7 @@ class Groups:
             for group, entry in registry.groups.items():
                 await self._make_queues(channel, group, entry)
             await self._bind(channel, registry)
-            await channel.declare_exchange(names.nowhere, "fanout", durable=True)
+            await channel.exchange_declare(names.nowhere, exchange_type="fanout", durable=True)
             for group in registry.groups:
                 await self._stop_parking(channel, group)
 
@@ -347,39 +348,36 @@ class Groups:
             await channel.queue_delete(names.waiting(group, level))
         await channel.queue_delete(names.queue(group))
         await channel.queue_delete(names.dead(group))
-        nowhere = await channel.get_exchange(names.nowhere, ensure=False)
-        await nowhere.unbind(names.unwanted, group)
+        await channel.exchange_unbind(destination=names.nowhere, source=names.unwanted, routing_key=group)
 
     async def _make_queues(self, channel: AbstractChannel, group: str, entry: Entry) -> None:
         names = self._names
-        await channel.declare_queue(names.dead(group), durable=True, arguments=dict(names.store_arguments))
-        arguments = dict(names.queue_arguments(group))
-        queue = await channel.declare_queue(names.queue(group), durable=True, arguments=arguments)
-        await queue.bind(names.delay, names.straight(group))
+        queue = names.queue(group)
+        await channel.queue_declare(names.dead(group), durable=True, arguments=dict(names.store_arguments))
+        await channel.queue_declare(queue, durable=True, arguments=dict(names.queue_arguments(group)))
+        await channel.queue_bind(queue, names.delay, names.straight(group))
         await self._make_levels(channel, group, entry.levels)
         for pattern in entry.patterns:
-            await queue.bind(names.exchange, pattern)
+            await channel.queue_bind(queue, names.exchange, pattern)
         for pattern in entry.bound:
             if pattern not in entry.patterns:
-                await queue.unbind(names.exchange, pattern)
+                await channel.queue_unbind(queue, names.exchange, pattern)
 
     async def _make_levels(self, channel: AbstractChannel, group: str, count: int) -> None:
         names = self._names
         for level in range(count):
-            name, arguments = names.waiting(group, level), dict(names.store_arguments)
-            queue = await channel.declare_queue(name, durable=True, arguments=arguments)
-            await queue.bind(names.delay, names.wait(group, level))
+            queue = names.waiting(group, level)
+            await channel.queue_declare(queue, durable=True, arguments=dict(names.store_arguments))
+            await channel.queue_bind(queue, names.delay, names.wait(group, level))
 
     async def _stop_parking(self, channel: AbstractChannel, group: str) -> None:
         """From now on a message that no group wants is returned. This comes last: what was published before is parked."""
         names = self._names
-        nowhere = await channel.get_exchange(names.nowhere, ensure=False)
-        await nowhere.bind(names.unwanted, group)
+        await channel.exchange_bind(destination=names.nowhere, source=names.unwanted, routing_key=group)
 
     async def _bind(self, channel: AbstractChannel, registry: Registry) -> None:
         """Accept delayed messages of those who know the newest version, and of nobody else."""
         names = self._names
-        delay = await channel.get_exchange(names.delay, ensure=False)
         for version in registry.stale:
-            await delay.unbind(names.later, f"{version}.#")
-        await delay.bind(names.later, f"{registry.version}.#")
+            await channel.exchange_unbind(destination=names.delay, source=names.later, routing_key=f"{version}.#")
+        await channel.exchange_bind(destination=names.delay, source=names.later, routing_key=f"{registry.version}.#")

@@ -14,9 +14,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from aio_pika.abc import AbstractIncomingMessage
+from aiormq.abc import DeliveredMessage
 
 from abe.backends.message_queue.base import Delivery
 from abe.errors import AbeError, UnroutableError
@@ -279,9 +279,9 @@ class Movers:
     async def _listen_once(self) -> None:
         """Hear of levels that others make; what was made before is looked up, for each group that is consumed from now on."""
         connection = await self.broker.control.connection()
-        channel = await connection.plain()
+        channel: Any = await connection.plain()
 
-        async def heard(message: AbstractIncomingMessage) -> None:
+        async def heard(message: DeliveredMessage) -> None:
             match message.body.decode(errors="replace").split(" "):
                 case ["levels", group, count] if count.isdecimal():
                     self._built(group, int(count))
@@ -293,10 +293,10 @@ class Movers:
         try:
             with translated(connection.address):
                 # Named by us: the rights that are documented are rights to our names.
-                name = f"{self.broker.topology.news}:{id(channel):x}-{time.time_ns():x}"
-                queue = await run_to_completion(channel.declare_queue(name, exclusive=True, auto_delete=True))
-                await run_to_completion(queue.bind(self.broker.topology.news, ""))
-                await run_to_completion(queue.consume(heard, no_ack=True))
+                queue = f"{self.broker.topology.news}:{id(channel):x}-{time.time_ns():x}"
+                await run_to_completion(channel.queue_declare(queue, exclusive=True, auto_delete=True))
+                await run_to_completion(channel.queue_bind(queue, self.broker.topology.news))
+                await run_to_completion(channel.basic_consume(queue, heard, no_ack=True))
             self._heard.set()
             while not channel.is_closed and connection.alive:
                 await _at_most(self._heard.wait(), 10 * _AGAIN)

@@ -16,12 +16,6 @@ OURS: Final[ContextVar[bool]] = ContextVar("ours", default=False)
 """Whether what runs here is work of one of our connections."""
 
 _LOGGERS: Final = (
-    "aio_pika.channel",
-    "aio_pika.connection",
-    "aio_pika.exchange",
-    "aio_pika.message",
-    "aio_pika.queue",
-    "aio_pika.tools",
     "aiormq.connection.marshall",
     "aiormq.channel",
     "aiormq.connection",

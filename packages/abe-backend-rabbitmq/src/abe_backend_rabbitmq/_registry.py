@@ -12,9 +12,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapp
 from contextlib import asynccontextmanager
 from typing import Any, Final, NamedTuple, TypeVar
 
-import aio_pika
 import msgspec
-from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
+from aiormq.abc import AbstractChannel
+from pamqp import commands
 
 from abe.backends.message_queue.base.routing import matches_any
 from abe.backends.message_queue.base.tasks import Background, ignore_failure, result_of
@@ -25,6 +25,7 @@ from abe_backend_rabbitmq._topology import Topology
 
 _log: Final = logging.getLogger("abe.rabbitmq")
 
+_PROPERTIES: Final = commands.Basic.Properties(content_type="application/json", delivery_mode=2)
 _CLOSE_TIMEOUT: Final = 1.0
 """Seconds for which closing waits for work that was cancelled."""
 
@@ -76,8 +77,8 @@ class _Taken(NamedTuple):
     """The registry's messages, in hand: there are two if somebody died while replacing it, and the newer one counts."""
 
     newest: Registry | None
-    last: AbstractIncomingMessage | None
-    """The one that was taken last, which stands for all; None: there was none."""
+    tag: int
+    """The last message's; 0: there was none."""
     deliveries: int
     messages: int
 
@@ -174,12 +175,12 @@ class RegistryKeeper:
         made = await self._control.count(names.registry, on) is None
 
         async def seed(channel: AbstractChannel) -> None:
-            await channel.declare_queue(names.registry, durable=True, arguments=dict(names.store_arguments))
+            await channel.queue_declare(names.registry, durable=True, arguments=dict(names.store_arguments))
             taken = await self._take(channel)
-            if taken.last is None:
+            if taken.newest is None:
                 await self._put(channel, Registry())
             else:
-                await taken.last.nack(multiple=True)
+                await channel.basic_nack(taken.tag, multiple=True, requeue=True)
 
         for _ in range(0 if made else _READERS):  # one that seems empty may be in a reader's hands
             if await self._control.count(names.registry, on):
@@ -192,8 +193,8 @@ class RegistryKeeper:
 
         async def peek(channel: AbstractChannel) -> _Taken:
             taken = await self._take(channel)
-            if taken.last is not None:
-                await taken.last.nack(multiple=True)
+            if taken.newest is not None:
+                await channel.basic_nack(taken.tag, multiple=True, requeue=True)
             return taken
 
         taken = await self._until_taken(peek, None)
@@ -211,13 +212,11 @@ class RegistryKeeper:
 
         async def read(channel: AbstractChannel) -> _Taken:
             taken = await self._take(channel)
-            if taken.last is None or taken.newest is None:
-                return taken
-            if taken.deliveries > _TOO_OFTEN or taken.messages > 1:
+            if taken.newest is not None and (taken.deliveries > _TOO_OFTEN or taken.messages > 1):
                 await self._put(channel, taken.newest)
-                await taken.last.ack(multiple=True)
-            else:
-                await taken.last.nack(multiple=True)
+                await channel.basic_ack(taken.tag, multiple=True)
+            elif taken.newest is not None:
+                await channel.basic_nack(taken.tag, multiple=True, requeue=True)
             return taken
 
         newest = (await self._until_taken(read, on)).newest
@@ -232,13 +231,14 @@ class RegistryKeeper:
 
         async def write(channel: AbstractChannel) -> _Taken:
             taken = await self._take(channel)
-            if taken.last is None or taken.newest is None:
-                return taken
-            if taken.newest.serial < before:  # a reader has it: what is left behind would come back
-                await taken.last.nack(multiple=True)
+            if (
+                taken.newest is None or taken.newest.serial < before
+            ):  # a reader has it: what is left behind would come back
+                if taken.newest is not None:
+                    await channel.basic_nack(taken.tag, multiple=True, requeue=True)
                 return taken._replace(newest=None)
             await self._put(channel, registry)
-            await taken.last.ack(multiple=True)
+            await channel.basic_ack(taken.tag, multiple=True)
             return taken
 
         await self._until_taken(write, None)
@@ -262,30 +262,30 @@ class RegistryKeeper:
 
     async def _take(self, channel: AbstractChannel) -> _Taken:
         """Take all there is. What is not settled goes back with the channel."""
-        queue = await channel.get_queue(self._names.registry, ensure=False)
+        queue = self._names.registry
         newest: Registry | None = None
-        last: AbstractIncomingMessage | None = None
-        deliveries, count = 0, 0
-        while (message := await queue.get(fail=False, timeout=None)) is not None:
-            last, count = message, count + 1
-            deliveries = max(deliveries, _count(message.headers))
+        tag, deliveries, count = 0, 0, 0
+        while True:
+            message = await channel.basic_get(queue)
+            method = message.delivery
+            if not isinstance(method, commands.Basic.GetOk):
+                break
+            tag, count = method.delivery_tag or tag, count + 1
+            deliveries = max(deliveries, _count(message.header.properties.headers))
             try:
                 found = _decode(message.body)
             except (msgspec.MsgspecError, RecursionError) as exc:
-                raise ConfigurationError(
-                    f"the queue {queue.name!r} holds a message that is no registry: remove it"
-                ) from exc
+                raise ConfigurationError(f"the queue {queue!r} holds a message that is no registry: remove it") from exc
             if newest is None or found.serial >= newest.serial:
                 newest = found
-            if not message.message_count:
+            if not method.message_count:
                 break
-        return _Taken(newest, last, deliveries, count)
+        return _Taken(newest, tag, deliveries, count)
 
     async def _put(self, channel: AbstractChannel, registry: Registry) -> None:
-        message = aio_pika.Message(
-            _encode(registry), content_type="application/json", delivery_mode=aio_pika.DeliveryMode.PERSISTENT
+        await channel.basic_publish(
+            _encode(registry), routing_key=self._names.registry, properties=_PROPERTIES, mandatory=True
         )
-        await channel.default_exchange.publish(message, self._names.registry)
 
 
 def _count(headers: Mapping[str, object] | None) -> int:

@@ -49,7 +49,9 @@ class RabbitMQTransport:
 
     async def ping(self) -> None:
         """Ask for a queue that is always there."""
-        await self._broker.control.call(lambda channel: channel.get_queue(self._broker.topology.parked))
+        await self._broker.control.call(
+            lambda channel: channel.queue_declare(self._broker.topology.parked, passive=True)
+        )
 
     async def send(self, envelopes: Sequence[Envelope]) -> Outcomes:
         """Publish, and wait for the confirms."""
