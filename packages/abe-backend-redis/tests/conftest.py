@@ -45,8 +45,8 @@ class Lab:
 
     async def transport(self, **changes: Any) -> RedisTransport:
         transport = RedisTransport(self.settings(**changes))
+        self._stack.push_async_callback(transport.close)  # one that could not be opened is closed too
         await transport.open()
-        self._stack.push_async_callback(transport.close)
         return transport
 
     async def receiver(self, transport: RedisTransport, group: str = "g") -> RedisReceiver:

@@ -123,8 +123,8 @@ class Lab:
 
     async def transport(self, **changes: Any) -> SqsTransport:
         transport = SqsTransport(self.settings(**changes))
+        self._stack.push_async_callback(transport.close)  # one that could not be opened is closed too
         await transport.open()
-        self._stack.push_async_callback(transport.close)
         return transport
 
     async def ask(self, operation: str, **arguments: Any) -> Any:

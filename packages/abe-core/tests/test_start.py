@@ -13,7 +13,7 @@ from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.errors import BackendClosedError, BackendConnectionError, InvalidNameError, PermissionDeniedError
 from abe.settings import QueueSettings
 from abe.testing import fresh_memory_backend
-from abe_contract_tests.bounds import within
+from abe_contract_tests.bounds import slowness, within
 
 
 async def handler(message: Message) -> None: ...
@@ -299,7 +299,7 @@ class TestShutdownBeforeTheFirstTurn:
         loop = asyncio.get_running_loop()
 
         def stops(message: Message) -> None:
-            asyncio.run_coroutine_threadsafe(consumer.shutdown(), loop).result(5)
+            asyncio.run_coroutine_threadsafe(consumer.shutdown(), loop).result(5 * slowness())
 
         await memory_backend.publish("k", {})
         async with within(5):

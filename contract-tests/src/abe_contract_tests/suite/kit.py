@@ -51,9 +51,9 @@ class Kit:
             overrides: Environment variables on top of the harness's.
         """
         transport = self._contract.backend(**{"QUEUE_LEASE_SECONDS": LONG_LEASE, **overrides}).make_transport()
+        self._stack.push_async_callback(transport.close)  # one that could not be opened is closed too
         async with self._contract.within():
             await transport.open()
-        self._stack.push_async_callback(transport.close)
         return transport
 
     async def receiver(self, transport: Transport, group: str = "g", prefetch: int = 1000) -> Receiver:
