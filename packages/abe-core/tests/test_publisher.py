@@ -140,6 +140,31 @@ async def test_those_who_wait_for_room_are_not_overtaken() -> None:
     assert min(counts) > max(counts) / 2
 
 
+async def test_a_lone_one_is_not_begun_before_those_who_were_woken() -> None:
+    async def take(_: Sequence[Envelope]) -> Outcomes:
+        await asyncio.sleep(0)
+        return ()
+
+    under_test = publisher(take, max_count=2)
+    sent: list[str] = under_test.transport.sent  # type: ignore[attr-defined]
+    assert await under_test.publish(envelope("first")) is None
+    room = under_test._room
+    for _ in range(2):
+        room.enter(1)
+
+    async def wait() -> None:
+        assert await room.wait(asyncio.get_running_loop().time() + 60)
+        sent.append("woken")
+
+    waiting = [asyncio.create_task(wait()) for _ in range(2)]
+    await asyncio.sleep(0)
+    room.leave(2, 2)
+    async with within(10):
+        assert await under_test.publish(envelope("newcomer")) is None
+        await asyncio.gather(*waiting)
+    assert sent == ["first", "woken", "woken", "newcomer"]
+
+
 async def test_a_loop_of_publishes_lets_others_run() -> None:
     backend = MemoryBackend(QueueSettings(namespace=fresh_namespace()))
     await backend.declare("g")

@@ -115,7 +115,8 @@ class Publisher:
             timeout: Seconds until there is an outcome, the wait for room included; None: the publisher's.
         """
         begun: Begun[Outcomes] | Outcomes | None = None
-        if self._alone and self._connected and not self._room.count and not self._room.closed:
+        room = self._room
+        if self._alone and self._connected and not (room.count or room.coming or room.closed):
             begun = begin(self._transport.send([envelope]))
             if not begun or begun == _ACCEPTED:
                 self._at_once += 1

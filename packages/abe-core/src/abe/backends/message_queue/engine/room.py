@@ -15,10 +15,11 @@ class Room:
     def __init__(self, *, max_count: int, max_bytes: int) -> None:
         self.count: int = 0
         """Messages on their way."""
+        self.coming: int = 0
+        """Those who were woken, and are not in yet: their places are not for who comes after them."""
         self.closed: bool = False
         """Whether nobody waits for room any more."""
         self._bytes = 0
-        self._coming = 0  # woken, and not in yet: their places are not for who comes after them
         self._max_count = max_count
         self._max_bytes = max_bytes
         self._loop = asyncio.get_running_loop()
@@ -27,7 +28,7 @@ class Room:
 
     def full(self) -> bool:
         """Whether whoever comes has to wait."""
-        return self._taken(self._coming)
+        return self._taken(self.coming)
 
     def enter(self, size: int) -> None:
         """Count a message of that many bytes."""
@@ -45,7 +46,7 @@ class Room:
     async def wait(self, deadline: float) -> bool:
         """Wait until there is room, or this is closed; return False if the deadline, by the event loop's clock, comes first."""
         woken = False
-        while self._taken(0 if woken else self._coming):
+        while self._taken(0 if woken else self.coming):
             future: asyncio.Future[None] = self._loop.create_future()
             (self._waiting.appendleft if woken else self._waiting.append)(future)
             try:
@@ -57,7 +58,7 @@ class Room:
             except asyncio.CancelledError:
                 self._hand_on(future)
                 raise
-            self._coming -= 1
+            self.coming -= 1
             woken = True
         self._loop.call_soon(self._more)
         return True
@@ -82,7 +83,7 @@ class Room:
 
     def _hand_on(self, future: "asyncio.Future[None]") -> None:
         if future.done() and not future.cancelled():
-            self._coming -= 1
+            self.coming -= 1
             self._wake(1)  # woken, and leaving at the same moment: the place is somebody else's
 
     def _wake(self, places: int) -> None:
@@ -90,5 +91,5 @@ class Room:
             future = self._waiting.popleft()
             if not future.done():
                 future.set_result(None)
-                self._coming += 1
+                self.coming += 1
                 places -= 1
