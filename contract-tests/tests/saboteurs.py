@@ -24,10 +24,10 @@ from abe.backends.message_queue.base import (
     Transport,
 )
 from abe.backends.message_queue.engine import GroupSubscription
+from abe.backends.message_queue.service._harness import MemoryHarness
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.codec import JSONCodec
 from abe.errors import AbeError, BackendClosedError, BackpressureError, GroupMissingError, PublishRejectedError
-from abe_contract_tests.harnesses.memory import MemoryHarness
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Sluggish(MemoryBackend):
         return os.listdir("/")
 """
 HARNESS = """
-from abe_contract_tests.harnesses.memory import MemoryHarness
+from abe.backends.message_queue.service._harness import MemoryHarness
 from sluggish import Sluggish
 
 class SluggishHarness(MemoryHarness):

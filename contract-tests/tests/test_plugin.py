@@ -43,7 +43,7 @@ class ThreeHarness(Harness):
 """
 
 AWAY = """
-from abe_contract_tests.harnesses.memory import MemoryHarness
+from abe.backends.message_queue.service._harness import MemoryHarness
 from abe_contract_tests.services import ServiceUnavailable
 
 class AwayHarness(MemoryHarness):

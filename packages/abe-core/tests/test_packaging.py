@@ -263,6 +263,24 @@ def test_a_provider_is_found_by_its_name(with_providers: Path, name: str) -> Non
     assert Path(loaded["file"]).is_relative_to(with_providers.parents[1])
 
 
+HARNESSES = textwrap.dedent("""
+    import json
+    from importlib.metadata import entry_points
+    from abe_contract_tests.selection import ENTRY_POINTS, load_harness
+    found = {each.name: load_harness(each.name) for each in entry_points(group=ENTRY_POINTS)}
+    print(json.dumps({name: harness.backend.__module__.partition(".")[0] for name, harness in found.items()}))
+""")
+
+
+def test_the_wheels_bring_the_harness_of_each_provider(built: dict[str, Built], tmp_path: Path) -> None:
+    wheels = {f"abe-backend-{name}[test]": built[f"abe-backend-{name}"].wheel for name in PROVIDERS}
+    extras = [f"{name} @ {wheel.as_uri()}" for name, wheel in wheels.items()]
+    python = environment_with(tmp_path / "harnesses", built["abe-core"].wheel, built["contract-tests"].wheel, *extras)
+    found = json.loads(run(python, "-I", "-c", HARNESSES))
+    assert set(found.values()) == {"abe", *(f"abe_backend_{name}" for name in PROVIDERS)}
+    assert {"memory", "rabbitmq", "redis", "sqs-moto", "sqs-ministack"} <= set(found)
+
+
 @pytest.fixture(scope="session")
 def with_suite(built: dict[str, Built], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The suite and a provider that the project did not write, as a third party installs them."""

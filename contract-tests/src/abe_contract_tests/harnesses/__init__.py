@@ -1,1 +1,0 @@
-"""The harnesses of the project's own providers."""
