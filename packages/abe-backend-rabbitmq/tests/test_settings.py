@@ -114,7 +114,7 @@ def test_urls_that_rabbitmq_can_be_at(url: str) -> None:
         (f"amqps://u:{SECRET}@h?no_verify_ssl=1", "certificates are always verified"),
         (f"amqp://u:{SECRET}@h?heartbeat=5", "say RABBITMQ_HEARTBEAT_SECONDS"),
         (f"amqp://u:{SECRET}@h?timeout=5", "say RABBITMQ_CONNECT_TIMEOUT_SECONDS"),
-        (f"amqp://u:{SECRET}@h?connection_attempts=5", "instead of connection_attempts: nothing, it is seen to"),
+        (f"amqp://u:{SECRET}@h?connection_attempts=5", "instead of connection_attempts: nothing, the provider sets it"),
         (f"amqp://h?{SECRET}=1", "without query parameters"),
     ],
 )

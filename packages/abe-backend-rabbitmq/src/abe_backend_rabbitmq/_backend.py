@@ -1,4 +1,4 @@
-"""The backend's public face."""
+"""RabbitMQ's backend class: its settings, its capabilities, the transport that it makes."""
 
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,7 +19,7 @@ class RabbitMQBackend(TransportBackend[RabbitMQSettings]):
     """A message queue on RabbitMQ from 3.10.
 
     Args:
-        settings: Where RabbitMQ is, and what every backend can be told.
+        settings: RabbitMQ's address and credentials, and the settings that all backends have.
         codec: Payload to bytes and back.
         middleware: Wraps each publish, the first outermost.
     """
@@ -42,7 +42,7 @@ class RabbitMQBackend(TransportBackend[RabbitMQSettings]):
     )
 
     def make_transport(self) -> Transport:
-        """Return a transport to the broker of the settings."""
+        """Return a transport with this backend's settings; it is not connected."""
         return RabbitMQTransport(self.settings)
 
 

@@ -20,11 +20,11 @@ from abe_backend_rabbitmq._topology import Topology
 class Broker:
     """One namespace in one vhost.
 
-    There is a connection to publish, one to consume, and one for what is rare: a broker that is short of memory stops reading from those
-    that publish, and acknowledgements and requests must go on.
+    It has three connections: one publishes, one consumes, one carries requests (control). A broker that is short of memory stops reading
+    from connections that publish; acknowledgements and requests must not wait for that.
 
     Args:
-        settings: Where to, and as whom.
+        settings: The provider's settings.
     """
 
     def __init__(self, settings: RabbitMQSettings) -> None:
@@ -33,7 +33,7 @@ class Broker:
         self.topology = Topology(settings.namespace, settings.exchange, settings.max_backlog)
         self.losses = Losses()
         self.consumer_timeout = CONSUMER_TIMEOUT
-        """The node's, in seconds, as far as we know."""
+        """The node's `consumer_timeout` in seconds: RabbitMQ's default, until an error of the node names another."""
         self.control = Control(Link(settings, "abe-control"))
         self.publisher = Publisher(settings, self.prepare)
         self.delays = Delays(self.topology, lambda group, level: self.groups.build(group, level))
@@ -43,11 +43,11 @@ class Broker:
         self._consuming = Link(settings, "abe-consume")
 
     async def close(self) -> None:
-        """Disconnect. What is under way for the registry must have been given up before, by `RegistryKeeper.close`."""
+        """Close the connections. Call `RegistryKeeper.close` first, which cancels the registry's tasks."""
         await gather_all(self.publisher.close(), self._consuming.close(), self.control.close())
 
     async def prepare(self) -> None:
-        """Make what every namespace has."""
+        """Declare the exchanges and queues that every namespace has."""
         await self.groups.prepare(await self.control.connection())
 
     async def consume_channel(self) -> Channel:
@@ -55,7 +55,7 @@ class Broker:
         return await (await self._consuming.get()).channel()
 
     async def place(self, group: str, delay: float) -> Place:
-        """Return where a message waits; a group that was deleted underneath is made again."""
+        """Return where a delayed message waits; declare the group again if it was deleted underneath."""
         try:
             return await self.delays.place(group, delay)
         except GroupMissingError:
@@ -63,13 +63,13 @@ class Broker:
             return await self.delays.place(group, delay)
 
     async def _tell(self, news: str) -> None:
-        """Tell everybody who consumes; nobody needs to listen."""
+        """Announce news to all consumers of the namespace; there need be none."""
         await self.publisher.move([Outgoing(self.topology.news, "", _wire.NEWS, news.encode(), "")])
 
     async def _check_writable(self) -> None:
-        """Find out whether the broker takes messages. (One without a body is taken even while it does not.)
+        """Check that the broker accepts messages, by publishing one. (It accepts one without a body even while it is blocked.)
 
         Raises:
-            BlockedError: It is short of memory or disk.
+            BlockedError: The broker is short of memory or disk.
         """
         await self._tell("writing")

@@ -1,9 +1,9 @@
-"""Looking through a queue: messages are taken a page at a time, some are removed, the others go back to where they were.
+"""Browses a queue: messages are taken a page at a time, some are removed, the others return to their places.
 
-A quorum queue gives back what was taken behind what was given back before, and ahead of what never was. So whoever looks takes all that
-was ever given back, keeps it until it is through, and then leaves it to the broker by closing its channels, in their order. The broker
-gives back what a channel held consumer by consumer, sorted by their tags as long as they are few: hence a consumer for each page, and
-another channel after some of them.
+1. A quorum queue puts a returned message behind those that were returned before, and ahead of those that never were. So a browser takes
+   every message that was ever returned, and keeps all of them until it is done.
+2. Then it closes its channels in their order. The broker returns a channel's messages consumer by consumer, sorted by consumer tag as long
+   as the consumers are few. So each page has a consumer of its own, and after some consumers another channel is opened.
 """
 
 import asyncio
@@ -26,10 +26,10 @@ PAGE_BYTES: Final = 4 * 1024 * 1024
 """Bytes of bodies after which a page ends."""
 
 _MOST: Final = 8 * PAGE_BYTES
-"""Bytes of bodies in memory, about: nobody knows how large messages are before they come."""
+"""Bytes of bodies in memory, approximately: the size of a message is known only when it arrives."""
 
 _FIRST, _GROWTH = 8, 4
-"""Messages of the first page, and how much longer the next one may be: nobody knows how large they are."""
+"""Messages of the first page, and the factor by which the next one may grow: the sizes are not known in advance."""
 
 _CONSUMERS: Final = 24
 """Consumers of one channel. (An Erlang map is sorted up to 32 keys.)"""
@@ -38,28 +38,28 @@ _QUIET: Final = 0.5
 """Seconds without another message after which the queue is asked whether it has any."""
 
 _REST: Final = 2_000
-"""Messages at a time when none of them is kept."""
+"""Messages taken at a time when their bodies are not kept."""
 
 _MARK: Final = b"x-delivery-count"
-"""In the properties of a message that was given back before."""
+"""In the properties of a message that was returned before."""
 
 _TRIES, _PAUSE = 400, 0.005
 
 _PLACEHOLDER: Final = Delivery(b"", None, 1, 0), Header(b"", "", "")
-"""Stands for each message in hand: no more than its tag is needed."""
+"""Stands for each message taken: only its tag is needed."""
 
 Found: TypeAlias = tuple[int, Header, bytes]
-"""Tag, what came with it, and body of a message."""
+"""Delivery tag, header and body of a message."""
 
 
 class Browser:
-    """What a queue had when the look began, the oldest first.
+    """The messages that a queue held when browsing began, the oldest first.
 
     Args:
-        control: Counts.
-        connection: Whose channels are used; the lock under which one looks must be this connection's.
-        queue: The queue.
-        count: How many messages it has.
+        control: Counts messages.
+        connection: Its channels are used; it must own the lock that permits browsing.
+        queue: The queue's name.
+        count: How many messages the queue holds.
     """
 
     def __init__(self, control: Control, connection: Connection, queue: str, count: int) -> None:
@@ -83,7 +83,7 @@ class Browser:
         self._arrived = asyncio.Event()
 
     async def page(self) -> Sequence[Found]:
-        """Return the next messages, the oldest first; none: that was all.
+        """Return the next messages, the oldest first; none at the end.
 
         Raises:
             BackendConnectionError: The channel was lost.
@@ -106,7 +106,7 @@ class Browser:
         return page
 
     async def remove(self, tags: Sequence[int]) -> None:
-        """Remove messages of the last page for good. It is certain when the next page is there, or the browser is closed.
+        """Acknowledge messages of the last page. Their removal is certain once the next page has been returned, or `close` has.
 
         Raises:
             BackendConnectionError: The channel was lost.
@@ -116,10 +116,10 @@ class Browser:
         self._passed -= len(tags)
 
     async def rest(self, timeout: float) -> None:
-        """Take the rest into hand unseen, for the sake of its order, as far as it was ever given back.
+        """Take the remaining messages that were ever returned, without keeping their bodies, so that `close` returns all in order.
 
         Args:
-            timeout: Seconds after which order counts for less.
+            timeout: Seconds after which the order is given up.
         """
         with translated(self._connection.address):
             try:
@@ -129,10 +129,10 @@ class Browser:
                 return
 
     async def close(self) -> None:
-        """Give back what was not removed."""
+        """Return the messages that were not removed."""
         with translated(self._connection.address):
             if self._unsure and self._channels[-1].closed is None:
-                # What it acknowledged can be lost with a channel, until the queue answered it something that came after.
+                # Acknowledgements can be lost with a channel, until the queue has answered a later request on it.
                 await self._consume(1)
             for channel in self._channels:
                 before = await self._control.count(self._queue, self._connection) or 0
@@ -144,7 +144,7 @@ class Browser:
         self._channels.clear()
 
     async def _begin_again(self) -> None:
-        """Forget what came, which was too much, and take it in smaller steps: each in its old place."""
+        """Return the messages of a page that was too large, in order, and take them again in smaller pages."""
         passed = self._passed
         self._ready.clear()
         self._bytes, self._too_much = 0, False
@@ -155,16 +155,16 @@ class Browser:
         await self._pass(lambda: passed - (left - self._left))
 
     async def _pass(self, left: Callable[[], int]) -> None:
-        """Take messages into hand without keeping them, as long as there are any left to take."""
+        """Take messages without keeping their bodies, as long as `left` says that some are to be taken."""
         self._keeping = False
         while (count := min(left(), self._left)) > 0:
             await self._take(min(count, _REST))
         self._keeping = True
 
     async def _take(self, count: int) -> None:
-        """Have `count` messages pushed, and wait for them.
+        """Consume `count` messages.
 
-        The consumer is cancelled when it can be given no more: what reaches it later is given back at once, out of order.
+        The consumer is cancelled when its prefetch is used up: what reaches a cancelled consumer is returned at once, out of order.
         """
         self._due = count
         consumer = await self._consume(count, cancel=False)
@@ -176,13 +176,13 @@ class Browser:
                     await self._arrived.wait()
             except TimeoutError:
                 if due == self._due and not await self._control.count(self._queue, self._connection):
-                    self._left = 0  # somebody who does not know of the lock took the others
+                    self._left = 0  # a client that does not know of the lock took the others
                     break
             self._channel()
         await run_to_completion(self._channel().native.basic_cancel(consumer))
 
     async def _consume(self, count: int, *, cancel: bool = True) -> str:
-        """Make a consumer. The queue has carried out by then what it was told before."""
+        """Register a consumer, and return its tag. The queue has processed all earlier requests by then."""
         if not self._channels or self._consumers - self._fresh_from >= _CONSUMERS:
             if not self._channels or self._channels[-1].in_flight:
                 channel = await self._connection.channel()
@@ -205,7 +205,7 @@ class Browser:
         return channel
 
     async def _until(self, count: int) -> None:
-        """Wait, for a moment, until the queue has that many again."""
+        """Wait until the queue holds that many messages again, but a few seconds at most."""
         for _ in range(_TRIES):
             if (await self._control.count(self._queue, self._connection) or 0) >= count:
                 return

@@ -1,4 +1,4 @@
-"""An open channel: publishes with confirms, or consumes, past aiormq by the tap of its connection."""
+"""An open channel, which publishes with confirms, or consumes. Its frames bypass aiormq, by the tap of its connection."""
 
 import asyncio
 import logging
@@ -35,7 +35,7 @@ _UNLIMITED: Final = 1 << 31
 
 
 class Outgoing(NamedTuple):
-    """A message on its way: to which exchange, by which routing key, its properties, its body, its id."""
+    """A message to publish: exchange, routing key, properties, body, message id."""
 
     exchange: str
     key: str
@@ -45,12 +45,12 @@ class Outgoing(NamedTuple):
 
 
 Pushed: TypeAlias = Callable[[int, Header, bytes, bool], None]
-"""Called for each message that the broker pushes: its tag, what came with it, its body, whether it was delivered before. It puts the
-message into `Channel.in_flight`. If it raises, the message goes back to its queue."""
+"""Called for each message that the broker pushes, with its tag, its header, its body and the `redelivered` flag. It puts the message
+into `Channel.in_flight`. If it raises, the message goes back to its queue."""
 
 
 class UnconfirmedBatch:
-    """Messages that were published together. The future's result is each one's outcome, or nothing when all were accepted."""
+    """Messages that were published together. The future's result is an outcome for each, or empty when all were accepted."""
 
     __slots__ = ("_failed", "_future", "_left", "first", "messages")
 
@@ -64,7 +64,7 @@ class UnconfirmedBatch:
         self._failed: dict[int, AbeError] = {}
 
     def settle(self, tag: int, error: AbeError | None) -> None:
-        """Note a message's outcome. (Whoever waited may be gone.)"""
+        """Record a message's outcome. (The caller may have been cancelled.)"""
         if error is not None:
             self._failed[tag - self.first] = error
         self._left -= 1
@@ -76,25 +76,25 @@ class UnconfirmedBatch:
 class Channel:
     """An open channel that publishes with confirms, or consumes. It ends with its connection and is never opened again.
 
-    What is written waits in the transport's buffer if the broker does not read; the bounds on what is unconfirmed bound that too.
+    If the broker does not read, frames wait in the transport's buffer; the limits on unconfirmed messages limit it too.
 
     Args:
-        tap: Of its connection.
-        native: aiormq's, opened without confirms: it keeps no count then.
-        frame_max: The longest frame; 0: any.
+        tap: The tap of its connection.
+        native: aiormq's channel, opened without confirms, so that aiormq keeps no count of them.
+        frame_max: Bytes of the longest frame; 0: no limit.
     """
 
     def __init__(self, tap: Tap, native: AbstractChannel, frame_max: int) -> None:
         assert tap.transport is not None
         self.native = native
         self.closed: str | None = None
-        """Why the channel is gone."""
+        """Why the channel is closed; None while it is open."""
         self.in_flight: dict[int, tuple[Delivery, Header]] = {}
-        """What was delivered and is not settled, by tag, the oldest first."""
+        """Deliveries that are not settled, by tag, the oldest first."""
         self.lost: Sequence[tuple[Delivery, Header]] = ()
-        """What was held when the channel went."""
+        """Deliveries that were in flight when the channel closed."""
         self.ended: Callable[[], object] | None = None
-        """Called when the channel is gone. Must not raise."""
+        """Called when the channel has closed. Must not raise."""
         self._deliver: Pushed | None = None
         self._oldest, self._newest = 1, 0
         self._tap = tap
@@ -113,12 +113,12 @@ class Channel:
         tap.channels[self._number] = self
 
     def publish(self, messages: Sequence[Outgoing]) -> asyncio.Future[Sequence[AbeError | None]]:
-        """Publish messages, in this order. The future's result is as of `UnconfirmedBatch`; who is cancelled leaves alone.
+        """Publish messages in this order. The future's result is that of `UnconfirmedBatch`; cancelling it withdraws no message.
 
-        An outcome is `PublishUnknownError` if the channel went before that message's confirm came.
+        An outcome is `PublishUnknownError` if the channel closed before the message's confirm came.
 
         Raises:
-            BackendConnectionError: The channel is gone; nothing was sent.
+            BackendConnectionError: The channel is closed; nothing was sent.
         """
         if self.closed is not None or self._transport.is_closing():
             raise BackendConnectionError(self.closed or "the connection was lost")
@@ -145,13 +145,13 @@ class Channel:
         return future
 
     async def consume(self, queue: str, prefetch: int, deliver: Pushed, tag: str | None = None) -> str:
-        """Have the queue's messages pushed, so many unsettled ones at most. Return the consumer's tag.
+        """Register a consumer, and return its tag.
 
         Args:
-            queue: The queue.
-            prefetch: How many at most. (With 0, all, a quorum queue pushes 2,000.)
-            deliver: Takes them.
-            tag: The consumer's; None: one is made up.
+            queue: The queue's name.
+            prefetch: How many unsettled messages the broker may push. (With 0, no limit, a quorum queue pushes 2,000.)
+            deliver: Called for each message.
+            tag: The consumer's tag; None: one is generated.
         """
         self._deliver = deliver  # first: messages may come in the same chunk as the reply
         await self.native.basic_qos(prefetch_count=prefetch)
@@ -160,7 +160,7 @@ class Channel:
         return reply.consumer_tag
 
     async def ack(self, tags: Sequence[int]) -> None:
-        """Acknowledge; tags that are not held are left out, as a tag that is settled twice costs the channel."""
+        """Acknowledge. Tags that are not in flight are left out: the broker closes a channel that settles a tag twice."""
         singly, through = self._settled(tags)
         if self.closed is not None or not (singly or through):
             return
@@ -171,27 +171,27 @@ class Channel:
         self._write(b"".join(parts))
 
     async def requeue(self, tag: int) -> None:
-        """Give a message back, to be delivered again at once; the broker counts it."""
+        """Return a message to its queue, for redelivery at once; the broker counts the delivery."""
         if self.in_flight.pop(tag, None) is not None and self.closed is None:
             self._reject(tag)
 
     def discard(self, tag: int) -> None:
-        """Have the broker put a message where its queue puts what it discards."""
+        """Reject a message: the broker moves it to where its queue dead-letters."""
         if self.in_flight.pop(tag, None) is not None and self.closed is None:
             self._reject(tag, requeue=False)
 
     async def close(self) -> None:
-        """Close the channel. What is held goes back to its queue; what is settled from now on comes too late.
+        """Close the channel. Deliveries in flight go back to their queue; later settlements are ignored.
 
-        (An acknowledgement that followed the broker's sight of the close would cost the connection.)
+        (The broker closes the connection when an acknowledgement follows the close.)
         """
         self.lose("the channel was closed")
         await self.native.close()
 
     def lose(self, reason: str) -> None:
-        """Tell everybody that the channel is gone, and with it every delivery.
+        """Mark the channel as closed: unconfirmed messages get their outcomes, deliveries in flight are lost.
 
-        All that was published is on its way: nobody knows how far it came.
+        Whether the broker stored an unconfirmed message is unknown.
         """
         if self.closed is not None:
             return
@@ -211,7 +211,7 @@ class Channel:
 
     @property
     def delivered(self) -> int:
-        """The newest tag: how many messages were delivered."""
+        """How many messages were delivered: the newest tag."""
         return self._newest
 
     def take(self, kind: int, data: bytes, position: int, end: int) -> bool:
@@ -227,7 +227,7 @@ class Channel:
                 self._kind = 0
                 if method == _CLOSE:
                     self.lose(f"the broker closed the channel: {_close_text(data[position:end])}")
-                elif method in (_CLOSE_OK, _OPEN_OK):  # the number is free for another channel, or is another's already
+                elif method in (_CLOSE_OK, _OPEN_OK):  # the number is free, or in use again
                     self.lose("the channel was closed")
                     del self._tap.channels[self._number]
                 return False
@@ -304,19 +304,19 @@ class Channel:
         return prefix
 
     def _pushed(self, tag: int, header: Header, body: bytes, redelivered: bool) -> bool:
-        """Hand a delivery over; return whether it was taken."""
+        """Pass a delivery to the consumer's callback; return whether that accepted it."""
         self._newest = tag
         try:
             assert self._deliver is not None
             self._deliver(tag, header, body, redelivered)
-        except Exception:  # noqa: BLE001 - in the middle of what arrived: it would end the connection
-            _log.exception("a delivery could not be taken in: it goes back to its queue")
+        except Exception:  # noqa: BLE001 - raised in `data_received` it would end the connection
+            _log.exception("unexpected exception while a delivery was accepted: it goes back to its queue")
             self.in_flight.pop(tag, None)
             return False
         return True
 
     def _settled(self, tags: Sequence[int]) -> tuple[list[int], int]:
-        """Take tags out of what is held. Return those to acknowledge singly, and the one to acknowledge with all below it, or 0."""
+        """Remove tags from `in_flight`. Return those to acknowledge singly, and the one to acknowledge with all below it, or 0."""
         held, newest, oldest = self.in_flight, self._newest, self._oldest
         done = [tag for tag in tags if held.pop(tag, None) is not None]
         # Tags come in order, one by one. (Asking the dict for its first would walk over all that were taken from its head.)
@@ -341,12 +341,12 @@ def unroutable(key: str) -> UnroutableError:
 def nacked() -> BackpressureError:
     """Return the outcome of a message that a queue refused."""
     return BackpressureError(
-        "a group that wants the message takes no more: max_backlog messages wait, or its queue is short of resources"
+        "the queue of a group that wants the message refused it: max_backlog messages wait there, or it is short of resources"
     )
 
 
 async def _never_called(_: object) -> None:
-    _log.error("a delivery went past the tap: it is not acknowledged, and comes again")
+    _log.error("a delivery bypassed the tap: it is not acknowledged, and will be redelivered")
 
 
 def _close_text(frame: bytes) -> str:

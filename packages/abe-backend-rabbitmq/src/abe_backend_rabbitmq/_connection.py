@@ -1,7 +1,7 @@
 """Connections to RabbitMQ: aiormq logs in and speaks the protocol, the supervision is ours.
 
-Nothing is restored by itself when a connection is lost: whoever needs one gets a new one and says again what is wanted of it. So there
-is no state that could come back wrong.
+A lost connection is not restored. The next caller that needs one opens it, and declares again what it uses, so that no stale state
+returns.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from abe_backend_rabbitmq._watch import Watch
 _log: Final = logging.getLogger("abe.rabbitmq")
 
 _CLOSE_TIMEOUT: Final = 1.0
-"""Seconds for which closing waits for the broker's answer."""
+"""Seconds that closing waits for the broker's answer."""
 
 _T = TypeVar("_T")
 
@@ -39,9 +39,9 @@ class Connection:
     """One connection, until it is lost.
 
     Args:
-        settings: As whom, and how.
-        url: Where to.
-        name: Its name in RabbitMQ's list.
+        settings: The provider's settings.
+        url: The broker's URL.
+        name: The connection's name in RabbitMQ's list.
     """
 
     def __init__(self, settings: RabbitMQSettings, url: str, name: str) -> None:
@@ -59,7 +59,7 @@ class Connection:
         self._free.set()
         self._watch: Watch | None = None
         self.silent = False
-        """Whether it was given up because nothing was heard of it."""
+        """Whether it was aborted because the broker was silent."""
 
     async def open(self) -> None:
         """Connect and log in. A connection is opened once.
@@ -67,7 +67,7 @@ class Connection:
         Raises:
             BackendConnectionError: RabbitMQ cannot be reached, or does not answer.
             PermissionDeniedError: The user may not log in.
-            ConfigurationError: The vhost is not there; or a certificate does not hold, ours or its.
+            ConfigurationError: The vhost does not exist, or a certificate is not accepted, the client's or the broker's.
         """
         connecting = asyncio.ensure_future(quietly(self._open))
         connecting.add_done_callback(ignore_failure)
@@ -75,7 +75,7 @@ class Connection:
             await asyncio.wait([connecting], timeout=self._settings.connect_timeout)
         finally:
             if not connecting.done():
-                self._abort()  # first: a peer that is silent would be given half a minute to end TLS in order
+                self._abort()  # first: asyncio waits half a minute for a silent peer to shut down TLS
                 connecting.cancel()
                 await asyncio.wait([connecting])
         if connecting.cancelled():
@@ -100,7 +100,7 @@ class Connection:
 
     @property
     def blocked(self) -> bool:
-        """Whether the broker takes no messages now."""
+        """Whether the broker has said that it takes no messages now."""
         return self._blocked
 
     async def unblocked(self) -> None:
@@ -117,19 +117,19 @@ class Connection:
             return await run_to_completion(self._tapped())
 
     async def plain(self) -> AbstractChannel:
-        """Open a channel of aiormq's, for what is rare."""
+        """Open a plain channel of aiormq's, for infrequent requests."""
         with translated(self.address):
             channel: AbstractChannel = await run_to_completion(self._native.channel())
             return channel
 
     async def close(self) -> None:
-        """Disconnect, whatever the broker does."""
+        """Close the connection; abort it if the broker does not answer in time."""
         if self._native is None:
             return
         if self._watch is not None:
             self._watch.stop()
         mute = self._watch is not None and self._watch.waited > _CLOSE_TIMEOUT
-        if mute:  # first: aiormq would close in order, and wait for an answer
+        if mute:  # first: aiormq would wait for the broker's answer
             self._abort()
         closing = asyncio.ensure_future(quietly(lambda: self._native.close()))
         closing.add_done_callback(ignore_failure)
@@ -139,7 +139,7 @@ class Connection:
             self._abort()
         await asyncio.wait(
             [closing], timeout=_CLOSE_TIMEOUT
-        )  # it ends by itself now; cancelled it would leave tasks behind
+        )  # the abort ends it; cancelled it would leave tasks behind
 
     async def _open(self) -> None:
         context = await asyncio.to_thread(tls_context, self._settings) if is_tls(self._url) else None
@@ -153,10 +153,12 @@ class Connection:
             native.closing.add_done_callback(self._ended)
             await native.connect()
         except ValueError:  # by yarl, or by the codec for names of hosts; the text may show the URL
-            raise ConfigurationError("RABBITMQ_URL or MESSAGE_QUEUE_HOST names a host that cannot be one") from None
+            raise ConfigurationError(
+                "the host in RABBITMQ_URL or MESSAGE_QUEUE_HOST is not a valid host name"
+            ) from None
 
     def _hint(self) -> str:
-        """Return what may be wrong with somebody who took the connection, and never said a word that we understand."""
+        """Return a hint about a peer that accepted the connection, and never sent a frame of AMQP."""
         tap = self._factory.tap
         if self._greeted or tap is None or tap.transport is None:
             return ""
@@ -172,12 +174,12 @@ class Connection:
         return channel
 
     def _said(self, frame: bytes) -> None:
-        """Take note of what the broker says of the connection itself."""
+        """Handle a method of the connection itself: close, blocked, unblocked."""
         self._greeted = True
         try:
             method: object = pamqp_frame.unmarshal(frame)[2]
         except PAMQPException:
-            return  # aiormq says so better
+            return  # aiormq reports it
         match method:
             case commands.Connection.Close():
                 self._farewell = method
@@ -198,15 +200,15 @@ class Connection:
                 pass
 
     async def _ask(self) -> None:
-        """Ask for what is answered even while queues cannot, a channel, and leave nothing: no task, no channel."""
+        """Probe the broker by opening a channel, which it answers even while its queues cannot, and closing it."""
         channel = await self.plain()
         await run_to_completion(channel.close())
 
     def _give_up(self, reason: str) -> None:
         self.silent = True
-        _log.warning("the connection to rabbitmq at %s is given up: %s", self.address, reason)
+        _log.warning("the connection to rabbitmq at %s is aborted: %s", self.address, reason)
         if self._factory.tap is not None:
-            self._factory.tap.end(f"the connection was given up: {reason}")
+            self._factory.tap.end(f"the connection was aborted: {reason}")
         self._abort()
 
     def _ended(self, _: object) -> None:
@@ -221,10 +223,10 @@ class Connection:
 
 
 class Link:
-    """A connection that is made when it is needed, and made anew when it was lost; several addresses are tried in turn.
+    """A connection that is opened on demand, and again after a loss; several addresses are tried in turn.
 
     Args:
-        settings: Where to, and as whom.
+        settings: The provider's settings.
         name: The connection's name in RabbitMQ's list.
     """
 
@@ -242,14 +244,14 @@ class Link:
         Concurrent callers share one attempt; cancelling a caller does not cancel it.
 
         Raises:
-            AbeError: There is none to be had; see `Connection.open`.
+            AbeError: No connection could be opened; see `Connection.open`.
         """
         if self._connection is not None and self._connection.alive and not self._closed:
             return self._connection
         return await self._connecting.join()
 
     async def close(self) -> None:
-        """Disconnect for good."""
+        """Close the connection; none is opened any more."""
         self._closed = True
         try:
             await self._connecting.close()

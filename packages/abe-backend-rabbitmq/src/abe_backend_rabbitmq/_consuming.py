@@ -1,7 +1,7 @@
-"""How much one channel consumes: all that may be held, or, where handlers are slow, what they begin in time.
+"""How much one channel prefetches: the whole prefetch, or, where handlers are slow, what they begin in time.
 
-RabbitMQ takes a message from who holds it for `consumer_timeout`, from the delivery on, and closes the channel. So what waits for a handler
-is given back long before, and taken anew in its order.
+RabbitMQ closes the channel of a consumer that leaves a message unsettled for `consumer_timeout`, from the delivery on. So messages that
+wait for a handler are returned to their queue long before, and consumed again in their order.
 """
 
 import asyncio
@@ -19,22 +19,22 @@ from abe_backend_rabbitmq._pace import OVERDUE, TICKS, WAITED, Pace
 _log: Final = logging.getLogger("abe.rabbitmq")
 
 _SOME: Final = 4
-"""Messages that are settled in a tick at least where a consumer is not slow."""
+"""Messages that a consumer settles in a tick at least if it is not slow."""
 
 _PAUSE: Final = 0.05
 
 
 class Consuming:
-    """The consumers of one channel. There is one, or some more where it was slow for a while.
+    """The consumers of one channel: one, or more after it was slow for a while.
 
     Args:
-        broker: Knows the node's `consumer_timeout`, and what was lost.
+        broker: Has the node's `consumer_timeout`, and records lost deliveries.
         group: The group.
         channel: The channel.
-        prefetch: How many messages may be held at most.
+        prefetch: How many messages may be in flight.
         deliver: Called for each message.
-        taken_back: Called when messages that nobody began were given back.
-        failed: Called when it cannot go on, with the reason.
+        taken_back: Called after messages whose handlers had not begun were returned.
+        failed: Called with the reason when consuming cannot continue.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Consuming:
     ) -> None:
         self.pace = Pace()
         self.answered = True
-        """Whether the broker has answered all that it was asked."""
+        """Whether the broker has answered every request."""
         self._broker = broker
         self._group = group
         self._channel = channel
@@ -72,7 +72,7 @@ class Consuming:
         self._tick_later()
 
     async def stop(self) -> None:
-        """Have nothing more pushed."""
+        """Cancel the consumers."""
         self.end()
         if self._adapting is not None and not self._adapting.done():
             await asyncio.wait([self._adapting])
@@ -80,13 +80,13 @@ class Consuming:
             await self._cancel()
 
     def end(self) -> None:
-        """Change nothing any more."""
+        """Change the consumers no more."""
         self._stopping = True
         if self._timer is not None:
             self._timer.cancel()
 
     def go_on(self) -> None:
-        """Hold as many as may be held again after it was slow, once handlers begin them in time."""
+        """Raise the prefetch again after the consumer was slow, once handlers begin messages in time."""
         if self._credit < self._prefetch:
             channel = self._channel
             room = self._prefetch - self._credit - len(channel.in_flight)
@@ -102,10 +102,10 @@ class Consuming:
             self._adapting = self._loop.create_task(self._change(change))
 
     async def consume_anew(self, pace: int) -> None:
-        """Give back what waits for a handler, in its order, and take no more than handlers begin in a while.
+        """Return the messages that wait for a handler, and consume again with a prefetch that handlers begin in time.
 
         Args:
-            pace: How many messages were settled in that while.
+            pace: That prefetch: how many messages were settled in the last `WAITED` ticks.
         """
         await self._cancel()
         await self._take_back()
@@ -114,22 +114,22 @@ class Consuming:
             if room > 0:
                 await self._consume(max(1, min(room, pace)))
                 return
-            await asyncio.sleep(_PAUSE)  # handlers have all that may be held
+            await asyncio.sleep(_PAUSE)  # handlers have the whole prefetch
 
     async def _change(self, change: Coroutine[Any, Any, None]) -> None:
         try:
             await change
         except AbeError as exc:
-            _log.debug("group %r could not be consumed anew: %s", self._group, exc)
+            _log.debug("the prefetch of group %r could not be changed: %s", self._group, exc)
             self._failed("the consumer could not be changed")
 
     async def _take_back(self) -> None:
-        """Give back what is not begun, unless stopping does. The broker counts it, and that is taken off again."""
+        """Return messages whose handlers have not begun, unless `stop` does. `Losses` subtracts what the broker counts for it."""
         if self._stopping:
             return
         held = self._channel.in_flight
         waiting = [tag for tag, (delivery, _) in held.items() if not delivery.begun]
-        _log.debug("%d messages of group %r waited for a handler: they are taken anew", len(waiting), self._group)
+        _log.debug("%d messages of group %r waited for a handler: they are consumed again", len(waiting), self._group)
         for tag in waiting:
             delivery, header = held[tag]
             delivery.lost = True
@@ -156,7 +156,7 @@ class Consuming:
             self._timer = self._loop.call_later(self._broker.consumer_timeout / TICKS, self._tick)
 
     def _tick(self) -> None:
-        """See to it that nothing is held for too long."""
+        """Return messages that wait for a handler for too long, and warn of handlers that take too long."""
         channel, pace = self._channel, self.pace
         if channel.closed is not None:
             return
@@ -171,13 +171,13 @@ class Consuming:
         )
 
     def _warn(self) -> None:
-        """Say it before RabbitMQ takes a message from its handler."""
+        """Warn before RabbitMQ's `consumer_timeout` ends for a message in its handler."""
         oldest = next(iter(self._channel.in_flight), -1)
         if oldest not in (-1, self._warned) and self.pace.held_for(oldest, OVERDUE):
             self._warned = oldest
             _log.warning(
-                "a message of group %r has been held for %.0f %% of RabbitMQ's consumer_timeout (%g s): soon the broker closes the "
-                "channel, and delivers it again. Raise consumer_timeout, or work in smaller steps",
+                "a message of group %r has been in flight for %.0f %% of RabbitMQ's consumer_timeout (%g s), after which the broker "
+                "closes the channel and redelivers it: raise consumer_timeout, or work in smaller steps",
                 self._group,
                 OVERDUE / TICKS * 100,
                 self._broker.consumer_timeout,

@@ -1,6 +1,6 @@
-"""The connection for what is rare: declaring, counting, looking into queues. It is apart from those that publish and consume.
+"""The connection for infrequent requests: declaring, counting, browsing. It is apart from those that publish and consume.
 
-A broker that is short of memory stops reading from a connection that publishes; requests by this one are answered all the same.
+A broker that is short of memory stops reading from a connection that publishes; requests on this one are answered all the same.
 """
 
 import asyncio
@@ -25,14 +25,14 @@ _LONGEST_POLL: Final = 0.05
 _T = TypeVar("_T")
 
 PINNED: Final[ContextVar["Connection | None"]] = ContextVar("pinned", default=None)
-"""The connection that requests must go by, in work that must not survive it."""
+"""The connection that requests of the current work must use: it owns the work's lock."""
 
 
 class Control:
-    """A channel for what is rare, one request at a time; the broker closes it with each error, and it is opened again.
+    """A channel for infrequent requests, one at a time; the broker closes it with each error, and it is opened again.
 
     Args:
-        link: Whose connection it is on.
+        link: Opens the connection.
     """
 
     def __init__(self, link: Link) -> None:
@@ -42,7 +42,7 @@ class Control:
         self._owner: Connection | None = None
 
     async def connection(self) -> Connection:
-        """Return the connection."""
+        """Return a live connection."""
         return await self._link.get()
 
     async def close(self) -> None:
@@ -50,19 +50,19 @@ class Control:
         await self._link.close()
 
     async def call(self, request: Callable[[AbstractChannel], Awaitable[_T]], on: Connection | None = None) -> _T:
-        """Make a request. Who is cancelled stops waiting; the request is finished.
+        """Make a request. A cancelled caller stops waiting; the request runs to completion.
 
         Args:
             request: Made with the channel.
-            on: The connection to use: one that is being prepared, or that holds a lock.
+            on: The connection to use: one that is being prepared, or that owns a lock.
 
         Raises:
-            AbeError: It failed. The native error is the cause.
+            AbeError: The request failed. The native error is the cause.
         """
         return await run_to_completion(self._call(request, on))
 
     async def count(self, queue: str, on: Connection | None = None) -> int | None:
-        """Return how many messages a queue has that nobody holds; None: there is no such queue."""
+        """Return how many messages of a queue are not in flight; None: the queue does not exist."""
         try:
             declared = await self.call(lambda channel: channel.queue_declare(queue, passive=True), on)
         except BackendConnectionError as exc:
@@ -72,7 +72,7 @@ class Control:
         return declared.message_count or 0
 
     async def _call(self, request: Callable[[AbstractChannel], Awaitable[_T]], on: Connection | None) -> _T:
-        # Before the lock: a connection that is being made makes requests itself.
+        # Before the lock: a connection that is being prepared makes requests itself.
         connection = on or PINNED.get() or await self._link.get()
         async with self._lock:
             if not connection.alive:
@@ -84,19 +84,19 @@ class Control:
                 try:
                     return await request(channel)
                 except BaseException:
-                    self._channel = None  # what the request had in hand goes back with its channel
+                    self._channel = None  # messages that the request took are returned with its channel
                     if not channel.is_closed:
                         await channel.close()
                     raise
 
 
 class Lock:
-    """Held by one process at a time: a queue that one connection owns. The broker frees it when that connection ends.
+    """A lock between processes: an exclusive queue. The broker deletes it when the connection that declared it ends.
 
     Args:
         control: Carries the requests.
-        name: The queue.
-        timeout: Seconds to wait for it.
+        name: The queue's name.
+        timeout: Seconds to wait for the lock.
     """
 
     def __init__(self, control: Control, name: str, timeout: float) -> None:
@@ -107,7 +107,7 @@ class Lock:
 
     @asynccontextmanager
     async def held(self) -> AsyncGenerator[Connection, None]:
-        """Hold the lock, and return the connection that has it: what is done under it must go by this one.
+        """Hold the lock; yield the connection that owns it: requests under the lock must use this connection.
 
         Raises:
             BackendConnectionError: Another process holds it for too long, or the connection was lost.
@@ -121,7 +121,7 @@ class Lock:
                 await self.release(connection)
 
     async def acquire(self, on: Connection) -> None:
-        """Take it for a connection."""
+        """Acquire the lock for a connection; raises as `held` does."""
         deadline = asyncio.get_running_loop().time() + self._timeout
         pause = _POLL
         while True:
@@ -131,7 +131,7 @@ class Lock:
                 if not isinstance(exc.__cause__, ChannelLocked):
                     raise
                 if asyncio.get_running_loop().time() > deadline:
-                    text = f"another process has been holding the queue {self._name!r} for {self._timeout:g} s: it is a lock"
+                    text = f"another process has held the lock, the queue {self._name!r}, for {self._timeout:g} s"
                     raise BackendConnectionError(text) from exc
             else:
                 return
@@ -139,8 +139,8 @@ class Lock:
             pause = min(_LONGEST_POLL, pause * 1.5)
 
     async def release(self, on: Connection) -> None:
-        """Free it."""
+        """Release the lock."""
         try:
             await self._control.call(lambda channel: channel.queue_delete(self._name), on)
         except AbeError as exc:
-            _log.debug("a lock goes with its connection: %s", exc)
+            _log.debug("a lock could not be released, and ends with its connection: %s", exc)

@@ -15,10 +15,10 @@ from abe_backend_rabbitmq._wire import Header
 
 
 class DeadLetters:
-    """What the engine asks for, for all groups.
+    """Lists, replays and purges the dead letters of all groups.
 
     Args:
-        broker: Carries requests, and publishes the copies of what is replayed.
+        broker: Carries requests, and publishes the copies of replayed messages.
     """
 
     def __init__(self, broker: Broker) -> None:
@@ -35,7 +35,7 @@ class DeadLetters:
                 yield [_wire.dead_letter(header, body) for _, header, body in page]
 
     async def replay(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
-        """Put copies into the group's queue, then remove them here: a crash between doubles them and never loses them."""
+        """Publish copies to the group's queue, then remove the dead letters: a crash in between duplicates them, and loses none."""
         queue = self._names.queue(group)
         async with self._look(group) as browser:
             while browser is not None and (page := await browser.page()):
@@ -51,7 +51,7 @@ class DeadLetters:
                         raise error
 
     async def purge(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
-        """Remove them."""
+        """Remove dead letters: those with the ids, or all."""
         async with self._look(group) as browser:
             if browser is not None and ids is None:
                 queue = self._names.dead(group)
@@ -64,13 +64,13 @@ class DeadLetters:
 
     @asynccontextmanager
     async def _look(self, group: str) -> AsyncGenerator[Browser | None, None]:
-        """Look through a group's dead letters; None: there are none.
+        """Browse a group's dead letters; None: there are none.
 
-        Two who look at once would each see a part. So a lock is held, but nothing else that anybody does needs it.
+        Two browsers at once would each see a part, so a lock is held. No other operation needs it.
 
         Raises:
             GroupMissingError: There is no such group.
-            BackendConnectionError: Another process looks at them for too long, or the connection was lost.
+            BackendConnectionError: Another process browses them for too long, or the connection was lost.
         """
         queue = self._names.dead(group)
         if await self._control.count(queue) is None:

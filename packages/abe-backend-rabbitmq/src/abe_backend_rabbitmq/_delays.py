@@ -1,4 +1,4 @@
-"""Where a delayed message waits: a queue for each power of two of a delay, made when it is first needed. See the README."""
+"""Where a delayed message waits: a queue for each power of two of a delay, declared on first use. See `FanOut` and the README."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -11,19 +11,19 @@ class Place(NamedTuple):
     """Where a message is to wait."""
 
     level: int
-    """The level's."""
+    """The level's number."""
     key: str
-    """The routing key, behind its first word."""
+    """The routing key without its first word."""
     headers: tuple[tuple[str, int], tuple[str, int]]
     """When it is due, and when it leaves the level, in milliseconds since the epoch."""
 
 
 class Delays:
-    """Knows which levels there are.
+    """Chooses the level of a delayed message, and declares missing levels.
 
     Args:
         topology: The names.
-        build: Makes the levels of a group up to a level, and returns how many it has.
+        build: Declares the levels of a group up to a level, and returns how many it has.
     """
 
     def __init__(self, topology: Topology, build: Callable[[str, int], Awaitable[int]]) -> None:
@@ -32,12 +32,12 @@ class Delays:
         self._levels: dict[str, int] = {}
 
     async def place(self, group: str, delay: float, due: int = 0) -> Place:
-        """Return where a message waits first, once there is the queue to wait in.
+        """Return where a message waits first. The queue exists by then.
 
         Args:
             group: The group.
             delay: Seconds, above 0.
-            due: When the delay is over, in milliseconds since the epoch; 0: so long from now.
+            due: When the delay is over, in milliseconds since the epoch; 0: `delay` from now.
 
         Raises:
             GroupMissingError: There is no such group.
@@ -51,7 +51,7 @@ class Delays:
         return Place(level, f"{level}.{group}", (("abe-due", due), ("abe-until", until)))
 
     def forget(self, group: str | None = None) -> None:
-        """Make them anew when they are needed next: one was deleted."""
+        """Declare the levels of a group (None: all groups) again on their next use: one was deleted."""
         if group is None:
             self._levels.clear()
         else:

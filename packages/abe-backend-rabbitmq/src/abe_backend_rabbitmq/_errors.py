@@ -1,4 +1,4 @@
-"""RabbitMQ's errors made ours: the only module that knows the client's exceptions."""
+"""Translates RabbitMQ's errors into ours: the only module that knows the client's exceptions."""
 
 import asyncio
 import re
@@ -22,21 +22,21 @@ from abe.errors import (
 )
 
 ChannelNotFound = native.ChannelNotFoundEntity
-"""What is asked for does not exist; the channel is closed."""
+"""The queue or exchange does not exist; the broker has closed the channel."""
 
 ChannelLocked = native.ChannelLockedResource
-"""What is asked for belongs to another connection; the channel is closed."""
+"""The queue belongs to another connection; the broker has closed the channel."""
 
 ConnectError = native.AMQPConnectionError
 """What aiormq raises when it cannot connect."""
 
 
 class BlockedError(BackpressureError):
-    """RabbitMQ is short of memory or disk, and reads nothing from those who publish."""
+    """RabbitMQ is short of memory or disk, and does not read from connections that publish."""
 
 
 class RabbitMQError(AbeError):
-    """RabbitMQ answered with an error that nothing here expects."""
+    """RabbitMQ answered with an error that has no translation."""
 
 
 _BY_TYPE: Final[tuple[tuple[type[BaseException], type[AbeError]], ...]] = (
@@ -62,17 +62,20 @@ _BY_TYPE: Final[tuple[tuple[type[BaseException], type[AbeError]], ...]] = (
 _NATIVE: Final = (native.AMQPError, PAMQPException, OSError, EOFError)
 
 _RIGHTS: Final = "check the user, the password, and the user's rights in the vhost"
-_AUTHORITY: Final = "RABBITMQ_CA_FILE must hold the authority that signed it, and the host in RABBITMQ_URL must be one that it was made for"
+_AUTHORITY: Final = (
+    "RABBITMQ_CA_FILE must hold the authority that signed it, and the host in RABBITMQ_URL must match its subject"
+    " alternative names"
+)
 _CLIENT: Final = (
     "it asks for a client's certificate that it trusts: check RABBITMQ_CERTIFICATE_FILE and RABBITMQ_KEY_FILE"
 )
-_NO_TLS: Final = "it does not speak TLS at this port: name its TLS port, 5671 by default, or say amqp://"
-_VHOST: Final = "make it, or check the vhost in RABBITMQ_URL or MESSAGE_QUEUE_VHOST"
+_NO_TLS: Final = "it does not speak TLS at this port: use its TLS port, 5671 by default, or amqp://"
+_VHOST: Final = "create it, or check the vhost in RABBITMQ_URL or MESSAGE_QUEUE_VHOST"
 _CLOSED: Final = "the connection was closed meanwhile"
 
 _REFUSED, _NOT_ALLOWED = 403, 530
 _PASSING: Final = re.compile(r"limit \(.*\) is reached|is down")
-"""Refusals that end by themselves."""
+"""Refusals that are temporary."""
 
 _INEQUIVALENT: Final = re.compile(
     r"inequivalent arg '(?P<argument>[^']*)' for (?P<kind>queue|exchange) '(?P<name>[^']*)"
@@ -86,21 +89,21 @@ _LIMIT: Final = "x-max-length"
 _EXCHANGE: Final = re.compile(r"access to (?:topic '(?P<topic>.*?)' in )?exchange '(?P<exchange>[^']*)'")
 _TIMED_OUT: Final = re.compile(r"acknowledgement on channel \d+ timed out\. Timeout value used: (\d+) ms")
 _STALE: Final = re.compile("unknown delivery tag|timed out")
-"""Preconditions that fail because of what happened, not because of how something is set up."""
+"""Failed preconditions of a delivery, not of the configuration."""
 
 
 def translate(exc: BaseException, address: str, hint: str = "") -> AbeError:
     """Return our error for one of the client's.
 
     Args:
-        exc: Theirs.
-        address: Whose.
-        hint: What may be wrong where the connection is lost for no reason that is told.
+        exc: The client's error.
+        address: The broker's, without credentials.
+        hint: A possible cause, added to the text of a connection error.
     """
     where = f"rabbitmq at {address}"
     for cause in _chain(exc):
         if isinstance(cause, ssl.SSLError) and (problem := _tls(cause)):
-            return ConfigurationError(f"{where}: {problem}")  # it would be tried for ever
+            return ConfigurationError(f"{where}: {problem}")  # a connection error would be retried for ever
     text = str(exc) or type(exc).__name__
     if isinstance(exc, native.ChannelPreconditionFailed):
         if _STALE.search(text):
@@ -114,7 +117,7 @@ def translate(exc: BaseException, address: str, hint: str = "") -> AbeError:
 
 
 def refused(close: commands.Connection.Close, address: str) -> AbeError:
-    """Return the error that the broker closed the connection with before it was open."""
+    """Return our error for a broker that closed the connection during the login."""
     text = f"rabbitmq at {address}: {close.reply_text}"
     if close.reply_code not in (_REFUSED, _NOT_ALLOWED) or _PASSING.search(text):
         return BackendConnectionError(text)
@@ -141,18 +144,18 @@ def translated(address: str, hint: str = "") -> Generator[None, None, None]:
 
 
 def lost() -> LeaseLostError:
-    """Return what a settlement gets whose channel is gone."""
+    """Return the outcome of a settlement whose delivery is not in flight any more."""
     return LeaseLostError("the message is not ours any more: its connection was lost, or it was settled before")
 
 
 class Refusal:
-    """What a channel's end means for the messages whose confirms had not come.
+    """The outcomes of messages that were unconfirmed when their channel closed.
 
-    The broker closes the channel when the user may not publish to an exchange, and names that, but not the message: others beside it are
-    unknown, as after any loss; those to that exchange may be in if they went out before.
+    When the user may not publish to an exchange, the broker closes the channel and names the exchange, but not the message. Messages to
+    other exchanges are unknown, as after any loss; those to that exchange are refused, but earlier ones may have been stored.
 
     Args:
-        reason: Why the channel is gone.
+        reason: Why the channel closed.
     """
 
     def __init__(self, reason: str) -> None:
@@ -173,13 +176,13 @@ class Refusal:
 
 
 def consumer_timeout(reason: str) -> float | None:
-    """Return the node's `consumer_timeout` in seconds, if that is why a channel is gone."""
+    """Return the node's `consumer_timeout` in seconds if that is why a channel closed, otherwise None."""
     found = _TIMED_OUT.search(reason)
     return int(found[1]) / 1000 if found else None
 
 
 def _was_closed(exc: BaseException) -> bool:
-    """Return whether aiormq says that the connection was closed: by itself, or, where the end was orderly, with a bare Exception."""
+    """Return whether aiormq says that the connection was closed: by an error of its own, or, after an orderly close, a bare Exception."""
     return isinstance(exc, native.ChannelInvalidStateError) or type(exc) in (RuntimeError, Exception)
 
 
@@ -192,9 +195,9 @@ def _chain(exc: BaseException | None) -> Iterator[BaseException]:
 
 
 def _tls(exc: ssl.SSLError) -> str:
-    """Return what is wrong where trying again does not help."""
+    """Return the text of a TLS error that no retry helps; empty for the others."""
     if isinstance(exc, ssl.SSLCertVerificationError):
-        return f"its certificate does not hold: {exc.verify_message} ({_AUTHORITY})"
+        return f"its certificate cannot be verified: {exc.verify_message} ({_AUTHORITY})"
     reason = exc.reason or ""
     if "ALERT" in reason and re.search("CERT|UNKNOWN_CA|HANDSHAKE_FAILURE", reason):
         return f"{reason.lower().replace('_', ' ')}: {_CLIENT}"
@@ -202,7 +205,7 @@ def _tls(exc: ssl.SSLError) -> str:
 
 
 def _inequivalent(text: str) -> str:
-    """Return what is there, what was asked for, and the remedy; nothing where the text is another."""
+    """Return the argument that exists, the one requested, and the remedy; empty if the text is another."""
     found = _INEQUIVALENT.search(text)
     if found is None:
         return ""

@@ -1,8 +1,8 @@
-"""Publishing: to the exchange, which copies to the groups; or a copy to each group, where only that does.
+"""Publishes to the exchange, which copies to the groups; or a copy to each group, for delayed messages and with `max_backlog`.
 
-A delayed message waits in a queue of its group. And where a queue is full the broker says no more than that one of them refused: the others
-have the message. So with `max_backlog` each group is asked for itself, the one that refused last at first: what it refuses is nowhere. What
-only some took is remembered, so that the next try leaves those out.
+A delayed message waits in a queue of its group. And a nack says that the queue of some group refused the message, not which one: the
+others have it. So with `max_backlog` the copies are published and confirmed one by one, first to the group that refused last: if it
+refuses again, no group has the message. Which groups have a message is remembered, so that the retry leaves them out.
 """
 
 import time
@@ -31,19 +31,19 @@ _STALE: Final = 20
 """Times that the groups may change under one batch before it counts as failed."""
 
 _FRESH: Final = 1.0
-"""Seconds for which the registry is believed where a queue refused a message."""
+"""Seconds between two reads of the registry because a queue refused a message."""
 
 
 class _Job:
     """One message that is copied to each group.
 
     Attributes:
-        envelope: The message. (It is held while it is remembered, so that no other takes its identity.)
+        envelope: The message. (The reference keeps its `id()` from being reused.)
         done: The groups that have it.
-        failed: What became of the copies that others did not take, in this try.
-        final: Its outcome in this try, where it is not that of its copies.
-        blind: Whether nobody can tell which groups have it: sent again it could only be doubled.
-        checked: Whether the registry was read anew because no group in it wants the message.
+        failed: The errors of the copies that were not accepted in this try, by group.
+        final: Its outcome in this try if it does not follow from its copies.
+        blind: Whether it is unknown which groups have it, so that another copy could be a duplicate.
+        checked: Whether the registry was read again because no group in it wants the message.
         since: When it was tried last.
     """
 
@@ -58,7 +58,7 @@ class _Job:
         self.since = time.monotonic()
 
     def outcome(self) -> AbeError | None:
-        """Return what became of it."""
+        """Return its outcome in this try."""
         if self.final is not None or not self.failed:
             return self.final
         error = next(iter(self.failed.values()))
@@ -74,7 +74,7 @@ class FanOut:
     """Publishes envelopes.
 
     Args:
-        broker: Publishes, and knows the groups.
+        broker: Publishes, and has the groups.
     """
 
     def __init__(self, broker: Broker) -> None:
@@ -128,13 +128,13 @@ class FanOut:
         job.since = time.monotonic()
 
     def _forget(self) -> None:
-        """Forget what was not tried again for long: its publisher gave up."""
+        """Forget messages that were not retried for long: their publishers gave up."""
         oldest = time.monotonic() - self._remember
         while self._partial and (first := next(iter(self._partial.values()))).since < oldest:
             del self._partial[id(first.envelope)]
 
     async def _whole(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
-        """Publish for the broker to copy, or to one group."""
+        """Publish to the exchange, which copies to the groups, or to one group's queue."""
         results = await self._broker.publisher.publish([self._outgoing(each) for each in envelopes])
         if not results:
             return results
@@ -153,7 +153,7 @@ class FanOut:
         return Outgoing("", self._topology.queue(envelope.group), _wire.pack(envelope, ("abe-key", key)), body, id)
 
     async def _refused(self, envelope: Envelope, refusal: BackpressureError) -> AbeError:
-        """Return the outcome of a message that some queue refused: it is nowhere if no other group could have taken it."""
+        """Return the outcome of a message that a queue refused: rejected if at most one group wants it, otherwise unknown."""
         now = time.monotonic()
         if now - self._looked > _FRESH:
             self._looked = now
@@ -166,7 +166,7 @@ class FanOut:
             return refusal
         unknown = PublishUnknownError(f"{refusal}; other groups that want the message may have it")
         unknown.__cause__ = refusal
-        job = _Job(envelope)  # the next try asks each group
+        job = _Job(envelope)  # the retry publishes to each group
         if wanting is None:
             job.final, job.blind = unknown, True
         self._keep(job)
@@ -194,13 +194,13 @@ class FanOut:
                 self._groups.forget()
         blind = isinstance(failure, PermissionDeniedError)
         for job in jobs:
-            if blind and not job.envelope.delay and not job.done:  # who may not know the groups leaves it to the broker
+            if blind and not job.envelope.delay and not job.done:  # the registry may not be read
                 job.final = (await self._whole([job.envelope]) or (None,))[0]
             else:
                 job.failed[""] = failure
 
     async def _round(self, registry: Registry, jobs: Sequence[_Job]) -> Sequence[_Job]:
-        """Publish by one version of the registry, and return those for which it was too old."""
+        """Publish by one version of the registry, and return the jobs for which it was stale."""
         stale: list[_Job] = []
         later: list[tuple[_Job, str, Outgoing]] = []
         for job in jobs:
@@ -209,7 +209,7 @@ class FanOut:
                 stale.append(job)
             elif job.envelope.delay:
                 later += [(job, group, copy) for group, copy in copies]
-            elif not copies and not job.done:  # the broker says so better
+            elif not copies and not job.done:  # the broker decides whether it is unroutable or parked
                 job.final = (await self._whole([job.envelope]) or (None,))[0]
             elif not await self._one_by_one(job, copies):
                 stale.append(job)
@@ -220,7 +220,7 @@ class FanOut:
         return stale
 
     async def _one_by_one(self, job: _Job, copies: Sequence[tuple[str, Outgoing]]) -> bool:
-        """Ask the groups in turn, those first that refused before; return whether the registry was new enough."""
+        """Publish to one group after the other, first to those that refused last; return False if the registry was stale."""
         for group, copy in sorted(copies, key=lambda each: -self._refusing.get(each[0], 0.0)):
             [result] = await self._publish([copy]) or [None]
             if not _note(job, group, result):
@@ -228,7 +228,7 @@ class FanOut:
             if isinstance(result, BackpressureError):
                 self._refusing[group] = time.monotonic()
                 if not job.done:
-                    return True  # it is nowhere
+                    return True  # no group has it
             else:
                 self._refusing.pop(group, None)
         return True
@@ -240,7 +240,16 @@ class FanOut:
             return [exc] * len(copies)
 
     async def _copies(self, registry: Registry, job: _Job) -> Sequence[tuple[str, Outgoing]] | None:
-        """Return the copies to the groups that have none yet; None: whether no group wants it is to be looked up anew."""
+        """Return the copies to the groups that have none yet; None: the registry must be read again.
+
+        A delayed publish:
+
+        1. `Delays.place` picks the level, whose queue is declared, under the registry's lock, before anything is published to it.
+        2. The copy goes to the exchange `later`, with the key "<version of the registry>.<level>.<group>". The only binding of `later`,
+           to `delay`, is that of the newest version: the broker returns a copy by a stale registry, and the registry is read again.
+        3. `delay` routes by level and group to the level's queue ("now": the group's queue; "parked": the parked messages).
+        4. A mover of the group's consumers moves it on when it is due: see `_movers`.
+        """
         envelope = job.envelope
         key, delay, group = envelope.key, envelope.delay, envelope.group
         later = self._topology.later
@@ -274,7 +283,7 @@ class FanOut:
 
 
 def _note(job: _Job, group: str, result: AbeError | None) -> bool:
-    """Take note of what became of a copy; return whether the registry that it was sent by is new enough."""
+    """Record the outcome of a copy; return False if the registry by which it was published was stale."""
     if isinstance(result, UnroutableError):
         return False
     if result is None:

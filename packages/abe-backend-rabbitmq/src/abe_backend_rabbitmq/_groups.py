@@ -1,4 +1,4 @@
-"""The groups: making them, changing their patterns, deleting them."""
+"""Declares groups, changes their patterns, deletes them."""
 
 import logging
 import time
@@ -21,20 +21,20 @@ from abe_backend_rabbitmq._topology import LEVELS, Topology
 _log: Final = logging.getLogger("abe.rabbitmq")
 
 _LATELY: Final = 1.0
-"""Seconds since when the registry was seen lately."""
+"""Seconds for which a read of the registry is recent."""
 
 _T = TypeVar("_T")
 
 
 class Groups:
-    """What exists in the broker, as the registry says.
+    """Makes the exchanges, queues and bindings in the broker what the registry says.
 
     Args:
         control: Carries the requests.
-        registry: Knows the groups.
-        delays: Forgets the levels of groups that are gone.
+        registry: Reads and writes the groups.
+        delays: Forgets the levels of deleted groups.
         topology: The names.
-        tell: Tells all who consume.
+        tell: Announces news to all consumers.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class Groups:
         self._patterns: dict[str, tuple[str, ...]] = {}
 
     async def prepare(self, connection: Connection) -> None:
-        """Make what every namespace has. The exchange `nowhere` comes last: where it is, everything is.
+        """Declare what every namespace has. The exchange `nowhere` comes last: if it exists, everything does.
 
         Args:
-            connection: A new one, or the one that the broker closed a channel of.
+            connection: Carries the requests; it may be one that is being prepared.
         """
         names = self._names
         self.forget()
@@ -83,12 +83,12 @@ class Groups:
             await self._control.call(self._make_exchange, connection)
 
     def forget(self) -> None:
-        """Read the registry again when it is needed next: the groups may have changed."""
+        """Forget the registry that was read last: the groups may have changed."""
         self._known = None
         self._delays.forget()
 
     async def known(self) -> Registry:
-        """Return the registry as it was when somebody looked last: who publishes by an old one is told so by the broker."""
+        """Return the registry that was read last. It may be stale: the broker returns copies that are published by a stale one."""
         known = self._known
         if known is None:
             known = self._known = await self._settled()
@@ -102,10 +102,10 @@ class Groups:
     async def declare(
         self, group: str, patterns: Sequence[str] | None, *, change: bool
     ) -> tuple[tuple[str, ...], bool]:
-        """Register a group, and make its queues and bindings; see `Transport.declare`. Whoever finds it as it is to be takes no lock.
+        """Register a group, and declare its queues and bindings; see `Transport.declare`. If all of it exists, no lock is taken.
 
         Returns:
-            What it wants, and whether anything was made.
+            Its patterns, and whether anything was declared.
         """
         present = None if change else await self._present(group)
         if present is None:
@@ -116,7 +116,7 @@ class Groups:
         return present
 
     async def build(self, group: str, level: int) -> int:
-        """Make the queues that delayed messages of a group wait in, up to a level; return how many levels there are then.
+        """Declare the queues of a group's delayed messages up to a level; return how many levels the group has then.
 
         Raises:
             GroupMissingError: There is no such group.
@@ -125,7 +125,7 @@ class Groups:
 
     @property
     def version(self) -> int:
-        """The newest version of the registry that was seen."""
+        """The newest version of the registry that was read."""
         return self._version
 
     def _saw(self, registry: Registry) -> None:
@@ -133,29 +133,29 @@ class Groups:
         self._seen_at = time.monotonic()
 
     async def lately(self) -> None:
-        """Have seen the registry within the last moment."""
+        """Read the registry, unless it was read within the last `_LATELY` seconds."""
         if time.monotonic() - self._seen_at > _LATELY:
             await self._settled()
 
     async def now(self) -> Registry:
-        """Return the registry as it is now."""
+        """Read the registry, and return it."""
         return await self._settled()
 
     async def restore(self, group: str) -> None:
-        """Make a group again that was deleted underneath, with the patterns that it had when we last knew."""
+        """Declare a group again that was deleted underneath, with its last known patterns."""
         otherwise = self._patterns.get(group, EVERYTHING)
         await self._there(lambda: self._registry.exclusively(partial(self._declare, group, None, otherwise, False)))
 
     async def delete(self, group: str) -> None:
-        """Delete what a group has."""
+        """Delete a group with its queues and bindings."""
         await self._there(lambda: self._registry.exclusively(partial(self._delete, group)))
 
     async def delete_namespace(self) -> None:
-        """Delete everything. Whoever uses the namespace afterwards makes it again."""
+        """Delete the namespace's queues and exchanges. A process that uses the namespace afterwards declares them again."""
         await self._there(lambda: self._registry.exclusively(self._delete_namespace))
 
     async def _present(self, group: str) -> tuple[tuple[str, ...], bool] | None:
-        """Return what a group wants; None: it is not there, or not all of it."""
+        """Return a group's patterns, and that nothing was declared; None: the group or one of its queues does not exist."""
         entry = (await self._settled()).groups.get(group)
         if entry is None or entry.changing:
             return None
@@ -172,7 +172,7 @@ class Groups:
         except BackendConnectionError as exc:
             if not isinstance(exc.__cause__, ChannelNotFound):
                 raise
-            return None  # somebody deleted it
+            return None  # a queue was deleted
         return tuple(entry.patterns), False
 
     async def _declare(
@@ -191,7 +191,7 @@ class Groups:
             await self._change(registry, group)
             if made == registry.version:
                 await self._tell(f"made {group} {made}")
-        else:  # what somebody deleted is made again
+        else:  # queues and bindings that were deleted are declared again
             await self._control.call(lambda channel: self._make_group(channel, group, entry))
         return tuple(wanted), True
 
@@ -222,7 +222,7 @@ class Groups:
             await self._control.call(partial(self._delete_group, group=group))
 
         async def delete(channel: AbstractChannel) -> None:
-            # `nowhere` first: whoever finds it missing makes everything again.
+            # `nowhere` first: a process that finds it missing declares everything again.
             exchanges = (names.exchange, names.unwanted, names.parking, names.later, names.delay, names.news)
             for exchange in (names.nowhere, *exchanges):
                 await channel.exchange_delete(exchange)
@@ -233,7 +233,7 @@ class Groups:
         self.forget()
 
     async def _settled(self) -> Registry:
-        """Return the registry with nothing in it that is being changed: what somebody died in the middle of is carried out."""
+        """Read the registry. A change that another process left unfinished is completed first."""
         registry = await self._there(self._registry.peek)
         if registry.stale or any(entry.changing for entry in registry.groups.values()):
             registry = await self._registry.exclusively(self._read)
@@ -241,7 +241,7 @@ class Groups:
         return registry
 
     async def _there(self, work: Callable[[], Awaitable[_T]]) -> _T:
-        """Do something in the namespace; what every namespace has is made again if it was deleted."""
+        """Do something in the namespace; if a part of it was deleted, declare it again, and repeat."""
         try:
             return await work()
         except BackendConnectionError as exc:
@@ -251,7 +251,7 @@ class Groups:
         return await work()
 
     async def _read(self) -> Registry:
-        """Return the registry, with every change that somebody died in the middle of carried out."""
+        """Read the registry, under its lock. A change that another process left unfinished is completed first."""
         registry = await self._registry.read()
         if registry.stale or any(entry.changing for entry in registry.groups.values()):
             await self._finish(registry)
@@ -260,8 +260,13 @@ class Groups:
         return registry
 
     async def _change(self, registry: Registry, group: str) -> None:
-        """Carry out a change. The registry says before it what will be, so that who comes next can finish it."""
-        self._known = None  # unless all of it succeeds, nobody knows what is there
+        """Carry out a change, which the next holder of the lock completes if this process dies.
+
+        1. Write the registry with a new version, the old version as stale, and the group's entry marked as `changing`.
+        2. Accept delayed messages of the new version only; declare or delete what the entry says (`_finish`).
+        3. Write the registry without the mark and the stale version.
+        """
+        self._known = None  # unless all of it succeeds, what exists is unknown
         registry.stale.append(registry.version)
         registry.version += 1
         await self._registry.write(registry)
@@ -272,9 +277,9 @@ class Groups:
 
         Args:
             registry: The registry.
-            ours: The group that this is about. What keeps another one from being made is not the caller's fault, and stops nobody.
+            ours: The group that the caller changes. If another one cannot be declared, that is logged and not raised.
         """
-        # First: nobody publishes with a delay for groups that are being deleted.
+        # First: from now on no delayed message is accepted for a group that is being deleted.
         await self._control.call(lambda channel: self._bind(channel, registry))
         for group, entry in list(registry.groups.items()):
             if not entry.changing:
@@ -285,7 +290,7 @@ class Groups:
                 except ConfigurationError as exc:
                     if group == ours:
                         raise
-                    _log.warning("group %r is half made, and stays so until somebody can finish it: %s", group, exc)
+                    _log.warning("group %r is half made, and stays so until a process can complete it: %s", group, exc)
                 else:
                     registry.groups[group] = Entry(entry.patterns, entry.patterns, levels=entry.levels, made=entry.made)
             else:
@@ -316,10 +321,9 @@ class Groups:
         await channel.exchange_declare(names.exchange, exchange_type="topic", durable=True, arguments=arguments)
 
     async def _restore(self, connection: Connection) -> None:
-        """Make the exchange that is published to, with the bindings of the groups there are, if it was deleted underneath them.
+        """Declare the namespace's exchange again with the bindings of all groups, after it was deleted underneath them.
 
-        Until all are bound there is no `nowhere`, so that everything is parked: nobody who publishes meanwhile is told that no group wants
-        it.
+        Until all are bound, `nowhere` does not exist: what is published meanwhile is parked, and not returned as unroutable.
         """
         names = self._names
         registry = await self._registry.read(connection)
@@ -336,7 +340,7 @@ class Groups:
 
         await self._control.call(restore, connection)
         if registry.groups:
-            _log.warning("exchanges of %r were deleted underneath the groups: they are made again", names.exchange)
+            _log.warning("exchanges of %r were deleted underneath the groups: they are declared again", names.exchange)
 
     async def _make_group(self, channel: AbstractChannel, group: str, entry: Entry) -> None:
         await self._make_queues(channel, group, entry)
@@ -371,12 +375,12 @@ class Groups:
             await channel.queue_bind(queue, names.delay, names.wait(group, level))
 
     async def _stop_parking(self, channel: AbstractChannel, group: str) -> None:
-        """From now on a message that no group wants is returned. This comes last: what was published before is parked."""
+        """Have messages that no group wants returned. This comes last: those that were published before are parked."""
         names = self._names
         await channel.exchange_bind(destination=names.nowhere, source=names.unwanted, routing_key=group)
 
     async def _bind(self, channel: AbstractChannel, registry: Registry) -> None:
-        """Accept delayed messages of those who know the newest version, and of nobody else."""
+        """Accept copies and delayed messages that are published by the newest version of the registry, and no others."""
         names = self._names
         for version in registry.stale:
             await channel.exchange_unbind(destination=names.delay, source=names.later, routing_key=f"{version}.#")

@@ -1,7 +1,6 @@
-"""Lost connections are no attempts: what was in our hands when a channel went comes back uncounted.
+"""Subtracts deliveries that were lost with their channel from a message's attempts. Pure.
 
-RabbitMQ counts a delivery that comes back for whatever reason, also where the message was only buffered. This process knows better: it is
-still there, so that no message can have killed it. Pure.
+RabbitMQ counts every delivery, also of a message that was only buffered. As this process is alive, no message has killed it.
 """
 
 from typing import Final
@@ -11,11 +10,11 @@ from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._wire import Header
 
 _MOST: Final = 65_536
-"""Messages remembered: as many as one consumer can hold."""
+"""Messages remembered: as many as one consumer can have in flight."""
 
 _MOST_BEGUN: Final = 1_000
 _MOST_BYTES: Final = 16 * 1024 * 1024
-"""Deliveries remembered that a handler has, or had, and of their bodies."""
+"""Deliveries remembered whose handlers had begun, and bytes of their bodies."""
 
 
 class _Lost:
@@ -27,8 +26,8 @@ class _Lost:
 
 
 class Losses:
-    """How often each message was lost with a channel since its copy in the queue was made, and which of them their handlers go on with;
-    the oldest are forgotten first."""
+    """How often each message was lost with a channel since its copy in the queue was made, and which lost deliveries are in handlers.
+    The oldest are forgotten first."""
 
     def __init__(self) -> None:
         self._lost: dict[tuple[str, str], _Lost] = {}
@@ -36,13 +35,13 @@ class Losses:
         self._bytes = 0
 
     def note(self, group: str, header: Header, delivery: Delivery, *, counts: bool = False) -> None:
-        """Remember that a message was lost.
+        """Remember a delivery that was lost.
 
         Args:
-            group: Whose.
-            header: What came with it.
-            delivery: The message.
-            counts: Whether it was an attempt all the same.
+            group: The message's group.
+            header: The message's header.
+            delivery: The lost delivery.
+            counts: Whether it is an attempt all the same.
         """
         name = group, _wire.identity(header, delivery.body)
         lost = self._lost.pop(name, None) or _Lost()  # the newest is the last
@@ -58,14 +57,14 @@ class Losses:
                 self._drop(*next(iter(self._begun.values())))
 
     def take_off(self, group: str, delivery: Delivery, header: Header) -> None:
-        """Count a delivery as if what was lost had not been delivered."""
+        """Subtract the lost deliveries of a message from its attempt."""
         if lost := self._find(group, header, delivery.body):
             known = min(delivery.uncertain, lost.times)
             delivery.attempt -= known
             delivery.uncertain -= known
 
     def was_handled(self, group: str, delivery: Delivery, header: Header) -> bool:
-        """Whether a message that comes again was handled here to its end, after it was lost. Each time counts for one delivery."""
+        """Return whether a lost delivery of this message was handled to its end in this process. Each answers one redelivery."""
         lost = self._find(group, header, delivery.body)
         for before in lost.begun if lost else ():
             if before.handled and before.body == delivery.body:
@@ -75,7 +74,7 @@ class Losses:
         return False
 
     def forget(self, group: str, header: Header, body: bytes) -> None:
-        """A copy takes the message's place: the broker counts anew."""
+        """Forget a message that a copy replaces: the broker counts the copy's deliveries from 0."""
         lost = self._lost.pop((group, _wire.identity(header, body)), None) if self._lost else None
         for delivery in tuple(lost.begun) if lost else ():
             self._drop(lost, delivery)

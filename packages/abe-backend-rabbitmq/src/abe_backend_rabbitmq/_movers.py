@@ -1,12 +1,14 @@
-"""Moving delayed messages on when their time has come: whoever consumes a group sees to it, and several may at once.
+"""Moves delayed messages on when they are due: each process that consumes a group does it for the group, several may at once.
 
-Whoever consumes also hears here what others make.
+RabbitMQ could do it by a time to live and a dead-letter exchange. But a message that expires while a node starts, or while its target queue
+is full or missing, is retried after three minutes, and blocks those behind it.
 
-RabbitMQ could do it by itself, by a time to live and an exchange for what outlived it. But what expires while a node starts, or while the
-queue that it goes to is full or missing, is tried again after three minutes and holds up what comes behind it.
-
-Each of these queues is first in, first out: all of it waits equally long there. A message near its time is taken and kept until then;
-what has longer to wait is left in the queue.
+1. A level is a queue, first in, first out, in which all messages wait equally long. A mover consumes it.
+2. It keeps a message in flight that is near its time (`_NEAR`). If the first one has longer to wait, it closes its channel, which
+   returns what it took, and consumes again shortly before that time.
+3. At that time it publishes a copy: to a lower level if the delay is not over, otherwise to the group's queue. Once that is confirmed, it
+   acknowledges the message. A crash in between duplicates it.
+4. A process that declares a queue or level announces it by the exchange `news`, and all processes that consume listen to it.
 """
 
 import asyncio
@@ -32,13 +34,13 @@ _log: Final = logging.getLogger("abe.rabbitmq")
 
 _PREFETCH: Final = 32
 _NEAR: Final = 1.0
-"""Seconds before its time from which on a message is taken."""
+"""Seconds before its time from which a message is kept in flight."""
 
 _AGAIN: Final = 0.5
-"""Seconds after which something that failed is tried again."""
+"""Seconds after which a failure is retried."""
 
 _MUCH_LATER: Final = 60.0
-"""Seconds after which a message that cannot be moved is tried again."""
+"""Seconds after which a message that cannot be moved is retried."""
 
 _CLOSE_TIMEOUT: Final = 1.0
 _PLACEHOLDER: Final = Delivery(b"", None, 1, 0), Header(b"", "", "")
@@ -52,12 +54,12 @@ class _Waiting(NamedTuple):
 
 
 class _Level:
-    """One of the queues in which a group's delayed messages wait.
+    """The mover of one level of a group.
 
     Args:
-        movers: Those whose it is.
+        movers: Its owner.
         group: The group.
-        level: Which.
+        level: The level's number.
     """
 
     def __init__(self, movers: "Movers", group: str, level: int) -> None:
@@ -74,22 +76,22 @@ class _Level:
 
     @property
     def in_flight(self) -> int:
-        """Messages that are taken, and not moved."""
+        """Messages that are taken, and not moved yet."""
         return len(self._taken)
 
     async def stop(self) -> None:
-        """Give back what is taken."""
+        """Stop, and return the messages that are taken."""
         self.give_up()
         await asyncio.wait([self._task], timeout=_CLOSE_TIMEOUT)
         self._task.cancel()
 
     def give_up(self) -> None:
-        """Stop, as the queue is gone."""
+        """Stop without waiting: the queue does not exist."""
         self._stopping.set()
         self._changed.set()
 
     def renew(self) -> None:
-        """Consume anew."""
+        """Consume again, on a new channel."""
         self._renewing = True
         self._changed.set()
 
@@ -106,17 +108,17 @@ class _Level:
                         channel.ended = None
                         await run_to_completion(channel.close())
             except AbeError as exc:
-                _log.debug("delayed messages of group %r wait until somebody can move them: %s", self._group, exc)
+                _log.debug("delayed messages of group %r cannot be moved now: %s", self._group, exc)
                 if isinstance(exc.__cause__, ChannelNotFound):
                     self._movers.gone(self._group)
                     return
-            except Exception:  # noqa: BLE001 - nobody waits for this task, and the next try may go well
-                _log.exception("delayed messages of group %r could not be moved; it is tried again", self._group)
+            except Exception:  # noqa: BLE001 - no caller awaits this task, and a retry may succeed
+                _log.exception("delayed messages of group %r could not be moved; retrying", self._group)
             if pause > 0:
                 await _at_most(self._stopping.wait(), pause)
 
     async def _move(self, channel: Channel) -> float:
-        """Move what comes near its time. Return for how long nothing will."""
+        """Consume the level, and move messages when they are due. Return the seconds after which to consume again."""
         self._renewing = False
         cancelled: list[str] = []
 
@@ -155,7 +157,7 @@ class _Level:
         return 0.0 if self._stopping.is_set() or self._renewing else _AGAIN
 
     async def _carry(self, channel: Channel, ripe: Sequence[_Waiting]) -> bool:
-        """Put copies where they go next, and acknowledge those that are there: a crash between doubles them."""
+        """Publish copies, and acknowledge messages whose copies are confirmed; return whether all are."""
         copies: list[Outgoing] = []
         sent: list[int] = []
         for each in ripe:
@@ -163,8 +165,8 @@ class _Level:
                 copies.append(await self._copy(each.header, each.body))
             except AbeError:
                 raise
-            except Exception:  # noqa: BLE001 - it concerns this message, and none of the others
-                _log.exception("a delayed message of group %r cannot be moved; it is tried again later", self._group)
+            except Exception:  # noqa: BLE001 - it affects this message only
+                _log.exception("a delayed message of group %r cannot be moved now; it is retried later", self._group)
                 self._taken.remove(each)
                 self._taken.append(each._replace(until=each.until + _MUCH_LATER))
             else:
@@ -190,11 +192,11 @@ class _Level:
 
 
 class Movers:
-    """The levels of the groups that are consumed here.
+    """The movers of all levels of the groups that this process consumes.
 
     Args:
         broker: Carries requests and news, publishes, and opens channels.
-        made: Called with a group, and the version in which its queue was made.
+        made: Called with a group, and the registry's version in which its queue was declared.
     """
 
     def __init__(self, broker: Broker, made: Callable[[str, int], object]) -> None:
@@ -207,7 +209,7 @@ class Movers:
         self._heard = asyncio.Event()
 
     def join(self, group: str) -> None:
-        """See to a group's delayed messages, as somebody consumes it here."""
+        """Register a consumer of a group; the first one starts the group's movers."""
         self._consumers[group] += 1
         self._levels.setdefault(group, [])
         self._heard.set()
@@ -215,7 +217,7 @@ class Movers:
             self._listening = asyncio.get_running_loop().create_task(self._listen())
 
     async def leave(self, group: str) -> None:
-        """Leave it to others, if nobody consumes the group here any more."""
+        """Remove a consumer of a group; the last one stops the group's movers."""
         self._consumers[group] -= 1
         if not self._consumers[group]:
             del self._consumers[group]
@@ -223,7 +225,7 @@ class Movers:
             await asyncio.gather(*(level.stop() for level in levels))
 
     async def close(self) -> None:
-        """Leave all of it."""
+        """Stop all movers."""
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.wait([self._listening], timeout=_CLOSE_TIMEOUT)
@@ -237,9 +239,9 @@ class Movers:
         return sum(level.in_flight for level in self._levels.get(group, ()))
 
     def _built(self, group: str, count: int) -> None:
-        """Take note that somebody made a group's levels, or made them again.
+        """Handle the news that a process declared a group's levels, perhaps again.
 
-        A consumer of a queue that is deleted and at once made again is neither cancelled nor served: all of them begin anew.
+        RabbitMQ neither cancels nor serves a consumer whose queue was deleted and at once declared again: all movers consume again.
         """
         for level in self._levels.get(group, ()):
             level.renew()
@@ -251,7 +253,7 @@ class Movers:
             levels += [_Level(self, group, level) for level in range(len(levels), count)]
 
     def gone(self, group: str) -> None:
-        """Take note that a level is not there: the group was deleted, or somebody deleted its queue."""
+        """Handle a level whose queue does not exist: the group was deleted, or its queue."""
         for level in self._levels.get(group, ()):
             level.give_up()
         if group in self._levels:
@@ -271,13 +273,13 @@ class Movers:
             try:
                 await self._listen_once()
             except AbeError as exc:
-                _log.debug("news of delayed messages cannot be heard: %s", exc)
-            except Exception:  # noqa: BLE001 - nobody waits for this task, and the next try may go well
-                _log.exception("news of delayed messages cannot be heard; it is tried again")
+                _log.debug("news of delayed messages cannot be received now: %s", exc)
+            except Exception:  # noqa: BLE001 - no caller awaits this task, and a retry may succeed
+                _log.exception("news of delayed messages could not be received; retrying")
             await asyncio.sleep(_AGAIN)
 
     async def _listen_once(self) -> None:
-        """Hear of levels that others make; what was made before is looked up, for each group that is consumed from now on."""
+        """Listen to the news; what was declared before is read from the registry, for each group that is consumed from now on."""
         connection = await self.broker.control.connection()
         channel: Any = await connection.plain()
 
@@ -288,11 +290,11 @@ class Movers:
                 case ["made", group, version] if version.isdecimal():
                     self._made(group, int(version))
                 case _:
-                    _log.debug("news that say nothing to this version")
+                    _log.debug("news of an unknown kind are ignored")
 
         try:
             with translated(connection.address):
-                # Named by us: the rights that are documented are rights to our names.
+                # Named by us: the documented rights are rights to our names.
                 queue = f"{self.broker.topology.news}:{id(channel):x}-{time.time_ns():x}"
                 await run_to_completion(channel.queue_declare(queue, exclusive=True, auto_delete=True))
                 await run_to_completion(channel.queue_bind(queue, self.broker.topology.news))

@@ -1,7 +1,7 @@
-"""How long a consumer has held its messages, and how many it settles, in ticks of RabbitMQ's `consumer_timeout`. Pure.
+"""How long messages have been in flight, and how many are settled, in ticks of RabbitMQ's `consumer_timeout`. Pure.
 
-RabbitMQ closes the channel of a consumer that holds a message for longer than that, from the delivery on, buffered or not. Tags grow with
-time, so that one look at the newest tag in each tick tells the age of all.
+RabbitMQ closes the channel of a consumer that leaves a message unsettled for longer than that, buffered or not. Delivery tags grow with
+time, so the newest tag at each tick tells the age of all messages.
 """
 
 from collections import deque
@@ -9,30 +9,30 @@ from collections.abc import Iterable
 from typing import Final
 
 CONSUMER_TIMEOUT: Final = 1800.0
-"""Seconds: RabbitMQ's own default. What a node really has, only its refusals tell."""
+"""Seconds: RabbitMQ's default. Only the error with which a node closes a channel tells its own value."""
 
 TICKS: Final = 24
-"""In one `consumer_timeout`."""
+"""Ticks of one `consumer_timeout`."""
 
 WAITED: Final = 6
-"""Ticks after which a message that waits for a handler is given back and taken again."""
+"""Ticks after which a message that waits for a handler is returned to its queue and consumed again."""
 
 OVERDUE: Final = 20
-"""Ticks after which a message in a handler is about to be taken away."""
+"""Ticks after which a warning tells that `consumer_timeout` is about to end for a message in a handler."""
 
 LONG: Final = 12
-"""Ticks in a handler after which a message that is taken away was its handler's attempt, and no accident of its neighbours."""
+"""Ticks in a handler after which a message that is lost with its channel counts as an attempt: its handler may be the cause."""
 
 
 class Pace:
-    """What was held at each of the last ticks of one channel."""
+    """The newest tag, and the number of settled messages, at each of the last ticks of one channel."""
 
     def __init__(self) -> None:
         self._marks: deque[tuple[int, int]] = deque(maxlen=OVERDUE)
         self._begun: dict[int, int] = {}
 
     def tick(self, newest: int, settled: int, begun: Iterable[int]) -> None:
-        """A tick has passed.
+        """Record a tick.
 
         Args:
             newest: The newest tag that was delivered.
@@ -43,16 +43,16 @@ class Pace:
         self._marks.append((newest, settled))
 
     def forget(self) -> None:
-        """Another channel begins, or nothing is held."""
+        """Forget the ticks: another channel begins, or nothing is in flight."""
         self._marks.clear()
         self._begun.clear()
 
     def held_for(self, tag: int, ticks: int) -> bool:
-        """Whether a message was delivered so many ticks ago, or earlier."""
+        """Return whether a message was delivered at least so many ticks ago."""
         return len(self._marks) >= ticks and tag <= self._marks[-ticks][0]
 
     def handled_for(self, tag: int, ticks: int) -> bool:
-        """Whether a message has been in its handler for so many ticks."""
+        """Return whether a message has been in its handler for at least so many ticks."""
         return self._begun.get(tag, 0) >= ticks
 
     def settled_in(self, ticks: int, settled: int) -> int:

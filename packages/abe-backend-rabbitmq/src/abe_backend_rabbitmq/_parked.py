@@ -1,4 +1,4 @@
-"""What was published before any group existed, and is handed over to the groups that want it."""
+"""Moves parked messages to the groups that want them."""
 
 import asyncio
 import logging
@@ -20,17 +20,17 @@ from abe_backend_rabbitmq._wire import Header
 _log: Final = logging.getLogger("abe.rabbitmq")
 
 _RARELY: Final = 600.0
-"""Seconds after which messages that no group wanted are looked at again, though nothing seems to have changed."""
+"""Seconds after which messages that no group wanted are browsed again although their number is the same."""
 
 
 class Parked:
-    """Moves parked messages, with a lock of its own: nobody who declares or subscribes waits for it.
+    """Moves parked messages, under a lock of its own: declaring and subscribing need the registry's lock only.
 
     Args:
         control: Carries the requests.
         publisher: Publishes the copies.
-        registry: Knows the groups.
-        delays: For those with a delay.
+        registry: Reads the groups.
+        delays: Chooses the levels of delayed messages.
         topology: The names.
         timeout: Seconds to wait for another process that moves them.
     """
@@ -55,17 +55,17 @@ class Parked:
         self._look_at = 0.0
 
     def look(self) -> None:
-        """Hand over what came late, unless that is under way: a failure is logged, and left to the next time."""
+        """Start moving messages that were parked late, unless that is in progress. A failure is logged; the next call retries."""
         if self._begun is None or self._begun.done():
             self._begun = self._registry.start(self._look())
             self._begun.add_done_callback(_report)
 
     def start(self) -> "asyncio.Task[None]":
-        """Begin to hand over. It goes on to its end, whoever is cancelled."""
+        """Start moving messages. Cancelling a caller does not cancel it."""
         return self._registry.start(self.hand_over())
 
     async def hand_over(self) -> None:
-        """Move parked messages to the groups that want them, as long as there are any; a full group's stay for the next time."""
+        """Move parked messages to the groups that want them, until none is left or a group is full."""
         if not await self._control.count(self._names.parked):
             return
         async with self._lock.held() as connection:
@@ -75,7 +75,7 @@ class Parked:
             try:
                 while page := await browser.page():
                     if not await self._hand_over(browser, page, registry):
-                        break  # a group is full, and the next page would only find it so
+                        break  # a group is full
             finally:
                 await browser.close()
 
@@ -88,7 +88,7 @@ class Parked:
         self._unwanted, self._look_at = await self._control.count(self._names.parked) or 0, now + _RARELY
 
     async def _hand_over(self, browser: Browser, page: Sequence[Found], registry: Registry) -> bool:
-        """Move what is wanted of a page; return whether every group took its own."""
+        """Move the wanted messages of a page; return whether every group accepted its copies."""
         copies: list[Outgoing] = []
         places: list[tuple[int, str]] = []
         done: list[int] = []
@@ -118,14 +118,14 @@ class Parked:
         return not left
 
     def _recipients(self, registry: Registry, header: Header) -> Sequence[str] | None:
-        """Return who is to get a message; none: nobody yet. None: those that it was left for are gone."""
+        """Return the groups that are to get a message; empty: no group yet. None: the groups that it is kept for were deleted."""
         named = _wire.left_to(header)
         if named:
             return [group for group in named if group in registry.groups] or None
         return registry.wanting(_wire.routing_key(header))
 
     async def _keep_for(self, left: Mapping[int, Sequence[str]], page: Sequence[Found]) -> None:
-        """Put those back, named, that only some of their groups took."""
+        """Park messages again that only some of their groups accepted, with the names of the others."""
         named: list[Outgoing] = []
         for place, groups in left.items():
             _, header, body = page[place]
@@ -138,4 +138,4 @@ class Parked:
 
 def _report(task: "asyncio.Task[None]") -> None:
     if not task.cancelled() and isinstance(error := task.exception(), AbeError):
-        _log.warning("parked messages could not be handed out, and are kept until the next look: %s", error)
+        _log.warning("parked messages could not be moved, and stay parked until the next try: %s", error)

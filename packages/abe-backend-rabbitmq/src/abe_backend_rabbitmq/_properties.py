@@ -1,7 +1,7 @@
-"""AMQP's properties and bytes. Pure.
+"""Parses and encodes the properties of AMQP messages. Pure.
 
-What others wrote is taken apart at the top and kept as it stands: a value is decoded when it is asked for, a table or an array inside the
-headers never. So no nesting is too deep, no number too large, no text too odd, and a copy has what the message had, to the last bit.
+Only the top level is parsed, and values stay bytes: they are decoded on access, tables and arrays inside the headers never. So properties
+of foreign messages can be parsed whatever their values and nesting are, and a copy has the same bytes.
 """
 
 import struct
@@ -50,7 +50,7 @@ _TEXT: Final = ord("S")
 
 
 class Properties:
-    """The properties of one message, as they stand.
+    """The properties of one message, as bytes.
 
     Attributes:
         values: Each property but the headers, by its name.
@@ -75,11 +75,11 @@ class Properties:
 
     @property
     def timestamp(self) -> int:
-        """Seconds since the epoch; 0 where it says nothing."""
+        """Seconds since the epoch; 0 where it has none."""
         return int.from_bytes(self.values.get("timestamp", b""), "big")
 
     def marshal(self) -> bytes:
-        """Return the bytes of all of them."""
+        """Encode all properties."""
         values = self.values
         if self.fields:
             table = b"".join(bytes((len(name),)) + name + field for name, field in self.fields.items())
@@ -89,10 +89,10 @@ class Properties:
 
 
 def parse(raw: bytes) -> Properties:
-    """Take properties apart, whoever wrote them.
+    """Parse properties, those of foreign messages included.
 
     Raises:
-        DecodeError: They are not what AMQP writes.
+        DecodeError: The bytes are not properties of AMQP.
     """
     try:
         return _taken_apart(raw)
@@ -101,7 +101,7 @@ def parse(raw: bytes) -> Properties:
 
 
 def encoded(value: str | int) -> bytes:
-    """Return a header's value as it stands in a table, its type first."""
+    """Encode a header's value as in a table, its type first."""
     if isinstance(value, int):
         return b"l" + value.to_bytes(8, "big", signed=True)
     raw = value.encode(errors="replace")
@@ -122,7 +122,7 @@ def _taken_apart(raw: bytes) -> Properties:
             properties.values[name] = raw[position:end]
         position = end
     if position > len(raw) or flags & _UNKNOWN_FLAGS:
-        raise ValueError("they are cut off, or of another kind")
+        raise ValueError("they are cut off, or have unknown flags")
     return properties
 
 

@@ -1,4 +1,4 @@
-"""The connection to publish: the channel that everything goes out by."""
+"""The connection that publishes, and its channel."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -13,18 +13,18 @@ from abe_backend_rabbitmq._settings import RabbitMQSettings
 from abe_backend_rabbitmq._wire import Header
 
 _MOMENT: Final = 1.0
-"""Seconds for which copies of messages that we hold wait for a broker that is short of memory or disk."""
+"""Seconds that `move` waits for a broker that is short of memory or disk."""
 
 _HALF: Final = 0.5
-"""Of the publish timeout: how long a broker that is short of memory or disk is waited for."""
+"""The share of the publish timeout that `publish` waits for a broker that is short of memory or disk."""
 
 
 class Publisher:
-    """Publishes.
+    """Publishes on one channel, which is opened again after a loss.
 
     Args:
-        settings: Where to, and as whom.
-        prepare: Makes what every namespace has; run for each new channel.
+        settings: The provider's settings.
+        prepare: Declares what every namespace has; called before each new channel.
     """
 
     def __init__(self, settings: RabbitMQSettings, prepare: Callable[[], Awaitable[None]]) -> None:
@@ -36,27 +36,27 @@ class Publisher:
         self._opening = asyncio.Lock()
 
     async def open(self) -> Channel:
-        """Return the channel, opened where there is none.
+        """Return the channel; open one if there is none.
 
         Raises:
-            AbeError: There is none to be had.
+            AbeError: No channel could be opened.
         """
         if self._channel is not None and self._channel.closed is None:
             return self._channel
         async with self._opening:
             if self._channel is None or self._channel.closed is not None:
                 connection = await self._link.get()
-                await self._prepare()  # what was published to may be gone
+                await self._prepare()  # the exchanges may have been deleted
                 self._channel = await connection.channel()
                 self._owner = connection
             return self._channel
 
     async def close(self) -> None:
-        """Disconnect."""
+        """Close the connection."""
         await self._link.close()
 
     async def publish(self, messages: Sequence[Outgoing]) -> Sequence[AbeError | None]:
-        """Publish, and return each one's outcome; nothing when all were accepted.
+        """Publish, and return an outcome for each message; empty when all were accepted.
 
         Raises:
             BackendConnectionError: Nothing was published.
@@ -67,15 +67,15 @@ class Publisher:
         return await self._publish(channel, messages, bounded=True)
 
     async def move(self, messages: Sequence[Outgoing], *, bounded: bool = False) -> Sequence[AbeError | None]:
-        """Publish copies of messages that we hold.
+        """Publish copies of messages that are in flight here.
 
         Args:
             messages: The copies.
-            bounded: Whether they are new to the group, so that its backlog must not grow beyond its limit.
+            bounded: Whether they add to the group's backlog, so that its limit applies.
 
         Raises:
-            BackendConnectionError: Some were not accepted for sure; repeating all of them doubles some at worst.
-            BlockedError: Likewise, and the broker is short of memory or disk.
+            BackendConnectionError: Some may not be stored; repeating all of them may duplicate some.
+            BlockedError: The same; the broker is short of memory or disk.
         """
         channel = await self.open()
         await self._unblocked(_MOMENT)
@@ -85,7 +85,7 @@ class Publisher:
             if publishing.done():
                 break
             if self.blocked:
-                publishing.cancel()  # whoever is cancelled leaves alone: the copies may still be taken
+                publishing.cancel()  # this ends the wait only: the broker may still store the copies
                 raise self._out_of_resources()
         outcomes = publishing.result()
         unknown = next((error for error in outcomes if isinstance(error, PublishUnknownError)), None)
@@ -95,7 +95,7 @@ class Publisher:
 
     @property
     def blocked(self) -> bool:
-        """Whether the broker is known to take nothing now."""
+        """Whether the broker has said that it takes no messages now."""
         return self._owner is not None and self._owner.alive and self._owner.blocked
 
     async def unblocked(self) -> None:
@@ -122,12 +122,12 @@ class Publisher:
             return ()
         if not bounded or self._settings.max_backlog is None:
             return await channel.publish(messages)
-        # A queue says that it is full after it took what fills it: only one at a time finds out.
+        # A queue refuses messages only after it stored the one that fills it: a batch would exceed the limit.
         outcomes: list[AbeError | None] = []
         for message in messages:
             try:
                 outcomes += await channel.publish([message]) or (None,)
-            except BackendConnectionError as exc:  # those before it are there
+            except BackendConnectionError as exc:  # those before it were accepted
                 outcomes.append(exc)
         return outcomes if any(outcomes) else ()
 
@@ -135,6 +135,6 @@ class Publisher:
 def moved(
     exchange: str, key: str, header: Header, body: bytes, extra: Sequence[tuple[str, str | int]] = ()
 ) -> Outgoing:
-    """Return the copy that takes a message elsewhere, as one that was never delivered."""
+    """Return the copy that moves a message to another queue, with its attempts at 0."""
     properties = _wire.copy(header, body, 0, *extra)
     return Outgoing(exchange, key, properties, body, _wire.message_id(properties))

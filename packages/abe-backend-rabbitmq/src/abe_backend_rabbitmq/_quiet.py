@@ -1,8 +1,7 @@
-"""What aiormq and pamqp log of our connections: we say it ourselves, in our own words, without URLs and tracebacks.
+"""Silences what aiormq and pamqp log of our connections: the provider logs it itself, without URLs and tracebacks.
 
-A context variable tells our connections from those that the application makes with aiormq itself: theirs are logged as ever. What
-`asyncio.run` says of aiormq's tasks when it ends them comes without a context: there, whose they were cannot be told, and nothing is lost
-that anybody still waits for.
+A context variable tells our connections from those that the application opens with aiormq itself, whose records are left alone. Records
+of `asyncio.run` about aiormq's tasks that it cancelled have no context: they are silenced whosever connection it was.
 """
 
 import logging
@@ -13,7 +12,7 @@ from typing import Final, TypeVar
 from aiormq.exceptions import AMQPError
 
 OURS: Final[ContextVar[bool]] = ContextVar("ours", default=False)
-"""Whether what runs here is work of one of our connections."""
+"""Whether the current task works for one of our connections."""
 
 _LOGGERS: Final = (
     "aiormq.connection.marshall",
@@ -25,7 +24,7 @@ _LOGGERS: Final = (
 )
 
 _SHUTDOWN: Final = "unhandled exception during asyncio.run() shutdown"
-"""How `asyncio.runners` begins what it says of a task that ended with an error although it was cancelled."""
+"""The beginning of the message of `asyncio.runners` about a cancelled task that raised."""
 
 _log: Final = logging.getLogger("abe.rabbitmq")
 
@@ -33,13 +32,13 @@ _T = TypeVar("_T")
 
 
 async def quietly(work: Callable[[], Awaitable[_T]]) -> _T:
-    """Do something in a context that tells that it is ours, and so are the tasks that it begins. Needs a task of its own."""
+    """Run work in a context that is marked as ours, for the tasks that it starts too. Needs a task of its own."""
     OURS.set(True)
     return await work()
 
 
 def install() -> None:
-    """Have it told at DEBUG, without its arguments. May be called again and again."""
+    """Install the filters: records of our connections become DEBUG records without arguments. Idempotent."""
     for name in _LOGGERS:
         logging.getLogger(name).addFilter(_filter)
     logging.getLogger("asyncio").addFilter(_filter_shutdown)
@@ -53,9 +52,9 @@ def _filter(record: logging.LogRecord) -> bool:
 
 
 def _filter_shutdown(record: logging.LogRecord) -> bool:
-    """Drop the tracebacks of requests that `asyncio.run` ended on their way: to aiormq a cancelled request is a closed channel."""
+    """Drop the tracebacks of requests that `asyncio.run` cancelled: aiormq turns that into an error of a closed channel."""
     ended_by = record.exc_info[1] if record.exc_info else None
     if not isinstance(ended_by, AMQPError) or not str(record.msg).startswith(_SHUTDOWN):
         return True
-    _log.debug("a request was on its way when the event loop ended: %s", type(ended_by).__name__)
+    _log.debug("a request was in progress when the event loop ended: %s", type(ended_by).__name__)
     return False

@@ -1,4 +1,4 @@
-"""One consumer of one group."""
+"""RabbitMQ's receiver: one consumer of one group."""
 
 import asyncio
 import logging
@@ -23,16 +23,16 @@ from abe_backend_rabbitmq._wire import Header
 _log: Final = logging.getLogger("abe.rabbitmq")
 
 TICK: Final = 1.0
-"""Seconds after which a `receive` that got nothing returns."""
+"""Seconds after which a `receive` without a delivery returns."""
 
 _UNSURE: Final = 1.0
 """Seconds after which an acknowledgement has surely arrived."""
 
 _CLOSE_TIMEOUT: Final = 1.0
-"""Seconds for which closing a channel waits for the broker's answer."""
+"""Seconds that closing a channel waits for the broker's answer."""
 
 _LOOK_AGAIN: Final = 10.0
-"""Seconds after which a consumer that has nothing to do looks again for parked messages."""
+"""Seconds after which an idle consumer looks again for parked messages."""
 
 _TAG_BITS: Final = 48
 _TAG: Final = (1 << _TAG_BITS) - 1
@@ -40,14 +40,14 @@ _MOST_PREFETCHED: Final = 65_535
 
 
 class RabbitMQReceiver:
-    """A channel that consumes, and the ones after it when it is lost.
+    """Consumes a group's queue on a channel, and on another one after a loss.
 
-    A delivery's number names the channel, by its place in that row, and the tag.
+    `Delivery.native` holds the channel's generation, and below `_TAG_BITS` the delivery tag.
 
     Args:
         broker: Publishes copies, and opens channels.
         group: The group.
-        prefetch: How many messages it may have in flight.
+        prefetch: How many messages may be in flight.
         leave: Called when it closes.
     """
 
@@ -73,14 +73,14 @@ class RabbitMQReceiver:
 
     @property
     def in_flight(self) -> int:
-        """Messages that are not settled."""
+        """Deliveries that are not settled."""
         return 0 if self._channel is None else len(self._channel.in_flight)
 
     async def start(self) -> None:
         """Begin to consume, on a new channel."""
         before, self._channel = self._channel, None
         if before is not None and before.closed is None:
-            self._drop(before, "the consumer began anew")
+            self._drop(before, "the consumer began again on another channel")
         if self._consuming is not None:
             self._consuming.end()
         self._generation += 1
@@ -121,13 +121,13 @@ class RabbitMQReceiver:
             await self.stop()
 
     def made(self, version: int) -> None:
-        """Take note of the registry's version in which the group's queue was made."""
+        """Consume again if the group's queue was declared in a version of the registry newer than the one consumed."""
         if self._channel is not None and self._version < version:
             self._version = version
-            self._drop(self._channel, "its queue was deleted and made again")
+            self._drop(self._channel, "its queue was deleted and declared again")
 
     async def receive(self, limit: int) -> Sequence[Delivery]:
-        """Return what was pushed."""
+        """Return what the broker has pushed; wait `TICK` seconds for the first delivery."""
         ready = self._ready
         if not ready and not self._stopping:
             self._waiter = self._loop.create_future()
@@ -158,7 +158,7 @@ class RabbitMQReceiver:
         return _wire.metadata(header, delivery.body)
 
     async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
-        """Acknowledge. AMQP does not answer that; a request that it answers, sent after it, shows that it arrived."""
+        """Acknowledge. AMQP has no reply to that; with `verify`, the reply to a later request proves that it arrived."""
         tags = [self._tag(delivery) for delivery in deliveries]
         known = [tag for tag in tags if tag is not None]
         channel = self._channel
@@ -174,7 +174,7 @@ class RabbitMQReceiver:
         return () if len(known) == len(tags) else [lost() if tag is None else None for tag in tags]
 
     async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
-        """Carry out settlements: a copy is published and confirmed, then the message acknowledged; or the broker takes it back."""
+        """Carry out settlements: publish a copy, then acknowledge the message; or return it to its queue."""
         if self._settlements is None:
             return [lost()] * len(settlements)
         try:
@@ -183,11 +183,11 @@ class RabbitMQReceiver:
             self._acked_at = self._loop.time()
 
     async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
-        """Tell which are lost: the connection is the lease."""
+        """Return those that are lost. Nothing is renewed: the connection is the lease."""
         return [delivery for delivery in deliveries if self._tag(delivery) is None]
 
     async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
-        """Consume on a new channel; what the old one held is lost."""
+        """Consume on a new channel; the deliveries of the old one are lost."""
         try:
             await self._broker.groups.now()
             await self.start()
@@ -198,7 +198,7 @@ class RabbitMQReceiver:
         return await self.renew(deliveries)
 
     async def stop(self) -> Sequence[Delivery]:
-        """Have nothing more pushed, and return what nobody was handed yet: giving it back would put it behind its successors."""
+        """Cancel the consumer, and return what `receive` has not returned: given back to the queue, it would go behind its successors."""
         self._stopping = True
         self._wake()
         if self._settlements is not None:
@@ -210,7 +210,7 @@ class RabbitMQReceiver:
         return unread
 
     async def close(self) -> None:
-        """Give back everything, and close the channel."""
+        """Release all deliveries, and close the channel."""
         await self._leave(self)
         try:
             await self.stop()
@@ -224,17 +224,15 @@ class RabbitMQReceiver:
             channel, self._channel = self._channel, None
             if channel is not None and channel.closed is None:
                 closing = self._drop(channel, "the channel was closed")
-                if (
-                    self._consuming is None or self._consuming.answered
-                ):  # a broker that is silent is left to its connection
+                if self._consuming is None or self._consuming.answered:  # a silent broker gets no wait
                     await asyncio.wait([closing], timeout=_CLOSE_TIMEOUT)
 
     async def _settle_down(self, channel: Channel) -> None:
-        """Have every acknowledgement arrive.
+        """Wait until every acknowledgement has reached the queue.
 
-        A quorum queue takes in 32 of them; RabbitMQ's channel keeps those that come faster to itself for a while, and forgets them when
-        it is closed. It has passed on all of them when the queue answered something: here, that a consumer comes and goes. What that
-        one is given meanwhile is given back.
+        RabbitMQ's channel sends 32 acknowledgements to a quorum queue at once; it buffers further ones, and drops them when it is
+        closed. Once the queue has answered a later request, all of them have arrived: so a consumer is registered and cancelled here.
+        What is delivered to it is released.
         """
         given: list[Delivery] = []
         base = self._generation << _TAG_BITS
@@ -254,7 +252,7 @@ class RabbitMQReceiver:
         await self.settle([Settlement(delivery, Disposition.RELEASE) for delivery in given])
 
     def _tag(self, delivery: Delivery) -> int | None:
-        """Return the delivery's tag; None: its channel is gone, or it was settled."""
+        """Return the delivery's tag; None: its channel is closed, or it was settled."""
         number: int = delivery.native
         channel = self._channel
         if channel is None or channel.closed is not None or number >> _TAG_BITS != self._generation:
@@ -267,7 +265,7 @@ class RabbitMQReceiver:
             self._waiter.set_result(None)
 
     def _cancelled(self, channel: Channel) -> None:
-        """The broker ended the consumer: its queue was deleted or moved. Everything begins anew."""
+        """Drop the channel of a consumer that the broker cancelled: its queue was deleted or moved."""
         self._drop(channel, "the broker cancelled the consumer")
 
     def _drop(self, channel: Channel, reason: str) -> "asyncio.Task[None]":
@@ -278,15 +276,15 @@ class RabbitMQReceiver:
         return task
 
     def _remove(self, channel: Channel, tag: int, delivery: Delivery) -> None:
-        """Acknowledge what came again although its handler was done with it: the channel was lost before that could be said."""
-        _log.info("a message of group %r was handled after it was lost, and is not handled again", self.group)
-        delivery.begun = delivery.handled = True  # should it be lost once more
+        """Acknowledge a redelivery of a message whose handler has ended: the channel was lost before the acknowledgement."""
+        _log.info("a redelivered message of group %r is not handled again: its handler has ended", self.group)
+        delivery.begun = delivery.handled = True  # in case it is lost again
         task = self._loop.create_task(channel.ack([tag]))
         _closing.add(task)
         task.add_done_callback(_closing.discard)
 
     def _gone(self, channel: Channel, consuming: Consuming) -> None:
-        """The channel is gone: what it held comes again. That is no attempt, but where a handler had it for too long."""
+        """Record the lost deliveries of a closed channel: they are no attempts, unless a handler had them for too long."""
         limit = consumer_timeout(channel.closed or "")
         for delivery, header in channel.lost:
             long = consuming.pace.handled_for(_tag(delivery), LONG)

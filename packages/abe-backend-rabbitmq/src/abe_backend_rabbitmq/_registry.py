@@ -1,7 +1,7 @@
-"""The groups of a namespace, their patterns, and the lock under which both change.
+"""The registry: the groups of a namespace and their patterns, and the lock under which they change.
 
-AMQP cannot list queues or bindings, so the registry is a message: the only one in its queue, replaced under a lock. Reading takes the
-message and gives it back at once, and needs no lock: who finds the queue empty asks again.
+AMQP cannot list queues or bindings, so the registry is a message: the only one in its queue, replaced under a lock. Reading needs no lock:
+a reader takes the message and returns it at once, and one that finds the queue empty retries.
 """
 
 import asyncio
@@ -27,30 +27,30 @@ _log: Final = logging.getLogger("abe.rabbitmq")
 
 _PROPERTIES: Final = commands.Basic.Properties(content_type="application/json", delivery_mode=2)
 _CLOSE_TIMEOUT: Final = 1.0
-"""Seconds for which closing waits for work that was cancelled."""
+"""Seconds that closing waits for cancelled tasks."""
 
 _POLL: Final = 0.005
 _LONGEST_POLL: Final = 0.05
-"""Seconds, at most, after which a reader that found the registry in somebody else's hands looks again."""
+"""Seconds, at most, after which a reader retries while another one has the message."""
 _READERS: Final = 100
-"""Looks at a queue that is there, and seems empty, before it counts as empty."""
+"""Times that an existing queue must look empty before it counts as empty."""
 _TOO_OFTEN: Final = 1_000
-"""Deliveries of the registry's message after which it is written anew: the queue's log ends at its oldest message."""
+"""Deliveries of the registry's message after which it is replaced: a quorum queue keeps its log from its oldest message on."""
 
 _T = TypeVar("_T")
 
 
 class Entry(msgspec.Struct):
-    """A group."""
+    """A group's entry."""
 
     patterns: list[str]
     bound: list[str]
-    """What may be bound: `patterns`, and those before them until the change is through."""
+    """Patterns that may be bound: `patterns`, and the former ones until the change is complete."""
     changing: bool = False
     levels: int = 0
-    """Levels of delay for which it has a queue."""
+    """How many levels of delay have a queue."""
     made: int = 0
-    """The version in which its queue was made."""
+    """The version in which its queue was declared."""
 
 
 class Registry(msgspec.Struct):
@@ -59,7 +59,7 @@ class Registry(msgspec.Struct):
     serial: int = 0
     """Grows with each writing."""
     version: int = 0
-    """Grows with each change; delayed messages name it, and only those are accepted that name the newest."""
+    """Grows with each change. Delayed messages name it; the broker accepts those of the newest only."""
     groups: dict[str, Entry] = msgspec.field(default_factory=dict[str, Entry])
     stale: list[int] = msgspec.field(default_factory=list[int])
     """Versions that may still be bound."""
@@ -74,11 +74,11 @@ _decode: Final = msgspec.json.Decoder(Registry).decode
 
 
 class _Taken(NamedTuple):
-    """The registry's messages, in hand: there are two if somebody died while replacing it, and the newer one counts."""
+    """The registry's messages, taken from their queue. After a crash during `write` there are two; the newer one counts."""
 
     newest: Registry | None
     tag: int
-    """The last message's; 0: there was none."""
+    """The last message's delivery tag; 0: there was none."""
     deliveries: int
     messages: int
 
@@ -90,7 +90,7 @@ class RegistryKeeper:
         control: Carries the requests.
         topology: The names.
         timeout: Seconds to wait for the lock, and for the message.
-        writable: Raises an error if the broker takes no messages: one that is written then would be in nobody's reach.
+        writable: Raises an error if the broker takes no messages: a write would keep the registry from all readers while it waits.
     """
 
     def __init__(
@@ -106,14 +106,14 @@ class RegistryKeeper:
         self._tasks = Background()
 
     async def close(self) -> None:
-        """Give up what is under way. What waits for a silent broker ends with its connection."""
+        """Cancel the tasks in progress. A request to a silent broker ends with its connection."""
         await self._tasks.cancel(_CLOSE_TIMEOUT)
 
     async def exclusively(self, work: Callable[[], Awaitable[_T]]) -> _T:
-        """Do something under the namespace's lock, to its end even if the caller is cancelled.
+        """Do something under the namespace's lock, to completion even if the caller is cancelled.
 
         Raises:
-            BackendConnectionError: It was closed meanwhile; or as `locked`, or the work.
+            BackendConnectionError: The keeper was closed meanwhile; or see `locked`.
         """
 
         async def run() -> _T:
@@ -123,9 +123,9 @@ class RegistryKeeper:
         return await result_of(self.start(run()))
 
     def start(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
-        """Begin something that goes on to its end, or until `close`."""
+        """Start a task that runs to completion, or until `close`."""
         task = self._tasks.start(work)
-        task.add_done_callback(ignore_failure)  # the caller may have left
+        task.add_done_callback(ignore_failure)  # the caller may have been cancelled
         return task
 
     @asynccontextmanager
@@ -144,7 +144,7 @@ class RegistryKeeper:
             return
         async with self._ours:
             connection = await self._control.connection()
-            before = PINNED.set(connection)  # the lock is this connection's: on another one the work must not go on
+            before = PINNED.set(connection)  # the lock is this connection's: the work must not continue on another
             try:
                 async with self._locked(connection):
                     yield
@@ -153,7 +153,7 @@ class RegistryKeeper:
 
     @asynccontextmanager
     async def _locked(self, on: Connection) -> AsyncGenerator[None, None]:
-        # The lock is the connection's: one that prepares itself again while its own process works under it shares it.
+        # The lock is the connection's: preparing it again, while this process works under the lock, shares the lock.
         if not self._holders[on]:
             await self._lock.acquire(on)
         self._holders[on] += 1
@@ -166,7 +166,7 @@ class RegistryKeeper:
                 await self._lock.release(on)
 
     async def seed(self, on: Connection) -> None:
-        """Put an empty registry where there is none. The lock must be held.
+        """Write an empty registry if there is none. The lock must be held.
 
         Args:
             on: A connection that is being prepared.
@@ -182,14 +182,14 @@ class RegistryKeeper:
             else:
                 await channel.basic_nack(taken.tag, multiple=True, requeue=True)
 
-        for _ in range(0 if made else _READERS):  # one that seems empty may be in a reader's hands
+        for _ in range(0 if made else _READERS):  # a reader may have the message
             if await self._control.count(names.registry, on):
                 return
             await asyncio.sleep(_POLL)
         await self._control.call(seed, on)
 
     async def peek(self) -> Registry:
-        """Return the registry as it is now. No lock is needed; a change that somebody is in the middle of is in it."""
+        """Read the registry without the lock. It may show a change in progress."""
 
         async def peek(channel: AbstractChannel) -> _Taken:
             taken = await self._take(channel)
@@ -204,7 +204,7 @@ class RegistryKeeper:
         return taken.newest
 
     async def read(self, on: Connection | None = None) -> Registry:
-        """Return the registry, of which there is one message then. The lock must be held.
+        """Read the registry, and reduce its messages to one. The lock must be held.
 
         Args:
             on: A connection that is being prepared.
@@ -224,7 +224,7 @@ class RegistryKeeper:
         return newest
 
     async def write(self, registry: Registry) -> None:
-        """Replace the registry that was read last. The lock must be held. After a crash in the middle there are two."""
+        """Replace the registry that was read last. The lock must be held. A crash in the middle leaves two messages."""
         await self._writable()
         before = registry.serial
         registry.serial += 1
@@ -233,7 +233,7 @@ class RegistryKeeper:
             taken = await self._take(channel)
             if (
                 taken.newest is None or taken.newest.serial < before
-            ):  # a reader has it: what is left behind would come back
+            ):  # a reader has the message that is to be replaced, and would return it
                 if taken.newest is not None:
                     await channel.basic_nack(taken.tag, multiple=True, requeue=True)
                 return taken._replace(newest=None)
@@ -246,7 +246,7 @@ class RegistryKeeper:
     async def _until_taken(
         self, request: Callable[[AbstractChannel], Awaitable[_Taken]], on: Connection | None
     ) -> _Taken:
-        """Make a request until the message is not in somebody else's hands."""
+        """Repeat a request until no other reader has the message."""
         loop = asyncio.get_running_loop()
         deadline, pause = loop.time() + self._timeout, _POLL
         while True:
@@ -255,13 +255,13 @@ class RegistryKeeper:
                 return taken
             if loop.time() > deadline:
                 raise BackendConnectionError(
-                    f"the queue {self._names.registry!r} is empty: its message is in somebody's hands"
+                    f"the queue {self._names.registry!r} is empty: another consumer has its message"
                 )
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
             pause = min(_LONGEST_POLL, pause * 1.5)
 
     async def _take(self, channel: AbstractChannel) -> _Taken:
-        """Take all there is. What is not settled goes back with the channel."""
+        """Take all messages. Those that are not settled are returned when the channel closes."""
         queue = self._names.registry
         newest: Registry | None = None
         tag, deliveries, count = 0, 0, 0

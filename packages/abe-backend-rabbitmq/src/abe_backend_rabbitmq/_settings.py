@@ -1,4 +1,4 @@
-"""What the RabbitMQ provider can be told, from ``RABBITMQ_*``, ``MESSAGE_QUEUE_*`` and ``QUEUE_*``."""
+"""The RabbitMQ provider's settings, from ``RABBITMQ_*``, ``MESSAGE_QUEUE_*`` and ``QUEUE_*``."""
 
 import re
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from abe.settings import QueueSettings, integer, positive, seconds, setting
 _PORTS: Final = {"amqp": 5672, "amqps": 5671}
 _ENCODED: Final = "special characters in the user and the password must be percent-encoded"
 _EXCHANGE: Final = re.compile(r"(?!amq\.)[A-Za-z0-9_.:@#,/+ -]{1,127}\Z")
-"""What the client carries; names that begin with ``amq.`` are the broker's own."""
+"""What the client accepts; names that begin with ``amq.`` are the broker's own."""
 
 _LONGEST_HEARTBEAT: Final = 65_534
 _PARAMETERS: Final = {
@@ -31,14 +31,14 @@ _PARAMETERS: Final = {
     "server_name_indication": "the host in the URL is the name that the certificate must have",
     **dict.fromkeys(
         ("connection_attempts", "retry_delay", "reconnect_interval", "fail_fast", "channel_max", "frame_max", "name"),
-        "nothing, it is seen to",
+        "nothing, the provider sets it",
     ),
 }
-"""What takes the place of query parameters that other clients know."""
+"""What to use instead of query parameters of other clients."""
 
 
 def _url(value: Any) -> str:
-    """Check RabbitMQ URLs. No text of them is repeated in the complaint: they may hold a password."""
+    """Check RabbitMQ URLs. The error repeats none of their text but the scheme: they may hold a password."""
     form = "amqp://[user:password@]host[:port][/vhost] (amqps:// for TLS), several of them separated by commas"
     if not isinstance(value, str):
         raise ValueError(form)  # noqa: TRY004 - settings checks raise ValueError
@@ -102,9 +102,7 @@ class RabbitMQSettings(QueueSettings):
         help="Where RabbitMQ is: amqp://user:password@host:port/vhost, or amqps:// for TLS; several, separated by commas, are tried "
         "in turn.",
     )
-    host: str | None = setting(
-        "MESSAGE_QUEUE_HOST", str, default=None, help="The host; localhost if nothing says otherwise."
-    )
+    host: str | None = setting("MESSAGE_QUEUE_HOST", str, default=None, help="The host; localhost by default.")
     port: int | None = setting("MESSAGE_QUEUE_PORT", integer(1), default=None, check=_port, help="The port; 5672.")
     username: str | None = setting("MESSAGE_QUEUE_USERNAME", str, default=None, help="The user; guest.")
     password: str | None = setting(
@@ -141,7 +139,7 @@ class RabbitMQSettings(QueueSettings):
         seconds,
         default=4.0,
         check=_heartbeat,
-        help="How often both sides give a sign of life, in whole seconds. Whoever gives none for twice that is given up.",
+        help="The heartbeat interval, in whole seconds. A connection that is silent for two of them is aborted.",
     )
     connect_timeout: float = setting(
         "RABBITMQ_CONNECT_TIMEOUT_SECONDS",

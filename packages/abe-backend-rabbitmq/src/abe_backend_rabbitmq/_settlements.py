@@ -1,4 +1,4 @@
-"""Settlements other than acknowledgements: a copy takes the message's place, or the broker takes it back."""
+"""Settlements other than acknowledgements: a copy replaces the message, or the message returns to its queue."""
 
 import asyncio
 import logging
@@ -16,13 +16,13 @@ from abe_backend_rabbitmq._wire import Header
 _log: Final = logging.getLogger("abe.rabbitmq")
 
 _LONGEST: Final = 20.0
-"""Seconds for which a message is held in place of a copy that nobody can publish."""
+"""Seconds that a message stays in flight while the broker takes no copies."""
 
 _GIVEN_UP: Final = 10.0
-"""The same for one that is given up, and would lose its reason."""
+"""The same for a dead letter, which would lose its reason."""
 
 _MOMENT: Final = 1.0
-"""Seconds for which it is held where many are."""
+"""The same where more messages than `room` wait."""
 
 
 _Failures: TypeAlias = dict[Delivery, AbeError]
@@ -35,7 +35,7 @@ class Settlements:
         broker: Publishes the copies.
         group: The group.
         channel: Where the messages were delivered.
-        room: How many messages may be held in place of a copy: not all that the consumer may have, or it would get no others.
+        room: How many messages may wait for their copies: fewer than the prefetch, or no others would be delivered.
     """
 
     def __init__(self, broker: Broker, group: str, channel: Channel, room: int) -> None:
@@ -47,11 +47,11 @@ class Settlements:
         self._hurried = asyncio.Event()
 
     def hurry(self) -> None:
-        """Hold nothing any longer: the consumer leaves."""
+        """Wait for copies no more: the consumer closes."""
         self._hurried.set()
 
     async def carry_out(self, settlements: Sequence[Settlement], tag_of: Callable[[Delivery], int | None]) -> Outcomes:
-        """Publish a copy, have it confirmed, then acknowledge; or have the broker take the message back."""
+        """Publish copies, and acknowledge the messages once they are confirmed; or return messages to their queue."""
         failures: _Failures = {}
         copied: list[tuple[Settlement, int]] = []
         channel = self._channel
@@ -62,7 +62,7 @@ class Settlements:
             elif settlement.disposition is Disposition.RETRY and settlement.delay <= 0:
                 await channel.requeue(tag)
             else:
-                settlement.delivery.begun = True  # decided: it is taken back no more
+                settlement.delivery.begun = True  # `Consuming` must not return it any more
                 copied.append((settlement, tag))
         publisher = self._broker.publisher
         outcomes: Outcomes = ()
@@ -83,10 +83,10 @@ class Settlements:
     async def _without_copies(
         self, copied: Sequence[tuple[Settlement, int]], failures: _Failures
     ) -> list[tuple[Settlement, int]]:
-        """Settle while the broker is short of memory or disk, and takes no copies: draining is what ends that.
+        """Settle while the broker is short of memory or disk and takes no copies: draining its queues ends the shortage.
 
-        A message that is to come again is held for its delay, then given back; one that is given up is left to the queue's own
-        dead-lettering, which keeps no reason. Both wait for the end of it, as long as there is room.
+        A message to retry stays in flight for its delay, and then returns to its queue; a dead one is left to the queue's own
+        dead-lettering, which keeps no reason. Both wait for the end of the shortage as long as there is room.
 
         Returns:
             Those that are left when it ends.
@@ -131,7 +131,7 @@ class Settlements:
             )
             channel.discard(tag)
             return
-        if settlement.disposition is Disposition.RELEASE:  # the broker counts it, and nobody else does
+        if settlement.disposition is Disposition.RELEASE:  # only the broker counts this delivery
             self._broker.losses.note(self._group, header, delivery)
         await channel.requeue(tag)
 
@@ -141,7 +141,7 @@ class Settlements:
         outcomes: Outcomes,
         failures: _Failures,
     ) -> None:
-        """Acknowledge those whose copy is there, and give the others back."""
+        """Acknowledge messages whose copies are confirmed. Return the others, unless their settlement can be retried."""
         done: list[int] = []
         channel, losses = self._channel, self._broker.losses
         for i, (settlement, tag) in enumerate(copied):
@@ -155,9 +155,9 @@ class Settlements:
                 done.append(tag)
                 continue
             if error.retryable:
-                failures[settlement.delivery] = error  # it is kept, for another try
+                failures[settlement.delivery] = error  # it stays in flight for the retry
                 continue
-            if settlement.disposition is Disposition.RELEASE:  # the broker counts it, and nobody else does
+            if settlement.disposition is Disposition.RELEASE:  # only the broker counts this delivery
                 losses.note(self._group, header, delivery)
             else:
                 failures[settlement.delivery] = error
@@ -166,7 +166,7 @@ class Settlements:
             await channel.ack(done)
 
     async def _move(self, copied: Sequence[tuple[Settlement, int]]) -> Outcomes:
-        """Publish what takes the messages' places. Queues that it goes to and that were deleted are made again, once."""
+        """Publish the copies. Target queues that were deleted are declared again, once."""
         outcomes: list[AbeError | None] = [lost()] * len(copied)
         places: Sequence[int] = range(len(copied))
         for last in (False, True):
@@ -179,7 +179,7 @@ class Settlements:
                     continue
                 try:
                     copies.append(await self._copy(settlement, *held))
-                except Exception as exc:  # noqa: BLE001 - it concerns this message, and no other of the batch
+                except Exception as exc:  # noqa: BLE001 - it affects this message only
                     outcomes[place] = self._no_copy(exc)
                 else:
                     sent.append(place)

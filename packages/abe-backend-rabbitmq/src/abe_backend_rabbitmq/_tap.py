@@ -1,8 +1,8 @@
-"""A tap on aiormq's connection: what is many goes past it, the rest is its own.
+"""A tap on aiormq's connection: deliver, ack, confirm and return frames of our channels bypass aiormq.
 
 ``aiormq.connect(transport_factory=...)`` lets its caller supply the stream pair. Ours is the usual one, but its protocol looks at whole
-frames before the stream does: deliveries, returns and confirms of the channels here are handled at once, everything else (login,
-heartbeats, replies, closing, other channels) goes on to aiormq unchanged. Frames of ours go to the same transport. Only public names
+frames before the stream does: deliveries, returns and confirms of our channels are handled at once, everything else (login,
+heartbeats, replies, closing, other channels) passes to aiormq unchanged. Our frames are written to the same transport. Only public names
 are used.
 """
 
@@ -27,19 +27,19 @@ _SHORTEST: Final = 8
 
 
 class Tapped(Protocol):
-    """A channel whose frames are looked at before aiormq sees them."""
+    """A channel that gets its frames before aiormq does."""
 
     def take(self, kind: int, data: bytes, position: int, end: int) -> bool:
         """Handle a frame, and return whether it was one of ours. Must not raise."""
         ...
 
     def lose(self, reason: str) -> None:
-        """Nothing more comes or goes."""
+        """Mark the channel as closed, with the reason."""
         ...
 
 
 class Tap(asyncio.StreamReaderProtocol):
-    """The protocol of a connection.
+    """The asyncio protocol of a connection.
 
     Args:
         reader: What aiormq reads from.
@@ -60,17 +60,23 @@ class Tap(asyncio.StreamReaderProtocol):
         self._raw = False
         self._fed: float = 0.0
         self.heard: float = loop.time()
-        """When something came last, by the event loop's clock."""
+        """When data arrived last, by the event loop's clock."""
         self.answered: float = self.heard
-        """When more than a heartbeat came last."""
+        """When data other than heartbeats arrived last."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport. (Other event loops have transports of their own: asyncio's classes are no test.)"""
+        """Keep the transport. (Other event loops have transport classes of their own: no isinstance.)"""
         self.transport = cast("asyncio.WriteTransport", transport)
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        """Take the frames that are ours out of what arrived, and pass the rest on in order."""
+        """Give the frames of our channels to these, and the rest to aiormq, in order.
+
+        1. Pieces of an incomplete frame are collected until it is complete, and joined once.
+        2. `_sift` gives our channels their frames.
+        3. aiormq gets what is left, or a heartbeat once a second: it detects silence by the frames that it sees.
+        4. After bytes that are not AMQP everything goes to aiormq, which reports the error; channels of ours end.
+        """
         self.heard = now = self.loop.time()
         if data != _HEARTBEAT:
             self.answered = now
@@ -86,11 +92,10 @@ class Tap(asyncio.StreamReaderProtocol):
             self._pieces.clear()
         rest, took, amqp = self._sift(data)
         if rest or (took and now - self._fed > 1):
-            # aiormq counts silence by the frames it sees; those that we take prove life too.
             super().data_received(rest or _HEARTBEAT)
             self._fed = now
         if not amqp:
-            self._raw = True  # aiormq says better what is wrong while we log in
+            self._raw = True  # during the login aiormq reports what is wrong
             if self.channels and self.transport is not None:
                 self.end("the broker sent something that is not AMQP")
                 self.transport.abort()
@@ -134,23 +139,23 @@ class Tap(asyncio.StreamReaderProtocol):
         return b"".join(rest) if rest else b"", keep > 0, amqp
 
     def eof_received(self) -> bool | None:
-        """Tell the channels."""
+        """End the channels."""
         self.end("the broker ended the connection")
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the channels."""
+        """End the channels."""
         self.end("the connection was lost" if exc is None else f"the connection was lost: {exc}")
         super().connection_lost(exc)
 
     def end(self, reason: str) -> None:
-        """Tell the channels that nothing more comes or goes."""
+        """Mark all channels as closed."""
         for channel in list(self.channels.values()):
             channel.lose(reason)
 
 
 class _Writer(asyncio.StreamWriter):
-    """Watches what aiormq sends: nothing of ours goes out after it closed a channel or the connection."""
+    """Watches what aiormq sends: after aiormq closed a channel or the connection, no frame of ours follows."""
 
     tap: Tap
 
@@ -184,7 +189,7 @@ class TapFactory(aiormq.TransportFactory):
         self.tap: Tap | None = None
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Connect."""
+        """Connect, and return the stream pair; raises `ConnectError`."""
         provider = kwargs.pop("ssl_context_provider")
         loop = asyncio.get_running_loop()
         context = await provider.get_context() if url.scheme == "amqps" else None

@@ -1,19 +1,19 @@
 """Every name the provider uses in RabbitMQ, and the arguments of every queue. Pure.
 
-A namespace and a group hold no ``:``, so that no two names fall together. What they are for is told in the README.
+Namespaces and groups contain no ``:``, so names cannot collide. The README says what each of them is for.
 """
 
 from collections.abc import Mapping
 from typing import Any, Final
 
 LEVELS: Final = 26
-"""Levels of delay: at level n a message waits for `TICK` times 2**n, and then at a lower one, if need be."""
+"""Levels of delay: at level n a message waits for `TICK` times 2**n, and then at lower ones for the rest."""
 
 TICK: Final = 0.1
 """Seconds of the shortest wait."""
 
 AT_ONCE: Final = "now"
-"""Stands for the level of those that wait at none."""
+"""In the place of a level, for messages without a delay."""
 
 MAX_DELAY: Final = TICK * (2**LEVELS - 1)
 """The longest delay: 77 days."""
@@ -22,7 +22,7 @@ DELIVERY_LIMIT: Final = 1000
 """Deliveries after which the broker itself dead-letters: a far backstop, the engine decides much earlier."""
 
 ENDLESS: Final = 2**31 - 1
-"""A delivery limit that looking at dead letters never reaches. (Without one, a message that is looked at goes to the tail.)"""
+"""A delivery limit that browsing never reaches. (Without one, a returned message goes to the tail.)"""
 
 Arguments = Mapping[str, Any]
 
@@ -34,8 +34,8 @@ class Topology:
 
     Args:
         namespace: The namespace.
-        exchange: What the exchange is called that is published to; None: its default name.
-        max_backlog: Waiting messages of a group above which the broker refuses more.
+        exchange: The name of the exchange that is published to; None: the default.
+        max_backlog: Waiting messages of a group above which the broker refuses more; None: no limit.
     """
 
     def __init__(self, namespace: str, exchange: str | None = None, max_backlog: int | None = None) -> None:
@@ -55,16 +55,16 @@ class Topology:
         self.registry = f"{prefix}:groups"
         """Queue: one message, the groups and their patterns."""
         self.lock = f"{prefix}:lock"
-        """Queue, exclusive: whoever has it may change the registry."""
+        """Queue, exclusive: the lock under which the registry changes."""
         self.parked_lock = f"{prefix}:lock:parked"
-        """Queue, exclusive: whoever has it may move parked messages."""
+        """Queue, exclusive: the lock under which parked messages are moved."""
         self.later = f"{prefix}:later"
-        """Topic: delayed messages, accepted if their first word is the registry's version."""
+        """Topic: copies and delayed messages, accepted if the first word of their key is the registry's newest version."""
         self.delay = f"{prefix}:delay"
         """Topic: to the queues where delayed messages wait. The first word of a key is the version, or anything; then come the level and
         the group; or ``parked``."""
         self.news = f"{prefix}:news"
-        """Fanout: tells everybody who consumes that a group has another level."""
+        """Fanout: announces to consumers that a group's queue or levels were declared."""
 
     def queue(self, group: str) -> str:
         """Queue: the group's messages, waiting and in flight."""
@@ -75,7 +75,7 @@ class Topology:
         return f"{self._prefix}:dead:{group}"
 
     def look(self, group: str) -> str:
-        """Queue, exclusive: whoever has it may look through the group's dead letters."""
+        """Queue, exclusive: the lock under which the group's dead letters are browsed."""
         return f"{self._prefix}:lock:dead:{group}"
 
     def waiting(self, group: str, level: int) -> str:
@@ -91,12 +91,12 @@ class Topology:
             "x-dead-letter-routing-key": self.dead(group),
             "x-dead-letter-strategy": "at-least-once",
         }
-        # The broker refuses what comes after the message that goes over the limit.
+        # The broker stores the message that exceeds the limit, and refuses those after it.
         return arguments if self._max_backlog is None else {**arguments, "x-max-length": self._max_backlog - 1}
 
     @property
     def store_arguments(self) -> Arguments:
-        """The arguments of the other queues, where messages are looked at and put back."""
+        """The arguments of the other queues, which are browsed."""
         return {**_QUORUM, "x-delivery-limit": ENDLESS}
 
     def straight(self, group: str) -> str:

@@ -1,4 +1,4 @@
-"""The primitives: what the engine asks of RabbitMQ."""
+"""RabbitMQ's transport: the primitives that the engine calls."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
@@ -23,7 +23,7 @@ class RabbitMQTransport:
     """Exchanges and quorum queues in one vhost.
 
     Args:
-        settings: Where to, and as whom.
+        settings: The provider's settings.
     """
 
     batching = Batching(messages=250, bytes=512 * 1024, max_concurrent=4)
@@ -39,16 +39,16 @@ class RabbitMQTransport:
         self._movers = Movers(self._broker, self._made)
 
     async def open(self) -> None:
-        """Connect to publish, and make what every namespace has."""
+        """Open the publishing connection, and declare what every namespace has."""
         await self._broker.publisher.open()
 
     async def close(self) -> None:
-        """Disconnect."""
+        """Stop background work, and close the connections."""
         await gather_all(self._broker.registry.close(), self._movers.close())
         await self._broker.close()
 
     async def ping(self) -> None:
-        """Ask for a queue that is always there."""
+        """Ask the broker for a queue that every namespace has."""
         await self._broker.control.call(
             lambda channel: channel.queue_declare(self._broker.topology.parked, passive=True)
         )
@@ -58,9 +58,9 @@ class RabbitMQTransport:
         return await self._fan_out.send(envelopes)
 
     async def declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> tuple[str, ...]:
-        """Register the group, make its queues and bindings, and move the parked messages that it wants.
+        """Register the group, declare its queues and bindings, and move the parked messages that it wants.
 
-        Those are moved to the end even if they are so many that the caller does not wait for it.
+        The caller waits for the moving for half of the publish timeout at most; it continues in the background.
         """
         wanted, made = await self._broker.groups.declare(group, patterns, change=change)
         if made:
@@ -71,15 +71,15 @@ class RabbitMQTransport:
         return wanted
 
     async def restore(self, group: str) -> None:
-        """Make a group again that was deleted underneath, with the patterns that it had when we last knew."""
+        """Declare a group again that was deleted underneath, with its last known patterns."""
         await self._broker.groups.restore(group)
 
     async def delete_group(self, group: str) -> None:
-        """Delete what the group has."""
+        """Delete the group with its queues and bindings."""
         await self._broker.groups.delete(group)
 
     async def delete_namespace(self) -> None:
-        """Delete what every group has, and what the namespace has."""
+        """Delete the namespace with all its groups."""
         await self._broker.groups.delete_namespace()
 
     async def groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -87,8 +87,8 @@ class RabbitMQTransport:
         return await self._broker.groups.all()
 
     async def subscribe(self, group: str, prefetch: int) -> RabbitMQReceiver:
-        """Make a consumer."""
-        await self._broker.groups.lately()  # whose queue it is that is consumed: see `RabbitMQReceiver.made`
+        """Start a consumer."""
+        await self._broker.groups.lately()  # `RabbitMQReceiver.made` compares versions
         receiver = RabbitMQReceiver(self._broker, group, prefetch, self._leave)
         try:
             await receiver.start()
@@ -101,7 +101,7 @@ class RabbitMQTransport:
         return receiver
 
     async def stats(self, group: str) -> GroupStats:
-        """Count. What consumers of other processes hold, AMQP does not tell."""
+        """Count the group's messages. AMQP does not tell those that are in flight in other processes."""
         names, count = self._broker.topology, self._broker.control.count
         waiting_now = await count(names.queue(group))
         if waiting_now is None:
@@ -121,27 +121,27 @@ class RabbitMQTransport:
         )
 
     def dead_letters(self, group: str) -> AsyncGenerator[Sequence[DeadLetter]]:
-        """Look at all of them, a page at a time."""
+        """List the dead letters, a page at a time."""
         return self._dead_letters.pages(group)
 
     def replay(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
-        """Move them, a page at a time."""
+        """Move dead letters back to the group, a page at a time."""
         return self._dead_letters.replay(group, ids)
 
     def purge(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
-        """Remove them, a page at a time."""
+        """Remove dead letters, a page at a time."""
         return self._dead_letters.purge(group, ids)
 
     async def _leave(self, receiver: RabbitMQReceiver) -> None:
-        """Take note that a receiver closes. May be repeated."""
+        """Remove a receiver that closes. Idempotent."""
         if receiver in self._receivers:
             self._receivers.discard(receiver)
             await self._movers.leave(receiver.group)
 
     def _made(self, group: str, version: int) -> None:
-        """Have those begin anew who have consumed a group's queue since before it was made.
+        """Have receivers that consume a former queue of a group consume again.
 
-        A consumer of a queue that is deleted and at once made again is neither cancelled nor served by RabbitMQ.
+        RabbitMQ neither cancels nor serves a consumer whose queue is deleted and at once declared again.
         """
         for receiver in self._receivers:
             if receiver.group == group:

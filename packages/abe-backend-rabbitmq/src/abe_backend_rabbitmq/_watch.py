@@ -1,37 +1,37 @@
-"""A connection that went silent is given up: without an end that TCP tells of, nobody else would notice for long."""
+"""Aborts a connection that went silent: without a close or reset of TCP, the loss would be noticed much later."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, Protocol
 
 _BEAT: Final = 0.5
-"""Seconds between two looks at the least."""
+"""Seconds between two checks, at most."""
 
 _MISSED: Final = 2.0
-"""Heartbeats without a sign of life. (RabbitMQ sends one each half of it.)"""
+"""Heartbeat intervals of silence after which the connection is aborted. (RabbitMQ sends two heartbeats in each.)"""
 
 _PROBES: Final = 0.5
-"""Heartbeats between two questions."""
+"""Heartbeat intervals between two probes."""
 
 
 class Heard(Protocol):
-    """When something came, by the event loop's clock."""
+    """When data arrived last, by the event loop's clock."""
 
     heard: float
-    """Anything."""
+    """Any data."""
     answered: float
-    """More than a heartbeat."""
+    """Data other than heartbeats."""
 
 
 class Watch:
-    """Listens to one connection, and asks it now and then.
+    """Watches one connection for silence, and probes it periodically.
 
-    Only time counts in which the event loop runs: what came while it was busy is read first.
+    Time in which the event loop is busy does not count: data that arrived meanwhile is read first.
 
     Args:
-        heard: When something came.
-        heartbeat: The connection's, in seconds.
-        ask: A request that every broker answers at once.
+        heard: When data arrived.
+        heartbeat: The connection's heartbeat interval, in seconds.
+        ask: The probe, a request that every broker answers at once.
         reading: Whether the broker reads: one that is short of memory does not, and still sends heartbeats.
         give_up: Called once, with the reason.
     """
@@ -55,13 +55,13 @@ class Watch:
         self._looked_at = self._loop.time()
         self._silent = 0.0
         self.waited = 0.0
-        """Seconds for which a question has been without an answer."""
+        """Seconds for which a probe has been without an answer."""
         self._asked_at = self._looked_at
         self._question: asyncio.Task[object] | None = None
         self._timer = self._loop.call_later(self._beat, self._look)
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop watching."""
         self._timer.cancel()
         if self._question is not None:
             self._question.cancel()
@@ -77,10 +77,10 @@ class Watch:
         else:
             self.waited += passed
         if self._silent > self._limit:
-            self._give_up(f"nothing was heard of it for {self._silent:.0f} s")
+            self._give_up(f"the broker has been silent for {self._silent:.0f} s")
             return
         if self.waited > self._limit:
-            self._give_up(f"it has not answered for {self.waited:.0f} s")
+            self._give_up(f"the broker has not answered for {self.waited:.0f} s")
             return
         if not pending and self._reading() and now - self._asked_at >= self._every:
             self._asked_at = now
@@ -91,5 +91,5 @@ class Watch:
 async def _quietly(ask: Callable[[], Awaitable[object]]) -> object:
     try:
         return await ask()
-    except Exception:  # noqa: BLE001 - what ends the connection is told to those who use it
+    except Exception:  # noqa: BLE001 - the connection's users get the error of a lost connection themselves
         return None

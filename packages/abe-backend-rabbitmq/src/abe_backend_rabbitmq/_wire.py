@@ -2,13 +2,13 @@
 
 The body is the message's body. Its properties are the standard ones (content type, delivery mode, message id, timestamp in
 seconds) and headers: ``abe-version``, ``abe-published-at`` in milliseconds, and the application's own under their names. Those whose
-names RabbitMQ or we use, or that are too long for a name, travel together in ``abe-headers`` as JSON. A copy that we move (a retry, a
+names are reserved, by RabbitMQ or us, or too long are together in ``abe-headers`` as JSON. A copy that we move (a retry, a
 dead letter, a message that was parked) also has ``abe-key``, and ``abe-attempt``, the deliveries before (``abe-uncertain`` of them may
 have been lost connections); a dead letter ``abe-reason``, ``abe-error`` and ``abe-dead-at`` in milliseconds; one that waits ``abe-due``
 and ``abe-until`` in milliseconds, a parked one
-``abe-for``, the groups that are to get it still, if others have it.
+``abe-for``, the groups that have no copy yet, if others have one.
 
-Properties are bytes here: the flags and the values, as they stand in a content header after the size of the body.
+Properties are bytes here: the flags and the values, as in a content header after the size of the body.
 """
 
 import hashlib
@@ -63,19 +63,19 @@ _LONGEST_TEXT: Final = 32_000
 _MOST: Final = 128 * 1024 - 20
 """Bytes of properties: they must fit into one frame, by default of 128 KiB, or the broker ends the connection."""
 _LAST_TIME: Final = 253_402_300_799_999
-"""Milliseconds since the epoch, in the year 9999: what is later is no time."""
+"""Milliseconds since the epoch, in the year 9999: a later value is no time."""
 _FIELDS: Final = 100
 """Bytes that a dead letter's own fields take beside their texts."""
 
 NEWS: Final = b"\x10\x00\x01"
-"""Properties of what need not be kept: a delivery mode of 1."""
+"""Properties of a transient message: a delivery mode of 1."""
 
 _names: Final[dict[str, bytes]] = {}
 _fields: Final[dict[bytes, str]] = {}
 
 
 class Header(NamedTuple):
-    """What came with a body."""
+    """What the broker delivers with a body: properties, exchange and routing key."""
 
     properties: bytes
     exchange: str
@@ -133,8 +133,8 @@ def delivery(number: int, header: Header, body: bytes, redelivered: bool) -> Del
     """Make a delivery of what the broker pushed.
 
     Args:
-        number: By what its receiver knows it: the delivery tag, and which of its channels that is of.
-        header: What came with it.
+        number: `Delivery.native`: the channel's generation and the delivery tag.
+        header: The message's header.
         body: The body.
         redelivered: Whether the broker says that it may have been delivered before.
     """
@@ -144,12 +144,12 @@ def delivery(number: int, header: Header, body: bytes, redelivered: bool) -> Del
     try:
         headers = parse(raw).headers
         _strings(headers)
-    except Exception as exc:  # noqa: BLE001 - whatever is wrong with one message is that message's fault
+    except Exception as exc:  # noqa: BLE001 - it affects this message only
         why = str(exc) if isinstance(exc, DecodeError) else repr(exc)
         return Delivery(body, header, 1, number, fault=why)
     version = headers.get("abe-version", VERSION)
     fault = None if version == VERSION else UNKNOWN_VERSION
-    # What the broker counts may have been a lost connection; a copy that was only given back says how many of its attempts were so.
+    # The broker counts lost connections too; a released copy names how many of its attempts were uncertain.
     uncertain = _number(headers, "abe-uncertain") + _number(headers, "x-delivery-count")
     return Delivery(body, header, attempts(headers), number, fault=fault, uncertain=uncertain)
 
@@ -160,10 +160,10 @@ def attempts(headers: Mapping[str, Value]) -> int:
 
 
 def metadata(header: Header, body: bytes) -> Metadata:
-    """Read what travelled beside a body.
+    """Return the metadata of a message.
 
     Raises:
-        DecodeError: It is not what AMQP writes.
+        DecodeError: The properties are not AMQP's, or the headers cannot be decoded.
     """
     quick = _quick(header.properties)
     if quick is not None:
@@ -180,7 +180,7 @@ def _metadata(properties: Properties, header: Header, body: bytes, headers: dict
 
 
 def _quick(raw: bytes) -> tuple[str, int, Mapping[str, str] | None] | None:
-    """Read properties as `pack` writes them without anything extra; None: they are others."""
+    """Read properties as `pack` writes them without anything extra; None: they have another form."""
     if not (raw.startswith(_HEAD) and raw.startswith(_FIRST, _OURS)):
         return None
     end = _OURS + _U32.unpack_from(raw, _OURS - 4)[0]
@@ -228,12 +228,12 @@ def message_id(raw: bytes) -> str:
 
 
 def copy(header: Header, body: bytes, attempt: int, *extra: tuple[str, str | int]) -> bytes:
-    """Return the properties of a copy that takes a message's place, with what the broker added left out.
+    """Return the properties of a copy that replaces a message, without what the broker added.
 
     With ``x-death`` kept, the broker would drop the copy when it passes the same queues again.
 
     Args:
-        header: The message's.
+        header: The message's header.
         body: Its body.
         attempt: Deliveries so far.
         extra: More headers of ours.
@@ -281,7 +281,7 @@ def buried(header: Header, body: bytes, attempt: int, reason: str, error: str) -
 
 
 def dead_letter(header: Header, body: bytes) -> DeadLetter:
-    """Read a message of the dead letters, whoever put it there."""
+    """Return a dead letter; it may come from the broker's own dead-lettering, or be a foreign message."""
     properties = _parsed(header)
     given = properties.headers
     by_us = "abe-dead-at" in given
@@ -305,7 +305,7 @@ def due(header: Header) -> int:
 
 
 def until(header: Header) -> int:
-    """Return when a delayed message leaves its level, in milliseconds since the epoch; 0: nobody wrote it down."""
+    """Return when a delayed message leaves its level, in milliseconds since the epoch; 0: it is not recorded."""
     return _number(_parsed(header).headers, "abe-until")
 
 
@@ -315,24 +315,24 @@ def counted(header: Header) -> int:
 
 
 def left_to(header: Header) -> Sequence[str]:
-    """Return the groups that are still to get a parked message, where others have it; none: whoever wants it."""
+    """Return the groups that have no copy of a parked message yet, if others have one; empty: any group may get it."""
     named = _parsed(header).headers.get("abe-for")
     return named.split(" ") if isinstance(named, str) else ()
 
 
 def routing_key(header: Header) -> str:
-    """Return the key that a message was published with, as far as it can be told."""
+    """Return the key that a message was published with."""
     return original_key(header, _parsed(header).headers)
 
 
 def original_key(header: Header, given: Mapping[str, Value]) -> str:
-    """Return the key that a message was published with. Straight to a queue it was published with none."""
+    """Return the key that a message was published with; empty if it was published to a queue directly."""
     key = given.get("abe-key")
     return key if isinstance(key, str) else header.key if header.exchange else ""
 
 
 def identity(header: Header, body: bytes) -> str:
-    """Return the id of a message, whoever wrote it."""
+    """Return the id of a message, or `foreign_id` if it has none."""
     return message_id(header.properties) or foreign_id(header, body)
 
 
@@ -342,7 +342,7 @@ def foreign_id(header: Header, body: bytes) -> str:
 
 
 def _parsed(header: Header) -> Properties:
-    """Take properties apart; there are none where they cannot be read."""
+    """Parse properties; empty if they cannot be parsed."""
     try:
         return parse(header.properties)
     except DecodeError:
@@ -355,7 +355,7 @@ def _short(text: str) -> bytes:
 
 
 def _strings(given: Mapping[str, Value]) -> dict[str, str]:
-    """Return the application's headers. Numbers of a foreign message become text; tables and arrays stay out."""
+    """Return the application's headers. Numbers of a foreign message become text; tables and arrays are left out."""
     found = {
         name: value if isinstance(value, str) else str(value)
         for name, value in given.items()
