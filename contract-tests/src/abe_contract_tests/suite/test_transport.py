@@ -88,20 +88,25 @@ async def test_patterns_are_those_of_the_first_unless_they_are_changed(contract:
 
 @clause("C-PUB-09", transport=True)
 async def test_a_group_takes_no_more_than_its_backlog(contract: Contract) -> None:
-    if contract.harness.approximate:
-        return  # there the limit is as approximate as the count
     async with Kit(contract) as kit:
         transport = await kit.transport(QUEUE_MAX_BACKLOG="10")
         await transport.declare("g", None, change=True)
         outcomes = await kit.send(transport, *kit.envelopes(25))
-        assert [type(outcome) for outcome in outcomes] == [type(None)] * 10 + [BackpressureError] * 15
+        async with contract.within():
+            while contract.harness.approximate and outcomes[-1] is None:  # the limit is as late as the count
+                outcomes += await kit.send(transport, kit.envelope())
+        accepted = outcomes.count(None)
+        assert {type(outcome) for outcome in outcomes} == {type(None), BackpressureError}
+        assert outcomes[:10] == [None] * 10
+        assert accepted == 10 or contract.harness.approximate
         receiver = await kit.receiver(transport, prefetch=4)
-        await kit.ack(transport, receiver, await kit.take(receiver, 4))
+        await kit.drain(transport, receiver, accepted - 6)
         left = kit.envelopes(4)
         async with contract.within():
             while left:  # a broker may say late that there is room again
                 outcomes = await kit.send(transport, *left)
                 left = [each for each, outcome in zip(left, outcomes, strict=True) if outcome is not None]
+        await kit.drain(transport, receiver, 10)
 
 
 @clause("C-GRP-07", transport=True)
