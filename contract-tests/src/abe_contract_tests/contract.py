@@ -10,7 +10,8 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Final, cast
 from unittest.mock import patch
 
-from abe.backends.message_queue.base import Capabilities, Durability
+from abe.backends.message_queue.base import Capabilities
+from abe.backends.message_queue.minimal import MinimalBackend
 from abe.settings import QueueSettings
 from abe.types import MessageQueuePayload
 from abe_contract_tests import timeline
@@ -33,23 +34,6 @@ DEFAULT_LEASE: Final = 1.0
 
 LONGEST_LEASE: Final = 5.0
 """The longest lease of a test in seconds, on the busiest machine."""
-
-UNDECLARED: Final = Capabilities(
-    groups=False,
-    key_patterns=False,
-    ordered=False,
-    ordered_per_key=False,
-    spurious_duplicates=True,
-    dead_letter=False,
-    max_delay=None,
-    lease=None,
-    redelivery_bound=None,
-    silence_bound=None,
-    publish_dedup=None,
-    max_payload_bytes=64 * 1024,
-    durability=Durability.NONE,
-)
-"""The capabilities that the suite assumes of a provider that declares none."""
 
 _PUBLISH_TIMEOUT: Final = QueueSettings().publish_timeout
 
@@ -115,9 +99,10 @@ class Contract:
 
     @property
     def capabilities(self) -> Capabilities:
-        """The declared capabilities of this test's backends; `UNDECLARED` for a minimal backend."""
+        """The declared capabilities of this test's backends; those of every minimal backend where none are declared."""
         with self.environ():
-            declared: Capabilities = getattr(self.backend_class.from_env(), "capabilities", UNDECLARED)
+            backend = self.backend_class.from_env()
+        declared: Capabilities = getattr(backend, "capabilities", MinimalBackend.capabilities)
         return declared
 
     def declares(self, capability: str) -> bool:
