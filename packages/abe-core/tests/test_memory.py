@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from abe.backends.message_queue.base import Disposition, Settlement
+from abe.backends.message_queue.base.transport import Transport
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.errors import (
     BackendClosedError,
@@ -372,3 +373,10 @@ def test_from_env_reads_the_queue_variables(monkeypatch: pytest.MonkeyPatch) -> 
     backend = MemoryBackend.from_env()
     assert (backend.settings.namespace, backend.settings.lease, backend.capabilities.lease) == ("mine", 7.5, 7.5)
     assert MemoryBackend.capabilities.lease == 30
+
+
+def test_the_memory_transport_is_a_transport() -> None:
+    async def make() -> Transport:
+        return MemoryBackend().make_transport()
+
+    assert asyncio.run(make()).batching.messages > 1

@@ -1,11 +1,15 @@
 """What becomes of a message whose handler failed."""
 
+import asyncio
 from typing import Any
 
 import pytest
+from consumer_doubles import ONCE, PATIENT, Collector, drained, publish, running
 
-from abe import ConstantBackoff, Reject, Retry, RetryPolicy
+from abe import AsyncLoopConsumer, ConstantBackoff, Message, Reject, Retry, RetryPolicy
+from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.errors import ConfigurationError
+from abe.testing import ManualClock
 
 POLICY = RetryPolicy(backoff=lambda attempt: attempt * 10.0)
 
@@ -153,3 +157,130 @@ def test_an_exception_outside_of_exception_is_a_failure_like_others() -> None:
     decision = policy.judge(SystemExit(1), 1)
     assert isinstance(decision, Retry)
     assert decision.reason == "SystemExit: 1"
+
+
+class TestFailures:
+    async def test_a_failed_message_comes_back_after_the_policys_backoff_and_not_before(
+        self, memory_backend: MemoryBackend, manual_clock: ManualClock, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        collector = Collector(ValueError("no"), ValueError("no"))
+        await publish(memory_backend, 1)
+        async with running(AsyncLoopConsumer(memory_backend, retry=PATIENT), collector):
+            await manual_clock.advance(99.9)
+            assert collector.attempts == [1]
+            await manual_clock.advance(0.1)
+            assert collector.attempts == [1, 2]
+            await manual_clock.advance(100)
+            assert collector.attempts == [1, 2, 3]
+            await drained(memory_backend)
+        assert "of group 'default', attempt 1 of 3: ValueError: no (retrying in 100 s)" in caplog.text
+        assert (await memory_backend.stats()).dead == 0
+
+    async def test_others_are_handled_while_a_failed_one_waits(
+        self, memory_backend: MemoryBackend, manual_clock: ManualClock
+    ) -> None:
+        collector = Collector(ValueError("no"), wanted=3)
+        await publish(memory_backend, 3)
+        async with running(AsyncLoopConsumer(memory_backend, retry=PATIENT), collector):
+            await collector.done.wait()
+            assert [message["n"] for message in collector.seen] == [0, 1, 2]
+            await manual_clock.advance(100)
+            assert [message["n"] for message in collector.seen] == [0, 1, 2, 0]
+
+    async def test_after_its_last_attempt_it_is_a_dead_letter_that_says_why(
+        self, memory_backend: MemoryBackend, manual_clock: ManualClock
+    ) -> None:
+        collector = Collector(*[ValueError("the bank is gone")] * 3)
+        await memory_backend.publish("order.created", {"n": 1}, headers={"h": "v"}, id="seven")
+        async with running(AsyncLoopConsumer(memory_backend, retry=PATIENT), collector):
+            await manual_clock.advance(1000)
+        assert collector.attempts == [1, 2, 3]
+        (letter,) = await memory_backend.dead_letters().list()
+        assert (letter.id, letter.key, letter.body, letter.headers) == (
+            "seven",
+            "order.created",
+            b'{"n":1}',
+            {"h": "v"},
+        )
+        assert (letter.attempts, letter.reason) == (3, "ValueError: the bank is gone")
+        assert letter.error.startswith("Traceback")
+        assert letter.error.endswith("ValueError: the bank is gone\n")
+
+    async def test_a_handler_may_say_when_to_try_again(
+        self, memory_backend: MemoryBackend, manual_clock: ManualClock
+    ) -> None:
+        collector = Collector(Retry(after=7))
+        await publish(memory_backend, 1)
+        async with running(AsyncLoopConsumer(memory_backend, retry=PATIENT), collector):
+            await manual_clock.advance(6.9)
+            assert collector.attempts == [1]
+            await manual_clock.advance(0.2)
+            assert collector.attempts == [1, 2]
+
+    async def test_a_handler_may_reject(self, memory_backend: MemoryBackend, manual_clock: ManualClock) -> None:
+        collector = Collector(Reject("no such customer"))
+        await publish(memory_backend, 1)
+        async with running(AsyncLoopConsumer(memory_backend, retry=PATIENT), collector):
+            await manual_clock.advance(1000)
+        assert collector.attempts == [1]
+        (letter,) = await memory_backend.dead_letters().list()
+        assert letter.reason == "no such customer"
+
+    async def test_a_function_may_decide_about_an_exception(
+        self, memory_backend: MemoryBackend, manual_clock: ManualClock
+    ) -> None:
+        def classify(exc: Exception) -> Retry | Reject | None:
+            return Reject("malformed") if isinstance(exc, KeyError) else Retry(after=1)
+
+        collector = Collector(OSError(), KeyError())
+        await publish(memory_backend, 1)
+        policy = RetryPolicy(classify=classify)
+        async with running(AsyncLoopConsumer(memory_backend, retry=policy), collector):
+            await manual_clock.advance(1)
+        assert collector.attempts == [1, 2]
+        (letter,) = await memory_backend.dead_letters().list()
+        assert letter.reason == "malformed"
+
+    async def test_a_replayed_dead_letter_starts_again_at_attempt_1(
+        self, memory_backend: MemoryBackend, manual_clock: ManualClock
+    ) -> None:
+        collector = Collector(ValueError("no"))
+        await publish(memory_backend, 1)
+        async with running(AsyncLoopConsumer(memory_backend, retry=ONCE), collector):
+            await manual_clock.advance(0)
+            assert (await memory_backend.stats()).dead == 1
+            assert await memory_backend.dead_letters().replay_all() == 1
+            await collector.done.wait()
+        assert collector.attempts == [1, 1]
+
+    async def test_a_handler_that_settled_the_message_itself_has_the_last_word(
+        self, memory_backend: MemoryBackend, manual_clock: ManualClock
+    ) -> None:
+        async def handler(message: Message) -> None:
+            await message.ack()
+            raise ValueError("afterwards")
+
+        await publish(memory_backend, 1)
+        async with running(AsyncLoopConsumer(memory_backend, retry=PATIENT), handler):
+            await manual_clock.advance(1000)
+        stats = await memory_backend.stats()
+        assert (stats.waiting, stats.in_flight, stats.delayed, stats.dead) == (0, 0, 0, 0)
+
+    async def test_a_handler_that_awaits_something_cancelled_has_failed_and_the_consumer_lives(
+        self, memory_backend: MemoryBackend
+    ) -> None:
+        done = asyncio.Event()
+
+        async def handler(message: Message) -> None:
+            if message["n"] == 1:
+                done.set()
+                return
+            cancelled = asyncio.ensure_future(asyncio.Event().wait())
+            cancelled.cancel()
+            await cancelled
+
+        await publish(memory_backend, 2)
+        async with running(AsyncLoopConsumer(memory_backend, retry=ONCE), handler):
+            await done.wait()
+        (letter,) = await memory_backend.dead_letters().list()
+        assert "cancelled" in letter.reason
