@@ -75,6 +75,7 @@ EXTRA: dict[str, dict[str, str]] = {
         "_registry": "a publisher knows the groups without asking, and is told when they have changed",
         "_scripts": "what must happen in one step happens in the server, by scripts in Lua",
         "conftest": "servers to share, and private ones to hurt",
+        "redis_primitives": "settlements, and looks at a server, that the tests share",
         "test_connection": "getting in: TLS, users and rights, and what the server has to be",
         "test_dead_letters": "pages, bounded in number and in bytes, beside consumers",
         "test_faults": "what is left of a message when this broker's connections and servers break",
@@ -83,7 +84,9 @@ EXTRA: dict[str, dict[str, str]] = {
         "test_login": "what is wrong with an address or a user is said by the variable's name",
         "test_parked": "messages from before their group join it in steps, while others publish",
         "test_poison": "whatever is found under our names stops nobody but itself",
+        "test_receiver": "settling, leases and recovery, on each make of server",
         "test_refusals": "rights are given command by command: newer ones are done without",
+        "test_scripts": "scripts that a server forgot, and that a cluster has to allow",
         "test_silence": "links that go silent without a word",
     },
     "sqs": {

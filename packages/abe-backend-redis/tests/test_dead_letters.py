@@ -5,9 +5,11 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+from redis_primitives import dead, letters_of, total
 
 from abe.backends.message_queue.base import Delivery
 from abe.errors import BackpressureError, GroupMissingError
+from abe_backend_redis._receiver import RedisReceiver
 from abe_backend_redis._transport import RedisTransport
 
 Collect = Callable[..., Awaitable[list[Delivery]]]
@@ -125,3 +127,41 @@ async def test_the_namespace_goes_with_everything_in_it(lab: Any) -> None:
     assert await transport.groups() == {}
     assert await transport.send([lab.envelope("k")]) == ()
     assert await lab.redis.xlen(lab.names.parked) == 1
+
+
+class TestDeadLetters:
+    async def bury(self, lab: Any, collect: Collect, count: int) -> tuple[RedisTransport, RedisReceiver]:
+        transport = await lab.transport()
+        await transport.declare("g", None, change=True)
+        receiver = await lab.receiver(transport)
+        for start in range(0, count, 250):
+            await transport.send(lab.envelopes(min(250, count - start)))
+        buried = await collect(receiver, count)
+        for start in range(0, count, 500):
+            assert not any(await receiver.settle([dead(delivery) for delivery in buried[start : start + 500]]))
+        return transport, receiver
+
+    async def test_more_than_a_page_is_replayed_and_starts_anew(self, lab: Any, collect: Collect) -> None:
+        transport, receiver = await self.bury(lab, collect, 1201)
+        assert [len(page) async for page in transport.dead_letters("g")] == [500, 500, 201]
+        assert await total(transport.replay("g", None)) == 1201
+        assert await letters_of(transport) == []
+        again = await collect(receiver, 1201)
+        assert {delivery.attempt for delivery in again} == {1}
+        assert all(delivery.fault is None for delivery in again)
+
+    async def test_more_than_a_page_is_purged(self, lab: Any, collect: Collect) -> None:
+        transport, _ = await self.bury(lab, collect, 1201)
+        assert await total(transport.purge("g", None)) == 1201
+        assert (await transport.stats("g")).dead == 0
+        assert await total(transport.purge("g", None)) == 0
+
+    async def test_the_ids_that_are_named_and_no_others(self, lab: Any, collect: Collect) -> None:
+        transport, receiver = await self.bury(lab, collect, 10)
+        letters = await letters_of(transport)
+        assert await total(transport.replay("g", [letters[3].id, "nobody"])) == 1
+        assert await total(transport.purge("g", [letters[3].id, letters[5].id])) == 1
+        [again] = await collect(receiver, 1)
+        assert receiver.metadata(again).id == letters[3].id
+        left = [letter.id for letter in await letters_of(transport)]
+        assert left == [letter.id for letter in letters if letter not in (letters[3], letters[5])]

@@ -1,12 +1,16 @@
 """Messages that were published before their group existed: they join it in steps, while others publish, and whatever is interrupted."""
 
 import asyncio
+import itertools
+import re
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from abe.backends.message_queue.base import Delivery
+from abe.backends.message_queue.base.names import matches
 from abe_backend_redis._transport import RedisTransport
 from abe_contract_tests import bounds
 
@@ -172,3 +176,98 @@ async def test_delayed_ones_that_are_parked_meanwhile_are_looked_at_whenever_the
     assert await lab.redis.zcard(lab.names.parked_passed) == 2 * STEP
     await transport.declare("rest", ("b",), change=False)
     assert (await transport.stats("rest")).delayed == 2 * STEP
+
+
+class TestHeld:
+    async def test_the_first_group_gets_what_was_published_before_it(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        sent = lab.envelopes(1500)
+        for start in range(0, 1500, 250):
+            await transport.send(sent[start : start + 250])
+        await transport.declare("g", None, change=True)
+        received = await collect(receiver := await lab.receiver(transport), 1500)
+        assert [receiver.metadata(delivery).id for delivery in received] == [envelope.id for envelope in sent]
+        assert not await lab.redis.exists(lab.names.parked)
+
+    async def test_patterns_choose_among_any_number(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        sent = [lab.envelope("a.x" if number % 3 else "b.x") for number in range(2500)]
+        for start in range(0, 2500, 250):
+            await transport.send(sent[start : start + 250])
+        wanted = [envelope.id for envelope in sent if envelope.key == "a.x"]
+        await transport.declare("a", ("a.*",), change=True)
+        receiver = await lab.receiver(transport, "a")
+        received = await collect(receiver, len(wanted))
+        assert [receiver.metadata(delivery).id for delivery in received] == wanted
+        assert await lab.redis.xlen(lab.names.parked) == 2500 - len(wanted)
+        await transport.declare("rest", None, change=True)
+        assert (await transport.stats("rest")).waiting == 2500 - len(wanted)
+        assert not await lab.redis.exists(lab.names.parked)
+
+    async def test_a_later_group_gets_no_second_copy(self, lab: Any) -> None:
+        transport = await lab.transport()
+        await transport.send(lab.envelopes(3))
+        await transport.declare("first", None, change=True)
+        await transport.declare("second", None, change=True)
+        assert (await transport.stats("first")).waiting == 3
+        assert (await transport.stats("second")).waiting == 0
+
+    async def test_a_group_that_narrows_and_widens_takes_what_is_left(self, lab: Any) -> None:
+        transport = await lab.transport()
+        await transport.send([lab.envelope("a"), lab.envelope("b")])
+        await transport.declare("g", ("a",), change=True)
+        await transport.declare("g", ("a", "b"), change=True)
+        assert (await transport.stats("g")).waiting == 2
+
+    async def test_delayed_ones_are_held_too_and_keep_their_time(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        await transport.send([lab.envelope("a", delay=0.4), lab.envelope("b", delay=0.4), lab.envelope("a", delay=60)])
+        started = time.monotonic()
+        await transport.declare("g", ("a",), change=True)
+        assert (await transport.stats("g")).delayed == 2
+        assert await lab.redis.zcard(lab.names.parked_passed) == 1
+        receiver = await lab.receiver(transport)
+        [delivery] = await collect(receiver, 1)
+        assert receiver.metadata(delivery).key == "a"
+        assert 0.3 < time.monotonic() - started < 2.4 * bounds.slowness(started)
+
+    async def test_what_a_stranger_left_there_stops_nobody(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        await lab.redis.xadd(lab.names.parked, {"m": "[1,broken", "p": "{}"})
+        await lab.redis.xadd(lab.names.parked, {"p": "{}", "k": "a"})
+        await transport.send([lab.envelope("a"), lab.envelope("b")])
+        await transport.declare("g", ("a",), change=True)
+        assert (await transport.stats("g")).waiting == 2
+        await transport.declare("rest", None, change=True)
+        assert (await transport.stats("rest")).waiting == 2
+
+    async def test_patterns_mean_the_same_to_redis_as_to_us(self, lab: Any) -> None:
+        words = ["a", "b", "", "*", "#"]
+        keys = [
+            ".".join(key)
+            for size in (1, 2, 3)
+            for key in itertools.product(["a", "b", ""], repeat=size)
+            if key != ("",)
+        ]
+        patterns = [
+            ".".join(pattern)
+            for size in (1, 2, 3)
+            for pattern in itertools.product(words, repeat=size)
+            if pattern != ("",)
+        ]
+        transport = await lab.transport()
+        for pattern in patterns[:: max(1, len(patterns) // 60)]:
+            await transport.send([lab.envelope(key) for key in keys])
+            await transport.declare("g", (pattern,), change=True)
+            entries = await lab.redis.xrange(lab.names.queue("g"))
+            found = [re.match(rb'\[1,"[^"]*","([^"]*)"', fields[b"m"]).group(1).decode() for _, fields in entries]  # type: ignore[union-attr]
+            assert found == [key for key in keys if matches(pattern, key)], pattern
+            await transport.delete_group("g")
+            await lab.redis.delete(lab.names.parked)
+
+    async def test_no_pattern_keeps_the_server_busy(self, lab: Any) -> None:
+        transport = await lab.transport()
+        await transport.send([lab.envelope(".".join("a" * 100))])
+        async with bounds.within(2):
+            await transport.declare("g", (".".join("#a" * 20) + ".x", ".".join(["#", "a"] * 20) + ".x"), change=True)
+        assert (await transport.stats("g")).waiting == 0

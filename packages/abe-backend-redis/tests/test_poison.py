@@ -8,9 +8,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from redis_primitives import dead, letters_of, total
 
 from abe import AsyncLoopConsumer, ExponentialBackoff, RetryPolicy
-from abe.backends.message_queue.base import Delivery, Disposition, Settlement
+from abe.backends.message_queue.base import Delivery, Disposition, Metadata, Settlement
 from abe.errors import AbeError, DecodeError
 from abe_backend_redis import _wire
 from abe_contract_tests import bounds
@@ -237,3 +238,47 @@ async def test_anything_at_all_may_lie_in_any_place(one_lab: Any, until: Until, 
 def test_an_envelope_that_cannot_be_read_is_a_decode_error_and_nothing_else(header: str) -> None:
     with pytest.raises(DecodeError):
         _wire.unpack(header.encode())
+
+
+class TestStrangers:
+    async def test_a_body_alone_is_a_message(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None, change=True)
+        receiver = await lab.receiver(transport)
+        entry = await lab.redis.xadd(lab.names.queue("g"), {"p": '{"a": 1}'})
+        [delivery] = await collect(receiver, 1)
+        assert (delivery.body, delivery.fault) == (b'{"a": 1}', None)
+        assert delivery.header == Metadata(entry.decode())
+        await receiver.settle([dead(delivery)])
+        assert await total(transport.replay("g", [entry.decode()])) == 1
+        [again] = await collect(receiver, 1)
+        assert (again.body, again.header) == (b'{"a": 1}', Metadata(entry.decode()))
+
+    async def test_poison_becomes_a_dead_letter_of_raw_bytes(self, lab: Any) -> None:
+        backend = await lab.backend(groups={"g": ()})
+        stream = lab.names.queue("g")
+        await lab.redis.xadd(stream, {"m": '[9,"a","k",17]', "p": "from the future"})
+        await lab.redis.xadd(stream, {"foo": "bar"})
+        await lab.redis.xadd(stream, {"p": b"\xff\x00 no JSON"})
+        await lab.redis.xadd(stream, {"p": "{}", "a": "9" * 5000})
+        await backend.publish("k", {"good": True})
+        async with backend.consume(group="g") as subscription, bounds.within(5):
+            assert await subscription.receive() == {}
+            message = await subscription.receive()
+            assert message == {"good": True}
+            await message.ack()
+        letters = await backend.dead_letters("g").list()
+        assert [letter.body for letter in letters] == [b"from the future", b"", b"\xff\x00 no JSON"]
+        assert {letter.reason for letter in letters} == {"undecodable"}
+
+    async def test_a_broken_envelope_is_told_to_who_asks(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport()
+        await transport.declare("g", None, change=True)
+        receiver = await lab.receiver(transport)
+        await lab.redis.xadd(lab.names.queue("g"), {"m": "[1,broken", "p": "{}"})
+        [delivery] = await collect(receiver, 1)
+        with pytest.raises(DecodeError):
+            receiver.metadata(delivery)
+        await receiver.settle([dead(delivery)])
+        [letter] = await letters_of(transport)
+        assert letter.body == b"{}"
