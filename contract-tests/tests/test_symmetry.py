@@ -60,7 +60,7 @@ EXTRA: dict[str, dict[str, str]] = {
         "test_channel": "what a channel promises, on a real node",
         "test_connection": "getting in: TLS, users and rights, several addresses, a broker that is short of memory",
         "test_dead_letters": "dead letters in pages, beside consumers and other lookers",
-        "test_faults": "what is left of a message when this broker's connections and nodes break",
+        "faults": "what is left of a message when this broker's connections, queues and nodes break, on a node of its own",
         "test_interop": "messages of plain clients, and ours read by them",
         "test_receiver": "what counts as an attempt where the broker counts more",
         "test_silence": "links that go silent without a word",
@@ -165,7 +165,7 @@ SOURCES = {
 
 def names(directory: Path) -> set[str]:
     found = {path.stem for path in directory.glob("*.py")} | {
-        path.parent.name for path in directory.glob("*/__init__.py")
+        path.parent.name for pattern in ("*/__init__.py", "*/test_*.py") for path in directory.glob(pattern)
     }
     return found - {"__pycache__"}
 
