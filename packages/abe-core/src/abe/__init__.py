@@ -54,8 +54,8 @@ __all__ = [
     "load_backend",
 ]
 
-# A name is imported when it is first asked for: for our plugin every pytest run imports this package, and whoever wants
-# only `abe.types` or `abe.errors` need not pay for the consumer.
+# A name is imported when it is first accessed: for our plugin every pytest run imports this package, and a program that
+# uses only `abe.types` or `abe.errors` need not import the consumer.
 _BASE: Final = "abe.backends.message_queue.base"
 _HOMES: Final = {
     "AsyncLoopConsumer": "abe.backends.message_queue.consumer",

@@ -81,7 +81,7 @@ class LookAhead:
             return message
 
     def done(self, message: Message) -> None:
-        """Take note that a message is settled or given back."""
+        """Record that a message is settled or given back."""
         source = self._source_of.pop(id(message), None)
         if source is None:
             return

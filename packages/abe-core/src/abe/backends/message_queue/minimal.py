@@ -151,7 +151,7 @@ class MinimalBackend:
                 await self.publish(item.key, item.payload, mandatory=item.mandatory, timeout=item.timeout, **options)
             except AbeError as exc:
                 failures.append((index, exc))
-            except Exception as exc:  # noqa: BLE001 - the others are published all the same, and the caller is told which were
+            except Exception as exc:  # noqa: BLE001 - the others are published all the same, and the error lists those that were not
                 error = PublishUnknownError(f"{self._name} failed: {exc!r}")
                 error.__cause__ = exc
                 failures.append((index, error))
@@ -301,7 +301,7 @@ class MinimalSubscription:
         self._iterator: AsyncIterator[dict[str, Any]] = aiter(messages)
         self._asking: asyncio.Future[dict[str, Any]] | None = None
         self._asked: list[asyncio.Future[dict[str, Any]]] = []  # the same, for the finalizer
-        # Whoever drops the subscription after a cancelled wait must not leave a task behind that takes a message.
+        # A subscription that is dropped after a cancelled wait must not leave a task behind that takes a message.
         weakref.finalize(self, _cancel_soon, self._asked).atexit = False
         self._waiting = False
         self._stopped = False

@@ -32,12 +32,12 @@ class Capabilities:
         spurious_duplicates: The broker may deliver a message twice for no reason that the contract names.
         dead_letter: Dead letters are kept, and can be listed, shown, replayed and purged.
         max_delay: The longest ``delay=`` in seconds (infinity: none is too long). None: no delays.
-        lease: Seconds after which a silent consumer's message is given to another, by default: an instance's own is that of its
-            settings. None: the connection is the lease.
+        lease: Seconds after which a silent consumer's messages are redelivered, by default; an instance has that of its settings. None:
+            the connection is the lease.
         redelivery_bound: Seconds by which a delivery may be late: after a delay or backoff has passed, or a lease has run out. None: no
             redelivery.
-        silence_bound: Seconds within which a connection that went silent, without a word of its end, is given up and work goes on over
-            a new one, at the default settings. None: there is no connection.
+        silence_bound: Seconds within which a connection that went silent is aborted and replaced, at the default settings. None: there
+            is no connection.
         publish_dedup: Seconds within which the same id published again is delivered once. None: never.
         max_payload_bytes: The largest encoded payload, in bytes.
         durability: What a message survives once its publish returned.

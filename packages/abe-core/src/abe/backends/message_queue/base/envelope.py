@@ -36,7 +36,7 @@ class Header(msgspec.Struct, array_like=True, frozen=True):
 _H = TypeVar("_H", bound=Header)
 
 encode: Final = msgspec.json.Encoder().encode
-"""Makes JSON of what a provider's header consists of."""
+"""Encodes the elements of a provider's header as JSON."""
 
 
 def encode_header(envelope: Envelope) -> bytes:
@@ -59,7 +59,7 @@ class HeaderDecoder(Generic[_H]):
         """Read a header.
 
         Raises:
-            DecodeError: It is of another version, or not what we write.
+            DecodeError: It has another version, or cannot be decoded.
         """
         try:
             if (header if isinstance(header, bytes) else header[: len(MARK)].encode()).startswith(MARK):
@@ -70,7 +70,7 @@ class HeaderDecoder(Generic[_H]):
 
 
 def metadata_of(header: Header) -> Metadata:
-    """Return what travelled beside a body."""
+    """Return the metadata of a header."""
     return Metadata(header.id, header.key, header.published_at, header.headers)
 
 
@@ -80,12 +80,12 @@ def dead_letter(
     """Return a dead letter.
 
     Args:
-        metadata: What travelled beside its body.
+        metadata: The message's metadata.
         body: The body.
         attempts: How often it was delivered.
         reason: Why it is dead.
         error: The last failure's traceback.
-        dead_at: When it died, in seconds since the epoch.
+        dead_at: When it became a dead letter, in seconds since the epoch.
     """
     return DeadLetter(
         id=metadata.id,

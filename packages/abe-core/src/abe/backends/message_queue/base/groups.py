@@ -1,4 +1,4 @@
-"""What is known of a group: how it stands, and what it gave up."""
+"""The counts and the dead letters of a group."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class DeadLetter:
-    """A message that was given up.
+    """A message that was rejected, or whose attempts are used up.
 
     Attributes:
         id: The message's id; the broker's own where the message had none.
@@ -14,10 +14,10 @@ class DeadLetter:
         body: The payload, as bytes.
         headers: Its headers.
         attempts: How often it was delivered.
-        reason: Why it was given up, in a word or a line.
+        reason: Why it is dead, in a word or a line.
         error: The traceback of the last failure; empty where there was no exception.
-        published_at: When it was published, by its publisher's clock, in seconds since the epoch; 0 where that is not known.
-        dead_at: When it was given up, by the broker's clock where it has one, in seconds since the epoch.
+        published_at: When it was published, by its publisher's clock, in seconds since the epoch; 0 if unknown.
+        dead_at: When it became a dead letter, by the broker's clock where it has one, in seconds since the epoch.
     """
 
     id: str
@@ -33,12 +33,12 @@ class DeadLetter:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupStats:
-    """How a group stands. Exact or approximate, as the broker counts.
+    """The counts of a group, exact or approximate, as the broker counts.
 
     Attributes:
         waiting: Messages that could be delivered now.
-        in_flight: Messages that a consumer holds.
-        delayed: Messages that wait for their time.
+        in_flight: Messages that were delivered to a consumer, and are not settled.
+        delayed: Messages whose delay has not passed.
         dead: Dead letters.
         oldest: Seconds that the oldest waiting message has waited; None where none waits, or the broker cannot tell.
     """

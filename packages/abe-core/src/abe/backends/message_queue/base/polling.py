@@ -1,6 +1,6 @@
-"""A receiver for brokers that have to be asked: a file, a table in a database, a directory.
+"""A receiver for brokers that have to be polled: a file, a table in a database, a directory.
 
-A broker that pushes messages, or keeps a request waiting until there is one, needs no such thing.
+A broker that pushes messages, or keeps a request waiting until there is one, does not need it.
 """
 
 import asyncio
@@ -13,10 +13,10 @@ from abe.backends.message_queue.base.clock import pause
 from abe.backends.message_queue.base.transport import Delivery
 
 _FIRST: Final = 1 / 16
-"""The first pause after a `receive` began, as a part of the interval. Each one is twice as long as the one before."""
+"""The first pause of a `receive`, as a fraction of the interval. Each further one is twice as long."""
 
 _SHORTEST: Final = 0.005
-"""Seconds. Clocks differ, and a broker that names a time too early must not be asked without a pause."""
+"""Seconds of the shortest pause: clocks differ, and a broker that names a time too early must not be polled without one."""
 
 
 class Taken(NamedTuple):
@@ -24,8 +24,8 @@ class Taken(NamedTuple):
 
     Attributes:
         deliveries: What was taken.
-        due_in: Where that is nothing: seconds until something can be taken, as a delay has passed by then, or a lease run out. None: the
-            broker cannot tell, or there is no message.
+        due_in: If nothing was taken: seconds until a delay passes or a lease runs out, so that a message can be taken. None: the broker
+            cannot tell, or there is no message.
     """
 
     deliveries: Sequence[Delivery] = ()
@@ -36,14 +36,13 @@ class PollingReceiver(ABC):
     """The part of a `Receiver` that waits. A subclass adds what speaks to the broker: the abstract methods, and `metadata`, `ack` and
     `settle` of `Receiver`.
 
-    It asks the broker at once when it is rung, and when the time that the broker named has come; otherwise by an interval, at first
-    more often.
+    It polls the broker at once when it is rung, and at the time that the broker named; otherwise at an interval, at first more often.
 
     Args:
-        interval: Seconds between two questions at most: how late it learns of what nobody rings for.
+        interval: Seconds between two polls at most: the latency of messages for which `ring` is not called.
 
     Attributes:
-        consumer: A name that no other receiver has or had, by which the broker knows whose a message is.
+        consumer: A unique name, by which the broker knows which consumer has a message.
     """
 
     def __init__(self, interval: float) -> None:
@@ -54,29 +53,30 @@ class PollingReceiver(ABC):
 
     @abstractmethod
     async def take(self, limit: int) -> Taken:
-        """Take what can be delivered now, the oldest first, in the name of `consumer`, and do not wait. Each taken one counts an attempt.
+        """Take messages that can be delivered now for `consumer`, the oldest first, without waiting. Each one counts an attempt.
 
-        That includes what another consumer holds whose lease ran out, and never what `consumer` holds: its lease may have run out as the
-        program stood still, and it is about to be renewed. Who holds a message must therefore stay with it until somebody else takes it.
+        That includes messages of other consumers whose leases ran out, and never those of `consumer` itself: their leases may have run
+        out while the process was paused, and are about to be renewed. So the broker must keep a message's consumer until another one
+        takes the message.
 
-        It may be cancelled, or fail, when the broker has done it already: `give_back` returns what it took.
+        It may be cancelled, or fail, after the broker has carried it out: `give_back` returns what it took.
 
         Args:
             limit: How many, at most.
 
         Raises:
-            BackendConnectionError: The broker could not be asked, or did not answer.
+            BackendConnectionError: The broker could not be reached, or did not answer.
             GroupMissingError: There is no such group.
         """
 
     @abstractmethod
     async def give_back(self, keep: Collection[Delivery]) -> None:
-        """Make deliverable again, in its old place and with its attempt not counted, whatever `consumer` holds but for these.
+        """Release the messages of `consumer` except for `keep`: each is deliverable in its old place, and its attempt not counted.
 
-        Nothing happens to what others hold, or where the group is gone.
+        Messages of other consumers are left alone. A no-op if the group does not exist.
 
         Raises:
-            BackendConnectionError: It certainly did not happen, or happened in part. It is called again, or the leases run out.
+            BackendConnectionError: It was not carried out, or in part. It is called again, or the leases run out.
         """
 
     @abstractmethod
@@ -87,7 +87,7 @@ class PollingReceiver(ABC):
         """Wait until something can be taken; see `Receiver.receive`. Empty only after `stop`."""
         wait = self._interval * _FIRST
         while not self._stopped:
-            self._rung.clear()  # before the question: a ring that comes during it is heard after it
+            self._rung.clear()  # before the poll, so that a ring during it is not missed
             deliveries, due_in = await self.take(limit)
             if deliveries:
                 return deliveries
@@ -96,7 +96,7 @@ class PollingReceiver(ABC):
         return ()
 
     def ring(self) -> None:
-        """Let a waiting `receive` ask at once, or the one that asks now ask once more.
+        """Make a waiting `receive` poll at once, or one that is polling poll once more.
 
         Call it in the event loop of the receiver: when this process has stored a message, and when the broker notifies of one. From other
         threads, ``loop.call_soon_threadsafe(receiver.ring)`` does.
@@ -104,7 +104,7 @@ class PollingReceiver(ABC):
         self._rung.set()
 
     async def stop(self) -> None:
-        """Let a waiting `receive` return; see `Receiver.stop`. An answer that is on its way is returned by `receive`."""
+        """Make a waiting `receive` return; see `Receiver.stop`. A poll in progress is completed, and `receive` returns its messages."""
         self._stopped = True
         self.ring()
 

@@ -1,4 +1,4 @@
-"""Which groups get a message, and what its publisher or consumer is told where there is none.
+"""Decides which groups get a message, and makes the errors for publishers and consumers where there is none.
 
 While no group exists, messages are parked, and belong to the first group that wants their keys.
 """
@@ -24,7 +24,7 @@ def matches_any(patterns: Iterable[str], key: str) -> bool:
 
 
 class Routes(dict[str, _T]):
-    """What each key leads to: ``routes[key]``, worked out when a key is first looked up. Bounded.
+    """The route of each key, ``routes[key]``, computed when a key is first looked up. Bounded.
 
     Args:
         groups: The patterns of each group.
@@ -47,7 +47,7 @@ class Routes(dict[str, _T]):
 def fan_out(
     envelopes: Iterable[Envelope], groups: Mapping[str, Iterable[str]], room: Mapping[str, int] | None = None
 ) -> tuple[Sequence[AbeError | None], Sequence[tuple[str, Envelope]]]:
-    """Decide who gets these messages, for a transport that stores a copy for each group.
+    """Decide which groups get these messages, for a transport that stores a copy for each group.
 
     Args:
         envelopes: The messages.
@@ -91,10 +91,10 @@ def group_full() -> BackpressureError:
 
 
 def group_missing(group: str) -> GroupMissingError:
-    """Return the error of what is asked of a group that does not exist."""
+    """Return the error of an operation on a group that does not exist."""
     return GroupMissingError(f"there is no group {group!r}")
 
 
 def lease_lost() -> LeaseLostError:
-    """Return the outcome of a settlement that comes too late."""
+    """Return the outcome of a settlement of a message that the consumer has lost."""
     return LeaseLostError("the message is not ours any more: its lease had run out, or it was settled before")

@@ -33,8 +33,8 @@ async def gather_all(*awaitables: Awaitable[_T]) -> list[_T]:
 async def result_of(task: "asyncio.Future[_T]", closed: Callable[[], AbeError] = _connection_closed) -> _T:
     """Wait for a task, and return its result. Cancelling the caller does not cancel the task.
 
-    Unlike `asyncio.shield`, this tells a cancelled task from a cancelled caller, and a failure that no caller is left to see is
-    reported nowhere.
+    Unlike `asyncio.shield`, this tells a cancelled task from a cancelled caller, and a failure is not reported if all callers were
+    cancelled.
 
     Args:
         task: The task.
@@ -64,13 +64,13 @@ async def run_to_completion(work: Coroutine[Any, Any, _T], closed: Callable[[], 
 
 
 def ignore_failure(task: "asyncio.Future[Any]") -> None:
-    """Keep asyncio from logging a failure that nobody looks at. A callback for tasks whose callers may have been cancelled."""
+    """Keep asyncio from logging a failure that no caller retrieves. A callback for tasks whose callers may have been cancelled."""
     if not task.cancelled():
         task.exception()
 
 
 class Background:
-    """A set of tasks that run to their end whoever is cancelled; the event loop alone would not keep them alive."""
+    """A set of tasks that run to completion, whichever callers are cancelled; the event loop alone would not keep them alive."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -79,14 +79,14 @@ class Background:
         return len(self._tasks)
 
     def start(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
-        """Begin a task. A failure that nobody looks at is logged by asyncio, unless `ignore_failure` is added."""
+        """Start a task. asyncio logs a failure that no caller retrieves, unless `ignore_failure` is added."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     async def drain(self) -> None:
-        """Wait until no task is left, those included that begin meanwhile."""
+        """Wait until no task is left, including those that are started meanwhile."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -112,7 +112,7 @@ class SharedTask(Generic[_T]):
 
     Args:
         work: Makes an attempt.
-        closed: Makes the error of those who call after `close`, or wait while the attempt is cancelled.
+        closed: Makes the error of calls after `close`, and of callers that wait while the attempt is cancelled.
     """
 
     def __init__(
@@ -125,11 +125,11 @@ class SharedTask(Generic[_T]):
 
     @property
     def running(self) -> bool:
-        """Whether an attempt is under way."""
+        """Whether an attempt is in progress."""
         return self._task is not None and not self._task.done()
 
     def start(self) -> "asyncio.Task[_T]":
-        """Begin an attempt, unless one is under way, and return it. A failure that nobody looks at is no error.
+        """Start an attempt unless one is in progress, and return it. A failure that no caller retrieves is not logged.
 
         Raises:
             AbeError: It was closed.
@@ -142,7 +142,7 @@ class SharedTask(Generic[_T]):
         return self._task
 
     async def join(self) -> _T:
-        """Return the result of the attempt that is under way, or of a new one.
+        """Return the result of the attempt in progress, or of a new one.
 
         Raises:
             AbeError: It was closed; or what the attempt failed with.
@@ -150,7 +150,7 @@ class SharedTask(Generic[_T]):
         return await result_of(self.start(), self._closing_error)
 
     async def cancel(self, timeout: float | None = None) -> None:
-        """Cancel the attempt that is under way, and wait for its end.
+        """Cancel the attempt in progress, and wait for its end.
 
         Args:
             timeout: Seconds to wait at most. None: until it has ended.
@@ -160,6 +160,6 @@ class SharedTask(Generic[_T]):
             await asyncio.wait([self._task], timeout=timeout)
 
     async def close(self, timeout: float | None = None) -> None:
-        """The same, and allow no other attempt. May be repeated."""
+        """Cancel the attempt in progress as `cancel` does, and allow no other. Idempotent."""
         self._closed = True
         await self.cancel(timeout)

@@ -3,15 +3,14 @@
 A transport speaks its broker's primitives in batches, and nothing else: no retries, no timers of its own, no policy. The engine
 coalesces, bounds, times out, retries with backoff, renews leases, and decides about dead letters, once for all providers.
 
-Every method raises errors of ``abe.errors`` only. What goes wrong with one message of a batch is its outcome, and concerns no other:
-the engine repeats those whose error is `retryable`, and them alone. Raising concerns the whole batch.
+Every method raises errors of ``abe.errors`` only. An error of one message of a batch is its outcome, and affects no other: the engine
+repeats those whose error is `retryable`, and no others. A raised error is about the whole batch.
 
-`BackendConnectionError` means: call it again, which reconnects; the transport connects whenever it has to. Only `send` does harm where
-it is repeated, so that there it means besides that nothing was accepted. Any of the methods may be cancelled: the broker may then have
-done it, or not, and the transport stays usable.
+`BackendConnectionError` means that the call may be repeated: the transport reconnects whenever it has to. As repeating `send` could
+duplicate messages, it raises this only if nothing was accepted. Any method may be cancelled: the broker may then have carried it out or
+not, and the transport stays usable.
 
-Times and durations are seconds, moments since the epoch, all of them floats; with one exception, which says so: `published_at` of
-`Envelope` and `Metadata`.
+Times and durations are floats in seconds, times since the epoch, except for `published_at` of `Envelope` and `Metadata`.
 """
 
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
@@ -25,7 +24,7 @@ from abe.backends.message_queue.base.groups import DeadLetter, GroupStats
 from abe.errors import AbeError
 
 Outcomes: TypeAlias = Sequence[AbeError | None]
-"""What went wrong with each of a batch, in its order; None: it was done. An empty sequence: all were."""
+"""The error of each entry of a batch, in its order; None: it was done. An empty sequence: all were done."""
 
 
 class Envelope(msgspec.Struct, frozen=True, gc=False):
@@ -33,10 +32,10 @@ class Envelope(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         id: The message's id, 1 to 200 bytes of UTF-8, NUL included.
-        key: What it is about, the same. Patterns are matched against it (`base.names`, `base.routing`).
+        key: The message's key, with the same limits. Patterns are matched against it (`base.names`, `base.routing`).
         body: The payload, as bytes.
         published_at: When it was published, by the publisher's clock, in *milliseconds* since the epoch, as it is written on the wire.
-        headers: Strings that travel beside the body; None: none.
+        headers: Strings sent beside the body; None: none.
         delay: Seconds before which it must not be delivered.
         group: The one group that gets it, whatever its patterns; None: every group that wants the key.
     """
@@ -51,12 +50,12 @@ class Envelope(msgspec.Struct, frozen=True, gc=False):
 
 
 class Metadata(NamedTuple):
-    """What travels beside a body. The defaults are for a foreign message.
+    """What is sent beside a body. The defaults are for a foreign message.
 
     Attributes:
         id: The message's id; the broker's own name for it where it has none.
         key: As in `Envelope`.
-        published_at: As in `Envelope`, in *milliseconds* since the epoch; 0 where that is not known.
+        published_at: As in `Envelope`, in *milliseconds* since the epoch; 0 if unknown.
         headers: As in `Envelope`.
     """
 
@@ -67,19 +66,19 @@ class Metadata(NamedTuple):
 
 
 class Delivery(msgspec.Struct, eq=False):
-    """A message that the broker gave us, until it is settled. It is compared by identity: the next delivery of a message is another.
+    """A message from its delivery until it is settled. It is compared by identity: a redelivery is another object.
 
     Attributes:
         body: The payload, as bytes.
         header: The metadata as the broker carried it, parsed by `Receiver.metadata` when it is asked for.
         attempt: 1 for the first delivery.
-        native: What the provider needs to settle it: the name that the broker knows it by, for one. The engine does not look at it.
-        fault: Why the envelope cannot be read, if so.
-        uncertain: Attempts before this one that may have been no more than a lost connection, where the broker counts those too.
-        begun: A handler has got it. What is not begun, the provider may take back, and say so by `lost`.
-        handled: Its handler was done with it, and nobody waits to hear whether it was acknowledged: where it was lost by then and comes
-            again, the provider may remove it.
-        lost: It is known not to be ours any more.
+        native: What the provider needs to settle it, such as the broker's delivery tag. The engine does not read it.
+        fault: Why the envelope cannot be read; None: it can.
+        uncertain: Earlier attempts that may have been lost connections only, where the broker counts those too.
+        begun: Whether a handler has it. Until then the provider may give it back to the broker, and sets `lost`.
+        handled: Whether its handler has ended, and no caller awaits the acknowledgement: if it was lost by then, the provider may remove
+            it when it is redelivered.
+        lost: Whether this consumer is known to have lost it.
     """
 
     body: bytes
@@ -98,8 +97,8 @@ class Disposition(Enum):
 
     Attributes:
         RETRY: Deliver it to the group again, not before `Settlement.delay`. The attempt counts.
-        RELEASE: Deliver it again at once, in its old place where the broker can. The attempt does not count where the broker can tell.
-        DEAD: Move it to the group's dead letters, in one step or so that a crash in the middle doubles it and never loses it.
+        RELEASE: Deliver it again at once, in its old place if the broker can. The attempt does not count, if the broker can uncount it.
+        DEAD: Move it to the group's dead letters, in one step, or so that a crash in between duplicates it and never loses it.
     """
 
     RETRY = "retry"
@@ -109,10 +108,10 @@ class Disposition(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """What a delivery's consumer decided, where it did not simply acknowledge.
+    """What a consumer decided about a delivery that it does not simply acknowledge.
 
     Attributes:
-        delivery: Which.
+        delivery: The delivery.
         disposition: What becomes of it.
         delay: With `Disposition.RETRY`: seconds before which it must not be delivered again.
         reason: Why, in a word or a line, for the dead letter.
@@ -134,9 +133,9 @@ class Batching:
 
     Attributes:
         messages: Messages of one call, at most.
-        bytes: Bytes of their bodies together, after which a call gets no further message. Its last one may exceed it, by up to what a
-            message may have at all (`Capabilities.max_payload_bytes`).
-        max_concurrent: Calls that may be under way at once.
+        bytes: Bytes of their bodies together, after which a call gets no further message. The last one may exceed it by its whole size
+            (`Capabilities.max_payload_bytes` at most).
+        max_concurrent: Calls in progress at once, at most.
     """
 
     messages: int
@@ -150,9 +149,9 @@ class Settling:
 
     Attributes:
         messages: Deliveries of one call, at most: what keeps one request short.
-        linger: Seconds for which acknowledgements that nobody waits for may wait until `messages` of them share a call, where a broker's
-            requests are expensive. 0: those of one turn of the event loop leave together.
-        at_once: Whether `Receiver.ack` never waits for anything. It is called outside of a task then, which it must not need.
+        linger: Seconds that acknowledgements without a waiting caller may wait until `messages` of them share a call, where a broker's
+            requests are expensive. 0: those of one turn of the event loop share a call.
+        at_once: Whether `Receiver.ack` never waits for anything. It is then called outside of a task, and must not need one.
     """
 
     messages: int = 500
@@ -161,11 +160,11 @@ class Settling:
 
 
 class Receiver(Protocol):
-    """One consumer's side of a group. One task calls `receive`; the other methods may be called beside it.
+    """One consumer of a group. One task calls `receive`; the other methods may be called concurrently with it.
 
-    What a method does where no answer came, so that the broker may have done it or not, and where the group was deleted underneath:
+    What a method does if no answer came, so that the broker may have carried it out or not, and if the group was deleted underneath:
 
-        method        no answer                                      the group is gone
+        method        no answer                                      the group was deleted
         receive       raises BackendConnectionError                  raises GroupMissingError
         ack, settle   BackendConnectionError, raised or as outcome   the outcomes are LeaseLostError
         renew         raises BackendConnectionError                  returns all of them
@@ -173,22 +172,22 @@ class Receiver(Protocol):
         stop, close   raises nothing, or BackendConnectionError      does nothing
         metadata      asks no broker                                 -
 
-    The engine repeats `ack` and `settle` for as long as the lease lasts, and `renew` and `recover` until they succeed. What was settled by
-    the call that had no answer may have the outcome None or `LeaseLostError` when it is repeated.
+    The engine repeats `ack` and `settle` for as long as the lease lasts, and `renew` and `recover` until they succeed. A settlement that
+    was carried out by the call without an answer may have the outcome None or `LeaseLostError` when it is repeated.
 
-    A `receive` that fails or is cancelled may have taken messages that nobody saw. After a failure the engine calls `recover`, which makes
-    them deliverable again. It cancels a `receive` only when it closes the receiver: there `close` does so.
+    A `receive` that fails or is cancelled may have taken messages that it did not return. After a failure the engine calls `recover`,
+    which makes them deliverable again. It cancels a `receive` only when it closes the receiver: then `close` does that.
     """
 
     async def receive(self, limit: int) -> Sequence[Delivery]:
         """Wait for messages, and return between 0 and `limit` of them.
 
-        Returns empty from time to time, and soon after `stop`. What became due, and what dead consumers held, comes this way too; never
-        what this receiver holds itself, though its lease ran out while the program stood still.
+        Returns empty from time to time, and soon after `stop`. It also returns messages that became due, and those of dead consumers; but
+        never those that this receiver has in flight, even if their lease ran out while the process was paused.
 
         Raises:
             BackendConnectionError: Nothing is lost: call `recover`, then `receive` again.
-            GroupMissingError: The group was deleted underneath. It is declared again by whoever called, then as above.
+            GroupMissingError: The group was deleted underneath: declare it again, then do the same.
         """
         ...
 
@@ -196,34 +195,39 @@ class Receiver(Protocol):
         """Parse the delivery's header.
 
         Raises:
-            DecodeError: The header is not what our codec writes.
+            DecodeError: The header cannot be decoded.
         """
         ...
 
     async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
-        """Remove messages that are done. Repeating it is harmless.
+        """Acknowledge: remove messages. Idempotent.
 
         Args:
-            deliveries: Which; at most `Transport.settling.messages`.
-            verify: Their leases may have run out: remove only what is still ours. The others' outcome is `LeaseLostError`.
+            deliveries: At most `Transport.settling.messages`.
+            verify: Their leases may have run out: remove only those that this consumer still has. The others' outcome is `LeaseLostError`.
         """
         ...
 
     async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
-        """Carry out settlements, each only if the delivery is still ours; the others' outcome is `LeaseLostError`.
+        """Carry out settlements of messages that this consumer still has; the others' outcome is `LeaseLostError`.
 
         Args:
-            settlements: Which; at most `Transport.settling.messages`.
+            settlements: At most `Transport.settling.messages`.
         """
         ...
 
     async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
-        """Start the leases anew of those that are still ours, and return those that are not."""
+        """Renew the leases of messages that this consumer still has, and return the lost ones."""
         ...
 
     async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
-        """After a failed `receive`: reconnect, make deliverable again what the broker gave us and we never saw, and return which of
-        these, all that we hold, are lost.
+        """Call this after a failed `receive`: reconnect, and make messages deliverable again that were delivered in a lost answer.
+
+        Args:
+            deliveries: All that this consumer has in flight.
+
+        Returns:
+            Those that are lost.
 
         Raises:
             GroupMissingError: As `receive`.
@@ -231,28 +235,28 @@ class Receiver(Protocol):
         ...
 
     async def stop(self) -> Sequence[Delivery] | None:
-        """Let a waiting `receive` return, with what it has, within a fraction of a second. Nothing new is taken from then on.
+        """Make a waiting `receive` return what it has, within a fraction of a second, and take nothing new from then on.
 
         Returns:
-            What was taken from the broker and not returned by `receive`, in the broker's order, for the engine to hand out or to give
-            back; None where there is no such thing.
+            Deliveries that `receive` has not returned, in the broker's order, for the engine to hand out or to release; None: there are
+            none.
         """
         ...
 
     async def close(self) -> None:
-        """Give back whatever the broker still counts as ours, leave the group's list of consumers, and disconnect."""
+        """Release everything that the broker counts as in flight here, unsubscribe, and disconnect."""
         ...
 
 
 class Transport(Protocol):
     """One broker. Its methods may be called by many tasks at once.
 
-    What a method does where no answer came, so that the broker may have done it or not, and where there is no such group:
+    What a method does if no answer came, so that the broker may have carried it out or not, and if there is no such group:
 
         method               no answer                                     no such group
         send                 PublishUnknownError, raised or as outcome     the outcome is UnroutableError (with `Envelope.group`)
-        declare              raises BackendConnectionError                 makes it
-        subscribe            the same; what had joined leaves              raises GroupMissingError
+        declare              raises BackendConnectionError                 creates it
+        subscribe            the same; a consumer made so far is removed   raises GroupMissingError
         stats, dead_letters  raises BackendConnectionError                 raises GroupMissingError
         replay, purge        the same; some may have been moved            raises GroupMissingError
         delete_group         raises BackendConnectionError                 does nothing
@@ -260,8 +264,8 @@ class Transport(Protocol):
         open, ping, groups   raises BackendConnectionError                 -
         close                disconnects all the same                      -
 
-    The engine repeats all of them within `publish_timeout`, but for `ping`, the first `open` of ``connect()``, and the later steps of the
-    generators: there, whoever called is told how far they came.
+    The engine repeats all of them within `publish_timeout`, except for `ping`, the first `open` of ``connect()``, and the later steps of
+    the generators, whose error tells the application how many letters were done.
 
     Attributes:
         batching: How much `send` takes at a time.
@@ -277,8 +281,8 @@ class Transport(Protocol):
         It is called before the first `send`, and again after one that failed; `send` itself connects when the connection was lost.
 
         Raises:
-            BackendConnectionError: It cannot be reached now.
-            ConfigurationError: It refuses us, or is configured so that the contract cannot hold.
+            BackendConnectionError: The broker cannot be reached.
+            ConfigurationError: The broker refuses the login, or its configuration cannot fulfil the contract.
         """
         ...
 
@@ -289,10 +293,10 @@ class Transport(Protocol):
     async def send(self, envelopes: Sequence[Envelope]) -> Outcomes:
         """Hand messages to the broker, in this order; return each one's outcome.
 
-        The outcome `UnroutableError` means that groups exist and none of them wants the key. While no group exists, messages are held
+        The outcome `UnroutableError` means that groups exist and none of them wants the key. While no group exists, messages are parked
         for the first one that wants them.
 
-        What is sent again, as its outcome was not final, is the same object; another publish with the same id is another.
+        A retry passes the same Envelope object; another publish with the same id passes another one.
 
         Raises:
             BackendConnectionError: None of them was accepted.
@@ -301,10 +305,10 @@ class Transport(Protocol):
         ...
 
     async def declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> tuple[str, ...]:
-        """Make the group exist, and return the patterns that it has now. Parked messages that it wants become its own. Any publish that
-        starts later reaches it.
+        """Create the group if it does not exist, and return its patterns. It gets the parked messages that it wants, and every message
+        that is published later.
 
-        Of several who declare at once with different patterns, one makes the group, and the others get its patterns.
+        If several callers declare it at once with different patterns, one of them creates it, and the others get its patterns.
 
         Args:
             group: The group.
@@ -314,12 +318,12 @@ class Transport(Protocol):
         ...
 
     async def delete_group(self, group: str) -> None:
-        """End the group: its messages, dead letters included. A no-op when there is none."""
+        """Delete the group with its messages and dead letters. A no-op if it does not exist."""
         ...
 
     async def delete_namespace(self) -> None:
-        """Remove everything that the namespace has in the broker: groups, messages, dead letters, parked messages. A no-op when there
-        is nothing."""
+        """Delete everything that the namespace has in the broker: groups, messages, dead letters, parked messages. A no-op if there is
+        nothing."""
         ...
 
     async def groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -327,9 +331,9 @@ class Transport(Protocol):
         ...
 
     async def subscribe(self, group: str, prefetch: int) -> Receiver:
-        """Join an existing group, as a consumer with an identity of its own that holds at most `prefetch` messages.
+        """Add a consumer, with an identity of its own and at most `prefetch` messages in flight, to an existing group.
 
-        It is not cancelled but by an event loop that ends: a receiver that nobody waits for any more is closed when it is there.
+        Only an event loop that ends cancels this: if the caller is cancelled, the receiver is completed, and then closed.
 
         Raises:
             GroupMissingError: There is no such group.
@@ -345,10 +349,10 @@ class Transport(Protocol):
         ...
 
     def dead_letters(self, group: str) -> AsyncGenerator[Sequence[DeadLetter]]:
-        """Go through the dead letters that are there now, the oldest first, and leave them where they are.
+        """Yield the current dead letters in pages, the oldest first, and leave them in place.
 
-        A page has at least one letter, and is bounded in count and in bytes. The caller may close the generator early. Nothing is locked
-        meanwhile that others need to work.
+        A page has at least one letter, and is bounded in count and in bytes. The caller may close the generator early. It holds no lock
+        that publishers or consumers need.
 
         Raises:
             GroupMissingError: There is no such group.
@@ -356,10 +360,10 @@ class Transport(Protocol):
         ...
 
     def replay(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
-        """Move dead letters back to the group, their attempts forgotten, and yield after each bounded step how many it moved.
+        """Move the current dead letters back to the group, with attempt 1, and yield after each bounded step how many it moved.
 
-        Those that are there when it starts: one that is buried again meanwhile is not met again. A generator that is closed early, or
-        fails, leaves each letter in one place, or doubles it where the broker cannot move in one step; it never loses one.
+        One that becomes a dead letter again meanwhile is not moved again. If the generator fails or is closed early, each letter is in
+        one place, or duplicated where the broker cannot move in one step; none is lost.
 
         Args:
             group: The group.
@@ -371,13 +375,13 @@ class Transport(Protocol):
         ...
 
     def purge(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
-        """Remove dead letters for good, in the same way as `replay` moves them."""
+        """Delete dead letters, in steps as `replay` moves them."""
         ...
 
     async def ping(self) -> None:
-        """Ask the broker for a sign of life.
+        """Check that the broker answers.
 
         Raises:
-            BackendConnectionError: There is none.
+            BackendConnectionError: It does not.
         """
         ...

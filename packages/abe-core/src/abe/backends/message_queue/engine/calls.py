@@ -1,4 +1,4 @@
-"""The calls that are made on a transport: each in the event loop that owns it, connected, and within its time."""
+"""Makes calls on a transport: in the event loop that owns it, connected, and within a time limit."""
 
 import asyncio
 import logging
@@ -21,8 +21,8 @@ class Calls:
     """Opens a session when it is first needed, and makes calls on it.
 
     Args:
-        make_transport: Returns a new transport for the event loop that runs now.
-        settings: The backend's.
+        make_transport: Returns a new transport for the running event loop.
+        settings: The backend's settings.
     """
 
     def __init__(self, make_transport: Callable[[], Transport], settings: QueueSettings) -> None:
@@ -32,7 +32,7 @@ class Calls:
         self.closed: bool = False
 
     def here(self) -> Session:
-        """Return what is open in the event loop that runs now, or begin it.
+        """Return the session of the running event loop; begin one if there is none.
 
         Raises:
             BackendClosedError: The backend was closed.
@@ -51,7 +51,7 @@ class Calls:
         return session
 
     async def connect(self) -> None:
-        """Connect once and without retries, also what was closed."""
+        """Connect without retries; opens a closed backend again."""
         self.closed = False
         await self.call(_nothing, patient=False)
 
@@ -72,9 +72,9 @@ class Calls:
         """Run an operation on the connected transport, within `publish_timeout`.
 
         Args:
-            operation: What to do.
-            patient: Whether to do it again after a lost connection.
-            groups: Whether the groups of the settings must exist, with their patterns; not so for what can mend that.
+            operation: The operation.
+            patient: Whether to retry it after a lost connection.
+            groups: Whether the groups of the settings must exist with their patterns; False for operations that can correct that.
         """
         session, tries = self.here(), 0
         error: BackendConnectionError | None = None
@@ -84,7 +84,7 @@ class Calls:
             async with bound:
                 while True:
                     if session.ended:
-                        raise BackendClosedError("the backend was closed")  # and is not to be connected again
+                        raise BackendClosedError("the backend was closed")  # and must not reconnect
                     try:
                         await session.opened(groups=groups)
                         return await operation(session)
@@ -103,9 +103,9 @@ class Calls:
             session.calls.discard(bound)
 
     async def steps(self, start: Callable[[Transport], AsyncGenerator[_T]]) -> AsyncGenerator[_T]:
-        """Go through what a transport does in steps, each within `publish_timeout`.
+        """Iterate over an operation's steps, each within `publish_timeout`.
 
-        The first step is tried again after a lost connection. A later one is not: the transport knows no more where it was.
+        The first step is retried after a lost connection. A later one is not: the transport has lost its position.
         """
         session = self.here()
         steps, step = await self.call(partial(_first, start))
@@ -126,13 +126,13 @@ class Calls:
             async with bound:
                 await steps.aclose()
         except (AbeError, TimeoutError) as exc:
-            _log.debug("a broker did not let go of what was looked through: %r", exc)
+            _log.debug("an operation in steps could not be closed: %r", exc)
         finally:
             session.calls.discard(bound)
 
 
 async def _nothing(_: Session) -> None:
-    """Nothing but what `call` does before."""
+    """Do nothing: `call` has connected before."""
 
 
 async def _first(

@@ -1,8 +1,8 @@
-"""Bounds on time that share one timer of the event loop.
+"""Deadlines that share one timer of the event loop.
 
 `asyncio.timeout` schedules a timer and cancels it again, which costs more than all the rest of publishing into memory. Hardly any of
-these bounds ever ends anything, so that one timer, for the earliest of them, serves all: whatever it finds over, it ends, and it is
-scheduled anew for the earliest that is left.
+these deadlines ever passes, so one timer, for the earliest of them, serves all: it ends the blocks whose deadline has passed, and is
+scheduled again for the earliest that is left.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Deadlines:
-    """The bounds of one event loop's tasks.
+    """The deadlines of one event loop's tasks.
 
     Args:
         loop: The event loop.
@@ -21,9 +21,9 @@ class Deadlines:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop: asyncio.AbstractEventLoop = loop
         self.open: dict[Bound, None] = {}
-        """Those that are entered."""
+        """The bounds that are entered."""
         self.due: float = math.inf
-        """When the timer looks, by the event loop's clock; it may be before the earliest deadline, and never after it."""
+        """When the timer is due, by the event loop's clock: at the earliest deadline, or before it."""
         self._timer: asyncio.TimerHandle | None = None
 
     def until(self, when: float) -> "Bound":
@@ -36,13 +36,13 @@ class Deadlines:
             bound.expire()
 
     def close(self) -> None:
-        """Give the timer back. Bounds that are still open end nothing any more."""
+        """Cancel the timer. Bounds that are still open do not expire any more."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer, self.due = None, math.inf
 
     def arm(self, when: float) -> None:
-        """Have the timer look at that time, and not later."""
+        """Schedule the timer for that time."""
         self.close()
         self._timer, self.due = self.loop.call_at(when, self._look), when
 
@@ -58,11 +58,11 @@ class Deadlines:
 
 class Bound:
     """Ends a ``with`` block of the running task as `asyncio.timeout` does: by cancelling the task, and raising TimeoutError instead of
-    that cancellation, unless somebody else has cancelled the task too.
+    that cancellation, unless the task was cancelled by another caller too.
 
     Args:
-        deadlines: Whose timer watches it.
-        when: When, by the event loop's clock.
+        deadlines: Has the timer.
+        when: The deadline, by the event loop's clock.
     """
 
     __slots__ = ("_cancelling", "_deadlines", "_expired", "_task", "when")
@@ -90,7 +90,7 @@ class Bound:
             raise TimeoutError from error
 
     def expire(self) -> None:
-        """End the block now; once is enough."""
+        """End the block now. Idempotent."""
         if not self._expired:
             self._expired = True
             self._task.cancel()

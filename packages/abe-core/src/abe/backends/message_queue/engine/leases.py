@@ -1,4 +1,4 @@
-"""Leases: while a message is ours, buffered or in a handler, the broker hears so every third of the lease."""
+"""Renews leases, every third of a lease, while a message is buffered, in a handler, or being settled."""
 
 import asyncio
 import logging
@@ -13,14 +13,14 @@ _log: Final = logging.getLogger("abe.engine")
 
 
 class LeaseKeeper:
-    """Renews the leases of what we hold, and tells which were lost.
+    """Renews the leases of a receiver's deliveries, and reports those that were lost.
 
     Args:
-        receiver: Whose deliveries they are.
-        held: Returns what we hold: buffered, in handlers, or with a settlement that the broker does not know yet.
-        lost: Called with those that are not ours any more.
+        receiver: Renews them.
+        held: Returns the deliveries in flight: buffered, in handlers, or with a settlement that is not confirmed.
+        lost: Called with those that are lost.
         lease: Seconds; None where the broker has no leases.
-        clock: What the lease is measured by.
+        clock: Measures the lease.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class LeaseKeeper:
         self._renewed = clock.time()
 
     def sure(self) -> bool:
-        """Whether all that we hold is certainly still ours.
+        """Return whether no lease of a delivery in flight can have run out.
 
-        Each delivery was received, or renewed, after `_renewed`. Half a lease is left for the way to the broker.
+        Each delivery was received, or renewed, after `_renewed`. Half a lease is left for a request to the broker.
         """
         return self._lease is None or self._clock.time() - self._renewed < self._lease / 2
 
@@ -60,7 +60,7 @@ class LeaseKeeper:
             except AbeError as exc:
                 _log.debug("leases could not be renewed, trying again: %s", exc)
                 pause = self._lease / 10
-            except Exception:  # noqa: BLE001 - or nothing would be renewed any more
+            except Exception:  # noqa: BLE001 - the other leases must be renewed all the same
                 _log.exception("unexpected exception from the transport (a bug of the provider)")
                 pause = self._lease / 10
             else:

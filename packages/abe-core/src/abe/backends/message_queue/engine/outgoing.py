@@ -1,4 +1,4 @@
-"""What is published, checked and encoded before any I/O."""
+"""Checks and encodes what is published, before any I/O."""
 
 import logging
 import time
@@ -28,7 +28,7 @@ class Outgoing:
     """Makes envelopes, and knows which keys no group wanted.
 
     Args:
-        name: The backend's, for texts.
+        name: The backend's name, for texts.
         codec: Payload to bytes.
     """
 
@@ -83,7 +83,7 @@ class Outgoing:
         """Return the name of a group.
 
         Raises:
-            InvalidNameError: No broker could carry it.
+            InvalidNameError: The name is invalid.
             UnsupportedCapabilityError: The backend has no groups.
         """
         if group is not None and group != DEFAULT_GROUP and not capabilities.groups:
@@ -91,12 +91,12 @@ class Outgoing:
         return check_group(group)
 
     def unwanted(self, key: str) -> None:
-        """Say that no group wanted a message, once for each key."""
+        """Log that no group wanted a message, once for each key."""
         if key not in self._unwanted:
             _remember(self._unwanted, key)
             _log.warning(
                 "a message with the key %r was published, no group wants that key, and the message is gone; declare() makes a group "
-                "want it, mandatory=True makes publish raise, and `unroutable` counts (this is said once for each key)",
+                "want it, mandatory=True makes publish raise, and `unroutable` counts (logged once for each key)",
                 key,
             )
 

@@ -1,10 +1,10 @@
-"""Publishing: what is published in one turn of the event loop leaves together.
+"""Publishes in batches: messages that are published in one turn of the event loop are sent together.
 
-A lone publish leaves at once, in its caller's own task. Concurrent ones collect into a batch that leaves on the next turn of the loop;
-while as many batches as the transport allows are under way, the next one collects until one returns. There is no timer and no task per
-message, and a publisher that is cancelled leaves alone: its batch goes on without it.
+A lone publish is sent at once, in its caller's own task. Concurrent ones collect into a batch that is sent on the next turn of the loop;
+while as many batches as the transport allows are in progress, the next one collects until one returns. There is no timer and no task per
+message. Cancelling a publish does not cancel its batch.
 
-Where the transport answers a lone publish without waiting, nothing is counted and nothing is bounded: nobody has seen it on its way.
+A lone publish that the transport answers without waiting is not counted and has no deadline: nothing else has run meanwhile.
 """
 
 import asyncio
@@ -36,21 +36,21 @@ _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=2.0)
 _ACCEPTED: Final = [None]
 
 _AGAIN: Final = (BackendConnectionError, PublishUnknownError)
-"""Outcomes that are not final: the message is sent again, with the same id."""
+"""Outcomes that are not final: the message is retried, with the same id."""
 
 _SLACK: Final = 0.1
-"""The part of its time that a message may lose to a batch that was begun before it, and by which one that was given no time of its own
-may be told late: a timer for each would be dear."""
+"""The fraction of its time that a message may lose by joining an earlier batch, and by which the outcome of one without a timeout of its
+own may be late: a timer for each would be expensive."""
 
 
 class _Batch:
-    """Messages that leave together. Nobody has more time than its deadline; whoever has less leaves by a timer of its own."""
+    """Messages that are sent together, with one deadline. A message with less time than that has a timer of its own."""
 
-    # Of the class until they change, as there is a batch for each lone message.
+    # Attributes of the class until they change, as each lone message has a batch.
     size = 0
     sent = False
     sending = False
-    doubtful: frozenset[int] = frozenset()  # those that an earlier try may have brought to the broker
+    doubtful: frozenset[int] = frozenset()  # messages that an earlier try may have published
     error: AbeError | None = None
 
     def __init__(self, envelopes: list[Envelope], deadline: float, timeout: float) -> None:
@@ -60,9 +60,9 @@ class _Batch:
         self.timeout = timeout
 
     def tell(self, pending: Sequence[int], results: Outcomes) -> None:
-        """Tell those whose outcome is final: none of them waits for another's next try."""
+        """Set the results of messages whose outcome is final: they do not wait for the retries of others."""
         if not self.futures:
-            return  # one caller waits for all of them
+            return  # a lone publish has no future
         for index, result in zip(pending, results, strict=True):
             final = result is None or not (isinstance(result, _AGAIN) or index in self.doubtful)
             if final and not self.futures[index].done():
@@ -70,14 +70,14 @@ class _Batch:
 
 
 class Publisher:
-    """Coalesces messages into batches, bounds what is on its way, and retries within the deadline with the same ids.
+    """Coalesces messages into batches, bounds what is unconfirmed, and retries within the deadline with the same ids.
 
     Args:
-        transport: Where batches go.
+        transport: Sends the batches.
         opened: Returns once the transport is connected.
         timeout: Seconds from `publish` to an outcome.
-        max_count: Messages on their way above which `publish` waits.
-        max_bytes: Bytes on their way above which `publish` waits.
+        max_count: Unconfirmed messages above which `publish` waits.
+        max_bytes: Unconfirmed bytes above which `publish` waits.
     """
 
     def __init__(
@@ -122,11 +122,13 @@ class Publisher:
                 self._at_once += 1
                 if not self._at_once & 63:
                     await asyncio.sleep(0)  # a loop of publishes that never wait must not block the event loop
-                return None  # nobody could see that it was on its way
+                return None  # nothing else has run meanwhile
         seconds = self._timeout if timeout is None else timeout
         deadline = self._loop.time() + seconds
         if self._room.full() and not await self._room.wait(deadline):
-            return PublishRejectedError(f"too much was on its way to the broker for {seconds:g} s: there was no room")
+            return PublishRejectedError(
+                f"there was no room for {seconds:g} s: too many messages or bytes are unconfirmed"
+            )
         if self._room.closed:
             raise BackendClosedError("the backend was closed")
         size = len(envelope.body)
@@ -149,7 +151,9 @@ class Publisher:
         for envelope in envelopes:
             if refusal is None and self._room.full():
                 if not await self._room.wait(self._loop.time() + timeout):
-                    refusal = PublishRejectedError(f"nothing was confirmed for {timeout:g} s: there was no room for it")
+                    refusal = PublishRejectedError(
+                        f"there was no room for {timeout:g} s: too many messages or bytes are unconfirmed"
+                    )
                 deadline = self._loop.time() + timeout
             if self._room.closed:
                 refusal = BackendClosedError("the backend was closed before the message could be sent")
@@ -165,11 +169,11 @@ class Publisher:
             return [await future for future in futures]
         except asyncio.CancelledError:
             for future in futures:
-                future.cancel()  # none of them is tried again
+                future.cancel()  # none of them is retried
             raise
 
     async def close(self, timeout: float) -> None:
-        """Refuse new messages, and wait up to `timeout` seconds for those on their way; then give them up."""
+        """Refuse new messages, wait up to `timeout` seconds for unconfirmed ones, and give up those that are left."""
         self._room.closed = True
         await self._room.empty(timeout)
         self._abandoned.set()
@@ -181,18 +185,18 @@ class Publisher:
         self._deadlines.expire()
         self._deadlines.close()
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_SLACK * timeout)  # a transport may be slow to let go
+            await asyncio.wait(self._tasks, timeout=_SLACK * timeout)  # a transport may be slow to react
         self._room.release()
 
     def _enqueue(
         self, envelope: Envelope, size: int, deadline: float, timeout: float, latest: float = math.inf
     ) -> tuple[_Batch, asyncio.Future[AbeError | None]]:
-        """Put a message into the batch that collects, or into a new one if that one's deadline is too early for it, or after `latest`."""
+        """Put a message into the collecting batch, or into a new one if the deadline of that batch is too early, or after `latest`."""
         batch = self._current
         if batch is None or not deadline - _SLACK * timeout <= batch.deadline <= latest:
             if batch is not None:
                 self._ready.append(batch)
-            usual = self._loop.time() + self._timeout  # a shorter time is its owner's alone: others are to join
+            usual = self._loop.time() + self._timeout  # not a shorter one: others are to join the batch
             batch = self._current = _Batch([], max(deadline, usual), max(timeout, self._timeout))
             self._schedule()
         future: asyncio.Future[AbeError | None] = self._loop.create_future()
@@ -210,7 +214,7 @@ class Publisher:
             self._loop.call_soon(self._start_batches)
 
     def _leave(self, batch: _Batch, future: "asyncio.Future[AbeError | None]", timeout: float) -> None:
-        """Take a message whose time is over out of its batch, or have it not tried again if that is under way."""
+        """Remove a message whose time is over from its batch; if that was sent already, it is not retried."""
         place = batch.futures.index(future)
         future.set_result(self._gave_up(batch.sending or place in batch.doubtful, batch.error, timeout))
         if not batch.sent:
@@ -240,7 +244,7 @@ class Publisher:
                 assert self._current is not None
                 batch, self._current = self._current, None
             if not batch.futures:
-                continue  # whoever was in it has left
+                continue  # all its messages have timed out
             batch.sent = True
             self._alone = len(batch.futures) == 1
             self._under_way += 1
@@ -265,12 +269,19 @@ class Publisher:
     async def _deliver(
         self, batch: _Batch, outcomes: list[AbeError | None], begun: Begun[Outcomes] | Outcomes | None = None
     ) -> None:
-        """Send until every message has an outcome, or the deadline passes. What was confirmed stays so, whatever becomes of the rest.
+        """Send until every message has an outcome, or the deadline passes.
+
+        1. Each try sends the pending messages. A final outcome stays, whatever becomes of the others; a retryable one (`_AGAIN`) leaves
+           its message pending.
+        2. A message that a try may have published is *doubtful*, also one whose try the deadline interrupted.
+        3. After a backoff the pending messages are sent again, except for those whose callers have timed out.
+        4. At the deadline, or when the publisher closes, pending messages become unknown if they are doubtful, otherwise rejected.
+        5. A doubtful message that a later try refused is unknown too, unless it is unroutable.
 
         Args:
             batch: The messages.
-            outcomes: Where each one's outcome is put.
-            begun: The first try, if it is under way, or what came of it.
+            outcomes: Gets each one's outcome.
+            begun: The first try, if it has begun, or its outcomes.
         """
         pending: Sequence[int] = range(len(batch.envelopes))
         try:
@@ -293,7 +304,6 @@ class Publisher:
         for index in batch.doubtful.difference(pending):
             outcome = outcomes[index]
             if outcome is not None and not isinstance(outcome, UnroutableError):
-                # Refused now, but an earlier try may have been accepted.
                 outcomes[index] = self._gave_up(True, outcome, batch.timeout)
 
     async def _try(
@@ -303,7 +313,7 @@ class Publisher:
         outcomes: list[AbeError | None],
         begun: Begun[Outcomes] | Outcomes | None,
     ) -> Sequence[int]:
-        """Send those once, unless they are under way, and return which have no final outcome."""
+        """Send the pending messages once, unless `begun` does; return those without a final outcome."""
         try:
             if begun is None:
                 pending = await self._connect(batch, pending)
@@ -315,7 +325,7 @@ class Publisher:
             results = _one_each((await begun) if isinstance(begun, Begun) else begun, len(pending))
         except AbeError as exc:
             results = [exc] * len(pending)
-        except Exception as exc:  # noqa: BLE001 - a fault in a transport is an outcome too: nobody may wait for ever
+        except Exception as exc:  # noqa: BLE001 - a fault of a transport is an outcome too: no caller may wait for ever
             _log.exception("unexpected exception from the transport (a bug of the provider)")
             for index in pending:
                 outcomes[index] = _unexpected(exc)
@@ -328,14 +338,14 @@ class Publisher:
         if any(results):
             again = [i for i in pending if isinstance(outcomes[i], _AGAIN)]
             batch.doubtful = batch.doubtful.union(i for i in again if _maybe_accepted(outcomes[i]))
-            self._connected = not again  # whatever it was, have a look before the next try
+            self._connected = not again  # the next try connects first
             if again:
                 batch.tell(pending, results)
         self._trouble(outcomes[again[0]] if again else None)
         return again
 
     async def _connect(self, batch: _Batch, pending: Sequence[int]) -> Sequence[int]:
-        """Connect, if need be, and return who still waits: who ran out of time meanwhile was told that nothing was published."""
+        """Connect if necessary; return the messages whose callers still wait. The others have been rejected meanwhile."""
         if self._connected:
             return pending
         await self._opened()

@@ -1,11 +1,11 @@
-"""The bound on what is on its way to the broker, and those who wait until there is room."""
+"""Bounds unconfirmed messages, and lets publishers wait for room."""
 
 import asyncio
 from collections import deque
 
 
 class Room:
-    """Counts the messages and bytes that are on their way.
+    """Counts unconfirmed messages and bytes.
 
     Args:
         max_count: Messages from which on there is no room.
@@ -14,11 +14,11 @@ class Room:
 
     def __init__(self, *, max_count: int, max_bytes: int) -> None:
         self.count: int = 0
-        """Messages on their way."""
+        """Unconfirmed messages."""
         self.coming: int = 0
-        """Those who were woken, and are not in yet: their places are not for who comes after them."""
+        """Waiters that were woken and have not entered yet: their places are reserved."""
         self.closed: bool = False
-        """Whether nobody waits for room any more."""
+        """Whether it is closed: `wait` returns at once."""
         self._bytes = 0
         self._max_count = max_count
         self._max_bytes = max_bytes
@@ -27,7 +27,7 @@ class Room:
         self._empty: asyncio.Future[None] | None = None
 
     def full(self) -> bool:
-        """Whether whoever comes has to wait."""
+        """Return whether a publisher has to wait."""
         return self._taken(self.coming)
 
     def enter(self, size: int) -> None:
@@ -36,7 +36,7 @@ class Room:
         self._bytes += size
 
     def leave(self, count: int, size: int) -> None:
-        """Count these messages, of that many bytes together, no more."""
+        """Count messages, of that many bytes together, no more."""
         self.count -= count
         self._bytes -= size
         self._wake(count)
@@ -64,27 +64,27 @@ class Room:
         return True
 
     async def empty(self, timeout: float) -> None:
-        """Wait until nothing is on its way, for so many seconds at most."""
+        """Wait until nothing is unconfirmed, for so many seconds at most."""
         if self.count:
             self._empty = self._loop.create_future()
             await asyncio.wait([self._empty], timeout=timeout)
 
     def release(self) -> None:
-        """Wake all who wait for room."""
+        """Wake all waiters."""
         self._wake(len(self._waiting))
 
     def _taken(self, coming: int) -> bool:
         return (self.count + coming >= self._max_count or self._bytes >= self._max_bytes) and not self.closed
 
     def _more(self) -> None:
-        # One large message that left makes room for many small ones: those that come in have the next one look.
+        # One large message makes room for many small ones: each waiter that enters wakes the next.
         if not self.full():
             self._wake(1)
 
     def _hand_on(self, future: "asyncio.Future[None]") -> None:
         if future.done() and not future.cancelled():
             self.coming -= 1
-            self._wake(1)  # woken, and leaving at the same moment: the place is somebody else's
+            self._wake(1)  # woken, and timed out or cancelled at the same moment: the next waiter gets its place
 
     def _wake(self, places: int) -> None:
         while places and self._waiting:

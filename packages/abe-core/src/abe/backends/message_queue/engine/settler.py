@@ -1,6 +1,6 @@
-"""Settlement: what was decided in one turn of the event loop leaves together.
+"""Settles messages in batches: settlements of one turn of the event loop share a call.
 
-What cannot be carried out now, because the connection broke for one, is tried again until the lease must have run out.
+A settlement that fails with a retryable error, such as a lost connection, is retried until the lease must have run out.
 """
 
 import asyncio
@@ -28,13 +28,13 @@ class Settler:
     Args:
         receiver: Carries them out.
         settling: How many a call takes, and whether acknowledgements wait for others.
-        count: Returns how many messages are ours: only where these fill a call may waiting for others pay.
-        sure: Whether the leases of what we hold are certainly still ours.
+        count: Returns how many messages are in flight: waiting for others pays only if these can fill a call.
+        sure: Returns whether no lease can have run out.
         settled: Called when a batch was carried out, so that more messages can be taken.
-        refused: Called with a permanent error: the broker will carry out no settlement of ours.
-        timeout: Seconds for which a settlement is worth trying.
-        leased: Whether what is not settled comes back when its lease runs out. Where it does not, it is given back after that time.
-        clock: What `timeout` is measured by.
+        refused: Called with a permanent error: the broker will carry out no settlement.
+        timeout: Seconds for which a settlement is retried.
+        leased: Whether unsettled messages are redelivered when their lease runs out. If not, they are given back after `timeout`.
+        clock: Measures `timeout`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Settler:
         self._tasks: set[asyncio.Task[None]] = set()
         self._leaving: dict[Delivery, None] = {}
         self.outstanding: int = 0
-        """Messages whose settlement the broker does not know yet: it still counts them as ours."""
+        """Messages whose settlement is not confirmed: the broker still counts them as in flight."""
 
     def ack(self, delivery: Delivery) -> None:
         """Acknowledge with the next batch. A failure is logged."""
@@ -97,7 +97,7 @@ class Settler:
         return waiter
 
     def deliveries(self) -> list[Delivery]:
-        """Return the messages whose settlement the broker does not know yet."""
+        """Return the messages whose settlement is not confirmed."""
         return [
             *self._leaving,
             *self._acks,
@@ -107,7 +107,7 @@ class Settler:
         ]
 
     async def carried_out(self, delivery: Delivery) -> None:
-        """Return when the broker knows the settlement of this delivery, or it was given up; at once, where none is on its way."""
+        """Return when the settlement of this delivery is confirmed, or given up; at once if there is none."""
         if delivery in self.deliveries():
             self._flush_all()
         while delivery in self._leaving:
@@ -120,7 +120,7 @@ class Settler:
             await asyncio.wait(self._tasks)
 
     def abandon(self) -> None:
-        """Give up what is not carried out yet, and try nothing twice from now on."""
+        """Cancel the settlements in progress, and retry none from now on."""
         self._abandoned = True
         for task in self._tasks:
             task.cancel()
@@ -138,7 +138,7 @@ class Settler:
         if self._linger:
             self._pending += asked
             self._pending += [(delivery, None) for delivery in acks]
-            # Those that somebody waits for wait for others at most while a call is under way.
+            # Those with a waiting caller linger only while another call is in progress.
             self._flush_pending(linger=self._acking > 0 if asked else self._count() >= self._most)
             return
         for start in range(0, len(acks), self._most):
@@ -152,7 +152,7 @@ class Settler:
         self._flush_pending(linger=False)
 
     def _flush_pending(self, *, linger: bool) -> None:
-        """Send acknowledgements that waited for others: full batches, and the rest unless it is to wait on."""
+        """Send pending acknowledgements: full batches, and the rest unless it is to linger."""
         pending = self._pending
         leaving = len(pending) - (len(pending) % self._most if linger else 0)
         self._pending = pending[leaving:]
@@ -166,7 +166,7 @@ class Settler:
             self._pending_until = self._loop.call_later(self._linger, partial(self._flush_pending, linger=False))
 
     def _start_acks(self, deliveries: list[Delivery], waiters: Sequence[Waiter | None] | None) -> None:
-        # Where somebody waits for the answer, each one is verified: a plain acknowledgement may not tell which of them was lost.
+        # If a caller waits for the outcome, each one is verified: a plain acknowledgement may not tell which of them was lost.
         verify = (waiters is not None and any(waiters)) or not self._sure()
         begun: Begun[Outcomes] | Outcomes | None = None
         if self._at_once and not self._abandoned:
@@ -213,13 +213,13 @@ class Settler:
         deliveries: Sequence[Delivery],
         waiters: Sequence[Waiter | None] | None,
     ) -> None:
-        """Have a batch carried out, and tell whoever waits; the log, where nobody does."""
+        """Carry out a batch, and set the waiters' results; failures without a waiter are logged."""
         outcomes: list[AbeError | None] = [_closed()] * len(items)
         try:
             await self._carry_out(call, items, outcomes, partial(_tell, deliveries, waiters or ()))
             late = [each for each, error in zip(deliveries, outcomes, strict=True) if error and error.retryable]
             await self._give_back(late)
-        finally:  # when closing gives it up, too
+        finally:  # also when `abandon` cancels it
             failures: list[AbeError] = []
             for delivery, waiter, error in zip(deliveries, waiters or [None] * len(items), outcomes, strict=True):
                 delivery.lost = error is not None
@@ -243,9 +243,9 @@ class Settler:
         outcomes: list[AbeError | None],
         tell: Callable[[Sequence[AbeError | None]], None],
     ) -> None:
-        """Make the call, again for those of the items that may be carried out later; put each one's outcome in its place.
+        """Make the call, and repeat it for items with a retryable error; put each one's outcome in its place.
 
-        Before each pause the outcomes are told: what is final waits for no other's next try.
+        Final outcomes are passed to `tell` before each pause: they do not wait for the retries of others.
         """
         deadline = self._clock.time() + self._timeout
         outcomes[:] = await self._attempt(call, items)
@@ -264,7 +264,7 @@ class Settler:
                 outcomes[place] = error
 
     async def _give_back(self, deliveries: Sequence[Delivery]) -> None:
-        """See to it that what could not be settled is delivered again, where no lease sees to that."""
+        """Give back what could not be settled, where no lease makes the broker redeliver it."""
         if deliveries and not self._leased:
             await self._attempt(self._receiver.settle, [Settlement(each, Disposition.RETRY) for each in deliveries])
 
@@ -273,8 +273,8 @@ class Settler:
     ) -> Outcomes:
         """Make the call once.
 
-        A batch that fails as a whole and for good is halved until what it fails for stands alone: one settlement keeps no other from
-        being carried out. What will always fail is told to `refused`.
+        A batch that fails permanently as a whole is halved until the failing ones are alone. An error that all settlements will have is
+        passed to `refused`.
         """
         error: AbeError
         if self._abandoned:
@@ -283,7 +283,7 @@ class Settler:
             outcomes = _one_each(await call(items), items)
         except AbeError as exc:
             error = exc
-        except Exception as exc:  # noqa: BLE001 - a fault in a transport must not leave anybody waiting for ever
+        except Exception as exc:  # noqa: BLE001 - a fault of a transport must leave no caller waiting for ever
             _log.exception("unexpected exception from the transport (a bug of the provider)")
             error = LeaseLostError(f"the transport failed, so that the broker may not know the settlement: {exc!r}")
             error.__cause__ = exc
@@ -303,7 +303,7 @@ class Settler:
 def _tell(
     deliveries: Sequence[Delivery], waiters: Sequence[Waiter | None], outcomes: Sequence[AbeError | None]
 ) -> None:
-    """Tell those who wait for an outcome that is final."""
+    """Set the results of waiters whose outcome is final."""
     for delivery, waiter, error in zip(deliveries, waiters, outcomes, strict=False):
         if waiter is not None and not waiter.done() and (error is None or not error.retryable):
             delivery.lost = error is not None

@@ -1,4 +1,4 @@
-"""Coroutines that begin where they stand: what answers without waiting needs no task and no timer."""
+"""Runs the first step of a coroutine by hand: one that returns in it needs no task and no timer."""
 
 from collections.abc import Coroutine, Generator
 from typing import Any, Generic, TypeVar
@@ -7,7 +7,7 @@ _T = TypeVar("_T")
 
 
 class Begun(Generic[_T]):
-    """A coroutine that waits for something, or that failed. Awaiting this, once and in any task, goes on from there."""
+    """The rest of a coroutine that waits for something, or its failure. Await it once, in any task."""
 
     __slots__ = ("_coroutine", "_error", "_waits_for")
 
@@ -26,7 +26,7 @@ class Begun(Generic[_T]):
             except GeneratorExit:
                 self._coroutine.close()
                 raise
-            except BaseException as exc:  # noqa: BLE001 - a cancellation most of all: by it the coroutine ends, or waits again
+            except BaseException as exc:  # noqa: BLE001 - a cancellation above all: the coroutine ends by it, or waits again
                 try:
                     waits_for = self._coroutine.throw(exc)
                 except StopIteration as end:
@@ -36,9 +36,7 @@ class Begun(Generic[_T]):
 
 
 def begin(coroutine: Coroutine[Any, Any, _T]) -> _T | Begun[_T]:
-    """Run a coroutine to where it first waits, in the caller's task, or outside of any.
-
-    Nothing else runs meanwhile: what has returned by then took no time that anybody could see.
+    """Run a coroutine until it first waits, in the caller's task, or outside of any. Nothing else runs meanwhile.
 
     Returns:
         What the coroutine returned, if it waited for nothing; else the rest of it.

@@ -1,4 +1,4 @@
-"""What `consume` returns."""
+"""The subscription that `consume` returns."""
 
 import asyncio
 import logging
@@ -22,11 +22,11 @@ _RESUBSCRIBE: Final = ExponentialBackoff(initial=0.1, maximum=5.0)
 class GroupSubscription:
     """The messages of a group; the contract is on ``base.Subscription``.
 
-    An inbox does the work and never refers back to this object: when a loop over it is left by ``break`` and nobody holds it, it is
-    collected, and the inbox is closed. One inbox may be followed by another (see `Inbox`); what was handed out stays with its own.
+    An inbox does the work and never refers back to this object: when a loop over it ended by ``break`` and no reference is left, it is
+    garbage-collected, and the inbox is closed. One inbox may be replaced by another (see `Inbox`); each message keeps its own.
 
     Args:
-        start: Subscribes, and returns the inbox: one that holds a single message at a time, if told so.
+        start: Subscribes, and returns the inbox; with True, one with a single message in flight.
     """
 
     def __init__(self, start: Callable[[bool], Awaitable[Inbox]]) -> None:
@@ -50,7 +50,7 @@ class GroupSubscription:
     ) -> None:
         current, self._current = self._current, None
         try:
-            # What ends the task or the process says nothing about the message; sys.exit() does: its next delivery would do it again.
+            # What ends the task or the process is no failure of the message; sys.exit() is one: its next delivery would do it again.
             if current is not None and exc is not None and not isinstance(exc, _ENDS):
                 await _fail(current, exc)
         finally:
@@ -81,7 +81,7 @@ class GroupSubscription:
         return message
 
     def take(self) -> Message | None:
-        """Return the next message if one is at hand, else None."""
+        """Return the next buffered message, or None."""
         return None if self._inbox is None else self._inbox.take()
 
     async def receive(self) -> Message:
@@ -91,32 +91,32 @@ class GroupSubscription:
         return await self._receive()
 
     def ack_soon(self, message: Message) -> None:
-        """Acknowledge a message of ours with the next batch, without waiting; a failure is logged."""
+        """Acknowledge a message with the next batch, without waiting; a failure is logged."""
         message._source.ack_soon(message)  # pyright: ignore[reportPrivateUsage]
 
     async def release(self, message: Message) -> None:
-        """Give a message back as if it had never been taken; nothing happens when it is settled already."""
+        """Give a message back as if it had never been taken; a no-op if it is settled already."""
         await message._source.release(message)  # pyright: ignore[reportPrivateUsage]
 
     async def halt(self) -> None:
-        """Take nothing new from the broker; what was taken is still handed out by `take`."""
+        """Stop receiving from the broker; `take` still returns the buffered messages."""
         if self._inbox is not None:
             await self._inbox.halt()
         else:
             await self.stop()
 
     async def stop(self) -> None:
-        """Take nothing new, and give back what nobody was handed yet."""
+        """Stop receiving from the broker, and release the buffered messages."""
         self._stopped = True
         if self._inbox is not None:
             await self._inbox.stop()
         elif self._before is not None:
             if self._starting is not None:
-                self._starting.cancel()  # nothing follows any more
+                self._starting.cancel()  # no other inbox is needed
             await self._before.stop()
 
     async def aclose(self) -> None:
-        """Give back everything that is not settled, and leave the group."""
+        """Release everything that is not settled, and unsubscribe."""
         self._closed = self._stopped = True
         if self._starting is not None and not self._starting.done():
             self._starting.cancel()
@@ -173,7 +173,7 @@ def _close_soon(inboxes: Sequence[Inbox]) -> None:
 async def _follow(
     start: Callable[[bool], Awaitable[Inbox]], *, alone: bool, wanted: "weakref.ref[GroupSubscription]"
 ) -> Inbox:
-    """Subscribe again, however long the broker is away: the subscription has begun, and does not end for that."""
+    """Subscribe again, retrying without a limit: a subscription that has begun does not end because the broker is unreachable."""
     tries = 0
     while True:
         try:

@@ -1,6 +1,6 @@
 """The memory backend: the embedded default, the users' test broker, and the reference implementation of a transport.
 
-What it holds belongs to the process and to a namespace: instances with the same namespace share it, in any event loop and thread. It
+Messages belong to the process and to a namespace: instances with the same namespace share them, in any event loop and thread. It
 passes the same contract as the networked brokers, with leases, attempts, delays and dead letters, on a clock that tests can move.
 """
 
@@ -35,14 +35,14 @@ from abe.errors import AbeError, UnroutableError
 from abe.settings import QueueSettings
 
 _PAGE: Final = 100
-"""Dead letters at a time."""
+"""Dead letters in a page."""
 
 
 class _MemoryReceiver:
     def __init__(self, namespace: Namespace, group: str, lease: float, clock: Clock) -> None:
         self._namespace = namespace
         self._group = group
-        namespace.queue(group)  # or there is no such group
+        namespace.queue(group)  # raises GroupMissingError
         self._lease = lease
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -71,17 +71,17 @@ class _MemoryReceiver:
                 self._waiting = None
                 with self._namespace.lock:
                     if queue.waiting.pop(self, self) is self:
-                        queue.wake()  # we were chosen; if we do not take it, another one must
+                        queue.wake()  # it was woken: if it takes nothing, another one must
         return ()
 
     def metadata(self, delivery: Delivery) -> Metadata:
         envelope = delivery.header
         assert isinstance(envelope, Envelope)
-        headers = None if envelope.headers is None else dict(envelope.headers)  # the envelope is every group's
+        headers = None if envelope.headers is None else dict(envelope.headers)  # all groups share the envelope
         return Metadata(envelope.id, envelope.key, envelope.published_at, headers)
 
     async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
-        # The number is of a delivery, not of a message, so that a late one finds nothing: there is no need to verify more.
+        # The number is that of the delivery, not of the message, so a late one finds nothing: `verify` needs no more.
         with self._namespace.lock:
             held = self._held()
             return [None if held.pop(delivery.native, None) else lease_lost() for delivery in deliveries]
@@ -136,12 +136,12 @@ class _MemoryReceiver:
                 queue.wake(everybody=True)
 
     def _held(self) -> dict[int, Item]:
-        """Return what the group's consumers hold: nothing, when it was deleted underneath."""
+        """Return the group's items in flight; none if it was deleted underneath."""
         queue = self._namespace.queues.get(self._group)
         return {} if queue is None else queue.held
 
     def wake(self) -> bool:
-        """Let a waiting `receive` look again, from whatever thread; False when its event loop was closed under it."""
+        """Wake a waiting `receive`, from any thread; return False if its event loop is closed."""
         try:
             if asyncio.get_running_loop() is self._loop:
                 self._look()
@@ -155,12 +155,12 @@ class _MemoryReceiver:
         return True
 
     def _look(self) -> None:
-        """Let a waiting `receive` look again."""
+        """Wake a waiting `receive`."""
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
     def _look_at(self, due: float) -> None:
-        """Let `receive` look again at that time. A timer that is due before it stays: it costs less to look once too often."""
+        """Wake `receive` at that time. An earlier timer stays: looking once too often costs less than another timer."""
         if due < self._timer_due:
             if self._timer is not None:
                 self._timer.cancel()
@@ -182,19 +182,19 @@ class _MemoryTransport:
         self._clock = clock
 
     async def open(self) -> None:
-        """There is nothing to connect to."""
+        """Do nothing: there is no connection."""
 
     async def close(self) -> None:
-        """What the namespace holds stays with the process."""
+        """Do nothing: the messages stay with the process."""
 
     async def ping(self) -> None:
-        """We are here."""
+        """Do nothing: the broker is this process."""
 
     async def send(self, envelopes: Sequence[Envelope]) -> Sequence[AbeError | None]:
         now = self._clock.time()
         namespace, limit = self._namespace, self._max_backlog
         outcomes: list[AbeError | None] = []
-        awaited: dict[Queue, bool] = {}  # whether what their receivers wait for may have come nearer
+        awaited: dict[Queue, bool] = {}  # whether their receivers' next event may come earlier
         with namespace.lock:
             for envelope in envelopes:
                 queues = namespace.routes[envelope.key] if envelope.group is None else self._of(envelope.group)
@@ -248,7 +248,7 @@ class _MemoryTransport:
     async def dead_letters(self, group: str) -> AsyncGenerator[Sequence[DeadLetter]]:
         for page in self._pages(group):
             yield [letter for _, (letter, _) in page]
-            await asyncio.sleep(0)  # the others have their turn
+            await asyncio.sleep(0)  # other tasks run
 
     async def replay(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
         for page in self._pages(group, ids):
@@ -270,7 +270,7 @@ class _MemoryTransport:
             await asyncio.sleep(0)
 
     def _pages(self, group: str, ids: Collection[str] | None = None) -> list[list[tuple[int, Dead]]]:
-        """Return the dead letters that are there now, each with its number: they are in memory anyhow."""
+        """Return all current dead letters, each with its number: they are in memory anyhow."""
         with self._namespace.lock:
             dead = self._namespace.queue(group).dead
             chosen = [item for item in dead.items() if ids is None or item[1][0].id in ids]
@@ -288,13 +288,13 @@ class _MemoryTransport:
 
 
 class MemoryBackend(TransportBackend):
-    """A message queue inside this process; what it holds ends with the process.
+    """A message queue inside this process; its messages end with the process.
 
     Args:
         settings: Namespace, lease, limits.
-        codec: Payload to bytes and back. Payloads are encoded here too, so that what passes here passes on a broker.
+        codec: Payload to bytes and back. Payloads are encoded here too, so that one that is accepted here is accepted by a broker.
         middleware: Wraps each publish.
-        clock: What leases and delays are measured by; give a `ManualClock` to move it in tests.
+        clock: Measures leases and delays; a `ManualClock` in tests.
     """
 
     capabilities: Capabilities = Capabilities(

@@ -1,4 +1,4 @@
-"""What the memory backend's namespaces hold: the broker behind its transport. It belongs to the process, and to any thread."""
+"""The memory backend's namespaces: the broker behind its transport, shared by all threads of the process."""
 
 import heapq
 import math
@@ -19,17 +19,17 @@ Dead: TypeAlias = tuple[DeadLetter, Envelope]
 
 
 class Waiter(Protocol):
-    """Whoever waits for messages."""
+    """A receiver that waits for messages."""
 
     def wake(self) -> bool:
-        """Look again; called from any thread, with the namespace's lock held. Return whether anybody is there to look."""
+        """Wake the receiver; called from any thread, with the namespace's lock held. Return False if its event loop is closed."""
         ...
 
 
 class Item(msgspec.Struct, eq=False):
-    """A group's copy of a message. `serial` is its place in the group: what was given back goes where it came from.
+    """A group's copy of a message. `serial` is its place in the group, to which it returns when it is given back.
 
-    The last consumer that took it, its owner, holds it until it settles it, or another one takes it after the deadline.
+    `owner` is the last consumer that took it. It has the item until it settles it, or another one takes it after `deadline`.
     """
 
     envelope: Envelope
@@ -45,7 +45,7 @@ class Queue:
 
     Args:
         patterns: The keys that it wants.
-        number: Returns another number at each call, which no group of that name had before: it names a delivery, or a dead letter.
+        number: Returns the number of a delivery or dead letter. None is used twice, even if the group is deleted and created again.
     """
 
     def __init__(self, patterns: tuple[str, ...], number: Callable[[], int]) -> None:
@@ -61,7 +61,7 @@ class Queue:
 
     @property
     def backlog(self) -> int:
-        """How many messages wait, for a consumer or for their time."""
+        """How many messages wait, delayed ones included."""
         return len(self.ready) + len(self.delayed)
 
     def put(self, envelope: Envelope, due: float, now: float, attempts: int = 0) -> None:
@@ -91,7 +91,7 @@ class Queue:
         return deliveries
 
     def _take_expired(self, receiver: "Waiter", limit: int, now: float, lease: float) -> list[Item]:
-        """Take items whose leases ran out from consumers other than the receiver: what it holds itself, it is about to renew."""
+        """Take items whose leases ran out from other consumers; the receiver is about to renew its own."""
         expired = sorted(
             (item.serial, number)
             for number, item in self.held.items()
@@ -106,25 +106,25 @@ class Queue:
         return items
 
     def mature(self, now: float) -> None:
-        """Make deliverable what is due."""
+        """Make due messages deliverable."""
         while self.delayed and self.delayed[0][0] <= now:
             item = heapq.heappop(self.delayed)[2]
             item.since = now
             self.ready.append(item)
 
     def expired(self, now: float) -> list[Item]:
-        """Return what its consumers kept for too long: others may have it."""
+        """Return the items whose leases ran out."""
         return [item for item in self.held.values() if item.deadline <= now]
 
     def next_event(self) -> float:
-        """When something becomes due, or a lease ends; never later than that."""
+        """Return a time at which, or before which, the next message becomes due, or the next lease ends."""
         return min(self._next_deadline, self.delayed[0][0] if self.delayed else math.inf)
 
     def give_back(self, items: Iterable[Item]) -> None:
         """Put items back where they came from: before everything that was published after them."""
         returned = sorted(items, key=lambda item: item.serial)
         for item in returned:
-            item.owner = None  # or its event loop would live as long as the message
+            item.owner = None  # a reference would keep its event loop alive
         if returned and self.ready and returned[-1].serial > self.ready[0].serial:
             self.ready = deque(sorted([*returned, *self.ready], key=lambda item: item.serial))
         else:
@@ -150,7 +150,7 @@ class Queue:
         return [self.dead.pop(number)[1] for number in chosen if number in self.dead]
 
     def wake(self, *, everybody: bool = False) -> None:
-        """Let as many waiting receivers look as there are messages; everybody, when what they wait for may have come nearer."""
+        """Wake as many waiting receivers as there are messages; all of them (`everybody`) if their next event may come earlier."""
         wanted = len(self.waiting) if everybody else len(self.ready)
         while self.waiting and wanted:
             receiver = next(iter(self.waiting))
@@ -159,7 +159,7 @@ class Queue:
 
 
 class Namespace:
-    """What one namespace holds, for the whole process."""
+    """The groups and unclaimed messages of one namespace, for the whole process."""
 
     def __init__(self) -> None:
         self.lock: threading.RLock = threading.RLock()

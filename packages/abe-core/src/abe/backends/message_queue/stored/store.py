@@ -23,12 +23,12 @@ Groups: TypeAlias = Mapping[str, tuple[str, ...]]
 
 
 class Claim(NamedTuple):
-    """What a consumer's hold on a message is known by. A message that another has, or had since, does not fit it.
+    """Names one delivery of a message to a consumer. It holds no longer once another consumer has taken the message.
 
     Attributes:
         serial: The message's place in the order of its group. No other message has or had it.
-        delivery: Which of the message's deliveries: a number that grows with each, and is never taken back.
-        consumer: Who has it, as `Store.take` was told.
+        delivery: The number of the message's delivery: it grows with each, and is never reset.
+        consumer: The consumer, as given to `Store.take`.
     """
 
     serial: int
@@ -42,8 +42,8 @@ class Copy(NamedTuple):
     Attributes:
         group: The group; `PARKED` where there is none.
         key: Its key, for parked messages: it is in the header, too. Like `Change.reason` and `error` it is any text, NUL included, which
-            not every database takes as text.
-        header: What travels beside the body.
+            not every database accepts as text.
+        header: The encoded metadata.
         body: The payload.
         delay: Seconds until it may be delivered.
     """
@@ -61,11 +61,11 @@ class Row(NamedTuple):
     Attributes:
         serial: As in `Claim`.
         key: As in `Copy`.
-        header: As in `Copy`; empty where another program put the message there.
+        header: As in `Copy`; empty for a foreign message.
         body: As in `Copy`.
-        attempts: How often it was delivered, those deliveries left out that were given back.
+        attempts: How often it was delivered, without the deliveries that were released.
         delivery: As in `Claim`.
-        dead_at: The time of its death, in seconds since the epoch; 0 where it is not dead.
+        dead_at: When it became a dead letter, in seconds since the epoch; 0 where it is not dead.
         reason: As in `Change`.
         error: As in `Change`.
     """
@@ -82,14 +82,14 @@ class Row(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What becomes of a message that no consumer has any more; see `Settlement`.
+    """The new state of a message that its consumer has settled; see `Settlement`.
 
     Attributes:
         serial: With the next two: the claim.
         delivery: As in `Claim`.
         consumer: As in `Claim`.
         delay: Seconds until it is due.
-        uncounted: How many attempts it loses: 1 if it was given back, else 0.
+        uncounted: How many attempts are subtracted: 1 if it was released, else 0.
         dead: Whether it is dead from now on.
         reason: Why, in a word or a line; empty where it is not dead.
         error: The traceback of the last failure; empty where there was none.
@@ -106,10 +106,10 @@ class Change(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Which dead messages are wanted.
+    """A range of dead messages.
 
     Attributes:
-        died: Those that died after this time, in seconds since the epoch,
+        died: Those that became dead after this time, in seconds since the epoch,
         serial: or at this time, with a serial above this one,
         until: and by this time. None: by now.
     """
@@ -120,25 +120,25 @@ class Span(NamedTuple):
 
 
 Choose: TypeAlias = Callable[[Groups, Mapping[str, int]], Sequence[Copy]]
-"""Says what to store, given the groups, and how many messages each has waiting and delayed (absent: none)."""
+"""Returns what to store, given the groups, and how many messages each has waiting and delayed (absent: none)."""
 
 
 class Store(ABC):
-    """What a provider writes: each method is one transaction, or as good as that.
+    """What a provider writes: each method is one transaction, or equivalent to one.
 
-    Each may be called by several tasks at once, and be cancelled: it is then carried out as a whole, or not at all.
+    Several tasks may call methods at once. A cancelled one is carried out as a whole, or not at all.
 
     Raises:
-        BackendConnectionError: By each method: it could not be carried out, or no answer came. It is called again, which connects anew.
+        BackendConnectionError: By each method: it could not be carried out, or no answer came. It is called again, which reconnects.
             Only `put` has to tell the two apart.
     """
 
     @abstractmethod
     async def open(self) -> None:
-        """Connect, make what is missing, and ask for a sign of life.
+        """Connect, create what is missing, and check that the store answers.
 
         Raises:
-            ConfigurationError: The store refuses us, or is none.
+            ConfigurationError: The store refuses the login, or is none.
         """
 
     @abstractmethod
@@ -151,7 +151,7 @@ class Store(ABC):
 
     @abstractmethod
     async def put(self, choose: Choose, *, counted: bool) -> None:
-        """Store what `choose` returns. No group comes or changes between the two: what is chosen to be parked would be parked for ever.
+        """Store what `choose` returns. No group is created or changed between the two: a message that is parked then would stay parked.
 
         Args:
             choose: Does no I/O, and may be called again where a transaction is repeated.
@@ -164,19 +164,19 @@ class Store(ABC):
 
     @abstractmethod
     async def declare(self, group: str, patterns: tuple[str, ...], *, change: bool) -> tuple[str, ...]:
-        """Make the group unless it is there; return the patterns that it has now.
+        """Create the group unless it exists; return its patterns.
 
-        A group that is made or changed gets those parked messages whose key its patterns want (`matches_any`).
+        A group that is created or changed gets those parked messages whose key its patterns want (`matches_any`).
 
         Args:
             group: The group.
             patterns: Those of a new group.
-            change: Whether a group that is there gets them too.
+            change: Whether an existing group gets them too.
         """
 
     @abstractmethod
     async def delete(self, group: str | None) -> None:
-        """Delete a group with all its messages. None: everything of the namespace."""
+        """Delete a group with all its messages; None: the whole namespace."""
 
     @abstractmethod
     async def count(self, group: str) -> GroupStats:
@@ -184,7 +184,7 @@ class Store(ABC):
 
     @abstractmethod
     async def take(self, group: str, consumer: str, limit: int, lease: float) -> tuple[Sequence[Row], float | None]:
-        """Put messages that are waiting in flight, in the order of their serials; see `PollingReceiver.take`.
+        """Take waiting messages, in the order of their serials: they are in flight then; see `PollingReceiver.take`.
 
         Returns:
             At most `limit` of them, their attempts and deliveries one higher; if there are none, the seconds until there may be, where that
@@ -200,32 +200,32 @@ class Store(ABC):
 
     @abstractmethod
     async def settle(self, changes: Sequence[Change]) -> Sequence[bool]:
-        """End what consumers have in flight: it waits, is delayed, or is dead from now on. Return for each whether the claim holds."""
+        """Change messages in flight: each is waiting, delayed or dead from now on. Return for each whether the claim holds."""
 
     @abstractmethod
     async def renew(self, claims: Sequence[Claim], lease: float) -> Sequence[bool]:
-        """Begin leases anew; return for each whether the claim holds, be the lease over or not."""
+        """Renew leases, also those that ran out; return for each whether the claim holds."""
 
     @abstractmethod
     async def give_back(self, consumer: str, keep: Collection[int]) -> None:
-        """Make waiting what a consumer has in flight, its attempts one lower, but for the messages with these serials."""
+        """Make a consumer's messages in flight waiting, with one attempt less, except for those with these serials."""
 
     @abstractmethod
     async def dead(self, group: str, span: Span, size: int) -> tuple[Sequence[Row], float]:
-        """Read dead messages of a group in the order of their time of death, and of their serials where that is the same.
+        """Read dead messages of a group in the order of their `dead_at`, and of their serials where that is the same.
 
         Args:
             group: The group.
-            span: Which.
-            size: Bytes of their bodies together, at most; but the first one in any case. A few hundred messages will do, too.
+            span: The range.
+            size: Bytes of their bodies together, at most; but the first one in any case. A few hundred messages are enough, too.
 
         Returns:
-            The first ones of the span; and what the time is, by the clock of the times of death.
+            The first ones of the span; and the current time, by the clock of `dead_at`.
         """
 
     @abstractmethod
     async def revive(self, serials: Collection[int]) -> int:
-        """Make those of these messages that are dead wait, their attempts 0; return how many."""
+        """Make those of these messages that are dead waiting, with 0 attempts; return how many."""
 
     @abstractmethod
     async def purge(self, serials: Collection[int]) -> int:

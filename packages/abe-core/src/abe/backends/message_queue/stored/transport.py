@@ -41,7 +41,7 @@ def store_capabilities(
     max_payload_bytes: int,
     durability: Durability,
 ) -> Capabilities:
-    """Return what a backend with a `StoreTransport` can do, where its store keeps what `Store` says.
+    """Return the capabilities of a backend with a `StoreTransport` whose store fulfils the contract of `Store`.
 
     Args:
         lease: Seconds, by default; see `Capabilities`, also for the others, which depend on the store.
@@ -72,9 +72,9 @@ class StoreTransport:
 
     Args:
         store: The messages of the settings' namespace.
-        settings: The backend's.
-        interval: Seconds after which consumers see, at the latest, what other processes stored, put off or gave back; see
-            `PollingReceiver`. A store that is notified of what others stored calls `ring`.
+        settings: The backend's settings.
+        interval: Seconds after which consumers see, at the latest, what other processes stored, delayed or gave back; see
+            `PollingReceiver`. A store that is notified of that calls `ring`.
     """
 
     batching: Batching = Batching(messages=500, bytes=1 << 20, max_concurrent=1)
@@ -87,7 +87,7 @@ class StoreTransport:
         self._receivers: WeakSet[_StoreReceiver] = WeakSet()
 
     def ring(self, groups: Collection[str] | None = None) -> None:
-        """Let consumers of these groups look at once. None: of all. See `PollingReceiver.ring`."""
+        """Ring the receivers of these groups; None: of all groups. See `PollingReceiver.ring`."""
         for receiver in self._receivers:
             if groups is None or receiver.group in groups:
                 receiver.ring()
@@ -173,7 +173,7 @@ class StoreTransport:
                 yield await self._store.purge(_serials(rows, ids))
 
     async def _pages(self, group: str) -> AsyncGenerator[Sequence[Row]]:
-        """Go through what is dead when the first page is read: what is replayed and dies again has a later time of death."""
+        """Yield what is dead when the first page is read: a message that is replayed and becomes dead again has a later `dead_at`."""
         await self._check(group)
         rows, began = await self._store.dead(group, Span(), _PAGE_BYTES)
         while rows:
@@ -202,12 +202,12 @@ class _StoreReceiver(PollingReceiver):
         return delivery.header
 
     async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
-        # A claim holds for this one delivery: there is no need to verify more.
+        # A claim holds for this one delivery: `verify` needs no more.
         return _outcomes(await self._store.remove([delivery.native for delivery in deliveries]))
 
     async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
         done = await self._store.settle([_change(settlement) for settlement in settlements])
-        self._ring_all()  # what can be taken now, or is due sooner than anything else
+        self._ring_all()  # a message may be waiting now, or be due earlier
         return _outcomes(done)
 
     async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
@@ -241,7 +241,7 @@ def _outcomes(done: Sequence[bool]) -> Outcomes:
 
 
 def _read(row: Row) -> tuple[Metadata, str | None]:
-    """Return what travelled beside a body, and why it cannot be read, if so."""
+    """Return a row's metadata, and why it cannot be read (None: it can)."""
     fault: str | None = None
     if row.header:
         try:
