@@ -1,10 +1,10 @@
-"""What an answer of SQS or SNS must look like, checked before the client reads it. Pure.
+"""Checks the answers of SQS and SNS before the client reads them. Pure.
 
-The client takes whatever comes with status 200 for an answer: a page of a captive portal or a proxy, an empty body. As SQS leaves out
-members that would be empty, such an answer would mean "no queues", "no tags" or "no messages" to it. So one that lacks the member that
-says something must at least be SQS's own by its headers.
+The client accepts anything with status 200 as an answer: a page of a captive portal or a proxy, an empty body. As SQS leaves out members
+that would be empty, such an answer would mean "no queues", "no tags" or "no messages" to it. So an answer without the expected member
+must at least have the headers of SQS.
 
-What is wrong with one message of an answer is that message's fault: it must not keep the others of the answer from anybody.
+A malformed message of an answer gets a fault; the other messages are delivered all the same.
 """
 
 import binascii
@@ -15,14 +15,14 @@ from typing import Any, Final, cast
 import msgspec
 
 FAULT: Final = "abe-fault"
-"""Among the attributes that SQS itself gives a message: what was wrong with the message's form."""
+"""A system attribute that is added to a malformed message: which of its parts are malformed."""
 
 _MEMBERS: Final[Mapping[str, Mapping[str, type]]] = {
     "ListQueues": {"QueueUrls": list},
     "ListQueueTags": {"Tags": dict},
     "ReceiveMessage": {"Messages": list},
 }
-"""Left out where there is nothing to say."""
+"""Members that SQS leaves out where they would be empty."""
 
 _REQUIRED: Final[Mapping[str, Mapping[str, type]]] = {
     "CreateQueue": {"QueueUrl": str},
@@ -58,7 +58,7 @@ _decode: Final = msgspec.json.Decoder().decode
 
 
 class FormError(Exception):
-    """An answer that is none of the service's."""
+    """An answer that is not one of the service."""
 
 
 def checked(service: str, operation: str, headers: Mapping[str, str], body: bytes) -> bytes:
@@ -66,19 +66,19 @@ def checked(service: str, operation: str, headers: Mapping[str, str], body: byte
 
     Args:
         service: ``sqs`` or ``sns``.
-        operation: What was asked for.
-        headers: The answer's, by names in lower case.
-        body: What it says.
+        operation: The operation that was requested.
+        headers: The answer's headers, by names in lower case.
+        body: The answer's body.
 
     Raises:
-        FormError: Something on the way to the service has answered in its place, or cut the answer short.
+        FormError: An intermediary has answered in the service's place, or the answer is cut off.
     """
     if service == "sns":
         if f"<{operation}Response".encode() not in body:
-            raise FormError(f"{operation} was answered by something that is not SNS's")
+            raise FormError(f"{operation} was answered by something that is not SNS")
         return body
     if not body and _own(headers) and not _says_something(operation):
-        return body  # of what only does something
+        return body  # of an operation without a result
     found = _load(operation, body)
     if not isinstance(found, dict):
         raise FormError(f"{operation} was answered by JSON that is no object")
@@ -92,7 +92,7 @@ def _load(operation: str, body: bytes) -> object:
         return _decode(body)
     except (msgspec.MsgspecError, RecursionError):
         try:
-            return json.loads(body)  # which takes half of a surrogate pair, too: one message's fault
+            return json.loads(body)  # accepts half of a surrogate pair, too, which is a fault of one message
         except (ValueError, RecursionError) as exc:
             raise FormError(f"{operation} was answered by something that is not JSON") from exc
 
@@ -116,33 +116,33 @@ def _check_members(operation: str, answer: Mapping[str, Any], own: bool) -> None
     if operation in _OUTCOMES:
         _check_outcomes(operation, answer)
     elif not _says_something(operation) and not own:
-        raise FormError(f"the answer to {operation} is not SQS's own")
+        raise FormError(f"the answer to {operation} does not come from SQS")
     if operation == "ListQueues":
         _check_listing(answer)
     elif operation in ("ListQueueTags", "GetQueueAttributes"):
         texts = cast("dict[str, Any]", answer.get("Tags" if operation == "ListQueueTags" else "Attributes") or {})
         if not all(isinstance(value, str) for value in texts.values()):
-            raise FormError(f"the answer to {operation} holds what is no text")
+            raise FormError(f"the answer to {operation} holds a value that is not text")
 
 
 def _check_listing(answer: Mapping[str, Any]) -> None:
     token = answer.get("NextToken")
     urls = answer.get("QueueUrls") or ()
     if not all(isinstance(url, str) for url in urls) or not (token is None or isinstance(token, str)):
-        raise FormError("the answer to ListQueues holds what is no address")
+        raise FormError("the answer to ListQueues holds a value that is not text")
 
 
 def _check_outcomes(operation: str, answer: Mapping[str, Any]) -> None:
     lists = [answer.get(name) for name in ("Successful", "Failed")]
     if all(each is None for each in lists) or not all(each is None or isinstance(each, list) for each in lists):
-        raise FormError(f"the answer to {operation} does not say what became of the entries")
+        raise FormError(f"the answer to {operation} has no outcomes of the entries")
     entries: list[Any] = [entry for each in lists for entry in each or ()]
     if not all(isinstance(entry, dict) and isinstance(cast("Any", entry).get("Id"), str) for entry in entries):
         raise FormError(f"the answer to {operation} has entries without an id")
 
 
 def _mended(answer: Mapping[str, Any], body: bytes) -> bytes:
-    """Return the body with only what the client can read: a message that is not of its form says so instead."""
+    """Return a body that the client can read: a malformed message is mended, and gets a fault."""
     try:
         for message in _received(body).Messages:
             for attribute in (message.MessageAttributes or {}).values():
@@ -155,7 +155,7 @@ def _mended(answer: Mapping[str, Any], body: bytes) -> bytes:
 
 
 def _mend(message: Any) -> Mapping[str, Any] | None:
-    """Return a message of the right form; None where there is no handle to it, so that only its lease can give it back."""
+    """Return a well-formed message; None without a receipt handle: it is redelivered when its lease runs out."""
     if not isinstance(message, dict):
         return None
     given = cast("dict[str, Any]", message)
@@ -183,7 +183,7 @@ def _mend(message: Any) -> Mapping[str, Any] | None:
 
 
 def _kept(message: Mapping[str, Any], member: str, good: Any, faults: list[str]) -> dict[str, Any]:
-    """Return those of a member's values that can be read, and note what cannot."""
+    """Return those of a member's values that can be read, and add the others to `faults`."""
     value = message.get(member)
     if value is None:
         return {}

@@ -1,7 +1,7 @@
-"""What queues are made with, and what is put right, or refused, where they were made by somebody else.
+"""The attributes of queues: those of new ones, and which ones of existing queues are corrected or refused.
 
 A queue that keeps messages for a shorter time, moves them elsewhere after a few deliveries, delays all of them or takes smaller ones would
-break what is promised without a word. Where the group's tags say that it is ours, it is put right. Any other is refused.
+silently break the contract. It is corrected if the group's tags say that it is ours. Any other is refused.
 """
 
 import json
@@ -21,11 +21,11 @@ _log: Final = logging.getLogger("abe.sqs")
 _RETENTION: Final = 14 * 86_400
 """Seconds that SQS keeps a message at most."""
 _BACKSTOP: Final = 1_000
-"""Deliveries after which SQS itself buries a message. We count, and bury sooner."""
+"""Deliveries after which SQS itself dead-letters a message. The engine does so much earlier."""
 
 
 class Fault(NamedTuple):
-    """An attribute of a queue that would break what is promised."""
+    """An attribute of a queue that would break the contract."""
 
     attribute: str
     found: str
@@ -34,12 +34,12 @@ class Fault(NamedTuple):
 
 
 async def wanted(settings: SqsSettings, name: str, dead: Queue | None) -> dict[str, str]:
-    """Return what a queue is made with.
+    """Return the attributes of a new queue.
 
     Args:
-        settings: The lease.
-        name: Its name.
-        dead: The queue of its dead letters, where it has one.
+        settings: The provider's settings.
+        name: The queue's name.
+        dead: The queue of its dead letters; None: it has none.
     """
     found = {"VisibilityTimeout": str(settings.visibility), "MessageRetentionPeriod": str(_RETENTION)}
     if dead is not None:
@@ -50,16 +50,16 @@ async def wanted(settings: SqsSettings, name: str, dead: Queue | None) -> dict[s
 
 
 async def check(queue: Queue, dead: Queue | None, *, ours: bool) -> None:
-    """Put right what would break what is promised, where the queue is ours. Who may not look takes it as it is.
+    """Correct attributes that would break the contract, if the queue is ours. Without the right to read them, nothing is checked.
 
     Raises:
-        ConfigurationError: It is not, or may not be changed. The text says what is wrong, and what would be right.
+        ConfigurationError: The queue is not ours, or may not be changed. The text says what is wrong, and what would be right.
     """
     try:
         found = await queue.attributes("All")
         arn = None if dead is None else await dead.arn()
     except PermissionDeniedError as exc:
-        _log.debug("the queue %s is taken as it is: %s", queue.name, exc)
+        _log.debug("the attributes of the queue %s are not checked: %s", queue.name, exc)
         return
     faults = faults_of(queue.name, found, arn)
     if not faults:
@@ -74,11 +74,11 @@ async def check(queue: Queue, dead: Queue | None, *, ours: bool) -> None:
 
 
 def faults_of(name: str, attributes: Mapping[str, str], dead: str | None) -> list[Fault]:
-    """Return what is wrong with a queue. Pure.
+    """Return the attributes of a queue that would break the contract. Pure.
 
     Args:
-        name: Its name.
-        attributes: What SQS says about it.
+        name: The queue's name.
+        attributes: Its attributes.
         dead: The ARN of the queue of its dead letters; None for a queue that has none.
     """
     fifo = name.endswith(FIFO)
@@ -97,7 +97,7 @@ def faults_of(name: str, attributes: Mapping[str, str], dead: str | None) -> lis
 
 
 def _redriven(attributes: Mapping[str, str], dead: str | None) -> tuple[bool, str]:
-    """Return whether SQS itself moves messages where it must not, or too soon; and what would be right."""
+    """Return whether the redrive policy moves messages to a wrong queue, or too soon; and the right policy."""
     right = "" if dead is None else _redrive(dead)
     if not (found := _of(attributes, "RedrivePolicy")):
         return False, right
@@ -130,6 +130,6 @@ def _listed(faults: list[Fault]) -> str:
 
 def _refused(name: str, faults: list[Fault]) -> ConfigurationError:
     return ConfigurationError(
-        f"there is a queue {name!r} in SQS that cannot keep what is promised: {_listed(faults)}. "
+        f"the queue {name!r} in SQS would break the contract: {_listed(faults)}. "
         f"Set its attributes so, or use another QUEUE_NAMESPACE"
     )

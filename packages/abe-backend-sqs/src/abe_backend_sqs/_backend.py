@@ -1,4 +1,4 @@
-"""The backend's public face."""
+"""SQS's backend class: its settings, its capabilities, the transport that it makes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,13 +22,13 @@ _DAY: Final = 86_400.0
 
 
 class SqsBackend(TransportBackend[SqsSettings]):
-    """A message queue on Amazon SQS, or on something that speaks its protocol.
+    """A message queue on Amazon SQS, or on a service that speaks its protocol.
 
     Args:
-        settings: The account, the region, and what every backend can be told.
+        settings: The account and the region, and the settings that all backends have.
         codec: Payload to bytes and back.
         middleware: Wraps each publish, the first outermost.
-        clock: What the engine measures leases by.
+        clock: Measures leases in the engine.
     """
 
     settings_type: ClassVar[type[QueueSettings]] = SqsSettings
@@ -67,7 +67,7 @@ class SqsBackend(TransportBackend[SqsSettings]):
             )
 
     def make_transport(self) -> Transport:
-        """Return a transport to the account of the settings."""
+        """Return a transport with this backend's settings; it is not connected."""
         return SqsTransport(self.settings)
 
 

@@ -1,4 +1,4 @@
-"""SQS as transport and receivers share it: its clients, the groups, and what goes on in the background."""
+"""What the transport and its receivers share: the clients, the groups, background tasks."""
 
 import asyncio
 from collections import defaultdict
@@ -18,14 +18,14 @@ from abe_backend_sqs._publisher import Publisher
 from abe_backend_sqs._settings import SqsSettings
 
 lingering: Final = Background()
-"""What outlives its transport for as long as its last poll."""
+"""Tasks that close the clients of a transport after its last poll."""
 
 
 class Broker:
     """One namespace in one account and region.
 
     Args:
-        settings: Where it is, and as whom to ask.
+        settings: The provider's settings.
     """
 
     def __init__(self, settings: SqsSettings) -> None:
@@ -36,30 +36,30 @@ class Broker:
         self.publisher = Publisher(self.groups, settings)
         self.settled = Settled()
         self.detached: defaultdict[str, list[Poll]] = defaultdict(list)
-        """Polls of consumers that are gone, by queue."""
+        """Polls of consumers that were closed, by queue."""
         self.background = Background()
-        """What must not be cancelled with the one who asked for it."""
+        """Tasks that must not be cancelled with their callers."""
         self.closed = asyncio.Event()
-        # A publisher that may be behind by less than SQS's own second of polling is one of an emulator, which counts exactly.
+        # A time to live of the registry below SQS's own second of polling means an emulator, which counts exactly.
         self.thorough: bool = settings.registry_ttl >= 1
-        """Whether a look at a queue asks all of SQS's servers, whatever they have counted."""
+        """Whether browsing a queue asks all of SQS's servers, whatever they have counted."""
         self._delays: dict[str, Delays] = {}
         self._opened = False
         self._opening = 0
 
     def delays(self, group: str) -> Delays:
-        """Return what moves the group's delayed messages to its FIFO queue."""
+        """Return the mover of the group's delayed messages to its FIFO queue."""
         if group not in self._delays:
             self._delays[group] = Delays(self.publisher, self.copies, self.background.start, group)
         return self._delays[group]
 
     def check_open(self) -> None:
-        """Raise a `BackendConnectionError` where it was closed."""
+        """Raise a `BackendConnectionError` if it was closed."""
         if self.closed.is_set():
             raise BackendConnectionError("the connection to SQS was closed")
 
     async def open(self) -> None:
-        """Make the client, and look whether SQS answers and knows us."""
+        """Make the client, and check that SQS answers and accepts the credentials."""
         self.check_open()
         if self._opened:
             return
@@ -67,18 +67,18 @@ class Broker:
         try:
             if self.settings.pinned is None:
                 await self.groups.keeper.open()
-            else:  # the groups are known without asking; the address of one of their queues is not
-                with suppress(QueueMissingError):  # whoever needs it makes it, or says that it is missing
+            else:  # the groups are known without a request; the address of one of their queues is not
+                with suppress(QueueMissingError):  # a later operation creates it, or reports it
                     await self.groups.find(self.groups.names.queue(self.settings.pinned[0][0]))
             self._opened = True
         finally:
             self._opening -= 1
             if not self._opened and not self._opening:
-                await self.groups.keeper.close()  # whoever gives up has nothing to close
+                await self.groups.keeper.close()  # nothing stays open after a failure
                 await self.clients.reset()
 
     async def close(self) -> None:
-        """Disconnect; polls that are under way are waited for in the background, so that what they bring is given back."""
+        """Disconnect. Polls in progress are waited for in the background, so that their messages are given back."""
         self.closed.set()
         await self.groups.keeper.close()
         if self.background:

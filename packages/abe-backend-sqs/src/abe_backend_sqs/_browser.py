@@ -1,7 +1,7 @@
-"""A queue that is looked through rather than consumed: dead letters, and parked messages.
+"""Browses a queue: dead letters, and parked messages.
 
-What is looked at is invisible for as long as the look takes, since SQS has no other way to get at what is behind it. It is made visible
-again when the look ends, also where it ends early, and by itself after a minute.
+Messages that were received stay invisible while it is browsed, since SQS gives no other access to those behind them. They are made
+visible when browsing ends, also early, and become visible by themselves after a minute.
 """
 
 import asyncio
@@ -24,31 +24,31 @@ from abe_backend_sqs._wire import Message
 _log: Final = logging.getLogger("abe.sqs")
 
 _VISIBILITY: Final = 60
-"""Seconds for which what was looked at is invisible at most."""
+"""Seconds for which received messages are invisible at most."""
 _PAGE: Final = 100
 _BYTES: Final = 4 << 20
-"""What a page holds at most, one message excepted."""
+"""Bytes of a page at most, unless it is a single message."""
 _SHARE: Final = 0.25
-"""Of `publish_timeout`: what collecting a page may take, so that the rest of a step has its time."""
+"""The share of `publish_timeout` that collecting a page may take, so that there is time for the rest of a step."""
 _MOST: Final = 100_000
-"""Messages of a look. SQS lets 120,000 of a queue be invisible at once."""
+"""Messages that are browsed. SQS lets 120,000 of a queue be invisible at once."""
 _AGAIN: Final = 3
-"""Answers in a row that bring nothing new, after which there is no more."""
+"""Answers in a row without a new message, after which browsing ends."""
 _CLOCKS: Final = 5_000
 """Milliseconds that the clocks of SQS's servers may be apart."""
 _SKEW: Final = 2.0
-"""Seconds that our clock may be away from that of SQS, by the whole seconds that SQS tells, before it is taken for wrong."""
+"""Seconds that our clock may differ from that of SQS, which is known in whole seconds, before it counts as wrong."""
 
 
 class Browser:
     """Makes everything in a queue invisible, lets some of it be deleted, and makes the rest visible when it is closed.
 
     Args:
-        broker: Knows the queues.
-        name: The queue's name. There may be none: then it is empty.
+        broker: Has the queues.
+        name: The queue's name. One that does not exist counts as empty.
         most: Messages that it takes.
-        thorough: Ask all of SQS's servers that hold parts of the queue, which takes a second where it is empty. By default, as the
-            broker does.
+        thorough: Ask all of SQS's servers that hold parts of the queue, which takes a second where it is empty. None: as the broker
+            does.
     """
 
     def __init__(self, broker: Broker, name: str, most: int = _MOST, *, thorough: bool | None = None) -> None:
@@ -58,7 +58,7 @@ class Browser:
         self._most = most
         self._queue: Queue | None = None
         self._taken: dict[str, str] = {}
-        """The handles of what is invisible, by message."""
+        """The receipt handles of invisible messages, by message id."""
         self._seen: set[str] = set()
         self._asking: asyncio.Task[Sequence[Message]] | None = None
         self._nothing_new = 0
@@ -74,19 +74,19 @@ class Browser:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._taken or self._asking is not None:
-            # Whoever is cancelled, or has no more time, does not keep it from being made visible.
+            # A cancellation or a timeout must not keep messages from being made visible.
             await result_of(self._broker.background.start(self._make_visible()))
 
     @property
     def complete(self) -> bool:
-        """Whether it has seen all that it was to: some of it may have been invisible."""
+        """Whether it has seen as many messages as were counted: some may have been invisible."""
         return len(self._seen) >= min(self._expected, self._most)
 
     async def pages(self, enough: int = _PAGE) -> AsyncGenerator[Sequence[Message]]:
-        """Take out all there is, page by page: bounded in count, in bytes, and in the time that it takes to collect one.
+        """Receive all messages in pages, each bounded in count, in bytes, and in the time that it takes to collect it.
 
         Args:
-            enough: Messages that make a page. Of a FIFO queue's message group the next ones come when the last ones are deleted.
+            enough: Messages that complete a page. A FIFO queue delivers further ones of a message group when these are deleted.
         """
         if (queue := await self._begin()) is None:
             return
@@ -107,11 +107,10 @@ class Browser:
             yield page
 
     async def chosen(self, ids: Collection[str] | None) -> AsyncGenerator[Sequence[Message]]:
-        """Go through the dead letters with these ids (None: all), page by page.
+        """Yield the dead letters with these ids (None: all) in pages, as of when browsing began.
 
-        Those that were dead when it began: one that is replayed, and dies again before we are through, is not met again. It is told by
-        when it was put into the queue; and as clocks may differ, one of an id that was chosen before is another only where it was
-        put there long before.
+        One that is replayed, and becomes dead again meanwhile, is left out: it was sent to this queue after browsing began. As clocks may
+        differ, a letter with an id that was chosen before is left out unless it was sent long before that.
         """
         done: set[str] = set()
         async with aclosing(self.pages()) as pages:
@@ -127,11 +126,11 @@ class Browser:
                 yield chosen
 
     async def delete(self, messages: Sequence[Message]) -> None:
-        """Remove some of what was taken for good.
+        """Delete some of the received messages.
 
         Raises:
-            BackendConnectionError: Some were not removed.
-            PermissionDeniedError: They may not be.
+            BackendConnectionError: Some were not deleted.
+            PermissionDeniedError: The user may not delete.
         """
         if self._queue is None or not messages:
             return
@@ -160,25 +159,25 @@ class Browser:
         return self._queue if self._expected or self._thorough else None
 
     async def _take(self, queue: Queue) -> Sequence[Message]:
-        """Take what the next request brings. The request is not cancelled with this: what it brings is to be made visible again."""
+        """Return the new messages of the next request, which is not cancelled with this: its messages are to be made visible again."""
         self._asking = self._broker.background.start(self._ask(queue))
         brought = await result_of(self._asking)
         self._asking = None
         return brought
 
     async def _ask(self, queue: Queue) -> Sequence[Message]:
-        # A poll that waits asks every server; one that does not is enough where all that was counted has come.
+        # A poll that waits asks every server; one that does not is enough when all that were counted were seen.
         wait = int(self._thorough or len(self._seen) < self._expected)
         try:
             return self._new(await queue.look(wait, _VISIBILITY))
         except ThrottledError:
             if not self._seen:
                 raise
-            self._ended = True  # as many are invisible as SQS allows: the rest is for the next time
+            self._ended = True  # as many are invisible as SQS allows: the rest is left for the next time
             return ()
 
     def _new(self, reply: Mapping[str, Any]) -> Sequence[Message]:
-        """Note what an answer brings, and whether it is the last one; return what was not seen before."""
+        """Record an answer's messages, and whether it is the last one; return those that are new."""
         if not self._seen:
             self._started = _by_their_clock(reply, self._started)
         found = cast("Sequence[Message]", reply.get("Messages") or ())
@@ -186,7 +185,7 @@ class Browser:
         self._taken.update((message["MessageId"], message["ReceiptHandle"]) for message in found)
         self._seen.update(message["MessageId"] for message in batch)
         self._nothing_new = 0 if batch else self._nothing_new + 1
-        # What came since is for the next time.
+        # Messages that were sent since are left for the next time.
         enough = len(self._seen) >= self._expected and not self._thorough
         self._ended = self._ended or not found or enough or self._nothing_new >= _AGAIN
         return batch
@@ -204,7 +203,7 @@ class Browser:
 
 
 def _by_their_clock(reply: Mapping[str, Any], ours: float) -> float:
-    """Return a time of ours in milliseconds by the clock of SQS, as far as it differs by more than the way of its answer."""
+    """Convert a time of ours, in milliseconds, to the clock of SQS, if that differs by more than `_SKEW`."""
     date = reply.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
     try:
         theirs = parsedate_to_datetime(date).timestamp()

@@ -1,4 +1,4 @@
-"""The AWS clients: one that polls, one for everything else that SQS is asked, and one for SNS."""
+"""The AWS clients: one for polls, one for all other requests to SQS, one for SNS."""
 
 import asyncio
 import os
@@ -30,22 +30,22 @@ _POLLS: Final = 1_000
 """Connections of the client that polls: all consumers of a process together."""
 
 _ANSWER: Final = 4.0
-"""Seconds beyond a poll's own time after which a connection that says nothing is dead. With the default of `wait` it is noticed, and
-work goes on over another one, within the 15 s that the capabilities declare."""
+"""Seconds beyond a poll's own time after which a silent connection counts as lost. With the default of `wait` it is replaced within the
+15 s that the capabilities declare."""
 
 _SHARE: Final = 0.4
-"""Of `publish_timeout`: what opening a connection, and an answer, may take each, so that a first try leaves time for a second."""
+"""The share of `publish_timeout` that connecting, and an answer, may take each, so that there is time for a retry."""
 
 _LEAST: Final = 2.0
 """Seconds that an answer is waited for at least."""
 
 _IDLE: Final = 3.0
-"""Seconds for which a connection without a request is kept."""
+"""Seconds for which an idle connection is kept."""
 
 _USER_AGENT: Final = (
     f"abe-backend-sqs/{version('abe-backend-sqs')} aiobotocore/{version('aiobotocore')} Python/{python_version()}"
 )
-"""Who asks. botocore would put a longer text together anew for each request, which is an eighth of its cost."""
+"""botocore would build a longer one for each request, which is an eighth of its cost."""
 
 _PROFILES: Final = ("AWS_DEFAULT_PROFILE", "AWS_PROFILE")
 _models: Final = Loader()
@@ -56,7 +56,7 @@ class Clients:
     """The clients of one event loop, each made when it is first needed.
 
     Args:
-        settings: The account, and the address.
+        settings: The provider's settings.
     """
 
     def __init__(self, settings: SqsSettings) -> None:
@@ -70,13 +70,13 @@ class Clients:
 
         Raises:
             ConfigurationError: There is no region, no such profile, or they are malformed.
-            BackendConnectionError: It was closed.
+            BackendConnectionError: The clients were closed.
         """
         client: SQSClient = await self._client("calls", _CALLS, self._answer)
         return client
 
     async def polls(self) -> "SQSClient":
-        """Return the client for polls, which would keep the connections of the other from its requests; raises as `calls` does."""
+        """Return the client for polls, which would occupy the connections of other requests; raises as `calls` does."""
         client: SQSClient = await self._client("polls", _POLLS, self.settings.wait + _ANSWER)
         return client
 
@@ -86,7 +86,7 @@ class Clients:
         return client
 
     async def reset(self) -> None:
-        """Close their connections, and leave them as they were when they were made: perhaps nobody will use them, or close them."""
+        """Close the connections, and leave the clients usable: after a failed `open` they may be neither used nor closed."""
         for task in self._made.values():
             if task.done() and not task.cancelled() and task.exception() is None:
                 http = task.result()._endpoint.http_session
@@ -94,7 +94,7 @@ class Clients:
                 await http.__aenter__()
 
     async def close(self) -> None:
-        """Close them, each even if this is cancelled meanwhile: an event loop that ends cancels it."""
+        """Close all clients, even if this is cancelled meanwhile, as by an event loop that ends."""
         self._closed = True
         made, self._made = self._made, {}
         cancelled: asyncio.CancelledError | None = None
@@ -118,10 +118,10 @@ class Clients:
         task = self._made.get(name)
         if task is not None and task.done() and not task.cancelled() and task.exception() is None:
             return task.result()
-        if self._closed:  # nobody would close it
+        if self._closed:  # it would never be closed
             raise BackendConnectionError("the connection to SQS was closed")
         if task is None or task.done():
-            # A task of its own: who asked first may be cancelled, and the thread it needs goes on.
+            # A task of its own: the first caller may be cancelled, but its thread cannot be.
             task = self._made[name] = asyncio.get_running_loop().create_task(
                 self._make(name, connections, read_timeout)
             )
@@ -137,7 +137,7 @@ class Clients:
             max_pool_connections=connections,
             parameter_validation=False,
             user_agent=_USER_AGENT,
-            # The engine tries again, with the same ids and within its own time; a poll that is repeated here could strand what it brought.
+            # The engine retries, with the same ids and within its own deadline; a poll that is repeated here could strand its messages.
             retries={"mode": "standard", "total_max_attempts": 1},
         )
         local = endpoint is not None and endpoint.startswith("http:")
@@ -156,7 +156,7 @@ class Clients:
             return await loop.run_in_executor(self._thread, asyncio.run, self._create(service, arguments))
 
     def _create(self, service: str, arguments: Mapping[str, Any]) -> Any:
-        # A session of its own: sessions are not made for several threads, and a cancelled caller leaves its thread behind.
+        # A session of its own: sessions are not thread-safe, and a cancelled caller leaves its thread behind.
         session: Any = AioSession(profile=self.settings.profile, session_vars=_empty_profile())
         session.register_component("data_loader", _models)
         session.register(f"before-parse.{service}", _check_form)
@@ -164,12 +164,12 @@ class Clients:
 
 
 def _check_form(operation_model: Any, response_dict: dict[str, Any], **_: object) -> None:
-    """Have the client read only what is an answer."""
+    """Check an answer before the client reads it."""
     if response_dict["status_code"] < HTTPStatus.MULTIPLE_CHOICES:
         service, operation = operation_model.service_model.service_name, operation_model.name
         response_dict["body"] = checked(service, operation, response_dict["headers"], response_dict["body"])
 
 
 def _empty_profile() -> Mapping[str, Any]:
-    """Return what keeps the SDK from looking for a profile without a name: a variable that is set and empty counts as unset here."""
+    """Return session variables that keep the SDK from looking for a profile without a name: an empty variable counts as unset."""
     return {} if any(map(os.environ.get, _PROFILES)) else {"profile": (None, None, None, None)}

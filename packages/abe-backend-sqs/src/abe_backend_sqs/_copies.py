@@ -1,4 +1,4 @@
-"""What takes the place of a message that leaves the queue it was in. Pure but for the clock."""
+"""Makes the copies that replace messages which leave their queue. Pure except for the clock."""
 
 import time
 from typing import Final, NamedTuple
@@ -21,7 +21,7 @@ class Copy(NamedTuple):
 
 
 def delayed(entry: Entry, delay: float) -> Entry:
-    """Return the entry with a delay in seconds, which SQS counts whole and up to a limit."""
+    """Return the entry with a delay: whole seconds, rounded up, and `LONGEST_DELAY` at most."""
     return entry._replace(delay=min(LONGEST_DELAY, -int(-delay // 1)))
 
 
@@ -30,7 +30,7 @@ class Copies:
 
     Args:
         settings: Whether queues are FIFO queues, and of which message group.
-        names: Where the copies go.
+        names: The queues' names.
     """
 
     def __init__(self, settings: SqsSettings, names: Topology) -> None:
@@ -39,14 +39,14 @@ class Copies:
         self._names = names
 
     def settled(self, group: str, message: Message, attempt: int, settlement: Settlement) -> Copy:
-        """Return what a settlement makes of a message of a group that was delivered for the `attempt`-th time."""
+        """Return the copy that carries out a settlement of a group's message in its `attempt`-th delivery."""
         names = self._names
         if settlement.disposition is Disposition.DEAD:
             at = int(time.time() * 1000)
             entry = _wire.bury(message, attempts=attempt, reason=settlement.reason, error=settlement.error, at=at)
             if self._fifo:
-                # Each dead letter is a message group of its own, so that none is kept from those who look through them by another; and
-                # what is buried again after a replay is no repetition.
+                # Each dead letter is a message group of its own, so that none blocks another when they are browsed; and one that is
+                # dead again after a replay is no duplicate.
                 id = str(message["MessageId"])
                 entry = _wire.in_order(_wire.leaving(message, entry), id, f"{id}-{_wire.received(message)}")
             return Copy(names.dead(group), entry)
@@ -59,10 +59,10 @@ class Copies:
         return Copy(names.queue(group), entry)
 
     def due(self, group: str, message: Message) -> Copy:
-        """Return what enters a group's FIFO queue when its time has come.
+        """Return the copy of a due message for its group's FIFO queue.
 
-        A message that was never in it is deduplicated by its id, like any published one. One that comes back would be dropped by that: it
-        has a deduplication id of its own, the same however often it is moved.
+        A message that was never in it is deduplicated by its id, like any published one. One that returns would be dropped by that: it
+        has a deduplication id of its own, the same if moving it is repeated.
         """
         parsed = _wire.parse(message)
         entry = _wire.repack(message, attempts=parsed.attempts)
@@ -71,7 +71,7 @@ class Copies:
         return Copy(self._names.queue(group), self._in_order(message, entry, dedup))
 
     def replayed(self, group: str, message: Message) -> Copy:
-        """Return what a dead letter is replayed as."""
+        """Return the copy with which a dead letter is replayed."""
         entry = _wire.repack(message, attempts=0, only=True)
         if self._fifo:
             # Not the message's own id, with which it was published perhaps a moment ago; and the same if the replay is repeated.
@@ -79,7 +79,7 @@ class Copies:
         return Copy(self._names.queue(group), entry)
 
     def unparked(self, group: str, message: Message) -> Copy:
-        """Return what a parked message enters a group as, with what is left of its delay."""
+        """Return the copy of a parked message for a group, with the rest of its delay."""
         parsed = _wire.parse(message)
         left = max(0.0, parsed.due / 1000 - time.time())
         entry = _wire.repack(message, attempts=0, due=parsed.due if left > LONGEST_DELAY else 0)

@@ -1,4 +1,4 @@
-"""Delays beside a FIFO queue, which can delay no single message, and where an invisible one holds up those behind it."""
+"""Delays of FIFO groups: a FIFO queue can delay no single message, and an invisible one blocks those behind it."""
 
 import asyncio
 import logging
@@ -21,15 +21,15 @@ _BACKOFF: Final = ExponentialBackoff(initial=0.1, maximum=30.0)
 
 
 class Delays:
-    """Moves messages from a group's standard queue, where they waited for their time, to the end of its FIFO queue.
+    """Moves due messages from a group's standard queue, in which they waited, to the end of its FIFO queue.
 
-    It runs as long as anybody in this process consumes the group. Its polls are not cancelled either: the last one ends by itself,
-    and what it brings is moved.
+    It runs as long as this process has a consumer of the group. Its polls are not cancelled either: the last one ends by itself, and
+    its messages are moved.
 
     Args:
-        publisher: Stores what enters the FIFO queue.
-        copies: Makes it.
-        run: Runs what must not be cancelled with the one who asked for it.
+        publisher: Stores the copies.
+        copies: Makes the copies.
+        run: Runs a task that must not be cancelled with its caller.
         group: The group.
     """
 
@@ -45,7 +45,7 @@ class Delays:
         self._unused = asyncio.Event()
 
     def register(self) -> None:
-        """Count a consumer in."""
+        """Register a consumer; the first one starts the mover."""
         self._consumers += 1
         self._unused.clear()
         if not self._running:
@@ -53,7 +53,7 @@ class Delays:
             self._start(self._run())
 
     def unregister(self) -> None:
-        """Count a consumer out."""
+        """Remove a consumer; the last one ends the mover."""
         self._consumers -= 1
         if not self._consumers:
             self._unused.set()
@@ -67,15 +67,15 @@ class Delays:
                     await self._move_due()
                 except AbeError as exc:
                     failures += 1
-                    # One that trying again cannot mend is worth an error, once, and no more than the rarest tries.
+                    # A failure that no retry helps is logged as an error, once, and retried at the longest interval.
                     level = logging.WARNING if exc.retryable else logging.ERROR
                     if level <= logged:
                         level = logging.DEBUG
                     logged = max(logged, level)
                     _log.log(level, "delayed messages of group %r do not move, trying again: %s", self._group, exc)
                     await pause(self._unused, _BACKOFF(failures) if exc.retryable else _BACKOFF.maximum)
-                except Exception:  # noqa: BLE001 - or what waits would never move
-                    _log.exception("unexpected exception where delayed messages are moved (a bug of the provider)")
+                except Exception:  # noqa: BLE001 - a retry may succeed
+                    _log.exception("unexpected exception while delayed messages were moved (a bug of the provider)")
                     await pause(self._unused, _BACKOFF.maximum)
                 else:
                     failures, logged = 0, -1
@@ -90,13 +90,13 @@ class Delays:
             found = await queue.poll(BATCH)
         except QueueMissingError:
             groups.forget(name)
-            # The consumers find their own queue missing, and make both again; a queue that others make is only missing here.
+            # If the group was deleted, its consumers declare both queues again. One that may not be created raises an error here.
             await groups.ensure(name)
             return
         if groups.deletions[self._group] != deletions:
-            return  # a group of this name was deleted meanwhile, and with it what this poll may bring
+            return  # the group was deleted meanwhile, with the messages of this poll
         messages = {message["MessageId"]: message for message in found}.values()
-        # What was delayed for as long as SQS can, and has to wait for longer.
+        # Messages with a delay that is longer than SQS's: they have to wait on.
         early = {message["ReceiptHandle"]: left for message in messages if (left := _left(message)) > 0}
         due = [message for message in messages if message["ReceiptHandle"] not in early]
         problems = list(await queue.change_visibility(early.items()))
@@ -107,12 +107,16 @@ class Delays:
         failed = [error for error in problems if error is not None]
         for error in failed:
             if not error.retryable and not isinstance(error, (EntryRefusedError, LeaseLostError)):
-                raise error  # not about one message
+                raise error  # it affects all messages
         if failed:
-            raise BackendConnectionError(f"some of {len(found)} could not be moved: {failed[0]}") from failed[0]
+            raise BackendConnectionError(f"some of {len(found)} messages could not be moved: {failed[0]}") from failed[
+                0
+            ]
 
 
 def _left(message: Message) -> int:
     due, now = _wire.parse(message).due, time.time()
-    left = due / 1000 - now if due <= now * 1000 + _wire.LONGEST_WAIT else 0.0  # else it is for the consumer to see
+    left = (
+        due / 1000 - now if due <= now * 1000 + _wire.LONGEST_WAIT else 0.0
+    )  # else it is malformed, and the consumer gets it
     return min(LONGEST_VISIBILITY, -int(-left // 1)) if left > 0 else 0

@@ -1,4 +1,4 @@
-"""SQS's errors made ours: the only module that knows the client's exceptions."""
+"""Translates the errors of SQS and SNS into ours: the only module that knows the client's exceptions."""
 
 import socket
 from collections.abc import Generator, Mapping
@@ -23,31 +23,31 @@ from abe_backend_sqs._answers import FormError
 
 
 class SqsError(AbeError):
-    """SQS answered with an error that nothing here expects."""
+    """SQS answered with an error that has no translation."""
 
 
 class QueueMissingError(BackendConnectionError):
-    """There is no such queue or topic, or not any more."""
+    """The queue or topic does not exist, or not any more."""
 
 
 class ThrottledError(BackendConnectionError):
-    """SQS is asked too often, or does something for us already."""
+    """SQS throttles requests, or is still carrying out an earlier one."""
 
 
 class QueueExistsError(ConfigurationError):
-    """There is a queue of this name, with other attributes."""
+    """A queue of this name exists, with other attributes."""
 
 
 class ClockError(BackendConnectionError):
-    """The time that a request was signed with is not AWS's time, so that it did nothing.
+    """A request was refused, as it was signed with a time that is not AWS's.
 
-    It passes where the process or its machine slept between the signature and the request, or once the clock is set right after a long
-    sleep, so it is tried again like a lost connection. Where the clock stays wrong, the text of what is given up in the end says so.
+    A retry succeeds if the process or its machine slept between the signature and the request, or once the clock is set right after a
+    long sleep, so it is retried like a lost connection. If the clock stays wrong, the text of the final error says so.
     """
 
 
 class EntryRefusedError(PublishRejectedError):
-    """SQS refuses this message as it is. It was not stored, and would not be next time."""
+    """SQS refuses this message as it is. It was not stored, and a retry would not help."""
 
     retryable = False
 
@@ -68,7 +68,7 @@ _CODES: Final[Mapping[type[AbeError], str]] = {
     ClockError: "RequestExpired RequestInTheFuture RequestTimeTooSkewed",
     QueueMissingError: "QueueDoesNotExist NonExistentQueue NotFound NotFoundException",
     LeaseLostError: "ReceiptHandleIsInvalid MessageNotInflight",
-    # What is wrong with the queue's key, or its endpoint, is wrong for every message until somebody mends it.
+    # An error of the queue's key, or of its endpoint, affects every message until it is corrected.
     ConfigurationError: "InvalidAddress InvalidSecurity UnsupportedOperation",
     QueueExistsError: "QueueAlreadyExists QueueNameExists",
 }
@@ -83,7 +83,7 @@ _BY_CODE: Final[dict[str, type[AbeError]]] = {
 }
 
 _TIMED_OUT: Final = ("RequestTimeout", "RequestTimeoutException")
-"""A server waited for a request for too long, or for what it asked for it: it may have had all of it."""
+"""A server timed out waiting for the request, or for another server: it may have received all of it."""
 
 _SIGNATURES: Final = (
     "IncompleteSignature",
@@ -91,14 +91,14 @@ _SIGNATURES: Final = (
     "InvalidSignatureException",
     "SignatureDoesNotMatch",
 )
-"""The texts of these repeat headers of the request, its session token or what it was signed with included."""
+"""The texts of these repeat headers of the request, such as its session token, or what was signed."""
 
 _SKEWED: Final = ("Signature expired", "Signature not yet current")
-"""How the text of a refused signature begins where the time is the reason."""
+"""How the text of a refused signature begins if the time is the reason."""
 
 Failure = tuple[type[Exception], ...]
 GARBLED: Final[Failure] = (FormError, ResponseParserError, KeyError)
-"""What an answer that is not one of the service's (a proxy's page, a body that is empty) ends in."""
+"""The errors of an answer that is not one of the service (a proxy's page, an empty body)."""
 
 _BY_TYPE: Final[tuple[tuple[type[BaseException], type[AbeError]], ...]] = (
     (native.NoCredentialsError, PermissionDeniedError),
@@ -123,7 +123,7 @@ _UNSENT: Final = (
     native.SSLError,
     ConnectionRefusedError,
 )
-"""What certainly happened before the request left."""
+"""Errors that certainly came before the request was sent."""
 
 _NO_CREDENTIALS: Final = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; an emulator takes any values"
 _REGION: Final = "set AWS_REGION to a region such as eu-central-1"
@@ -137,21 +137,21 @@ _HINTS: Final[tuple[tuple[type[BaseException], str], ...]] = (
     (native.ConnectTimeoutError, "check AWS_REGION, or AWS_ENDPOINT_URL_SQS where it is set, and the network"),
     (ClockError, "set this machine's clock right"),
     (PermissionDeniedError, "check the credentials, and what they allow"),
-    (QueueMissingError, "it was deleted, or never made"),
+    (QueueMissingError, "it was deleted, or never created"),
 )
-"""What may help, by the client's error or by ours; the first that fits."""
+"""Remedies, by the client's error or by ours; the first that fits."""
 
 _NO_TLS: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE")
-"""What TLS calls an answer that is none of its own."""
+"""TLS's names for an answer without TLS."""
 _WANTS_TLS: Final = ("plain http request", "client sent an http request to an https server")
-"""How servers say so."""
+"""How servers answer a request without TLS."""
 
 CLIENT_ERRORS: Final[Failure] = (native.ClientError, native.BotoCoreError, *GARBLED, OSError)
-"""All that the client may raise."""
+"""All exceptions of the client."""
 
 
 def code(error: BaseException) -> str:
-    """Return SQS's code of an error, without its namespace; empty where it is another error."""
+    """Return SQS's code of an error, without its namespace; empty for other errors."""
     if not isinstance(error, native.ClientError):
         return ""
     found = cast("Mapping[str, Mapping[str, str]]", error.response).get("Error", {}).get("Code", "")
@@ -159,7 +159,7 @@ def code(error: BaseException) -> str:
 
 
 def translate(exc: BaseException, address: str) -> AbeError:
-    """Return our error for one of the client's, whose text loses what must not be shown: it is the cause of ours."""
+    """Return our error for one of the client's. As that is the cause of ours, its text loses what must not be shown."""
     if isinstance(exc, native.ClientError):
         kind = _answered(exc)
         if code(exc) in _SIGNATURES:
@@ -175,25 +175,25 @@ def translate(exc: BaseException, address: str) -> AbeError:
 
 
 def _about_tls(exc: BaseException) -> str:
-    """Return what would be right where one side speaks TLS and the other does not, or where the certificate is not for this address."""
+    """Return the remedy if one side speaks TLS and the other does not, or the certificate is not for this address; else empty."""
     if isinstance(exc, native.SSLError):
         if isinstance(exc.kwargs.get("error"), ClientConnectorCertificateError):
-            return "AWS_ENDPOINT_URL_SQS must name a host of the certificate, and AWS_CA_BUNDLE who signed it, where that is not public"
+            return "AWS_ENDPOINT_URL_SQS must name a host of the certificate, and AWS_CA_BUNDLE its authority, if that is not public"
         if any(name in str(exc) for name in _NO_TLS):
-            return "what answers there speaks no TLS: let AWS_ENDPOINT_URL_SQS begin with http://"
+            return "the server there does not use TLS: AWS_ENDPOINT_URL_SQS must begin with http://"
     if isinstance(exc, native.ClientError) and any(text in _text(exc).lower() for text in _WANTS_TLS):
-        return "what answers there speaks TLS: let AWS_ENDPOINT_URL_SQS begin with https://"
+        return "the server there uses TLS: AWS_ENDPOINT_URL_SQS must begin with https://"
     return ""
 
 
 def _hint(exc: BaseException, kind: type[AbeError]) -> str:
     if isinstance(exc, native.ConnectionClosedError) and str(exc.kwargs.get("endpoint_url", "")).startswith("http:"):
-        return "where it stays so, what answers there may speak TLS: let AWS_ENDPOINT_URL_SQS begin with https://"
+        return "if this persists, the server there may use TLS: AWS_ENDPOINT_URL_SQS must begin with https:// then"
     return next((hint for known, hint in _HINTS if isinstance(exc, known) or issubclass(kind, known)), "")
 
 
 def translate_send(exc: BaseException, address: str) -> AbeError:
-    """The same for a request that stores messages: says whether it may have."""
+    """Translate an error of a request that stores messages; `PublishUnknownError` if it may have stored them."""
     error = translate(exc, address)
     if isinstance(error, SqsError):
         return EntryRefusedError(str(error))
@@ -226,7 +226,7 @@ def translated(address: str) -> Generator[None]:
 
 
 def _answered(exc: native.ClientError) -> type[AbeError]:
-    """Return the kind of our error for an answer that is an error."""
+    """Return the class of our error for an error that the service answered with."""
     name = code(exc)
     if name in _SIGNATURES and _text(exc).startswith(_SKEWED):
         return ClockError
@@ -238,11 +238,11 @@ def _answered(exc: native.ClientError) -> type[AbeError]:
 
 
 def _unfinished(exc: native.ClientError) -> bool:
-    """Whether the server, or one before it, gave up in the middle: what was asked for may have been done."""
+    """Whether the server, or one before it, gave up in the middle: the request may have been carried out."""
     status = _status(exc)
     if code(exc) in _BY_CODE or status == HTTPStatus.TOO_MANY_REQUESTS:
         return False
-    # A code that is a number is the status of an answer that is not SQS's own, but that of something on the way to it.
+    # A code that is a number is the status of an answer of an intermediary, not of SQS.
     return (
         code(exc).isdigit()
         or code(exc) in _TIMED_OUT
@@ -252,19 +252,19 @@ def _unfinished(exc: native.ClientError) -> bool:
 
 
 def _conceal(exc: native.ClientError) -> None:
-    """Replace the text that AWS sent, which whoever logs the error would show with its cause."""
+    """Replace the text that AWS sent: as the cause of our error it would be logged with it."""
     response = cast("dict[str, Any]", exc.response)
     text = (
-        "the signature is refused; AWS_SECRET_ACCESS_KEY must be the access key's, AWS_REGION the region of the address, and nothing may "
-        "change requests on their way"
+        "the signature is refused; AWS_SECRET_ACCESS_KEY must be the access key's, AWS_REGION the region of the address, and no proxy may "
+        "change requests"
     )
     exc.args = (f"An error occurred ({code(exc)}) when calling the {exc.operation_name} operation: {text}",)
     exc.response = cast("Any", {**response, "Error": {**response["Error"], "Message": text}})
 
 
 def _unsent(exc: BaseException) -> bool:
-    """Whether it certainly happened before the request left. The client calls a connection that was reset meanwhile by the name of one that
-    could not be made."""
+    """Whether the error certainly came before the request was sent. The client raises the same class for a connection that was reset, and
+    for one that could not be made."""
     if isinstance(exc, native.EndpointConnectionError):
         return isinstance(exc.kwargs.get("error"), ClientConnectorError | socket.gaierror)
     return isinstance(exc, _UNSENT)

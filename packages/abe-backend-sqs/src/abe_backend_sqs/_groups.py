@@ -1,4 +1,4 @@
-"""The groups of one namespace, each of which is a queue and what belongs to it: found, made, described, deleted."""
+"""Finds, creates, tags and deletes the groups of one namespace, each of which is several queues."""
 
 import asyncio
 import time
@@ -23,18 +23,18 @@ _SKEW: Final = 10.0
 
 
 class Declared(NamedTuple):
-    """What declaring a group has led to."""
+    """The result of declaring a group."""
 
     patterns: tuple[str, ...]
     propagation: float
-    """Seconds until every publisher must know."""
+    """Seconds until every publisher knows it."""
 
 
 class Groups:
     """The groups of one namespace, and their queues.
 
     Args:
-        clients: Ask SQS.
+        clients: The AWS clients.
     """
 
     def __init__(self, clients: Clients) -> None:
@@ -47,12 +47,12 @@ class Groups:
         """How many times groups were deleted through this object."""
         self._queues: dict[str, Queue] = {}
         self._checked: set[str] = set()
-        """The names of queues that are known to be what they must be."""
+        """The names of queues whose attributes are known to be right."""
         self._known_by: dict[str, tuple[float, float]] = {}
-        """Of each group: since when it is what it is, and by when, by the monotonic clock, every publisher knows."""
+        """Of each group: since when it has its tags, and when, by the monotonic clock, every publisher knows them."""
 
     def forget(self, name: str | None = None) -> None:
-        """Look again next time, for the groups and for the queue of that name. A topic that is gone is not published to any more."""
+        """Forget the registry, and the queue of that name: the next use reads them again. A deleted topic is not used any more."""
         if name is not None:
             self._queues.pop(name, None)
             self._checked.discard(name)
@@ -61,9 +61,9 @@ class Groups:
         self.keeper.forget()
 
     def not_found(self, name: str) -> None:
-        """Look again next time, as `forget`, after a publish that did not find that queue.
+        """Forget the registry and the queue, as `forget`, after a publish that did not find that queue.
 
-        Where it was looked for and is known to be missing, that is no news of the groups: they are not read again at each try.
+        If the queue is known to be missing already, the registry is kept: it is not read again at each retry.
         """
         if name in self._queues or not self.keeper.misses(name):
             self.forget(name)
@@ -79,7 +79,7 @@ class Groups:
         return self._queues[name]
 
     async def store(self, name: str) -> Queue:
-        """Return a queue that messages are put into: made again if it is missing, unless it is a group's own.
+        """Return a queue to store messages in; create it again if it is missing, unless it is a group's own.
 
         Raises:
             QueueMissingError: There is no such group.
@@ -90,16 +90,16 @@ class Groups:
         return await self.ensure(name, check=name == self.names.parked)
 
     async def ensure(self, name: str, *, dead: str | None = None, ours: bool = False, check: bool = True) -> Queue:
-        """Return a queue that can keep what is promised, made where there is none.
+        """Return a queue that fulfils the contract; create it if it does not exist.
 
         Args:
-            name: Its name.
+            name: The queue's name.
             dead: The name of the queue of its dead letters.
-            ours: Whether one that is there may be changed.
-            check: Whether one that is there is looked at.
+            ours: Whether an existing one may be changed.
+            check: Whether an existing one is checked.
 
         Raises:
-            ConfigurationError: There is none, and none may be made. Or there is one that cannot.
+            ConfigurationError: It does not exist, and may not be created; or it exists, and does not fulfil the contract.
         """
         dead_letters = None if dead is None else await self.ensure(dead, ours=ours)
         try:
@@ -107,7 +107,7 @@ class Groups:
         except QueueMissingError as exc:
             if not self._settings.ensure:
                 raise ConfigurationError(
-                    f"there is no queue {name!r} in SQS, and SQS_ENSURE is false: have it made"
+                    f"there is no queue {name!r} in SQS, and SQS_ENSURE is false: create it"
                 ) from exc
             queue = await self._create(name, dead_letters)
         if check and name not in self._checked:
@@ -116,18 +116,18 @@ class Groups:
         return queue
 
     async def declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> Declared:
-        """Make the group exist; see `Transport.declare`.
+        """Create the group if it does not exist; see `Transport.declare`.
 
         Raises:
-            ConfigurationError: The groups are pinned, or queues are made by somebody else, and neither knows this one. Or a queue of this
-                name is there that would not keep what it is given.
+            ConfigurationError: The group is not among the pinned ones; or a queue is missing, and may not be created; or an existing queue
+                does not fulfil the contract.
         """
         registry = await self.keeper.registry(time.monotonic())
         if self._settings.pinned is not None:
             self._check_pinned(registry, group, patterns if change else None)
         try:
             return await self._declare(registry, group, patterns, change=change)
-        except QueueMissingError:  # deleted by another process since we knew its address: the next try makes it
+        except QueueMissingError:  # deleted by another process meanwhile: the retry creates it
             for name in self._of(group):
                 self.forget(name)
             raise
@@ -143,12 +143,12 @@ class Groups:
     ) -> Declared:
         name, dead, *others = self._of(group)
         present = registry.present.get(group)
-        # What has our tags is ours, and what belongs to it.
+        # A queue with our tags is ours, and so are those that belong to it.
         ours = present is not None and self._settings.pinned is None
         for each in (dead, *others):
             await self.ensure(each, ours=ours)
         if present is None:
-            # One that was deleted underneath gets the patterns again that it had.
+            # One that was deleted underneath gets its old patterns again.
             before = None if change else registry.groups.get(group)
             made = await self._make(group, before or patterns or EVERYTHING)
         else:
@@ -163,9 +163,9 @@ class Groups:
         return Declared(made.patterns, self._propagation(group, made.since))
 
     async def _make(self, group: str, wanted: tuple[str, ...]) -> Group:
-        """Make the queue by which the group exists, and return what it is now: another process may have made it meanwhile.
+        """Create the group's own queue, and return the group: another process may have created it meanwhile.
 
-        With its tags, in one request: of several who make it with different patterns, one does.
+        The queue gets its tags in the same request: of several processes with different patterns, one creates it.
         """
         name, dead, *_ = self._of(group)
         made = Group(group, wanted, _now())
@@ -176,44 +176,44 @@ class Groups:
             await self.find(name)
         except QueueMissingError:
             if self._settings.ensure:
-                await self.keeper.revise(name)  # before it: one of this name may have been there, with other tags
+                await self.keeper.revise(name)  # first: a queue of this name may have existed with other tags
                 await self._create(name, await self.ensure(dead), tags(made))
         found = await self.keeper.group(await self.ensure(name, dead=dead))
         return found or await self._tag(made)
 
     async def _tag(self, made: Group) -> Group:
-        """Say in the tags of its queue what the group is from now on, so that every publisher that looks sees it."""
+        """Set the tags of the group's queue, so that every publisher that reads them from now on sees the change."""
         name = self.names.queue(made.name)
         if not self._settings.ensure:
             raise ConfigurationError(
                 f"the queue {name!r} is not tagged as group {made.name!r} with the key patterns "
-                f"{list(made.patterns)}, and SQS_ENSURE is false: have it tagged, or set SQS_GROUPS"
+                f"{list(made.patterns)}, and SQS_ENSURE is false: tag it, or set SQS_GROUPS"
             )
         queue = await self.find(name)
 
         async def tag() -> None:
             nonlocal made
             made = made._replace(since=_now())
-            # In one call, and by count: what is left of longer lists means nothing.
+            # In one call, with the number of parts: left-over parts of a longer list are ignored.
             await queue.tag(tags(made))
 
         await self.keeper.change(name, tag)
         return made
 
     async def _tidy(self, name: str) -> None:
-        """Leave one revision of a group where a change was interrupted, or two were made at once."""
+        """Reduce a group's revisions to one, if a change was interrupted, or two were made at once."""
         if len(await self.keeper.revisions(name)) > 1:
-            with suppress(PermissionDeniedError):  # this is for whoever may
+            with suppress(PermissionDeniedError):  # it is optional
                 await self.keeper.change(name)
 
     async def delete(self, group: str) -> None:
-        """Delete the group's queues: its revisions first, by whose absence publishers know that it is not to come back, then the one by
-        which it exists."""
+        """Delete the group's queues: its revisions first, whose absence tells publishers that the group was deleted and is not only
+        missing; then its own queue."""
         self._check_deletable(f"group {group!r} is")
         self.deletions[group] += 1
         registry = await self.keeper.registry(time.monotonic())
         first, *_ = names = self._of(group)
-        for _ in range(2):  # somebody may be changing it
+        for _ in range(2):  # another process may be changing it
             for revision in await self.keeper.revisions(first):
                 await revision.remove()
             for name in names:
@@ -249,7 +249,7 @@ class Groups:
             )
 
     async def group_counts(self, group: str) -> Counts:
-        """Return how many messages the group has. Those that wait beside a FIFO queue are delayed."""
+        """Return how many messages the group has. Those in the queue of delays of a FIFO group are delayed."""
         if not self._settings.fifo:
             return await self.counts(self.names.queue(group))
         counts, delayed = await asyncio.gather(
@@ -271,9 +271,9 @@ class Groups:
             raise
 
     def _propagation(self, group: str, since: float) -> float:
-        """Return for how long a publisher may use a registry that it read before a group's tags were set by a request that began then.
+        """Return for how many seconds publishers may use a registry from before the group's tags were set.
 
-        They are set by now, and perhaps only since now: the request may have taken as long as it is given.
+        `since` is when the request that set them began. It may have taken up to its timeout, so they may be set only since now.
         """
         now, ttl = time.monotonic(), self._settings.registry_ttl
         if time.time() >= since + max(_SKEW, self._settings.publish_timeout) + ttl:
@@ -290,23 +290,23 @@ class Groups:
         return await self.topics.subscribe(used or await self.topics.create(self.names.topic), queue)
 
     def _of(self, group: str) -> Sequence[str]:
-        """Return the names of a group's queues, first the one by which it exists, then that of its dead letters."""
+        """Return the names of a group's queues: its own, that of its dead letters, that of its delays."""
         names = self.names
         return names.queue(group), names.dead(group), *([names.delayed(group)] if self._settings.fifo else ())
 
     async def _create(self, name: str, dead_letters: Queue | None, labels: Mapping[str, str] | None = None) -> Queue:
-        """Make a queue. One that is made first and described later would lose messages after four days in between."""
+        """Create a queue with its attributes: one that gets them later would lose messages that are older than four days until then."""
         attributes = await _attributes.wanted(self._settings, name, dead_letters)
         try:
             queue = await _queue.create(self._clients, name, attributes, labels)
-        except QueueExistsError:  # a process with another lease made it meanwhile
+        except QueueExistsError:  # a process with another lease created it meanwhile
             queue = await _queue.find(self._clients, name)
         else:
-            self._checked.add(name)  # were it another's, its attributes would have to be the same
+            self._checked.add(name)  # if another process created it, its attributes are the same
         self._queues[name] = queue
         return queue
 
 
 def _now() -> float:
-    """Return the time as tags can tell it, in seconds since the epoch."""
+    """Return the time in seconds since the epoch, in the whole milliseconds that tags have."""
     return int(time.time() * 1000) / 1000

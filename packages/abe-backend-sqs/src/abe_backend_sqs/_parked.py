@@ -1,4 +1,4 @@
-"""Messages that were published before there was any group, handed to the groups that there are."""
+"""Moves parked messages to the groups that want them."""
 
 import asyncio
 import logging
@@ -18,35 +18,34 @@ from abe_backend_sqs._wire import Entry, Message
 _log: Final = logging.getLogger("abe.sqs")
 _BACKOFF: Final = ExponentialBackoff(initial=0.1, maximum=5.0)
 _FULL_LOOK: Final = 100_000
-"""Parked messages of a look. SQS lets 120,000 of a queue be invisible at once."""
+"""Parked messages that are browsed. SQS lets 120,000 of a queue be invisible at once."""
 _SHORT_LOOK: Final = 1_000
 _LOOKS: Final = 5
-"""Looks at parked messages, some of which others have made invisible."""
+"""Times that parked messages are browsed without a result while other processes have made some invisible."""
 
 
 class Parked:
-    """Looks at the parked messages, one look at a time, and moves them.
+    """Browses the parked messages, once at a time, and moves them.
 
     Args:
-        broker: Knows the groups.
+        broker: Has the groups and the queues.
     """
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self._looking: asyncio.Task[None] | None = None
         self._looks: set[bool] = set()
-        """The looks that are asked for: whether they are thorough."""
+        """What was requested by `look`: thorough or not, or both."""
         self.new_groups: set[str] = set()
-        """Groups that are new, until the parked messages that they want are theirs."""
+        """New groups, until the parked messages that they want have been moved."""
 
     async def hand_over(self) -> None:
-        """Look at all of them, and wait for that for as long as a publish has time. However many they are, it goes on beside what comes
-        next."""
+        """Start moving all parked messages, and wait for a quarter of the publish timeout at most. It continues in the background."""
         looking = self.look(thorough=self._broker.thorough)
         await asyncio.wait([looking], timeout=self._broker.settings.publish_timeout / 4)
 
     def look(self, *, thorough: bool = False) -> "asyncio.Task[None]":
-        """Hand parked messages to the groups that there are, in the background, until it succeeds."""
+        """Move parked messages to the groups in the background, with retries until it succeeds."""
         self._looks.add(thorough)
         if self._looking is None or self._looking.done():
             self._looking = self._broker.background.start(self._hand_over())
@@ -56,19 +55,19 @@ class Parked:
         failures = unfinished = 0
         while self._looks:
             thorough = max(self._looks)
-            self._looks.clear()  # who asks from now on may have messages that this look misses
+            self._looks.clear()  # later requests may be for messages that are missed now
             try:
                 complete, moved = await self._look(thorough=thorough)
             except AbeError as exc:
                 if not exc.retryable:
-                    _log.debug("parked messages are left to those who may look at them: %s", exc)
+                    _log.debug("this process cannot move parked messages: %s", exc)
                     return
                 level = logging.DEBUG if failures else logging.WARNING
-                _log.log(level, "parked messages could not be handed out, trying again: %s", exc)
+                _log.log(level, "parked messages could not be moved, retrying: %s", exc)
                 failures += 1
                 seconds = _BACKOFF(failures)
             else:
-                # Where others were looking at some, they may have wanted other messages.
+                # If other processes browse some of them, these may want other messages than ours.
                 unfinished = 0 if complete else 1 if moved else unfinished + 1
                 if not 0 < unfinished < _LOOKS:
                     continue
@@ -78,7 +77,7 @@ class Parked:
                 return
 
     async def _look(self, *, thorough: bool) -> tuple[bool, int]:
-        """Look once; return whether all were seen, and how many were moved."""
+        """Browse once; return whether all were seen, and how many were moved."""
         registry = await self._broker.groups.keeper.registry(time.monotonic())
         oldest_first = sorted(registry.present, key=lambda name: registry.since.get(name, 0.0))
         groups = {name: registry.present[name] for name in oldest_first}
@@ -90,9 +89,9 @@ class Parked:
         """Move each parked message to the first of the groups that wants it; return whether all were seen, and how many were moved.
 
         Raises:
-            BackendConnectionError: Some could not be moved, and may be next time.
+            BackendConnectionError: Some could not be moved; a retry may succeed.
         """
-        # Groups that were there before want none of them, but where whoever made one was ended before it had looked.
+        # Older groups want none of them, unless the process that created one ended before it had browsed them.
         most = _FULL_LOOK if thorough or not self.new_groups.isdisjoint(groups) else _SHORT_LOOK
         count = 0
         failed: list[AbeError] = []
@@ -115,7 +114,7 @@ class Parked:
         return parked.complete, count
 
     async def _store(self, group: str, messages: Sequence[Message], failed: list[AbeError]) -> Sequence[Message]:
-        """Put messages into the group's queue, with what is left of their delays, and return those that are there."""
+        """Store messages in the group's queue, with the rest of their delays, and return those that were stored."""
         entries: dict[str, list[tuple[Message, Entry]]] = {}
         for message in messages:
             name, entry = self._broker.copies.unparked(group, message)

@@ -1,4 +1,4 @@
-"""Everything that stores messages: published ones fanned out to the groups' queues, and ones that are moved."""
+"""Stores messages: fans published ones out to the groups' queues, and stores copies of those that are moved."""
 
 import asyncio
 import itertools
@@ -20,26 +20,26 @@ from abe_backend_sqs._topics import SNS_LIMIT
 from abe_backend_sqs._wire import Entry
 
 _MAX_CONCURRENT: Final = 48
-"""Requests that store messages under way at once."""
+"""Requests that store messages, at once."""
 
 
 class _Partial(NamedTuple):
     """A message that only some of its queues have."""
 
     envelope: Envelope
-    """Kept, so that no other object has its identity meanwhile."""
+    """The reference keeps its `id()` from being reused."""
     names: set[str]
     """The queues that have it."""
     since: float
-    """When it was first found so, by the monotonic clock."""
+    """When that was found first, by the monotonic clock."""
 
 
 class Publisher:
-    """Puts messages into queues.
+    """Stores messages in queues.
 
     Args:
-        groups: Knows where.
-        settings: The provider's.
+        groups: Finds the queues.
+        settings: The provider's settings.
     """
 
     def __init__(self, groups: Groups, settings: SqsSettings) -> None:
@@ -48,8 +48,8 @@ class Publisher:
         self._concurrent = asyncio.Semaphore(_MAX_CONCURRENT)
         self._counting = asyncio.Lock()
         self._partial: dict[int, _Partial] = {}
-        """By the envelope's identity. The engine tries again with the very object, for as long as a publish may take; another publish has
-        another, though it be of the same id, and what it says must reach all queues."""
+        """By the envelope's `id()`. A retry passes the same object, for as long as a publish may take. Another publish with the same
+        message id passes another object, and must reach all queues."""
 
     async def send(self, envelopes: Sequence[Envelope], registry: Registry) -> Outcomes:
         """Publish: to the queue of each group that wants the key, or to the parked messages where there is no group."""
@@ -61,7 +61,7 @@ class Publisher:
             return await self._fan_out(envelopes, registry, await self._free(wanting, self._settings.max_backlog))
 
     async def post(self, name: str, entries: Sequence[Entry]) -> Outcomes:
-        """Put messages into a queue, and return each one's outcome. Messages keep their order where the queue has one."""
+        """Store messages in a queue, and return each one's outcome. In a FIFO queue they keep their order."""
         batches = list(_wire.batches(entries, SNS_LIMIT if _is_topic(name) else _wire.LIMIT))
         if len(batches) == 1:
             return await self._send(name, entries)
@@ -76,7 +76,7 @@ class Publisher:
             for index, positions in enumerate(batches):
                 await send(positions)
                 failed = next((each for each in map(outcomes.__getitem__, positions) if each and each.retryable), None)
-                if failed is not None:  # what is behind it must not overtake it
+                if failed is not None:  # later ones must not overtake it
                     error = BackendConnectionError(f"not sent, as one before it failed: {failed}")
                     for position in itertools.chain(*batches[index + 1 :]):
                         outcomes[position] = error
@@ -103,7 +103,7 @@ class Publisher:
     def _destinations(
         self, envelope: Envelope, entry: Entry, registry: Registry, groups: Sequence[str]
     ) -> Sequence[str]:
-        """Return the names of the queues for it, or the ARN of the topic, which delays nothing and reaches all groups."""
+        """Return the names of the message's queues; or the ARN of the topic, for one without a delay that all groups want."""
         names = self.groups.names
         if not registry.groups:
             return [names.parked]
@@ -114,14 +114,14 @@ class Publisher:
         return [*map(names.delayed if self._settings.fifo and envelope.delay else names.queue, groups)]
 
     def _entry(self, envelope: Envelope, *, parked: bool) -> Entry:
-        """Return what is sent for an envelope. Parked messages wait out their delay in the queue of the group that they end in."""
+        """Return the entry of an envelope. A parked message is delayed in the queue of the group that gets it."""
         due = math.ceil((time.time() + envelope.delay) * 1000) if envelope.delay else 0
         if due and not parked:
             return delayed(_wire.pack(envelope, due=due if envelope.delay > LONGEST_DELAY else 0), envelope.delay)
         entry = _wire.pack(envelope, due=due)
         if not self._settings.fifo:
             return entry
-        # Parked messages are kept apart by key: those that no group wants must not be in the way of the others.
+        # Each key is a message group of parked messages: those that no group wants must not block the others.
         order = envelope.key if parked else self._settings.message_group or envelope.key
         return _wire.in_order(entry, order, envelope.id)
 
@@ -132,7 +132,7 @@ class Publisher:
             return unroutable(envelope)
         if not registry.groups or room is None:
             return None
-        stored = self._stored_in(envelope)  # by an earlier try: there it takes no room any more
+        stored = self._stored_in(envelope)  # by an earlier try: they need no room any more
         names = self.groups.names
         left = [each for each in groups if names.queue(each) not in stored and names.delayed(each) not in stored]
         if any(room[group] <= 0 for group in left):
@@ -148,7 +148,7 @@ class Publisher:
             try:
                 waiting, _, delayed = await self.groups.group_counts(group)
             except QueueMissingError:
-                return most  # what is sent to it fails by itself
+                return most  # sending to it fails by itself
             return most - waiting - delayed
 
         return dict(zip(groups, await asyncio.gather(*map(room, groups)), strict=True))
@@ -159,7 +159,7 @@ class Publisher:
         queues: Mapping[str, Sequence[tuple[int, Entry]]],
         outcomes: list[AbeError | None],
     ) -> None:
-        """Post to every queue; a message that only some of them took is remembered, so that its next try leaves those out."""
+        """Post to every queue; a message that only some of them stored is remembered, so that its retry leaves those out."""
 
         async def post(name: str, some: Sequence[tuple[int, Entry]]) -> None:
             left = [each for each in some if name not in self._stored_in(envelopes[each[0]])] if self._partial else some
@@ -189,14 +189,14 @@ class Publisher:
         return found.names if found else ()
 
     def _forget_partial(self) -> None:
-        """Forget messages that are not sent again, as the time of their publish is over. The first ones are the oldest."""
+        """Forget messages that are not retried, as the time of their publish is over. The first ones are the oldest."""
         oldest = time.monotonic() - self._settings.publish_timeout
         while self._partial and (first := next(iter(self._partial.values()))).since < oldest:
             del self._partial[id(first.envelope)]
 
     def _partial_failure(self, envelope: Envelope, done: set[str], failed: Sequence[tuple[str, AbeError]]) -> AbeError:
         errors = [error for _, error in failed]
-        # An error of what may be stored comes first, then one of what will never be.
+        # An error of a message that may be stored comes first, then a permanent one.
         worst = min(errors, key=lambda error: (not error.maybe_accepted, error.retryable))
         known = self._partial.get(id(envelope))
         if known is None:

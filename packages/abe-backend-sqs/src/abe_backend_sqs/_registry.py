@@ -1,13 +1,13 @@
-"""How the groups are read and changed: the list of queues' names again and again, the tags of a queue when its group has changed.
+"""Reads and changes the groups: lists the queues' names periodically, and reads the tags of a queue when its group has changed.
 
 SQS answers five requests for tags a second in an account. So tags are kept queue by queue, and read again only where the list says that
 the group has changed; throttling of some queues does not discard the tags of others. Concurrent callers share one reading, and
 cancelling a caller does not cancel it. Publishers may use a registry for `SQS_REGISTRY_TTL_SECONDS`; the next one is read meanwhile.
 
-SQS has no lock and no transaction, so that queues that are always empty tell of changes. A group has one, its revision, whose name is new
-each time. To change a group's tags (`RegistryKeeper.change`):
+SQS has no lock and no transaction, so changes are announced by queues that are always empty. A group has one, its revision, whose name
+is new each time. To change a group's tags (`RegistryKeeper.change`):
 
-1. Add a revision, so that there are two (where there was none, add two: one alone would be relied on).
+1. Add a revision, so that there are two (where there was none, add two: one alone means that nothing is changing).
 2. Set the tags.
 3. Add another revision, and remove those that were there after the tags were set.
 4. List them. If there is not exactly one left, another process changed the group too: begin again, without setting tags.
@@ -20,8 +20,8 @@ A process that dies in between leaves two, until the next change or declaration 
 
 So tags that were read before step 2 of a change are read again after step 3, as the revision is another one.
 
-A queue that is missing while its revision is there was not deleted by `delete_group`. Its consumers make it again. Until then
-publishers that know the group still count it, so that a publish that it wants waits, and fails in the end, in place of passing it by.
+A queue that is missing while its revision exists was not deleted by `delete_group`. Its consumers create it again. Until then publishers
+keep the group, so that a publish that it wants is retried, and fails in the end, and is not confirmed without it.
 """
 
 import asyncio
@@ -45,13 +45,13 @@ from abe_backend_sqs._topology import FIFO, Topology
 _log: Final = logging.getLogger("abe.sqs")
 
 _MAX_CONCURRENT: Final = 3
-"""Requests for tags under way at once."""
+"""Requests for tags, at once."""
 _TRIES: Final = 4
 _BACKOFF: Final = ExponentialBackoff(initial=0.2, maximum=2.0)
 _UNREVISED: Final = 60.0
-"""Seconds after which tags are read again where no revision says whether they have changed: their owner sets them by other means."""
+"""Seconds after which the tags of a group without a revision are read again: its owner sets them by other means."""
 _MISSED: Final = 90.0
-"""Seconds for which a group counts whose queue was deleted underneath. SQS keeps the name for 60 of them."""
+"""Seconds for which a group is kept whose queue was deleted underneath. SQS blocks the name for 60 of them."""
 
 
 class _Known(NamedTuple):
@@ -59,7 +59,7 @@ class _Known(NamedTuple):
 
     group: Group | None
     revisions: frozenset[Queue]
-    """Those of the group that were listed before its tags were read."""
+    """The group's revisions that were listed before its tags were read."""
     read_at: float
 
 
@@ -67,8 +67,8 @@ class RegistryKeeper:
     """Reads and changes the groups of a namespace.
 
     Args:
-        clients: Ask SQS.
-        names: What the queues are called.
+        clients: The AWS clients.
+        names: The queues' names.
     """
 
     def __init__(self, clients: Clients, names: Topology) -> None:
@@ -77,7 +77,7 @@ class RegistryKeeper:
         self._names = names
         self._known: dict[str, _Known] = {}
         self._missing: dict[str, float] = {}
-        """Since when the queues of groups are missing that were not deleted as groups are, by the queue's name."""
+        """Since when queues are missing that were not deleted by `delete_group`, by name."""
         self._registry: Registry | None = None
         self._changes = 0
         self._reading = SharedTask(self._read, _closed)
@@ -89,7 +89,7 @@ class RegistryKeeper:
             self._registry = Registry(pinned, {}, 0.0, Routes(pinned, tuple))
 
     async def open(self) -> None:
-        """Return when SQS has answered once; the tags are read beside what comes next."""
+        """Return when SQS has answered once; the tags are read in the background."""
         if self._registry is None:
             self._listed.clear()
             reading = self._reading.start()
@@ -102,33 +102,33 @@ class RegistryKeeper:
                 await result_of(reading, _closed)
 
     async def close(self) -> None:
-        """End what is under way."""
+        """Cancel the reading in progress."""
         await self._reading.cancel()
 
     async def registry(self, since: float | None = None) -> Registry:
-        """Return the groups, as they were no longer ago than the setting says, or than `since` by the monotonic clock."""
+        """Return a registry that is not older than `SQS_REGISTRY_TTL_SECONDS`, or that was read after `since` (monotonic clock)."""
         while (found := self._fresh(since)) is None:
             await self._reading.join()
         if self._settings.pinned is None and time.monotonic() - found.looked_at > self._settings.registry_ttl / 2:
-            self._reading.start()  # so that it is there when this one must not be relied on any more
+            self._reading.start()  # so that the next one is there when this one expires
         return found
 
     def forget(self) -> None:
-        """Rely on nothing that was read so far, nor on what is being read, but for tags of which the list says that they hold."""
+        """Drop the registry, and the one that is being read. Tags that the next list confirms are kept."""
         if self._settings.pinned is None:
             self._registry = None
             self._changes += 1
 
     def misses(self, name: str) -> bool:
-        """Whether it is known already that the queue of that name was deleted, by other means than `delete_group`, and may come back."""
+        """Whether the queue of that name is known to be missing, though it was not deleted by `delete_group`."""
         return name in self._missing
 
     def lose_topic(self, arn: str) -> None:
-        """Publish to a topic no more."""
+        """Do not use a topic any more."""
         self._lost_topics.add(arn)
 
     async def list(self) -> Listing:
-        """Look at the names of the queues."""
+        """List the groups' queues and revisions."""
         queues: dict[str, Queue] = {}
         revisions: dict[str, set[Queue]] = {}
         for queue in await _queue.list_all(self._clients, self._names.listed):
@@ -150,7 +150,7 @@ class RegistryKeeper:
                 raise
             except BackendConnectionError as exc:
                 tries += 1
-                # Throttling ends by itself: what others were answered, they do not ask again.
+                # Throttling ends by itself: other processes do not repeat what was answered.
                 if tries >= _TRIES and not isinstance(exc, ThrottledError):
                     raise
                 await asyncio.sleep(_BACKOFF(tries))
@@ -165,11 +165,11 @@ class RegistryKeeper:
         await _queue.create(self._clients, self._names.revision(name), attributes)
 
     async def change(self, name: str, change: Callable[[], Awaitable[object]] | None = None) -> None:
-        """Change the group whose queue has that name, so that every publisher that looks from now on sees it: steps 1 to 4 above.
+        """Change the group whose queue has that name, so that every publisher that reads from now on sees it: steps 1 to 4 above.
 
         Args:
             name: The queue's name.
-            change: Sets the tags; it may be called once. None: only one revision is to be left.
+            change: Sets the tags; called once. None: only the revisions are reduced to one.
         """
         removed: set[Queue] = set()
         for tries in range(1, _TRIES + 1):
@@ -200,7 +200,7 @@ class RegistryKeeper:
         try:
             await self._read_groups()
         except AbeError as exc:
-            _log.debug("the groups could not be read: %s", exc)  # perhaps nobody waits for it
+            _log.debug("the groups could not be read: %s", exc)  # perhaps no caller waits for it
             raise
 
     async def _read_groups(self) -> None:
@@ -235,7 +235,7 @@ class RegistryKeeper:
                 group = await self.group(listing.queues[name])
         before = self._known.get(name)
         if group is None and before is not None and before.group is not None and revisions:
-            # Without its tags, and with a revision: it was deleted underneath, and is being made again.
+            # Without its tags, and with a revision: it was deleted underneath, and is being created again.
             self._known[name] = before._replace(revisions=frozenset())
             self._missing.setdefault(name, time.monotonic())
         else:
@@ -243,7 +243,7 @@ class RegistryKeeper:
             self._missing.pop(name, None)
 
     def _holds(self, name: str, listing: Listing) -> bool:
-        """Whether the tags that were read last are those that the queue has now."""
+        """Whether the tags that were read last are still those of the queue."""
         known = self._known.get(name)
         revisions = listing.of(name)
         if known is None or known.revisions != revisions or len(revisions) > 1 or name in self._missing:
@@ -251,7 +251,7 @@ class RegistryKeeper:
         return bool(revisions) or time.monotonic() - known.read_at < _UNREVISED
 
     def _members(self, listing: Listing) -> Mapping[str, Group]:
-        """Return the groups by the names of their queues, those included that are missing and may come back."""
+        """Return the groups by the names of their queues, including those that are missing and may be created again."""
         now = time.monotonic()
         for name in [each for each in self._known if each not in listing.queues]:
             group = self._known[name].group
@@ -262,10 +262,10 @@ class RegistryKeeper:
                 _log.warning("the queue of group %r was deleted by other means than delete_group", group.name)
             self._missing.setdefault(name, now)
         for name in [each for each, since in self._missing.items() if now - since > _MISSED]:
-            _log.warning("the queue %r that was deleted has not come back, so its group is gone", name)
+            _log.warning("the deleted queue %r was not created again, so its group does not exist any more", name)
             self._forget(name)
         found = {name: known.group for name, known in self._known.items() if known.group is not None}
-        # One that is missing is reached by no topic.
+        # A topic does not reach a queue that is missing.
         return {
             name: group._replace(subscription="") if name in self._missing else group for name, group in found.items()
         }

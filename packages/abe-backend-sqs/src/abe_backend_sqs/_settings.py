@@ -1,6 +1,6 @@
-"""What the SQS provider can be told, from ``AWS_*``, ``SQS_*`` and ``QUEUE_*``.
+"""The SQS provider's settings, from ``AWS_*``, ``SQS_*`` and ``QUEUE_*``.
 
-The account's part is the AWS SDK's own: what is not set here (profiles, roles, container and instance credentials, the region of a profile)
+Those of the account are the AWS SDK's: what is not set here (profiles, roles, container and instance credentials, the region of a profile)
 is found by its chain when the backend connects.
 """
 
@@ -33,7 +33,7 @@ Pinned: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 def _endpoint(value: Any) -> str:
-    """Check the address of an SQS. It is not repeated in the complaint: it may hold a password."""
+    """Check the address of an SQS. The error does not repeat it: it may hold a password."""
     form = "an address such as http://localhost:4566, without credentials"
     if not isinstance(value, str):
         raise ValueError(form)  # noqa: TRY004 - settings checks raise ValueError
@@ -144,15 +144,15 @@ class SqsSettings(QueueSettings):
         integer(1),
         default=8,
         check=at_least(1),
-        help="Polls that a consumer may have under way at once. An idle one has one.",
+        help="Polls that a consumer may have in progress at once. An idle one has one.",
     )
     registry_ttl: float = setting(
         "SQS_REGISTRY_TTL_SECONDS",
         seconds,
         default=5.0,
         check=positive,
-        help="How long a publisher relies on the list of groups it has read, in seconds. Whoever makes a new group, or "
-        "changes its patterns, waits that long until every publisher knows.",
+        help="How long publishers may use the list of groups they have read, in seconds. Declaring a new group, or "
+        "changing its patterns, takes that long: until every publisher knows.",
     )
     pinned: Pinned | None = setting(  # noqa: RUF009 - a field like the others; the alias hides that it is immutable
         "SQS_GROUPS",
@@ -165,7 +165,7 @@ class SqsSettings(QueueSettings):
         "SQS_ENSURE",
         boolean,
         default=True,
-        help="Whether to create the queues that are missing. False: whoever manages the account's queues makes them.",
+        help="Whether to create the queues that are missing. False: the account's administrators create them.",
     )
     fanout: str = setting(
         "SQS_FANOUT",
@@ -180,7 +180,7 @@ class SqsSettings(QueueSettings):
         default=70.0,
         check=positive,
         help="With SQS_FANOUT=sns: for how long after the last change of a group publishers send directly, in seconds. "
-        "SQS may take a minute until it lets the topic in, and clocks may differ.",
+        "SQS may take a minute to apply the topic's right to send, and clocks may differ.",
     )
     fifo: bool = setting(
         "SQS_FIFO",
@@ -220,7 +220,7 @@ class SqsSettings(QueueSettings):
             raise ConfigurationError("SQS_FANOUT=sns is for standard queues: leave it out, or SQS_FIFO")
         if self.fanout == "sns" and self.pinned is not None:
             raise ConfigurationError(
-                "SQS_FANOUT=sns needs what the queues' tags say of the topic, which SQS_GROUPS keeps from being read: leave one of them out"
+                "SQS_FANOUT=sns reads the topic from the queues' tags, and SQS_GROUPS keeps them from being read: leave one of them out"
             )
 
     @classmethod
@@ -242,12 +242,12 @@ class SqsSettings(QueueSettings):
 
     @property
     def address(self) -> str:
-        """Which SQS this is, without credentials, for texts."""
+        """The address of SQS without credentials, for texts."""
         if self.endpoint_url is None:
             return self.region or "the region of the profile"
         return urlsplit(self.endpoint_url).netloc
 
     @property
     def visibility(self) -> int:
-        """The lease as SQS is told. It counts in whole seconds, of which the last may be cut short: one more than the lease has."""
+        """The visibility timeout: one second more than the lease, as SQS counts whole seconds, and may cut the last one short."""
         return -int(-self.lease // 1) + 1

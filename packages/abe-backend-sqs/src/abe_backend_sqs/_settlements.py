@@ -1,4 +1,4 @@
-"""What SQS is told about the messages that one consumer has in flight."""
+"""Settles and extends the messages that one consumer has in flight."""
 
 import asyncio
 import time
@@ -14,13 +14,13 @@ from abe_backend_sqs._queue import Queue
 
 
 class Settlements:
-    """Deletes, shows, moves and extends messages, and lets go of those that are not ours any more.
+    """Deletes, shows, moves and extends messages, and drops those that were lost.
 
     Args:
         broker: Stores copies.
-        group: Whose messages they are.
-        queue: Where they are.
-        in_flight: What the consumer has.
+        group: The group.
+        queue: The group's queue.
+        in_flight: The consumer's messages.
     """
 
     def __init__(self, broker: Broker, group: str, queue: Queue, in_flight: InFlight) -> None:
@@ -31,7 +31,7 @@ class Settlements:
         self.queue: Queue = queue
 
     async def delete(self, receipts: Sequence[Receipt]) -> dict[Receipt, AbeError]:
-        """Delete."""
+        """Delete messages; return the errors of those that failed."""
         if not receipts:
             return {}
         with self._in_flight.being_settled(receipts):
@@ -64,18 +64,18 @@ class Settlements:
     async def carry_out(
         self, shown: Mapping[Receipt, int], released: Iterable[Receipt], moved: Mapping[Receipt, Copy]
     ) -> Failures:
-        """Show, release and move messages, all at once, and return what went wrong with each."""
+        """Show, release and move messages, all at once; return the errors of those that failed."""
         failures: dict[Receipt, AbeError] = {}
         for some in await gather_all(self._show(shown), self._release(released), self._move(moved)):
             failures.update(some)
         return failures
 
     async def _show(self, seconds: Mapping[Receipt, int]) -> Failures:
-        """Make messages visible in that many seconds, and ours no more."""
+        """Make messages visible in that many seconds: they are not in flight any more."""
         if not seconds:
             return {}
         async with self._renewing:
-            pass  # a renewal that is on its way could come after this, and make invisible again what is to be shown
+            pass  # a renewal in progress could arrive after this, and make the messages invisible again
         failures = await self._change_visibility(seconds)
         for receipt in seconds:
             error = failures.get(receipt)
@@ -86,13 +86,13 @@ class Settlements:
         return failures
 
     async def _release(self, receipts: Iterable[Receipt]) -> Failures:
-        """Show at once what is in a FIFO queue, so that it keeps its place, and remember that this delivery was no attempt."""
+        """Show messages of a FIFO queue at once, so that they keep their places; remember that these deliveries were no attempts."""
         released = {receipt: self._in_flight[receipt] for receipt in receipts}
         for leased in released.values():
             leased.uncount()  # before it can be delivered again
         try:
             failures = await self._show(dict.fromkeys(released, 0))
-        except BaseException:  # what was cancelled, too, may not have happened
+        except BaseException:  # a cancelled request, too, may not have been carried out
             for leased in released.values():
                 leased.recount()
             raise
@@ -101,7 +101,7 @@ class Settlements:
         return failures
 
     async def _move(self, copies: Mapping[Receipt, Copy]) -> Failures:
-        """Store copies, then delete what they are copies of: a crash in between doubles, and never loses."""
+        """Store copies, then delete the originals: a crash in between duplicates, and never loses."""
         failures: dict[Receipt, AbeError] = {}
         stored = [receipt for receipt in copies if self._in_flight[receipt].replaced]
         left = {receipt: copy for receipt, copy in copies.items() if receipt not in stored}
@@ -119,11 +119,11 @@ class Settlements:
         return failures
 
     async def extend(self, receipts: Iterable[Receipt]) -> Collection[Receipt]:
-        """Extend the leases of what is ours, let go of what SQS lets nobody have for longer, and return what SQS says is not ours.
+        """Extend leases, drop messages that were in flight for as long as SQS allows, and return those that SQS says are lost.
 
         Raises:
-            BackendConnectionError: Some could not be extended, and may be next time.
-            AbeError: Some may never be.
+            BackendConnectionError: Some could not be extended; a retry may succeed.
+            AbeError: Some could not be extended, and a retry does not help.
         """
         started, lease = time.monotonic(), self.queue.clients.settings.visibility
         left = {each: self._in_flight[each].remaining for each in receipts if each not in self._in_flight.settling}
@@ -137,7 +137,7 @@ class Settlements:
         for receipt, seconds in timeouts.items():
             if receipt not in failures and receipt in self._in_flight:
                 self._in_flight[receipt].deadline = started + seconds
-        # What was settled while this was on its way is not lost.
+        # A message that was settled meanwhile is not lost.
         known = {each: error for each, error in failures.items() if each in self._in_flight}
         refused = {
             receipt: error
@@ -157,13 +157,13 @@ class Settlements:
 
 
 def raise_if_retryable(failures: Failures) -> None:
-    """Raise if the call is to be repeated, which leaves out what is done.
+    """Raise if the call is to be repeated; messages that are done are left out then.
 
     Raises:
-        BackendConnectionError: Some may succeed later.
+        BackendConnectionError: A retry may succeed for some.
     """
     if any(isinstance(error, ConfigurationError) for error in failures.values()):
-        return  # that will not pass, and is to be known at once
+        return  # it is permanent, and is to be reported at once
     for error in failures.values():
         if error.retryable:
             raise BackendConnectionError(str(error)) from error

@@ -1,6 +1,6 @@
-"""Which groups there are, as the tags of their queues say. Pure.
+"""The groups as the tags of their queues describe them. Pure.
 
-A group exists when its queue has the tags that say so, which are set when everything else about it is done.
+A group exists when its queue has these tags, which are set after everything else is ready.
 """
 
 import base64
@@ -24,18 +24,18 @@ _MOST_TAGS: Final = 40
 
 
 class Group(NamedTuple):
-    """What the tags of a queue say."""
+    """A group as the tags of its queue describe it."""
 
     name: str
     patterns: tuple[str, ...]
     since: float
-    """Seconds since the epoch, by the clock of whoever set them."""
+    """When they were set, in seconds since the epoch, by the clock of the process that set them."""
     subscription: str = ""
     """The ARN of the queue's subscription to the namespace's topic, where it has one."""
 
 
 def tags(group: Group) -> dict[str, str]:
-    """Return the tags of a group's queue. A tag may not hold every character, so the patterns travel as base64.
+    """Return the tags of a group's queue. A tag may not hold every character, so the patterns are in base64.
 
     Raises:
         ConfigurationError: There are more patterns than a queue's tags can hold.
@@ -53,7 +53,7 @@ def tags(group: Group) -> dict[str, str]:
 
 
 def from_tags(found: Mapping[str, str]) -> Group | None:
-    """Read them; None where they say nothing that can be read: the queue is being made, or not ours."""
+    """Return the group of a queue's tags; None: they describe none, as the queue is being created, or is not ours."""
     try:
         text = "".join(found[f"{_PATTERNS_TAG}{index}"] for index in range(int(found[_PARTS_TAG])))
         patterns = json.loads(base64.urlsafe_b64decode(text))
@@ -64,12 +64,12 @@ def from_tags(found: Mapping[str, str]) -> Group | None:
 
 
 class Listing(NamedTuple):
-    """What one look at the names of queues tells about the groups."""
+    """The groups' queues and revisions, from one list of the queues' names."""
 
     queues: Mapping[str, Queue]
     """The groups' queues, by name."""
     revisions: Mapping[str, frozenset[Queue]]
-    """The queues that are revisions, by what those of one group have in common."""
+    """The queues that are revisions, by the mark of their group."""
 
     def of(self, name: str) -> frozenset[Queue]:
         """Return the revisions of the group whose queue has that name."""
@@ -77,36 +77,36 @@ class Listing(NamedTuple):
 
 
 class Registry(NamedTuple):
-    """The groups as they were when somebody looked."""
+    """The groups as they were read at one time."""
 
     groups: Mapping[str, tuple[str, ...]]
     since: Mapping[str, float]
-    """When they became what they are, in seconds since the epoch."""
+    """When their tags were set, in seconds since the epoch."""
     looked_at: float
-    """By the monotonic clock, before the first question was asked."""
+    """When the reading began, by the monotonic clock."""
     routes: Routes[tuple[str, ...]]
     """The groups that want a key."""
     members: tuple[Group, ...] = ()
-    """What the tags said."""
+    """The groups as their tags describe them."""
     topic: str = ""
     """The ARN of the topic that reaches every group; empty where there is none."""
     listing: "Listing | None" = None
-    """What was listed before the tags were read."""
+    """The list that was read before the tags."""
     missing: frozenset[str] = frozenset()
-    """Those of the groups whose queues were deleted underneath, and may be made again by their consumers."""
+    """Those of the groups whose queues were deleted underneath, and may be created again by their consumers."""
 
     @classmethod
     def of(
         cls, members: Iterable[Group], looked_at: float, topic: str, listing: "Listing", missing: Iterable[str] = ()
     ) -> Self:
-        """Return what the tags say."""
+        """Return the registry of these groups."""
         found = tuple(sorted(members))
         patterns, since = {each.name: each.patterns for each in found}, {each.name: each.since for each in found}
         return cls(patterns, since, looked_at, Routes(patterns, tuple), found, topic, listing, frozenset(missing))
 
     @property
     def present(self) -> Mapping[str, tuple[str, ...]]:
-        """The groups whose queues are there."""
+        """The groups whose queues exist."""
         return {name: patterns for name, patterns in self.groups.items() if name not in self.missing}
 
     @property
@@ -121,6 +121,6 @@ def topic(subscription: str) -> str:
 
 
 def common_topic(groups: Iterable[Group], before: float) -> str:
-    """Return the ARN of the topic that reaches every group, or nothing where one is not subscribed, or was not before that time."""
+    """Return the ARN of the topic that reaches every group, or nothing if one is not subscribed, or was not before that time."""
     topics = {topic(group.subscription) if group.since <= before else "" for group in groups}
     return topics.pop() if len(topics) == 1 else ""

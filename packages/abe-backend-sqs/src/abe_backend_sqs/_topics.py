@@ -26,10 +26,10 @@ _STATEMENT: Final = "abe-topic"
 
 
 class Topics:
-    """Publishes to topics, subscribes queues to them, and ends that.
+    """Creates and deletes topics, subscribes queues to them, and publishes to them.
 
     Args:
-        clients: Ask SNS.
+        clients: The AWS clients.
     """
 
     def __init__(self, clients: Clients) -> None:
@@ -37,7 +37,7 @@ class Topics:
         self._address = clients.settings.address
 
     async def publish(self, arn: str, entries: Sequence[Entry]) -> Outcomes:
-        """Publish up to ten messages, and return what became of each."""
+        """Publish up to ten messages, and return each one's outcome."""
         sns, wanted = await self._clients.topics(), requests(entries)
         for request in wanted:
             request["Message"] = request.pop("MessageBody")
@@ -45,15 +45,15 @@ class Topics:
         return await stored(call, len(entries), self._address)
 
     async def create(self, name: str) -> str:
-        """Have the topic of that name, and return its ARN."""
+        """Create the topic of that name unless it exists, and return its ARN."""
         sns = await self._clients.topics()
         with translated(self._address):
             return (await sns.create_topic(Name=name))["TopicArn"]
 
     async def subscribe(self, topic: str, queue: Queue) -> str:
-        """Have the topic send what it gets to a queue, as it is, and return the subscription's ARN; nothing where it was deleted.
+        """Subscribe a queue to a topic, with raw delivery; return the subscription's ARN, or nothing if the topic was deleted.
 
-        A topic that was deleted is not made again: groups that were subscribed to it would take themselves for subscribed to the new one.
+        A topic that was deleted is not created again: groups that were subscribed to it would seem to be subscribed to the new one.
         """
         sns = await self._clients.topics()
         found = await queue.attributes("QueueArn", "Policy")
@@ -86,7 +86,7 @@ class Topics:
 
 
 def allowing(policy: str, *, topic: str, queue: str) -> str:
-    """Return a queue's policy, whatever else it says, with the statement that lets the topic send to the queue."""
+    """Return a queue's policy with the statement that lets the topic send to the queue; its other statements are kept."""
     document: dict[str, Any] = json.loads(policy) if policy else {"Version": "2012-10-17"}
     statements: Any = document.get("Statement", [])
     others = cast("list[dict[str, Any]]", [statements] if isinstance(statements, dict) else statements)
@@ -103,21 +103,21 @@ def allowing(policy: str, *, topic: str, queue: str) -> str:
 
 
 async def wanted(keeper: RegistryKeeper, queue: Queue, group: str, messages: Sequence[Message]) -> Sequence[Message]:
-    """Return what a group wants. A topic sends everything to everybody, and publishers learn late that a group's patterns are new."""
+    """Return the messages that a group wants, and delete the others: publishers use the topic until they know a group's new patterns."""
     came = time.monotonic()
     try:
         unwanted = _unwanted(await keeper.registry(), group, messages)
-        if unwanted:  # perhaps they were not, until a moment ago
+        if unwanted:  # by a registry that may be too old: read it again
             unwanted = _unwanted(await keeper.registry(came), group, messages)
             await queue.delete([message["ReceiptHandle"] for message in unwanted])
     except AbeError as exc:
-        _log.debug("what group %r wants cannot be found out now, so it gets everything: %s", group, exc)
+        _log.debug("the patterns of group %r cannot be read now, so it gets every message: %s", group, exc)
         return messages
     return [message for message in messages if message not in unwanted]
 
 
 def _unwanted(registry: Registry, group: str, messages: Sequence[Message]) -> Sequence[Message]:
-    """Return what was published to all groups and that this one does not want, by that registry."""
+    """Return the messages that were published to all groups, and that this one does not want by that registry."""
     if not (patterns := registry.groups.get(group)):
         return []
     return [each for each in messages if _wire.published(each) and not _wire.wants(patterns, each)]

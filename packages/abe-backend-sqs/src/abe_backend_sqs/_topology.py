@@ -1,8 +1,8 @@
 """Every name the provider uses in SQS. Pure.
 
 A queue's name is the namespace, what it is for, and the group, with a hyphen before and after the middle one. In the
-outer two a hyphen is doubled and a dot becomes ``-_``, so that no two names fall together; what is too long ends in a
-hash instead.
+outer two a hyphen is doubled and a dot becomes ``-_``, so that names cannot collide; a part that is too long
+ends in a hash.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Topology:
         return f"{self.prefix}{_part(group)}{self._suffix}"
 
     def revision(self, queue: str) -> str:
-        """Queue, always empty: its name alone, which is another one each time, says whether a group is what it was."""
+        """Queue, always empty: its name, which is new each time, tells that a group has changed."""
         return f"{self.listed}s-{mark(queue)}{token_hex(8)}{self._suffix}"
 
     def revised(self, name: str) -> str | None:
@@ -62,7 +62,7 @@ class Topology:
         return f"{self._namespace}-dead-{_part(group)}{self._suffix}"
 
     def delayed(self, group: str) -> str:
-        """Queue: what waits for its time, beside a FIFO queue, which can delay no single message."""
+        """Queue, standard: delayed messages of a FIFO group, whose own queue can delay no single message."""
         return f"{self._namespace}-delayed-{_part(group)}"
 
 

@@ -1,4 +1,4 @@
-"""The primitives: what the engine asks of SQS."""
+"""SQS's transport: the primitives that the engine calls."""
 
 import asyncio
 import time
@@ -19,20 +19,20 @@ from abe_backend_sqs._receiver import SqsReceiver
 from abe_backend_sqs._settings import SqsSettings
 
 _LINGER: Final = 0.02
-"""Seconds for which an acknowledgement that nobody waits for may wait for others to share its request."""
+"""Seconds that an acknowledgement without a waiting caller may wait for others to share its request."""
 
 
 class SqsTransport:
     """Queues in one account and region.
 
     Args:
-        settings: The account, and the region.
+        settings: The provider's settings.
     """
 
     def __init__(self, settings: SqsSettings) -> None:
-        # More than one at a time, and what is sent first would not always be first in a FIFO queue.
+        # With several calls at once, messages could get into a FIFO queue in another order.
         self.batching = Batching(messages=100, bytes=1_048_576, max_concurrent=1 if settings.fifo else 4)
-        # Requests are billed. In a FIFO queue, others wait for each deletion.
+        # Requests are billed. In a FIFO queue, later messages wait for each deletion.
         self.settling = Settling(messages=_wire.BATCH, linger=0.0 if settings.fifo else _LINGER)
         self.broker = Broker(settings)
         self._settings = settings
@@ -41,44 +41,44 @@ class SqsTransport:
         self._waited: set[str] = set(settings.groups)
 
     async def open(self) -> None:
-        """Make the client, and look whether SQS answers and knows us."""
+        """Make the client, and check that SQS answers and accepts the credentials."""
         await self.broker.open()
 
     async def close(self) -> None:
-        """Disconnect; polls that are under way are waited for in the background, so that what they bring is given back."""
+        """Disconnect. Polls in progress are waited for in the background, so that their messages are given back."""
         await self.broker.close()
 
     async def ping(self) -> None:
-        """Ask for one queue's name."""
+        """List one queue."""
         client = await self.broker.clients.calls()
         with translated(self._settings.address):
             await client.list_queues(QueueNamePrefix=self._groups.names.prefix, MaxResults=1)
 
     async def send(self, envelopes: Sequence[Envelope]) -> Outcomes:
-        """Put each message into the queues of the groups that want it."""
+        """Store each message in the queues of the groups that want it."""
         registry = await self._groups.keeper.registry()
         outcomes = await self.broker.publisher.send(envelopes, registry)
         if not registry.groups:
-            # A group that was made meanwhile may have looked for them before they came. If this process ends before it looks, nobody does;
-            # but they are stored, and who publishes is not to wait so long that it takes that for unknown.
+            # A group that was created meanwhile may have browsed the parked messages before these were stored. If this process ends before
+            # it has browsed them, they stay parked. The wait is short: the messages are stored, and must not become unknown.
             await self._parked.hand_over()
         return outcomes
 
     async def declare(self, group: str, patterns: tuple[str, ...] | None, *, change: bool) -> tuple[str, ...]:
-        """Make the group known, wait until every publisher knows it, and move the parked messages that it wants."""
+        """Declare the group, wait until every publisher knows it, and move the parked messages that it wants."""
         declared = await self._groups.declare(group, patterns, change=change)
         if declared.propagation:
             self._parked.new_groups.add(group)
         if group in self._waited and not change:
-            # Groups of the settings are declared on the way to the first publish, which needs none to wait; who subscribes does.
+            # Groups of the settings are declared before the first publish, which need not wait; subscribing waits.
             self._waited.discard(group)
         elif declared.propagation:
             self._check_timeout()
             await asyncio.sleep(declared.propagation)
-        if group not in self._parked.new_groups:  # whoever made it may have been ended before the rest
+        if group not in self._parked.new_groups:  # the process that created it may have died
             self._parked.look()
             return declared.patterns
-        # Others may have made it at the same moment: what everybody reads by now is what it is.
+        # Another process may have created it at the same moment: by now the registry has the patterns that hold.
         wanted = (await self._groups.keeper.registry()).groups.get(group, declared.patterns)
         await self._parked.hand_over()
         return wanted
@@ -88,7 +88,7 @@ class SqsTransport:
         await self._groups.delete(group)
 
     async def delete_namespace(self) -> None:
-        """Delete all queues."""
+        """Delete all queues of the namespace, and its topic."""
         await self._groups.delete_all()
 
     async def groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -96,7 +96,7 @@ class SqsTransport:
         return (await self._groups.keeper.registry(time.monotonic())).present
 
     async def subscribe(self, group: str, prefetch: int) -> SqsReceiver:
-        """Make a consumer. SQS knows none: each message's receipt is its own."""
+        """Start a consumer. SQS knows no consumers: each delivery has a receipt handle of its own."""
         with _existing(group):
             queue = await self._groups.find(self._groups.names.queue(group))
         await self.broker.clients.polls()
@@ -104,22 +104,22 @@ class SqsTransport:
         return SqsReceiver(self.broker, group, queue)
 
     async def stats(self, group: str) -> GroupStats:
-        """Count, approximately. A message that waits for its retry counts as in flight, as SQS makes both alike invisible."""
+        """Count, approximately. A message that waits for its retry counts as in flight, as both are invisible in SQS."""
         with _existing(group):
             waiting, in_flight, delayed = await self._groups.group_counts(group)
         dead = 0
-        with suppress(QueueMissingError):  # lost: it is made again when a message dies
+        with suppress(QueueMissingError):  # deleted: the next dead letter creates it again
             dead = sum(await self._groups.counts(self._groups.names.dead(group)))
         return GroupStats(waiting=waiting, in_flight=in_flight, delayed=delayed, dead=dead, oldest=None)
 
     async def dead_letters(self, group: str) -> AsyncGenerator[Sequence[DeadLetter]]:
-        """Browse them page by page, and make them all visible again at the end: a queue has no order that could be read from one end."""
+        """Browse the dead letters in pages, which stay invisible until the end. Each page is sorted, not the whole."""
         async with self._dead(group) as browser, aclosing(browser.pages()) as pages:
             async for page in pages:
                 yield sorted(map(_wire.dead_letter, page), key=lambda letter: letter.dead_at)
 
     async def replay(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
-        """Copy them back, then delete them."""
+        """Store copies in the group's queue, then delete the dead letters."""
         name = self._groups.names.queue(group)
         async with self._dead(group) as browser, aclosing(browser.chosen(ids)) as pages:
             async for chosen in pages:
@@ -132,7 +132,7 @@ class SqsTransport:
                     raise error
 
     async def purge(self, group: str, ids: Collection[str] | None) -> AsyncGenerator[int]:
-        """Delete them one by one: SQS's own purge takes what comes meanwhile, too."""
+        """Delete dead letters one by one: SQS's own purge would delete later ones too."""
         async with self._dead(group) as browser, aclosing(browser.chosen(ids)) as pages:
             async for chosen in pages:
                 await browser.delete(chosen)
@@ -156,10 +156,10 @@ class SqsTransport:
 
 @contextmanager
 def _existing(group: str) -> Generator[None]:
-    """Say that there is no such group where its queue is missing.
+    """Turn a missing queue into a missing group.
 
     Raises:
-        GroupMissingError: So it is.
+        GroupMissingError: The group's queue is missing.
     """
     try:
         yield

@@ -9,8 +9,8 @@ carry), and 1 for what is meant for one group alone. A foreign program writes a 
 group that it had there as ``abe-order``.
 
 SQS takes ten attributes, and 1 MiB with them. What is published leaves room for ours; a foreign message may leave none. Then its
-copies lose, in this order: the texts of the reason and the error; attributes that mean nothing here; the message group; the note of the
-death; the note of the deliveries, which begin anew. They never lose the body, nor what says how it is read.
+copies lose, in this order: the texts of the reason and the error; attributes that mean nothing here; the message group; ``abe-dead``; the
+deliveries so far, which are counted from 0 again. They never lose the body, nor its encoding.
 """
 
 import base64
@@ -41,16 +41,16 @@ ATTRIBUTES: Final = 10
 
 _META, _DEAD, _ORDER = "abe", "abe-dead", "abe-order"
 _DIGITS: Final = 15
-"""Of a number of SQS's: enough for a time in milliseconds, and exact as a float."""
+"""Digits of a number of SQS's: enough for a time in milliseconds, and exact as a float."""
 _FIELDS: Final = ("DataType", "StringValue", "BinaryValue")
 _PLAIN: Final = ("encoding", "key", "id")
-"""What a foreign program may say about its message. Ours say it in ``abe``."""
+"""Attributes that a foreign message may have; ours have ``abe`` instead."""
 _NOTE: Final = 64
-"""Bytes that are enough for the note of a death without its texts."""
+"""Bytes that are enough for ``abe-dead`` without its texts."""
 _TOKEN: Final = re.compile("[!-~]{1,128}")
 """What a message group or a deduplication id may be (the API reference of SendMessage)."""
 _FORBIDDEN: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What SQS takes in a body or attribute, and nothing else (the API reference of SendMessage)."""
+"""What SQS refuses in a body or attribute (the API reference of SendMessage)."""
 
 Message: TypeAlias = Mapping[str, Any]
 """A message as ReceiveMessage returns it."""
@@ -88,7 +88,7 @@ _decode_death: Final = msgspec.json.Decoder(_Death).decode
 
 
 class Parsed(NamedTuple):
-    """What a received message says."""
+    """The parts of a received message."""
 
     metadata: Metadata
     body: bytes
@@ -113,11 +113,11 @@ def pack(envelope: Envelope, *, attempts: int = 0, due: int = 0) -> Entry:
 
 
 def repack(message: Message, *, attempts: int, due: int = 0, only: bool = False) -> Entry:
-    """Return an entry that says what a received message says, but for the deliveries so far and the time it is due.
+    """Return the entry of a copy of a received message, with these attempts and due time.
 
     With `only` it is meant for the group that it goes to, whatever that group's patterns say.
 
-    A message that cannot be read stays what it is, and so does a foreign one that leaves no room: they have no place for either.
+    A message that cannot be read is copied unchanged, and so is a foreign one that leaves no room for attempts and time.
     """
     parsed, attributes = parse(message), _attributes(message)
     others = {name: value for name, value in attributes.items() if name not in (_META, _DEAD, _ORDER)}
@@ -134,7 +134,7 @@ def repack(message: Message, *, attempts: int, due: int = 0, only: bool = False)
 
 
 def bury(message: Message, *, attempts: int, reason: str, error: str, at: int) -> Entry:
-    """Return the dead letter of a received message. The texts are cut where they would not fit."""
+    """Return the dead letter of a received message. The texts are cut if they do not fit."""
     attributes = {name: value for name, value in _attributes(message).items() if name != _DEAD}
     if group := _system(message, "MessageGroupId"):
         attributes.setdefault(_ORDER, _string(group))  # as `leaving` will, so that there is room for it
@@ -148,17 +148,17 @@ def bury(message: Message, *, attempts: int, reason: str, error: str, at: int) -
 
 
 def in_order(entry: Entry, group: str, dedup: str) -> Entry:
-    """Return the entry as a FIFO queue takes it. A key or an id that it would refuse takes part as its hash."""
+    """Return the entry for a FIFO queue. A key or an id that SQS would refuse is replaced by its hash."""
     return entry._replace(group=_token(group), dedup=_token(dedup))
 
 
 def leaving(message: Message, entry: Entry) -> Entry:
-    """Return the entry of a message that leaves a FIFO queue for a while: it remembers its message group."""
+    """Return the entry of a message that leaves a FIFO queue for a while, with its message group as an attribute."""
     return _sized(entry.body, {**entry.attributes, _ORDER: _string(order(message))})._replace(delay=entry.delay)
 
 
 def left(message: Message) -> bool:
-    """Return whether a message was in a FIFO queue before; a foreign one that leaves no room does not tell."""
+    """Return whether a message was in a FIFO queue before, or may have been: a foreign one may have no room for the attribute."""
     return _ORDER in _attributes(message) or _META not in _attributes(message)
 
 
@@ -174,16 +174,16 @@ def wants(patterns: Sequence[str], message: Message) -> bool:
 
 
 def published(message: Message) -> bool:
-    """Whether it was published to whoever wants its key. What was put into one queue alone is meant for that queue."""
+    """Whether it was published to all groups that want its key, and not put into one queue alone."""
     parsed = parse(message)
     return _META in _attributes(message) and parsed.fault is None and not parsed.only
 
 
 def parse(message: Message) -> Parsed:
-    """Read a message, whatever it is: what is wrong with it is its fault, and nobody else's."""
+    """Parse a message. An error becomes its `fault`, and affects no other message."""
     try:
         return _parse(message)
-    except Exception as exc:  # noqa: BLE001 - whatever there may be in one message, the others of the answer are to be read
+    except Exception as exc:  # noqa: BLE001 - the other messages of the answer are to be read
         # The text may hold parts of the message, which are not for logs.
         return _faulty(message, f"the message cannot be read ({type(exc).__name__})")
 
@@ -197,7 +197,7 @@ def _parse(message: Message) -> Parsed:
         try:
             body = _from_text(text, _value(attributes, "encoding") == "base64")
         except ValueError:
-            return _faulty(message, "the body is not base64, which it is said to be")
+            return _faulty(message, "the body is not base64, as its attribute says")
         return Parsed(_foreign(message), body, 0, 0, None)
     try:
         meta = _decode_meta(header)
@@ -225,12 +225,12 @@ def received(message: Message) -> int:
 
 
 def sent(message: Message) -> int:
-    """Return when it was put into its queue, in milliseconds since the epoch, by the clock of SQS; 0 where it does not say."""
+    """Return when it was sent to its queue, in milliseconds since the epoch, by the clock of SQS; 0 if unknown."""
     return _count(_system(message, "SentTimestamp"), 0)
 
 
 def identity(message: Message) -> str:
-    """Return what stays the same when a message is copied, whether it can be read or not."""
+    """Return what the copies of an unreadable message have in common; empty for a readable one, which has an id."""
     text = f"{_text_of(message.get('Body'))}\0{_value(_attributes(message), _META)}"
     return "" if parse(message).fault is None else hashlib.sha256(text.encode(errors="replace")).hexdigest()
 
@@ -241,7 +241,7 @@ def size(message: Message) -> int:
 
 
 def dead_letter(message: Message) -> DeadLetter:
-    """Read a dead letter, whatever it once was: SQS itself moves messages too, as a last resort."""
+    """Return a dead letter, also of a message that SQS itself has moved, as a last resort."""
     parsed = parse(message)
     try:
         death = _decode_death(_value(_attributes(message), _DEAD) or "")
@@ -274,7 +274,7 @@ def batches(entries: Sequence[Entry], limit: int = LIMIT) -> Iterator[Sequence[i
 
 
 def _noted(fields: list[object]) -> tuple[Mapping[str, Any], int]:
-    """Return the metadata as the value of an attribute, and what the attribute takes."""
+    """Return the metadata as the value of an attribute, and the bytes that the attribute takes."""
     while not fields[-1] and len(fields) > 4:
         fields.pop()
     raw = encode(fields)
@@ -292,7 +292,7 @@ def _string(text: str) -> Mapping[str, Any]:
 
 
 def _sized(body: str, attributes: Mapping[str, Mapping[str, Any]]) -> Entry:
-    """Return the entry with those of the attributes that fit, by what would be missed most."""
+    """Return the entry with those of the attributes that fit, the most important first."""
     # botocore's replies hold fields that its requests refuse, so only those of a request are taken.
     clean = {
         name: {field: value[field] for field in _FIELDS if value.get(field) is not None}
@@ -325,7 +325,7 @@ def _measure(body: str, attributes: Mapping[str, Mapping[str, Any]]) -> int:
 
 
 def _as_text(body: bytes) -> tuple[str, int]:
-    """Return the body as SQS takes it, and 1 if that is base64."""
+    """Return the body as text for SQS, and its encoding: 0 as it is, 1 base64, 2 empty."""
     try:
         text = body.decode()
     except UnicodeDecodeError:
@@ -362,14 +362,14 @@ def _value(attributes: Mapping[str, Mapping[str, Any]], name: str) -> str | None
 
 
 def _system(message: Message, name: str) -> str | None:
-    """Return what SQS itself says about a message."""
+    """Return a system attribute of a message; None if it is missing."""
     given: Mapping[str, object] = message.get("Attributes") or {}
     found = given.get(name)
     return None if found is None else str(found)
 
 
 def _count(text: str | None, default: int) -> int:
-    """Read a number of SQS's; one that is none, or that no clock or counter reaches, is the default."""
+    """Parse a number of SQS's; return the default for a malformed or impossible one."""
     return int(text) if text is not None and text.isdecimal() and len(text) <= _DIGITS else default
 
 
@@ -378,7 +378,7 @@ def _text_of(value: object) -> str:
 
 
 def _foreign(message: Message) -> Metadata:
-    """Return what a program that is not ours said about its message."""
+    """Return the metadata of a foreign message."""
     attributes = _attributes(message)
     return Metadata(_value(attributes, "id") or str(message.get("MessageId", "")), _value(attributes, "key") or "")
 
