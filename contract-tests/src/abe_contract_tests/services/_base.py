@@ -186,7 +186,7 @@ class Service(ABC):
 
     @abstractmethod
     def resume(self) -> None:
-        """Let a frozen broker go on."""
+        """Resume a frozen broker."""
 
     @abstractmethod
     def beside(self, command: Sequence[str]) -> Companion:

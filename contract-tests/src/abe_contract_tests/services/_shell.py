@@ -38,7 +38,7 @@ Loop().
 
 _COMMAND: Final = ("erl", "-noshell", "-hidden", "-sname", "undefined", "-dist_listen", "false", "-eval", _PROGRAM)
 
-# A queue applies the command that changes nothing after all that it was sent before: what is counted then is exact. A queue that is being
+# A queue applies a command that changes nothing after all earlier ones: what is counted then is exact. A queue that is being
 # made, or has no leader, is asked again.
 _COUNTS: Final = """
 Count = fun(Q) -> case amqqueue:get_type(Q) of
@@ -97,7 +97,7 @@ class QueueCounts(NamedTuple):
 
 
 class RabbitMQShell:
-    """Asks and hurts a RabbitMQ node by an Erlang shell beside it, which starts with the first question.
+    """Queries a RabbitMQ node, and injects faults, by an Erlang shell beside it, which starts with the first query.
 
     Args:
         service: The node's. At an address, the variable ``ABE_TEST_RABBITMQ_SHELL`` must say how to reach its machine.
@@ -142,7 +142,7 @@ class RabbitMQShell:
         return int(await self.evaluate(_CLOSE % {"name": _binary(name)}))
 
     async def sync(self) -> None:
-        """Have the node write down which quorum queues it has.
+        """Have the node persist which quorum queues it has.
 
         By itself it does so some seconds after a queue was made: killed before, it comes back with the queue empty, and
         confirmed messages are gone. A test that kills a node waits for this first.
@@ -165,20 +165,20 @@ class RabbitMQShell:
         await self.evaluate(f'rabbit_auth_backend_internal:delete_user({_binary(name)}, <<"abe">>).')
 
     async def raise_memory_alarm(self) -> None:
-        """Let the node believe that its memory is short: who publishes is blocked until it is cleared.
+        """Set the node's memory alarm: connections that publish are blocked until it is cleared.
 
         The node stops to read from a connection at the next message's header: a message without a body still gets through.
         """
         await self.evaluate(f"rabbit_alarm:set_alarm({_ALARM}), [_ | _] = rabbit_alarm:get_alarms(), ok.")
 
     async def clear_memory_alarm(self) -> None:
-        """Let the node know better."""
+        """Clear the memory alarm."""
         await self.evaluate(
             "rabbit_alarm:clear_alarm({resource_limit, memory, node()}), [] = rabbit_alarm:get_alarms(), ok."
         )
 
     def stop(self) -> None:
-        """End the shell. The next question would start another."""
+        """End the shell. The next query would start another."""
         companion, self._companion = self._companion, None
         if companion is not None:
             companion.close()
@@ -186,7 +186,7 @@ class RabbitMQShell:
     def _evaluate(self, expressions: str) -> str:
         with self._turn:
             question = base64.b64encode(expressions.encode()) + b"\n"
-            # The shell may have ended since the last question, with the container that it ran in.
+            # The shell may have ended since the last query, with the container that it ran in.
             answer = (b"" if self._companion is None else self._ask(question)) or self._ask(question)
             if not answer:
                 raise RuntimeError("no Erlang shell starts beside RabbitMQ")
@@ -207,7 +207,7 @@ class RabbitMQShell:
             return b""
         finally:
             if not answer:
-                # Its next line would answer this question.
+                # Its next line would answer this query.
                 self.stop()
         return answer
 

@@ -50,7 +50,7 @@ class RabbitMQ(Broker):
         Args:
             image: The container image.
             configuration: Lines of ``rabbitmq.conf``, for a private process.
-            tls: Serve TLS with these files, and nothing else. Who shows a certificate must have it from the authority;
+            tls: Serve TLS with these files, and nothing else. A client's certificate must be from the authority;
                 ``ssl_options.fail_if_no_peer_cert = true`` in the configuration demands one.
         """
         self._image = image
@@ -69,7 +69,7 @@ class RabbitMQ(Broker):
         return f"{scheme}://guest:guest@127.0.0.1:{port}/"
 
     def probe(self, url: str) -> str:
-        """Say hello, and read the version in the answer."""
+        """Send the protocol header, and read the version in the answer."""
         parts = urlsplit(url)
         host = parts.hostname or "127.0.0.1"
         secure = parts.scheme == "amqps"
@@ -99,7 +99,7 @@ class RabbitMQ(Broker):
             raise ServiceUnavailable(
                 "no RabbitMQ server is installed; install the package rabbitmq-server of the system"
             )
-        # The listener is said in Erlang's own notation: translating the other file takes as long as a third of the start.
+        # The listener is configured in Erlang's own notation: translating the other file takes as long as a third of the start.
         kind, other = ("tcp", "ssl") if self._tls is None else ("ssl", "tcp")
         (directory / "advanced.config").write_text(
             f'[{{rabbit, [{{{kind}_listeners, [{{"127.0.0.1", {port}}}]}}, {{{other}_listeners, []}}]}}].\n'

@@ -167,7 +167,7 @@ def ask(url: str, *commands: Sequence[str], authority: Path | None = None) -> li
 
     Raises:
         NotReadyError: The reply ends early.
-        OSError: Nobody answers.
+        OSError: No server answers.
     """
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 6379

@@ -68,7 +68,7 @@ class _Emulator(Broker):
 
     address_variable: ClassVar[str] = "ABE_TEST_SQS_URL"
     module: ClassVar[str]
-    """What is run."""
+    """The module that is run."""
     package: ClassVar[str]
     """The Python package that has it."""
 
@@ -203,11 +203,11 @@ def ask(
         url: Where the server is.
         operation: The request's name.
         arguments: Its arguments.
-        timeout: Seconds for which nothing may come.
+        timeout: Seconds that the server may be silent.
 
     Raises:
         NotReadyError: The reply is an error, or none.
-        OSError: Nobody answers.
+        OSError: No server answers.
     """
     headers = {
         "Content-Type": "application/x-amz-json-1.0",

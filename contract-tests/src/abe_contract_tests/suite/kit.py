@@ -76,7 +76,7 @@ class Kit:
         return Envelope(f"id-{next(self._serial):06}", key, body, time.time_ns() // 1_000_000, headers, delay, group)
 
     def envelopes(self, count: int, key: str = "k", *, delay: float = 0.0) -> list[Envelope]:
-        """Return messages that one consumer may hold at once, with keys of two words."""
+        """Return messages that one consumer may have in flight at once, with keys of two words."""
         apart = self._contract.capabilities.ordered_per_key
         return [self.envelope(f"{key}.{number if apart else 'x'}", delay=delay) for number in range(count)]
 

@@ -59,7 +59,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 
 async def until_empty(oracle: Oracle, group: str) -> None:
-    """Return when the broker holds nothing of the group but dead letters: nothing can be delivered any more."""
+    """Return when the broker has nothing of the group but dead letters: nothing can be delivered any more."""
 
     async def empty() -> bool:
         return (await oracle.counts(group)).total == 0

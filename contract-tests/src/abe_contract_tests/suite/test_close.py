@@ -259,7 +259,7 @@ async def test_after_the_grace_period_handlers_are_cancelled_and_their_messages_
         async with other.consume(group="g") as others, contract.within(1):
             messages = await collect(others, 3)
     assert sorted(cancelled) == sorted(numbers(messages)) == [0, 1, 2]
-    # Stopping is nobody's failure.
+    # Stopping is not an attempt.
     assert {message.attempt for message in messages} == {1}
 
 

@@ -22,7 +22,7 @@ async def test_a_delayed_message_comes_within_the_bound_after_its_delay_and_not_
         published_at = time.monotonic()
         await backend.publish("order.created", {"n": 1}, delay=delay)
         counts = await oracle.counts("g")
-        if time.monotonic() - published_at < delay:  # a busy machine may be told later
+        if time.monotonic() - published_at < delay:  # a busy machine may receive it later
             assert (counts.delayed, counts.waiting, counts.in_flight) == (1, 0, 0)
         async with contract.within(delay, "redelivery_bound"):
             message = await subscription.receive()

@@ -30,7 +30,7 @@ BAD: Final = {
 
 
 class IODoneError(AssertionError):
-    """Somebody opened a socket, or asked for an address."""
+    """A socket was opened, or an address was looked up."""
 
 
 def _no_io(*_: Any, **__: Any) -> Any:

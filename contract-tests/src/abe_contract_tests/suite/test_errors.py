@@ -153,7 +153,7 @@ async def test_a_malformed_address_keeps_its_secret(contract: Contract) -> None:
     variables = [name for name, value in environment.items() if secret in value]
     assert variables
     for variable in variables:
-        # A scheme that nobody has, around the same secret.
+        # A scheme that no provider has, around the same secret.
         mangled = "nonsense" + environment[variable]
         with pytest.raises(ConfigurationError) as caught:
             contract.backend(**{**environment, variable: mangled})

@@ -188,7 +188,7 @@ async def test_a_consumer_that_stood_still_is_not_given_again_what_it_holds(cont
                         last = await subscription.receive()
             assert numbers([last]) == [3]
             assert sorted(numbers(held)) == list(range(3))
-            for message in held:  # nobody else was there to have them
+            for message in held:  # there was no other consumer to take them
                 await message.ack()
 
 

@@ -1,4 +1,4 @@
-"""The backend class."""
+"""Redis's backend class: its settings, its capabilities, the transport that it makes."""
 
 from typing import TYPE_CHECKING, ClassVar, Final
 

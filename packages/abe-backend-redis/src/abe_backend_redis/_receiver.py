@@ -1,4 +1,4 @@
-"""One consumer of one group."""
+"""Redis's receiver: one consumer of one group."""
 
 import asyncio
 import logging
@@ -223,7 +223,7 @@ class RedisReceiver:
 
     async def _tick(self, wire: Wire, limit: int) -> Sequence[Delivery]:
         keys = [self._stream, self._delayed, self._dead, self._alive]
-        # After the process stood still, its own leases have run out and are about to be renewed.
+        # After the process was paused, its own leases have run out and are about to be renewed.
         late = self._loop.time() - self._next_tick > self._lease / 4_000
         args = [self._consumer, self._lease, limit, int(late), *self._unregistered]
         entries, due, server_time = await self._broker.run("tick", keys, args, wire=wire)

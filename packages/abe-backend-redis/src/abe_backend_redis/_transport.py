@@ -1,4 +1,4 @@
-"""The transport: the engine's primitives on Redis."""
+"""Redis's transport: the primitives that the engine calls."""
 
 import asyncio
 import logging
@@ -46,7 +46,7 @@ class RedisTransport:
         await self._broker.close()
 
     async def ping(self) -> None:
-        """PING."""
+        """Send PING."""
         wire = await self._broker.control()
         with translated(self._broker.settings.address):
             await wire.call(b"PING")

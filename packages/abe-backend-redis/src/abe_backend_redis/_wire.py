@@ -3,7 +3,7 @@
 An entry has two fields: ``m``, a JSON array ``[1, id, key, milliseconds]`` with the headers as a fifth element if there are any, and ``p``,
 the body. After a failed attempt it has ``a`` too, the deliveries so far. A foreign message has ``p`` alone, or with ``k``, its key, and
 ``i``, its id; without ``i``, the entry's id is the message's.
-A dead letter has ``r``, ``e`` and ``t`` too: reason, error, and the time of death in milliseconds.
+A dead letter has ``r``, ``e`` and ``t`` too: reason, error, and when it became a dead letter, in milliseconds.
 """
 
 from collections.abc import Sequence
