@@ -84,10 +84,10 @@ class AsyncLoopConsumer:
     """Runs a handler over a group's messages, with a fixed set of workers.
 
     A message is acknowledged after its handler returned, and never before. Any exception of a handler, ``SystemExit`` included, is logged,
-    and its message is retried after the policy's backoff or becomes a dead letter; other messages go on. Three things end the consumer:
-    ``KeyboardInterrupt``, after its message is settled; an exception that the application's signal handler raises while a message handler
-    runs, after the message is given back; and a fatal error of the backend (credentials, configuration), which `run` logs and raises.
-    Each message has its own context: what a handler sets in a ContextVar ends with the message.
+    and its message is retried after the policy's backoff or becomes a dead letter; other messages are not affected. Three things end the
+    consumer: ``KeyboardInterrupt``, after its message is settled; an exception that the application's signal handler raises while a message
+    handler runs, after the message is given back; and a fatal error of the backend (credentials, configuration), which `run` logs and
+    raises. Each message has its own context: what a handler sets in a ContextVar ends with the message.
 
     With a backend that has only the protocol's three methods, it handles one message at a time, without retries, and logs a warning.
 
@@ -103,7 +103,7 @@ class AsyncLoopConsumer:
         grace: Seconds that handlers get to finish in `shutdown`.
         ordered_by_key: Handle messages of one key one after the other, in the order received, and different keys concurrently. The
             successors of a message that is retried overtake it. While messages of a busy key fill the prefetch, it grows, up to about
-            1,000 messages in all, so that other keys go on.
+            1,000 messages in all, so that other keys are handled.
         middleware: Wraps the handler, the first outermost.
         keys: The key patterns that the group wants; None: see ``consume``.
         prefetch: Messages in flight at most; None: four times the concurrency.

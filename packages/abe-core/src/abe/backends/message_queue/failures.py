@@ -56,7 +56,7 @@ class Failures:
             return
         decision = self._judge(exc, message.attempt, facts)
         self._report(decision, printable, facts)
-        # A task of its own: settlements go on while the consumer stops, and closing the subscription bounds them.
+        # A task of its own: settlements continue while the consumer stops, and closing the subscription bounds them.
         task = asyncio.create_task(_settle(message, decision, error, facts))
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)

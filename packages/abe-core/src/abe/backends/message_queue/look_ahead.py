@@ -1,4 +1,4 @@
-"""Messages of a group for `ordered_by_key`: the prefetch grows while successors of a busy key fill it, so that other keys go on.
+"""Messages of a group for `ordered_by_key`: the prefetch grows while successors of a busy key fill it, so that other keys are handled.
 
 A broker delivers a queue in order, so a consumer has to take and buffer the messages that wait for a busy key to reach those behind them.
 When every message within the prefetch is in flight and a worker is idle, another subscription with twice the prefetch takes over. Only the

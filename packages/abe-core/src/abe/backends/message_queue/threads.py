@@ -51,7 +51,7 @@ class ThreadCall:
 class Threads:
     """A bounded pool of daemon threads.
 
-    A cancelled call goes on in its thread, which is then *stuck*. `ready` blocks one caller for each stuck thread.
+    A cancelled call continues in its thread, which is then *stuck*. `ready` blocks one caller for each stuck thread.
 
     Args:
         most: The maximum number of threads.

@@ -88,7 +88,7 @@ class Workers:
         finally:
             self._stop()
             self._cancelled = True
-            # A `stop` that waits for the broker goes on inside the subscription, and `aclose` bounds it.
+            # A `stop` that waits for the broker continues inside the subscription, and `aclose` bounds it.
             for task in (*workers, giving_back):
                 if task is not None:
                     task.cancel()

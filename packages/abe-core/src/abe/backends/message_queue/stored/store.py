@@ -9,7 +9,7 @@ these states:
     dead       it has a time of death; nothing delivers it
     parked     its group is `PARKED`: it was published while no group existed
 
-Times are seconds, by one clock for all who share the store: its own, where it has one.
+Times are seconds, by one clock for all processes that share the store: its own, where it has one.
 """
 
 from abc import ABC, abstractmethod
