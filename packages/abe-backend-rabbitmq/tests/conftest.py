@@ -1,7 +1,10 @@
 """A RabbitMQ node that the provider's tests share, and namespaces on it."""
 
 import asyncio
+import gc
+import io
 import itertools
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
@@ -10,6 +13,7 @@ from uuid import uuid4
 
 import aio_pika
 import pytest
+from rabbitmq_access import SECRET
 
 from abe.backends.message_queue.base import Delivery, Envelope
 from abe_backend_rabbitmq import RabbitMQBackend, RabbitMQSettings
@@ -17,7 +21,7 @@ from abe_backend_rabbitmq._receiver import RabbitMQReceiver
 from abe_backend_rabbitmq._topology import Topology
 from abe_backend_rabbitmq._transport import RabbitMQTransport
 from abe_contract_tests import bounds
-from abe_contract_tests.services import ServiceUnavailable, rabbitmq_service
+from abe_contract_tests.services import RabbitMQShell, Service, ServiceUnavailable, rabbitmq_service
 from abe_contract_tests.services._process import ProcessService
 
 PROCESSES = {"ABE_TEST_SERVICES": "processes"}
@@ -143,3 +147,53 @@ def collect_fixture() -> Callable[..., Awaitable[list[Delivery]]]:
 @pytest.fixture(name="until", scope="session")
 def until_fixture() -> Callable[..., Awaitable[None]]:
     return until
+
+
+@pytest.fixture
+async def nothing_left() -> AsyncIterator[None]:
+    """Fail on tasks that are left behind, and on what only the event loop would complain of."""
+    complaints: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(str(context)))
+    yield
+    gc.collect()
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    if left:
+        await asyncio.wait(left, timeout=2 * bounds.slowness())
+    assert [task for task in left if not task.done()] == []
+    assert complaints == []
+
+
+@pytest.fixture
+def log() -> Iterator[io.StringIO]:
+    """Everything that is logged, with its tracebacks, as a file would have it."""
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    yield text
+    root.removeHandler(handler)
+    root.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def shell(node: Service) -> Iterator[RabbitMQShell]:
+    shell = RabbitMQShell(node)
+    yield shell
+    shell.stop()
+
+
+@pytest.fixture
+async def user(shell: RabbitMQShell, lab: Any) -> Callable[..., Awaitable[str]]:
+    """Give the test's user rights, and return its address. ``NS`` stands for what the namespace's names begin with."""
+    name = f"app-{lab.namespace}"
+
+    async def grant(configure: str = ".*", write: str = ".*", read: str = ".*") -> str:
+        rights = [right.replace("NS", f"abe:{lab.namespace}") for right in (configure, write, read)]
+        await shell.add_user(name, SECRET, configure=rights[0], write=rights[1], read=rights[2])
+        return f"amqp://{name}:{SECRET}@{lab.url.rpartition('@')[2]}"
+
+    # After what was opened since is closed: the node ends the connections of a user that it deletes.
+    lab.at_the_end(shell.delete_user, name)
+    return grant

@@ -26,7 +26,6 @@ from abe.logging import (
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
 
-
 DOCS = Path(__file__).parents[3] / "docs" / "LOGGING.md"
 PROVIDERS = ("abe.memory", "abe.rabbitmq", "abe.redis", "abe.sqs")
 TOUCHED = ("", "abe", "abe.consumer", "abe.kafka", "abe_kafka", "__main__", "asyncio", "shop", *PROVIDERS)

@@ -18,7 +18,6 @@ from abe.logging import LoggingConfig, get_logging_dict_config, set_logger_level
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
 
-
 DOCS = Path(__file__).parents[3] / "docs" / "LOGGING.md"
 PROVIDERS = ("abe.memory", "abe.rabbitmq", "abe.redis", "abe.sqs")
 

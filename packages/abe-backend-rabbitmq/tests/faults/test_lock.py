@@ -15,7 +15,6 @@ from abe_contract_tests import bounds
 
 pytestmark = pytest.mark.xdist_group("rabbitmq-faults")
 
-
 HOLDER = """
 import asyncio, json, sys
 import aio_pika
