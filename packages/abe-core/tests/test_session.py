@@ -54,7 +54,7 @@ class TestSession:
     def join(self, session: Session, manual_clock: ManualClock) -> Callable[[str], asyncio.Task[Inbox]]:
         def join(group: str) -> asyncio.Task[Inbox]:
             def inbox(receiver: Any) -> Inbox:
-                return inbox_on(receiver, manual_clock, left=session.inboxes.discard)
+                return inbox_on(receiver, manual_clock, left=lambda left: session.inboxes.pop(left, None))
 
             return asyncio.create_task(session.join(group, 1, inbox))
 

@@ -79,7 +79,7 @@ class Calls:
         session, tries = self.here(), 0
         error: BackendConnectionError | None = None
         bound = asyncio.timeout(self._settings.publish_timeout)
-        session.calls.add(bound)
+        session.calls[bound] = None
         try:
             async with bound:
                 while True:
@@ -100,7 +100,7 @@ class Calls:
             text = f"the broker did not answer within {self._settings.publish_timeout:g} s{why}"
             raise BackendConnectionError(text) from error or exc
         finally:
-            session.calls.discard(bound)
+            session.calls.pop(bound, None)
 
     async def steps(self, start: Callable[[Transport], AsyncGenerator[_T]]) -> AsyncGenerator[_T]:
         """Iterate over an operation's steps, each within `publish_timeout`.
@@ -121,14 +121,14 @@ class Calls:
 
     async def _end(self, session: Session, steps: AsyncGenerator[_T]) -> None:
         bound = asyncio.timeout(self._settings.publish_timeout)
-        session.calls.add(bound)
+        session.calls[bound] = None
         try:
             async with bound:
                 await steps.aclose()
         except (AbeError, TimeoutError) as exc:
             _log.debug("an operation in steps could not be closed: %r", exc)
         finally:
-            session.calls.discard(bound)
+            session.calls.pop(bound, None)
 
 
 async def _nothing(_: Session) -> None:

@@ -68,7 +68,7 @@ class Joining:
                 self._inbox,
                 prefetch=prefetch,
                 alone=alone,
-                left=session.inboxes.discard,
+                left=lambda left: session.inboxes.pop(left, None),
                 settling=session.transport.settling,
                 restore=partial(session.restore, self._group),
             )

@@ -32,8 +32,8 @@ class Session:
             max_count=settings.max_unconfirmed,
             max_bytes=settings.max_unconfirmed_bytes,
         )
-        self.inboxes: set[Inbox] = set()
-        self.calls: set[asyncio.Timeout] = set()
+        self.inboxes: dict[Inbox, None] = {}
+        self.calls: dict[asyncio.Timeout, None] = {}
         """The timeouts of the calls in progress: closing ends them."""
         self._joining: set[asyncio.Task[Inbox]] = set()
         self._undeclared: Mapping[str, tuple[str, ...]] = settings.groups
@@ -125,7 +125,7 @@ class Session:
             await receiver.close()
             raise BackendClosedError("the backend was closed")
         joined = inbox(receiver)
-        self.inboxes.add(joined)
+        self.inboxes[joined] = None
         return joined
 
     async def _close(self) -> None:
