@@ -122,6 +122,26 @@ async def test_closing_does_not_wait_for_a_transport_that_does_not_let_go() -> N
     assert all(isinstance(outcome, AbeError) for outcome in outcomes)
 
 
+async def test_who_waits_behind_one_with_more_time_is_told_when_its_own_is_over() -> None:
+    async def never(_: Sequence[Envelope]) -> Outcomes:
+        await asyncio.Event().wait()
+        return ()
+
+    transport = FakeTransport(never)
+    transport.batching = Batching(messages=50, bytes=1 << 20, max_concurrent=1)
+    under_test = Publisher(transport, connected, timeout=0.05, max_count=1000, max_bytes=1 << 30)  # type: ignore[arg-type]
+    patient = asyncio.create_task(under_test.publish(envelope("patient"), 600.0))
+    await asyncio.sleep(0)
+    async with within(5):
+        usual = asyncio.create_task(under_test.publish(envelope("usual")))
+        outcomes = [*await under_test.publish_many([envelope("many")] * 2), await usual]
+    assert [type(outcome) for outcome in outcomes] == [PublishRejectedError] * 3
+    assert transport.sent == ["patient"]
+    patient.cancel()
+    await asyncio.wait([patient])
+    await under_test.close(1.0)
+
+
 async def test_those_who_wait_for_room_are_not_overtaken() -> None:
     async def take(_: Sequence[Envelope]) -> Outcomes:
         await asyncio.sleep(0.001)

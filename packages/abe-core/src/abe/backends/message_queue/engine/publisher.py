@@ -17,13 +17,13 @@ from typing import Final
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.clock import pause
 from abe.backends.message_queue.base.transport import Envelope, Outcomes, Transport
+from abe.backends.message_queue.engine.batch import AGAIN, Batch
 from abe.backends.message_queue.engine.deadlines import Deadlines
 from abe.backends.message_queue.engine.room import Room
 from abe.backends.message_queue.engine.stepping import Begun, begin
 from abe.errors import (
     AbeError,
     BackendClosedError,
-    BackendConnectionError,
     PublishRejectedError,
     PublishUnknownError,
     UnroutableError,
@@ -31,42 +31,11 @@ from abe.errors import (
 
 _log: Final = logging.getLogger("abe.engine")
 _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=2.0)
-
-
 _ACCEPTED: Final = [None]
-
-_AGAIN: Final = (BackendConnectionError, PublishUnknownError)
-"""Outcomes that are not final: the message is retried, with the same id."""
 
 _SLACK: Final = 0.1
 """The fraction of its time that a message may lose by joining an earlier batch, and by which the outcome of one without a timeout of its
 own may be late: a timer for each would be expensive."""
-
-
-class _Batch:
-    """Messages that are sent together, with one deadline. A message with less time than that has a timer of its own."""
-
-    # Attributes of the class until they change, as each lone message has a batch.
-    size = 0
-    sent = False
-    sending = False
-    doubtful: frozenset[int] = frozenset()  # messages that an earlier try may have published
-    error: AbeError | None = None
-
-    def __init__(self, envelopes: list[Envelope], deadline: float, timeout: float) -> None:
-        self.envelopes = envelopes
-        self.futures: list[asyncio.Future[AbeError | None]] = []
-        self.deadline = deadline
-        self.timeout = timeout
-
-    def tell(self, pending: Sequence[int], results: Outcomes) -> None:
-        """Set the results of messages whose outcome is final: they do not wait for the retries of others."""
-        if not self.futures:
-            return  # a lone publish has no future
-        for index, result in zip(pending, results, strict=True):
-            final = result is None or not (isinstance(result, _AGAIN) or index in self.doubtful)
-            if final and not self.futures[index].done():
-                self.futures[index].set_result(result)
 
 
 class Publisher:
@@ -95,9 +64,10 @@ class Publisher:
         self._limits = transport.batching
         self._loop = asyncio.get_running_loop()
         self._deadlines = Deadlines(self._loop)
-        self._current: _Batch | None = None
-        self._ready: deque[_Batch] = deque()
+        self._current: Batch | None = None
+        self._ready: deque[Batch] = deque()
         self._under_way = 0
+        self._latest = -math.inf  # the latest deadline so far
         self._tasks: set[asyncio.Task[None]] = set()
         self._scheduled = False
         self._alone = True
@@ -190,14 +160,17 @@ class Publisher:
 
     def _enqueue(
         self, envelope: Envelope, size: int, deadline: float, timeout: float, latest: float = math.inf
-    ) -> tuple[_Batch, asyncio.Future[AbeError | None]]:
+    ) -> tuple[Batch, asyncio.Future[AbeError | None]]:
         """Put a message into the collecting batch, or into a new one if the deadline of that batch is too early, or after `latest`."""
         batch = self._current
         if batch is None or not deadline - _SLACK * timeout <= batch.deadline <= latest:
             if batch is not None:
                 self._ready.append(batch)
             usual = self._loop.time() + self._timeout  # not a shorter one: others are to join the batch
-            batch = self._current = _Batch([], max(deadline, usual), max(timeout, self._timeout))
+            batch = self._current = Batch([], max(deadline, usual), max(timeout, self._timeout))
+            if self._latest > batch.deadline:  # one with more time may keep it waiting for longer than it has
+                self._loop.call_at(batch.deadline, self._expire, batch)
+            self._latest = max(self._latest, batch.deadline)
             self._schedule()
         future: asyncio.Future[AbeError | None] = self._loop.create_future()
         batch.envelopes.append(envelope)
@@ -213,7 +186,16 @@ class Publisher:
             self._scheduled = True
             self._loop.call_soon(self._start_batches)
 
-    def _leave(self, batch: _Batch, future: "asyncio.Future[AbeError | None]", timeout: float) -> None:
+    def _expire(self, batch: Batch) -> None:
+        """Give up a batch whose time is over before its turn has come."""
+        if batch is self._current:
+            self._current = None
+        elif batch in self._ready:
+            self._ready.remove(batch)
+        if not (batch.sent or self._abandoned.is_set()):
+            self._finish(batch, [self._gave_up(False, None, batch.timeout)] * len(batch.futures))
+
+    def _leave(self, batch: Batch, future: "asyncio.Future[AbeError | None]", timeout: float) -> None:
         """Remove a message whose time is over from its batch; if that was sent already, it is not retried."""
         place = batch.futures.index(future)
         future.set_result(self._gave_up(batch.sending or place in batch.doubtful, batch.error, timeout))
@@ -227,9 +209,10 @@ class Publisher:
         self, envelope: Envelope, size: int, deadline: float, timeout: float, begun: Begun[Outcomes] | Outcomes | None
     ) -> AbeError | None:
         outcomes: list[AbeError | None] = [None]
+        self._latest = max(self._latest, deadline)
         self._under_way += 1
         try:
-            await self._deliver(_Batch([envelope], deadline, timeout), outcomes, begun)
+            await self._deliver(Batch([envelope], deadline, timeout), outcomes, begun)
             return outcomes[0]
         finally:
             self._room.leave(1, size)
@@ -252,7 +235,7 @@ class Publisher:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, batch: _Batch) -> None:
+    async def _run(self, batch: Batch) -> None:
         unknown = PublishUnknownError("the backend was closed before the confirm came")
         outcomes: list[AbeError | None] = [unknown] * len(batch.futures)
         try:
@@ -267,11 +250,11 @@ class Publisher:
             self._start_batches()
 
     async def _deliver(
-        self, batch: _Batch, outcomes: list[AbeError | None], begun: Begun[Outcomes] | Outcomes | None = None
+        self, batch: Batch, outcomes: list[AbeError | None], begun: Begun[Outcomes] | Outcomes | None = None
     ) -> None:
         """Send until every message has an outcome, or the deadline passes.
 
-        1. Each try sends the pending messages. A final outcome stays, whatever becomes of the others; a retryable one (`_AGAIN`) leaves
+        1. Each try sends the pending messages. A final outcome stays, whatever becomes of the others; a retryable one (`AGAIN`) leaves
            its message pending.
         2. A message that a try may have published is *doubtful*, also one whose try the deadline interrupted.
         3. After a backoff the pending messages are sent again, except for those whose callers have timed out.
@@ -308,7 +291,7 @@ class Publisher:
 
     async def _try(
         self,
-        batch: _Batch,
+        batch: Batch,
         pending: Sequence[int],
         outcomes: list[AbeError | None],
         begun: Begun[Outcomes] | Outcomes | None,
@@ -336,7 +319,7 @@ class Publisher:
             outcomes[index] = result
         again: Sequence[int] = ()
         if any(results):
-            again = [i for i in pending if isinstance(outcomes[i], _AGAIN)]
+            again = [i for i in pending if isinstance(outcomes[i], AGAIN)]
             batch.doubtful = batch.doubtful.union(i for i in again if _maybe_accepted(outcomes[i]))
             self._connected = not again  # the next try connects first
             if again:
@@ -344,7 +327,7 @@ class Publisher:
         self._trouble(outcomes[again[0]] if again else None)
         return again
 
-    async def _connect(self, batch: _Batch, pending: Sequence[int]) -> Sequence[int]:
+    async def _connect(self, batch: Batch, pending: Sequence[int]) -> Sequence[int]:
         """Connect if necessary; return the messages whose callers still wait. The others have been rejected meanwhile."""
         if self._connected:
             return pending
@@ -375,7 +358,7 @@ class Publisher:
         failure.__cause__ = cause
         return failure
 
-    def _finish(self, batch: _Batch, outcomes: Sequence[AbeError | None]) -> None:
+    def _finish(self, batch: Batch, outcomes: Sequence[AbeError | None]) -> None:
         for future, outcome in zip(batch.futures, outcomes, strict=True):
             if not future.done():
                 future.set_result(outcome)
