@@ -256,6 +256,22 @@ class TestTime:
         await manual_clock.advance(31)
         assert [delivery.body for delivery in await other.receive(5)] == [b'{"n":%d}' % n for n in range(3)]
 
+    async def test_a_consumer_that_looks_first_does_not_hide_from_others_what_it_let_run_out(
+        self, memory_backend: MemoryBackend, manual_clock: ManualClock
+    ) -> None:
+        await memory_backend.declare("g")
+        await memory_backend.publish("a", {"n": 1})
+        negligent, other = [await memory_backend.make_transport().subscribe("g", 2) for _ in range(2)]
+        await negligent.receive(1)
+        async with bounds.within(5):
+            looking = asyncio.ensure_future(negligent.receive(1))
+            await asyncio.sleep(0)
+            coming = asyncio.ensure_future(other.receive(1))
+            await manual_clock.advance(31)
+            assert [delivery.attempt for delivery in await coming] == [2]
+            await negligent.stop()
+            assert not await looking
+
     async def test_what_a_silent_consumer_holds_goes_to_another_when_its_lease_has_run_out(
         self, memory_backend: MemoryBackend, manual_clock: ManualClock
     ) -> None:

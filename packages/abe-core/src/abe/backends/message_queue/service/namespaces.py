@@ -74,7 +74,7 @@ class Queue:
     def take(self, receiver: "Waiter", limit: int, now: float, lease: float) -> list[Delivery]:
         if self.delayed:
             self.mature(now)
-        items = self._take_expired(receiver, limit, now, lease) if self._next_deadline <= now else []
+        items = self._take_expired(receiver, limit, now) if self._next_deadline <= now else []
         items += [self.ready.popleft() for _ in range(min(limit - len(items), len(self.ready)))]
         deliveries: list[Delivery] = []
         deadline = now + lease
@@ -90,7 +90,7 @@ class Queue:
             self._next_deadline = deadline
         return deliveries
 
-    def _take_expired(self, receiver: "Waiter", limit: int, now: float, lease: float) -> list[Item]:
+    def _take_expired(self, receiver: "Waiter", limit: int, now: float) -> list[Item]:
         """Take items whose leases ran out from other consumers; the receiver is about to renew its own."""
         expired = sorted(
             (item.serial, number)
@@ -98,11 +98,7 @@ class Queue:
             if item.deadline <= now and item.owner is not receiver
         )
         items = [self.held.pop(number) for _, number in expired[:limit]]
-        again = now + lease / 10
-        deadlines = (
-            again if item.owner is receiver and item.deadline <= now else item.deadline for item in self.held.values()
-        )
-        self._next_deadline = min(deadlines, default=math.inf)
+        self._next_deadline = min((item.deadline for item in self.held.values()), default=math.inf)
         return items
 
     def mature(self, now: float) -> None:
@@ -117,7 +113,10 @@ class Queue:
         return [item for item in self.held.values() if item.deadline <= now]
 
     def next_event(self) -> float:
-        """Return a time at which, or before which, the next message becomes due, or the next lease ends."""
+        """Return a time at which, or before which, the next message becomes due, or the next lease ends.
+
+        It is in the past where the only leases that have ended are those of the receiver that has just looked.
+        """
         return min(self._next_deadline, self.delayed[0][0] if self.delayed else math.inf)
 
     def give_back(self, items: Iterable[Item]) -> None:
