@@ -17,7 +17,7 @@ KILLED = $(or $(filter-out memory,$(BACKEND)),redis)
 RUN = $(UV) run --locked
 
 .DEFAULT_GOAL := help
-.PHONY: help demo sigkill test test-all contract containers check lock lint format imports lines subjects mypy pyright workflows bench environment brokers
+.PHONY: help demo sigkill test test-all contract containers check lock lint format imports lines subjects mypy pyright workflows simulate bench environment brokers
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ pyright: environment
 workflows: environment
 	$(RUN) actionlint
 	@echo "actionlint: no findings"
+
+simulate: environment ## Run the engine in simulated worlds: make simulate ARGS="0 --count 500 --keep-going".
+	$(RUN) python -m simulation $(ARGS)
 
 bench: environment brokers ## Measure throughput and latency beside the raw clients.
 	$(RUN) python -m benchmarks $(ARGS)

@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 
 LONGEST = 400
-PARTS = ("packages", "contract-tests", "examples", "benchmarks", "scripts")
+PARTS = ("packages", "contract-tests", "examples", "benchmarks", "scripts", "simulation")
 
 
 def main(root: Path) -> int:

@@ -1,0 +1,168 @@
+"""The broker of a simulated world: the memory transport's namespace, in a process of its own, which keeps the books."""
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import msgspec
+
+from abe.backends.message_queue.base import Delivery, Envelope, Settlement
+from abe.backends.message_queue.base.transport import Outcomes
+from abe.backends.message_queue.service import namespaces
+from abe.backends.message_queue.service.namespaces import Item, Namespace
+from abe.settings import QueueSettings
+from simulation.history import Delivery as Recorded
+from simulation.history import History
+from simulation.world import Host, World
+
+
+def number_of(body: bytes) -> int:
+    """Return the number of a message of the load."""
+    return int(msgspec.json.decode(body)["n"])
+
+
+class Broker:
+    """What the namespace is to a world.
+
+    Args:
+        world: Where it is.
+        history: Where it keeps the books.
+        settings: Those of all backends.
+    """
+
+    def __init__(self, world: World, history: History, settings: QueueSettings) -> None:
+        self.world = world
+        self.host: Host = world.host("broker")
+        self.history = history
+        self.namespace: Namespace = namespaces.namespace(settings.namespace)
+        self.max_attempts: int = settings.max_attempts
+        self.limits: dict[object, tuple[int, str, int]] = {}
+        """The number, the host and the prefetch of each receiver."""
+
+    def time(self) -> float:
+        """Return the broker's time in seconds: the world's."""
+        return self.world.now
+
+    def call_at(self, when: float, callback: Callable[[], object]) -> Any:
+        """Call `callback` in the event loop that runs now, once the broker's time is `when`."""
+        host = self.world.running
+        assert host is not None
+        return host.loop.call_later(max(0.0, when - self.world.now), callback)
+
+    def joined(self, receiver: object, host: str, prefetch: int) -> None:
+        """Take note of a receiver."""
+        self.limits[receiver] = len(self.limits) + 1, host, prefetch
+
+    def give_back(self, group: str, receiver: object, keep: Collection[int]) -> None:
+        """Make deliverable again what a receiver holds, but for these deliveries: it has never seen the others."""
+        queue = self.namespace.queues.get(group)
+        if queue is None:
+            return
+        lost = [number for number, item in queue.held.items() if item.owner is receiver and number not in keep]
+        for number in lost:
+            queue.held[number].attempts -= 1
+            self.ended(number, "recovered")
+        queue.give_back([queue.held.pop(number) for number in lost])
+        queue.wake(everybody=True)
+
+    def left(self, group: str, receiver: object) -> None:
+        """Take note of what a receiver still holds, as it leaves."""
+        queue = self.namespace.queues.get(group)
+        if queue is not None:
+            for number, item in queue.held.items():
+                if item.owner is receiver:
+                    self.ended(number, "closed")
+
+    def group_gone(self, group: str) -> None:
+        """Take note that a group was deleted, with all that was in it."""
+        self.history.note("broker", "deleted", group)
+        self.history.deleted[group].append(self.world.now)
+        for number, delivery in self.history.deliveries.items():
+            if delivery.group == group and not delivery.ended:
+                self.ended(number, "deleted")
+
+    def named(self, queue: namespaces.Queue) -> str:
+        """Return the name of the group of a queue; empty, where it was deleted."""
+        return next((name for name, each in self.namespace.queues.items() if each is queue), "")
+
+    def ended(self, number: int, how: str) -> None:
+        """Take note of how a delivery ended."""
+        delivery = self.history.deliveries[number]
+        if delivery.ended:
+            self.history.violated(f"delivery {number} ended as {delivery.ended}, and again as {how}")
+        delivery.ended, delivery.ended_at = how, self.world.now
+        if how not in ("acked", "released", "closed"):
+            self.history.note(
+                "broker", how, f"m{delivery.message.number} {delivery.group} #{number} from {delivery.host}"
+            )
+
+    def acked(self, deliveries: Iterable[Delivery], outcomes: Outcomes) -> None:
+        """Take note of acknowledgements that were carried out."""
+        for delivery, error in zip(deliveries, outcomes, strict=True):
+            if error is None:
+                self.ended(delivery.native, "acked")
+
+    def settled(self, settlements: Iterable[Settlement], outcomes: Outcomes) -> None:
+        """Take note of settlements that were carried out."""
+        for settlement, error in zip(settlements, outcomes, strict=True):
+            if error is None:
+                self.ended(settlement.delivery.native, _ENDS[settlement.disposition.value])
+
+    def queue_type(self) -> type[namespaces.Queue]:
+        """Return the class of its queues."""
+        broker = self
+
+        class RecordedQueue(namespaces.Queue):
+            """A queue that keeps the books."""
+
+            def put(self, envelope: Envelope, due: float, now: float, attempts: int = 0) -> None:
+                super().put(envelope, due, now, attempts)
+                if not attempts:
+                    message = broker.history.messages[number_of(envelope.body)]
+                    group = broker.named(self)
+                    message.stored[group] += 1
+                    if due <= now:
+                        broker.history.order[group].append(message.number)
+
+            def take(self, receiver: Any, limit: int, now: float, lease: float) -> list[Delivery]:
+                before = set(self.held)
+                deliveries = super().take(receiver, limit, now, lease)
+                for number in sorted(before - set(self.held)):
+                    broker.ended(number, "expired")
+                broker.taken(self, receiver, deliveries)
+                return deliveries
+
+            def bury(self, item: Item, reason: str, error: str) -> None:
+                super().bury(item, reason, error)
+                number = number_of(item.envelope.body)
+                broker.history.note("broker", "bury", f"m{number} attempts={item.attempts} {reason}")
+                if reason == "max_attempts" and item.attempts < broker.max_attempts:
+                    broker.history.violated(
+                        f"m{number} is dead after {item.attempts} attempts of {broker.max_attempts}"
+                    )
+
+        return RecordedQueue
+
+    def taken(self, queue: namespaces.Queue, receiver: object, deliveries: Iterable[Delivery]) -> None:
+        """Take note of deliveries."""
+        identity, host, prefetch = self.limits[receiver]
+        group = self.named(queue)
+        for delivery in deliveries:
+            message = self.history.messages[number_of(delivery.body)]
+            number = delivery.native
+            self.history.deliveries[number] = Recorded(
+                number, message, group, host, identity, delivery.attempt, self.world.now, delivery
+            )
+            facts = f"m{message.number} {group} #{number} attempt={delivery.attempt} to {host}/{identity}"
+            self.history.note("broker", "deliver", facts)
+        known = self.history.deliveries
+        held = sum(
+            item.owner is receiver and item.deadline > self.world.now and not known[number].original.lost
+            for number, item in queue.held.items()
+        )
+        if held > prefetch and not self.history.buggy[host]:  # what a provider's bug left is out of the engine's sight
+            self.history.violated(
+                f"receiver {identity} of {host} has {held} messages in flight, and its bound is {prefetch}"
+            )
+
+
+_ENDS = {"retry": "retried", "release": "released", "dead": "buried"}

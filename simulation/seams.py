@@ -1,0 +1,50 @@
+"""What the library takes from its process, and a simulation gives it: random numbers, the time of day, the prefix of ids.
+
+The modules' own names are replaced, for as long as a world runs; nothing outside of the library sees it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from random import Random
+from types import SimpleNamespace
+from typing import Any, Final
+from unittest.mock import patch
+
+from abe.backends.message_queue.base import backoff
+from abe.backends.message_queue.engine import outgoing
+from abe.backends.message_queue.service import namespaces
+from simulation.world import World
+
+EPOCH: Final = 1_800_000_000.0
+"""The time of day when a world begins, in seconds since the epoch."""
+
+
+@contextmanager
+def seams(world: World, seed: object, queue: type[namespaces.Queue]) -> Iterator[None]:
+    """Have the library take everything from a world, until the block ends.
+
+    Args:
+        world: Whose time it is.
+        seed: What jitter is drawn from.
+        queue: The class of the broker's queues.
+    """
+
+    def today() -> float:
+        return EPOCH + (world.running.time() if world.running is not None else world.now)
+
+    replaced: dict[Any, dict[str, Any]] = {
+        backoff: {"random": Random(f"{seed}/jitter")},
+        outgoing: {"time": SimpleNamespace(time_ns=lambda: int(today() * 1e9)), "next_id": _ids()},
+        namespaces: {"time": today, "Queue": queue},
+    }
+    with ExitStack() as stack:
+        for module, names in replaced.items():
+            for name, value in names.items():
+                stack.enter_context(patch.object(module, name, value))
+        yield
+
+
+def _ids() -> Callable[[], str]:
+    numbers = count(1)
+    return lambda: f"id{next(numbers)}"
