@@ -122,6 +122,32 @@ async def test_closing_does_not_wait_for_a_transport_that_does_not_let_go() -> N
     assert all(isinstance(outcome, AbeError) for outcome in outcomes)
 
 
+async def test_who_leaves_while_its_batch_is_about_to_be_sent_is_not_published() -> None:
+    gate = asyncio.Event()
+
+    async def answer(_: Sequence[Envelope]) -> Outcomes:
+        await gate.wait()
+        return ()
+
+    under_test = publisher(answer)
+    transport: FakeTransport = under_test.transport  # type: ignore[attr-defined]
+    transport.batching = under_test._limits = Batching(messages=50, bytes=1 << 20, max_concurrent=1)
+    loop = asyncio.get_running_loop()
+    first = asyncio.create_task(under_test.publish(envelope("first")))
+    hurried = asyncio.create_task(under_test.publish(envelope("hurried"), 0.01))
+    patient = asyncio.create_task(under_test.publish(envelope("patient")))
+    await asyncio.sleep(0)
+    over = loop.time() + 0.02
+    while loop.time() < over:
+        pass  # the loop is busy until its time is over
+    loop.call_soon(gate.set)  # the first one's step comes just before the step that tells the hurried one
+    async with within(5):
+        outcomes = await asyncio.gather(first, hurried, patient)
+    assert [type(outcome) for outcome in outcomes] == [type(None), PublishRejectedError, type(None)]
+    assert transport.sent == ["first", "patient"]
+    await under_test.close(1.0)
+
+
 async def test_who_waits_behind_one_with_more_time_is_told_when_its_own_is_over() -> None:
     async def never(_: Sequence[Envelope]) -> Outcomes:
         await asyncio.Event().wait()

@@ -168,7 +168,7 @@ class Publisher:
                 self._ready.append(batch)
             usual = self._loop.time() + self._timeout  # not a shorter one: others are to join the batch
             batch = self._current = Batch([], max(deadline, usual), max(timeout, self._timeout))
-            if self._latest > batch.deadline:  # one with more time may keep it waiting for longer than it has
+            if self._latest > batch.deadline:  # an earlier batch may be in progress for longer than that
                 self._loop.call_at(batch.deadline, self._expire, batch)
             self._latest = max(self._latest, batch.deadline)
             self._schedule()
@@ -192,8 +192,9 @@ class Publisher:
             self._current = None
         elif batch in self._ready:
             self._ready.remove(batch)
-        if not (batch.sent or self._abandoned.is_set()):
-            self._finish(batch, [self._gave_up(False, None, batch.timeout)] * len(batch.futures))
+        else:
+            return
+        self._finish(batch, [self._gave_up(False, None, batch.timeout)] * len(batch.futures))
 
     def _leave(self, batch: Batch, future: "asyncio.Future[AbeError | None]", timeout: float) -> None:
         """Remove a message whose time is over from its batch; if that was sent already, it is not retried."""
@@ -228,7 +229,6 @@ class Publisher:
                 batch, self._current = self._current, None
             if not batch.futures:
                 continue  # all its messages have timed out
-            batch.sent = True
             self._alone = len(batch.futures) == 1
             self._under_way += 1
             task = self._loop.create_task(self._run(batch))
@@ -266,6 +266,7 @@ class Publisher:
             outcomes: Gets each one's outcome.
             begun: The first try, if it has begun, or its outcomes.
         """
+        batch.sent = True  # not before: a message that is removed until then is certainly not published
         pending: Sequence[int] = range(len(batch.envelopes))
         try:
             with self._deadlines.until(batch.deadline):
