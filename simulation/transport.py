@@ -86,6 +86,7 @@ class FaultyTransport:
         self, inner: Transport, connect: Callable[[], Connection], batching: Batching, settling: Settling
     ) -> None:
         self.batching = batching
+        self.receiving = inner.receiving
         self.settling = settling
         self._inner = inner
         self._connect = connect

@@ -102,7 +102,6 @@ EXTRA: dict[str, dict[str, str]] = {
         "_groups": "a group is several queues, made and changed one by one",
         "_inflight": "every receipt has a lease of its own, and some deliveries were no attempts",
         "_parked": "what was published before there was a group is moved message by message",
-        "_polls": "requests for messages that cannot be taken back",
         "_publisher": "the publisher copies a message to the groups' queues",
         "_queue": "requests are batches of messages, or of receipt handles, of which each may fail on its own",
         "_registry": "the groups are the tags of queues, which have no lock, and of which a few a second can be read",

@@ -14,8 +14,6 @@ from abe.backends.message_queue.base import Delivery, Disposition, Envelope, Set
 from abe.backends.message_queue.base.tasks import gather_all
 from abe.errors import BackendConnectionError, GroupMissingError, LeaseLostError
 from abe_backend_sqs import _transport
-from abe_backend_sqs._polls import Poll, Polls
-from abe_backend_sqs._queue import Queue
 from abe_backend_sqs._receiver import SqsReceiver
 from abe_contract_tests import bounds
 
@@ -54,6 +52,12 @@ async def stalled(
 def deleted(lab: Any) -> list[int]:
     """Return the sizes of the deletions so far."""
     return [len(each["Entries"]) for each in lab.gate.requests("DeleteMessageBatch")]
+
+
+async def polled(lab: Any, times: int) -> None:
+    """Wait until SQS was asked that often for messages."""
+    while len(lab.gate.requests("ReceiveMessage")) < times:  # noqa: ASYNC110 - the server sets no event of ours
+        await asyncio.sleep(0.01)
 
 
 async def counts(lab: Any, kind: str = "group") -> tuple[int, int]:
@@ -251,32 +255,59 @@ async def test_a_handle_that_sqs_does_not_take_is_a_lost_lease(lab: Any, delay: 
             assert not messages._inbox._receiver._in_flight
 
 
-async def test_what_arrived_and_nobody_was_handed_is_given_back_when_the_receiver_stops(lab: Any) -> None:
+async def test_a_poll_whose_receive_was_cancelled_is_taken_over_by_the_next(lab: Any) -> None:
     async with bounds.within(15):
         receiver, _ = await holding(lab, 0)
-        for _ in range(3):
-            await lab.ask("send_message", QueueUrl=await lab.url("group", "g"), MessageBody="{}")
-        receiver._polls.ask_for(3)
-        while len(receiver._arrived) < 3:
-            receiver._polls.news.clear()
-            receiver._polls.ask_for(3 - len(receiver._arrived) - receiver._polls.asked_for)
-            await receiver._polls.news.wait()
-        assert await counts(lab) == (0, 3)
-        await receiver.stop()
-        assert await counts(lab) == (3, 0)
-        assert not receiver._in_flight
-        assert not await receiver.receive(3)
+        cancelled = asyncio.create_task(receiver.receive(5))
+        await polled(lab, 1)
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
+        await lab.ask("send_message", QueueUrl=await lab.url("group", "g"), MessageBody="{}")
+        (delivery,) = await receiver.receive(5)
+        assert delivery.attempt == 1
+        assert len(lab.gate.requests("ReceiveMessage")) == 1
         await receiver.close()
 
 
-async def test_a_poll_that_outlives_the_receiver_gives_back_what_arrived_before_too(lab: Any) -> None:
+async def test_a_poll_of_a_receiver_that_stopped_is_taken_over_by_the_groups_next(lab: Any) -> None:
     async with bounds.within(15):
-        receiver, held = await holding(lab, 1)
-        await receiver.stop()
-        # Another poll's, which came while this one's were being looked at.
-        receiver._arrived.append((held[0], receiver._in_flight[held[0].native]))
-        await receiver._take([])
+        first, _ = await holding(lab, 0, wait=5)
+        waiting = asyncio.create_task(first.receive(5))
+        await polled(lab, 1)
+        await first.stop()
+        assert not await waiting
+        assert not await first.receive(5)
+        second = SqsReceiver(first._broker, "g", first._settlements.queue)
+        smaller = asyncio.create_task(second.receive(4))
+        await polled(lab, 2)  # one that may bring more than is asked for is not taken over
+        taken_over = asyncio.create_task(second.receive(5))
+        await first.close()
+        await lab.ask("send_message", QueueUrl=await lab.url("group", "g"), MessageBody="{}")
+        done, _ = await asyncio.wait([smaller, taken_over], return_when=asyncio.FIRST_COMPLETED)
+        (delivery,) = done.pop().result()
+        assert delivery.attempt == 1
+        assert not any(await second.ack([delivery], verify=True))
+        assert len(lab.gate.requests("ReceiveMessage")) == 2
+        await second.stop()
+        await asyncio.wait([smaller, taken_over])
+        await second.close()
+
+
+async def test_an_answer_that_came_as_its_receive_was_cancelled_is_given_back(lab: Any) -> None:
+    async with bounds.within(15):
+        receiver, _ = await holding(lab, 0)
+        waiting = asyncio.create_task(receiver.receive(5))
+        await polled(lab, 1)
+        (poll,) = receiver._broker.background._tasks
+        poll.add_done_callback(lambda _: waiting.cancel())
+        await lab.ask("send_message", QueueUrl=await lab.url("group", "g"), MessageBody="{}")
+        await asyncio.wait([waiting])
+        assert waiting.cancelled()
+        while not deleted(lab):  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.01)
         assert await counts(lab) == (1, 0)
+        assert not receiver._in_flight
+        assert not receiver._detached
         await receiver.close()
 
 
@@ -329,21 +360,6 @@ async def test_a_group_that_is_made_again_keeps_its_patterns(lab: Any) -> None:
             while (patterns := (await backend.groups()).get("g")) is None:  # noqa: ASYNC110 - as above
                 await asyncio.sleep(0.05)
             assert patterns == ("order.#",)
-
-
-async def test_there_are_as_many_polls_as_messages_flow(lab: Any) -> None:
-    transport = await lab.transport(pollers=3)
-
-    async def take(messages: Sequence[Any]) -> None:
-        return
-
-    queue = Queue("name", "url", transport.broker.clients)
-    polls = Polls(queue, [], transport.broker.background.start, take)
-    sizes: list[int] = []
-    for brought in (10, 10, 10, 9, 1, 1, 10, 10, 0, 10):
-        await polls.brought(Poll(10, polls), [{}] * brought)
-        sizes.append(polls._max_concurrent)
-    assert sizes == [2, 3, 3, 2, 1, 1, 2, 3, 1, 2]
 
 
 async def test_a_receiver_goes_on_when_its_group_was_declared_again(lab: Any) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from abe.backends.message_queue.base import Envelope
 from abe.errors import ConfigurationError
 from abe_backend_sqs import SqsBackend
+from abe_backend_sqs._queue import Queue
 from abe_backend_sqs._tags import Group, tags
 from abe_contract_tests import bounds
 
@@ -121,25 +123,33 @@ async def test_queues_that_others_made_serve_from_publish_to_dead_letter(lab: An
             await (await messages.receive()).ack()
 
 
-async def test_a_busy_group_is_polled_several_times_at_once_and_an_idle_one_once(lab: Any) -> None:
+async def test_a_busy_group_is_polled_several_times_at_once_and_an_idle_one_once(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with bounds.within(20):
         backend = await lab.backend(pollers=3)
         await backend.declare("g")
         await backend.publish_many([("k", {"n": n}) for n in range(300)])
-        transport = await lab.transport(pollers=3)
-        receiver = await transport.subscribe("g", 1_000)
-        most, got = 0, 0
-        while got < 300:
-            deliveries = await receiver.receive(100)
-            most = max(most, len(receiver._polls._under_way))
-            got += len(deliveries)
-            await receiver.ack(deliveries, verify=False)
-        assert most == 3
-        before = len(lab.gate.requests("ReceiveMessage"))
-        idle = asyncio.ensure_future(receiver.receive(100))
-        while len(lab.gate.requests("ReceiveMessage")) < before + 3:  # noqa: ASYNC110 - the server sets no event of ours
-            await asyncio.sleep(0.02)
-        assert len(receiver._polls._under_way) == 1
-        await receiver.stop()
-        assert not await idle
-        await receiver.close()
+        under_way, seen, poll = 0, list[int](), Queue.poll
+
+        async def counted(queue: Queue, count: int, wait: int | None = None) -> Sequence[Any]:
+            nonlocal under_way
+            under_way += 1
+            seen.append(under_way)
+            try:
+                return await poll(queue, count, wait)
+            finally:
+                under_way -= 1
+
+        monkeypatch.setattr(Queue, "poll", counted)
+        left = 300
+        async with backend.consume(group="g", prefetch=100) as messages:
+            async for _ in messages:
+                left -= 1
+                if not left:
+                    break
+            assert max(seen) == 3
+            busy = len(seen)
+            while len(seen) < busy + 4:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.02)
+            assert under_way == 1

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Any
 
-from abe.backends.message_queue.base import Delivery, Metadata, Outcomes, Settlement, Settling
+from abe.backends.message_queue.base import Delivery, Metadata, Outcomes, Receiving, Settlement, Settling
 from abe.backends.message_queue.engine.inbox import Inbox
 from abe.codec import JSONCodec
 from abe.errors import AbeError, LeaseLostError
@@ -112,6 +112,7 @@ def inbox_on(
         max_attempts=3,
         max_delay=max_delay,
         lease=30,
+        receiving=Receiving(),
         settling=Settling(),
         restore=restore,
         alone=alone,

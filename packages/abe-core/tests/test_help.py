@@ -29,6 +29,7 @@ KINDS = [
     base.Envelope,
     base.GroupStats,
     base.Metadata,
+    base.Receiving,
     base.Settlement,
     base.Settling,
     base.Transport,

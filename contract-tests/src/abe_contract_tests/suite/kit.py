@@ -26,8 +26,8 @@ _T = TypeVar("_T")
 class Kit:
     """Transports of the backend under test, and one's own part in what the engine does: ``async with Kit(contract) as kit:``.
 
-    What the engine promises a transport, the kit keeps: batches no larger than it takes, and one `receive` at a time. Leases are longer
-    than a test, as nothing renews them.
+    What the engine promises a transport, the kit keeps: batches no larger than it takes, and one `receive` after another. Leases are
+    longer than a test, as nothing renews them.
     """
 
     def __init__(self, contract: Contract) -> None:

@@ -351,12 +351,16 @@ async def test_stopping_ends_a_receive_that_waits(contract: Contract) -> None:
         transport = await kit.transport()
         await transport.declare("g", None, change=True)
         receiver = await kit.receiver(transport)
-        receiving = asyncio.create_task(receiver.receive(1))
+        at_once = transport.receiving.max_concurrent
+        receiving = [asyncio.create_task(receiver.receive(1)) for _ in range(at_once)]
         await asyncio.sleep(0)
         async with contract.within(1):
             await receiver.stop()
-            assert list(await receiving) == []
+            assert [list(await each) for each in receiving] == [[]] * at_once
             assert list(await receiver.receive(1)) == []
+        await kit.send(transport, kit.envelope())
+        [delivery] = await kit.take(await kit.receiver(transport), 1)
+        assert delivery.attempt == 1, "a request that goes on without its receive takes no attempt"
 
 
 @clause("C-CAN-01", transport=True)

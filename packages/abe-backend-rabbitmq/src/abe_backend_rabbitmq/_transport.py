@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats, Outcomes, Settling
+from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats, Outcomes, Receiving, Settling
 from abe.backends.message_queue.base import Transport as TransportProtocol
 from abe.backends.message_queue.base.routing import group_missing
 from abe.backends.message_queue.base.tasks import gather_all
@@ -27,6 +27,7 @@ class RabbitMQTransport:
     """
 
     batching = Batching(messages=250, bytes=512 * 1024, max_concurrent=4)
+    receiving = Receiving()
     settling = Settling()
 
     def __init__(self, settings: RabbitMQSettings) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats, Outcomes, Settling
+from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats, Outcomes, Receiving, Settling
 from abe.backends.message_queue.base import Transport as TransportProtocol
 from abe.backends.message_queue.base.names import EVERYTHING
 from abe.errors import AbeError, BackendConnectionError, PublishUnknownError
@@ -30,6 +30,7 @@ class RedisTransport:
     """Streams and scripts on one Redis server."""
 
     batching = Batching(messages=250, bytes=256 * 1024, max_concurrent=2)
+    receiving = Receiving()
     settling = Settling()
 
     def __init__(self, settings: RedisSettings) -> None:

@@ -2,8 +2,9 @@
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, TypeAlias
 
 from abe.backends.message_queue.base.tasks import Background
 from abe.errors import BackendConnectionError
@@ -13,9 +14,12 @@ from abe_backend_sqs._delays import Delays
 from abe_backend_sqs._errors import QueueMissingError
 from abe_backend_sqs._groups import Groups
 from abe_backend_sqs._inflight import Settled
-from abe_backend_sqs._polls import Poll
 from abe_backend_sqs._publisher import Publisher
 from abe_backend_sqs._settings import SqsSettings
+from abe_backend_sqs._wire import Message
+
+Poll: TypeAlias = "asyncio.Task[tuple[Sequence[Message], float]]"
+"""A request for messages. It returns what it brought, and until when that is ours, by the monotonic clock."""
 
 lingering: Final = Background()
 """Tasks that close the clients of a transport after its last poll."""
@@ -35,8 +39,8 @@ class Broker:
         self.copies = Copies(settings, self.groups.names)
         self.publisher = Publisher(self.groups, settings)
         self.settled = Settled()
-        self.detached: defaultdict[str, list[Poll]] = defaultdict(list)
-        """Polls of consumers that were closed, by queue."""
+        self.detached: defaultdict[str, dict[Poll, int]] = defaultdict(dict)
+        """By queue: polls whose `receive` was stopped or cancelled, with the messages that each may bring."""
         self.background = Background()
         """Tasks that must not be cancelled with their callers."""
         self.closed = asyncio.Event()

@@ -3,25 +3,23 @@
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from abe.backends.message_queue.base import Delivery, Disposition, Metadata, Outcomes, Settlement
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
 from abe.backends.message_queue.base.tasks import gather_all
 from abe.errors import AbeError, GroupMissingError
 from abe_backend_sqs import _wire
-from abe_backend_sqs._broker import Broker
+from abe_backend_sqs._broker import Broker, Poll
 from abe_backend_sqs._copies import LONGEST_DELAY, Copy, delayed
 from abe_backend_sqs._errors import QueueMissingError
-from abe_backend_sqs._inflight import Failures, InFlight, Leased, Receipt, uncounted
-from abe_backend_sqs._polls import Polls
+from abe_backend_sqs._inflight import Failures, InFlight, Leased, Receipt, uncount, uncounted
 from abe_backend_sqs._queue import LONGEST_VISIBILITY, Queue
 from abe_backend_sqs._revival import Revival
 from abe_backend_sqs._settlements import Settlements, raise_if_retryable
 from abe_backend_sqs._topics import wanted
-from abe_backend_sqs._wire import Message
+from abe_backend_sqs._wire import BATCH, Message
 
 _log: Final = logging.getLogger("abe.sqs")
 
@@ -31,12 +29,19 @@ _EARLY: Final = LONGEST_DELAY - 300
 _ON_ITS_WAY: Final = 0.5
 """Seconds for which a message may have been on its way to us while its lease ran."""
 
+_AGAIN: Final = 2
+"""Seconds for which a poll waits for what may come again."""
+
 _RELEASE: Final = Settlement(Delivery(b"", None, 1, ""), Disposition.RELEASE)
 """Stands for that of any message."""
 
 
 class SqsReceiver:
-    """Hands out what polls bring in the background, and tells SQS what became of it.
+    """Asks for messages, and tells SQS what became of them.
+
+    A poll is never cancelled: messages that SQS had put into its answer would be lost until their leases run out, and an attempt with
+    them. One whose `receive` was cancelled or stopped is detached: the group's next `receive` in this process takes it over. What it
+    brings before that is given back.
 
     Args:
         broker: What the receivers share.
@@ -50,38 +55,37 @@ class SqsReceiver:
         self._settings = broker.settings
         self._in_flight = InFlight()
         self._settlements = Settlements(broker, group, queue, self._in_flight)
-        self._polls = Polls(queue, broker.detached[queue.name], broker.background.start, self._take)
-        self._revival = Revival(self._in_flight, self._polls, broker.background.start)
-        self._arrived: deque[tuple[Delivery, Leased]] = deque()
-        self._stopping = False
+        self._revival = Revival(self._in_flight, self._again, broker.background.start)
+        self._detached = broker.detached[queue.name]
+        self._stopped: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._missing = False
         if self._settings.fifo:
             broker.delays(group).register()
 
     async def receive(self, limit: int) -> Sequence[Delivery]:
-        """Wait for what the polls bring, and have as many of them under way as the limit allows."""
-        polls = self._polls
-        while not self._stopping and not self._arrived:
-            if (error := polls.error) is not None:
-                polls.error = None
-                if isinstance(error, QueueMissingError):
-                    raise self._deleted() from error
-                raise error
-            polls.ask_for(limit - polls.asked_for)
-            polls.news.clear()
-            await polls.news.wait()
-        taken = [self._arrived.popleft() for _ in range(min(limit, len(self._arrived)))]
-        if not self._stopping:
-            polls.ask_for(limit - len(taken) - polls.asked_for - len(self._arrived))
-        now = time.monotonic()
-        deliveries: list[Delivery] = []
-        for delivery, leased in taken:
-            if leased.deadline > now:
-                deliveries.append(delivery)
-            else:  # nobody had the time to take it before its lease ran out, which is no attempt
-                leased.uncount()
-                self._in_flight.lose(delivery.native)
-        return deliveries
+        """Wait for what one poll brings: a new one, or one that is detached."""
+        if self._stopped.done():
+            return ()
+        poll = next((each for each, count in self._detached.items() if count <= limit), None)
+        if poll is None:
+            count = min(limit, BATCH)
+            poll = self._broker.background.start(self._poll(count))
+        else:
+            count = self._detached.pop(poll)
+        claimed = False
+        try:
+            done, _ = await asyncio.wait([poll, self._stopped], return_when=asyncio.FIRST_COMPLETED)
+            claimed = poll in done
+        finally:
+            if not claimed:
+                self._detached[poll] = count
+                poll.add_done_callback(self._unclaimed)
+        if not claimed:
+            return ()
+        try:
+            return self._take(*poll.result())
+        except QueueMissingError as exc:
+            raise self._deleted() from exc
 
     def metadata(self, delivery: Delivery) -> Metadata:
         """Return what was read with the message."""
@@ -124,14 +128,9 @@ class SqsReceiver:
         return await self._settlements.carry_out(shown, released, moved)
 
     async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
-        """Extend what is still ours, and what arrived and waits to be asked for; receive again what may be."""
-        lost = await self._renew([delivery.native for delivery in deliveries])
-        return [delivery for delivery in deliveries if delivery.native in lost]
-
-    async def _renew(self, receipts: Sequence[Receipt]) -> Collection[Receipt]:
-        waiting: list[Receipt] = [delivery.native for delivery, _ in self._arrived]
-        ours, expired, failures = self._in_flight.ours([*receipts, *waiting])
-        self._in_flight.expire({*receipts, *waiting})
+        """Extend what is still ours; receive again what may be."""
+        ours, expired, failures = self._in_flight.ours([delivery.native for delivery in deliveries])
+        self._in_flight.expire({*ours, *expired})
         refused = await self._settlements.extend(ours)
         expired = [
             each for each in {*expired, *refused} if each in self._in_flight and each not in self._in_flight.settling
@@ -149,16 +148,16 @@ class SqsReceiver:
             *self._lost(expired, again.result()),
             *(each for each in ours if self._in_flight.is_lost(each)),
         }
-        return lost.intersection(receipts)
+        return [delivery for delivery in deliveries if delivery.native in lost]
 
     async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         """Say which are lost. What a lost answer brought comes back when its lease runs out."""
         if self._missing:
             try:
-                queue = await self._broker.groups.find(self._polls.queue.name)
+                queue = await self._broker.groups.find(self._settlements.queue.name)
             except QueueMissingError as exc:
                 raise self._deleted() from exc
-            self._polls.queue = self._settlements.queue = queue
+            self._settlements.queue = queue
             self._missing = False
         _, expired, lost = self._in_flight.ours([delivery.native for delivery in deliveries])
         expired = [each for each in expired if each not in self._in_flight.settling]
@@ -166,15 +165,16 @@ class SqsReceiver:
         return [delivery for delivery in deliveries if delivery.native in lost]
 
     async def stop(self) -> None:
-        """Take nothing new, and give back what nobody was handed. The polls under way end by themselves, in the background."""
-        self._unsubscribe()
-        await self._give_back_arrived()
+        """Take nothing new. The polls under way end by themselves, in the background."""
+        if not self._stopped.done():
+            self._stopped.set_result(None)
+            if self._settings.fifo:
+                self._broker.delays(self._group).unregister()
 
     async def close(self) -> None:
         """Give back what is still ours. What may be deleted comes back when its lease runs out, or never."""
-        self._unsubscribe()
+        await self.stop()
         self._revival.end()
-        self._arrived.clear()
         await self._give_back(
             [each for each, leased in self._in_flight.items() if leased.replaced or not leased.uncertain]
         )
@@ -198,46 +198,76 @@ class SqsReceiver:
             self._in_flight.lose(receipt)
         return self._in_flight.ours(lost)[2]
 
-    def _unsubscribe(self) -> None:
-        if self._settings.fifo and not self._stopping:
-            self._broker.delays(self._group).unregister()
-        self._stopping = True
-        self._polls.detach()
-
-    async def _take(self, messages: Sequence[Message]) -> None:
-        """Have what a poll brought: to be handed out, made invisible again, or given back."""
+    async def _poll(self, count: int, wait: int | None = None) -> tuple[Sequence[Message], float]:
+        """Return what a poll brings, and until when it is ours."""
+        queue = self._settlements.queue
+        messages = await queue.poll(count, wait)
         deadline = time.monotonic() + self._settings.visibility - _ON_ITS_WAY
-        now = time.time() * 1000
-        # One answer may hold a message twice; the later handle is the one that counts.
         if self._settings.fanout == "sns" and messages:
-            messages = await wanted(self._broker.groups.keeper, self._polls.queue, self._group, messages)
-        distinct = {message["MessageId"]: message for message in messages}
+            messages = await wanted(self._broker.groups.keeper, queue, self._group, messages)
+        return messages, deadline
+
+    def _unclaimed(self, poll: Poll) -> None:
+        """Give back what a poll brought that is still detached."""
+        if self._detached.pop(poll, None) is None or poll.cancelled():
+            return
+        if (error := poll.exception()) is None:
+            self._broker.background.start(self._return(self._take(*poll.result())))
+        else:
+            level = logging.DEBUG if isinstance(error, AbeError) else logging.ERROR
+            _log.log(level, "a poll of group %r that nobody waited for failed: %r", self._group, error)
+
+    async def _again(self, count: int) -> int:
+        """Ask once more for what is in flight, give back what is not, and return how many messages came.
+
+        Raises:
+            AbeError: By the tables of errors.
+        """
+        messages, deadline = await self._poll(count, _AGAIN)
+        await self._return(self._take(messages, deadline))
+        return len(messages)
+
+    def _take(self, messages: Sequence[Message], deadline: float) -> Sequence[Delivery]:
+        """Return what is to be handed out of what a poll brought. The rest is in flight already, or not due, or done."""
+        now, late = time.time() * 1000, time.monotonic() >= deadline
+        deliveries: list[Delivery] = []
         early: list[Receipt] = []
-        repeated = [message for message in distinct.values() if self._broker.settled.has(message)]
-        for message in distinct.values():
-            if message in repeated or self._in_flight.receive_again(message, deadline):
+        repeated: list[str] = []
+        # One answer may hold a message twice; the later handle is the one that counts.
+        for message in {message["MessageId"]: message for message in messages}.values():
+            if self._broker.settled.has(message):  # SQS was told that it is done, or would have been
+                repeated.append(message["ReceiptHandle"])
+                continue
+            if self._in_flight.receive_again(message, deadline):
+                continue
+            if late:  # nobody had the time to take it before its lease ran out, which is no attempt
+                uncount(message)
                 continue
             parsed = _wire.parse(message)
             if parsed.due > now + _wire.LONGEST_WAIT:
                 parsed = parsed._replace(due=0, fault="the time that it waits for comes when SQS has it no more")
             delivery = _wire.delivery(message, parsed)
             delivery.attempt = max(1, delivery.attempt - uncounted(message))
-            leased = self._in_flight[delivery.native] = Leased(message, delivery.attempt, deadline)
+            self._in_flight[delivery.native] = Leased(message, delivery.attempt, deadline)
             # One that was put off, and that nobody was there for since it is due, has counted what was no attempt.
             if parsed.due and (parsed.due > now + 500 or _wire.received(message) > 1):
                 early.append(delivery.native)
             else:
-                self._arrived.append((delivery, leased))
-        if repeated:  # SQS was told that they are done, or would have been
-            await self._settlements.queue.delete([message["ReceiptHandle"] for message in repeated])
-        if early:
-            self._polls.news.set()  # for those that are ready
-            try:
+                deliveries.append(delivery)
+        if early or repeated:
+            self._in_flight.settling.update(early)  # from now on: closing must not show them
+            self._broker.background.start(self._set_aside(early, repeated))
+        return deliveries
+
+    async def _set_aside(self, early: Sequence[Receipt], repeated: Sequence[str]) -> None:
+        try:
+            with self._in_flight.being_settled(early):
                 await self._put_off(early)
-            except AbeError as exc:
-                _log.debug("early messages of group %r come back when their leases run out: %s", self._group, exc)
-        if self._stopping:
-            await self._give_back_arrived()
+            await self._settlements.queue.delete(repeated)
+        except AbeError as exc:
+            _log.debug(
+                "early or repeated messages of group %r come back when their leases run out: %s", self._group, exc
+            )
 
     async def _put_off(self, receipts: Sequence[Receipt]) -> None:
         """Make invisible again what is not due, so that it is seen before it is. Its last stretch is a delay of SQS's own, no attempt."""
@@ -251,16 +281,13 @@ class SqsReceiver:
                 shown[receipt] = int(min(LONGEST_VISIBILITY, left - _EARLY))
             else:
                 moved[receipt] = Copy(
-                    self._polls.queue.name, delayed(_wire.repack(message, attempts=parsed.attempts), left)
+                    self._settlements.queue.name, delayed(_wire.repack(message, attempts=parsed.attempts), left)
                 )
-        with self._in_flight.being_settled(receipts):
-            raise_if_retryable(await self._settlements.carry_out(shown, (), moved))
+        raise_if_retryable(await self._settlements.carry_out(shown, (), moved))
 
-    async def _give_back_arrived(self) -> None:
-        receipts: list[Receipt] = [delivery.native for delivery, _ in self._arrived]
-        self._arrived.clear()
+    async def _return(self, deliveries: Sequence[Delivery]) -> None:
         try:
-            await self._give_back(receipts)
+            await self._give_back([delivery.native for delivery in deliveries])
         except AbeError as exc:
             _log.debug("messages of group %r could not be given back, their leases will run out: %s", self._group, exc)
 
@@ -274,7 +301,7 @@ class SqsReceiver:
 
     def _deleted(self) -> GroupMissingError:
         self._missing = True
-        self._broker.groups.forget(self._polls.queue.name)
+        self._broker.groups.forget(self._settlements.queue.name)
         return GroupMissingError(f"group {self._group!r} was deleted underneath its consumers")
 
 

@@ -8,12 +8,11 @@ nobody in between, so that it is ours as it was before. What does not come withi
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Final
 
 from abe.errors import AbeError
 from abe_backend_sqs._inflight import InFlight, Receipt
-from abe_backend_sqs._polls import Polls
 from abe_backend_sqs._wire import BATCH
 
 _LONGEST: Final = 3.0
@@ -25,15 +24,18 @@ class Revival:
 
     Args:
         in_flight: What the consumer has.
-        polls: Asks SQS.
+        again: Asks SQS for so many messages, and returns how many came.
         run: Runs what must not be cancelled with the one who asked for it.
     """
 
     def __init__(
-        self, in_flight: InFlight, polls: Polls, run: Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
+        self,
+        in_flight: InFlight,
+        again: Callable[[int], Awaitable[int]],
+        run: Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"],
     ) -> None:
         self._in_flight = in_flight
-        self._polls = polls
+        self._again = again
         self._run = run
         self._sought: dict[Receipt, float] = {}
         self._spare = 0
@@ -71,7 +73,7 @@ class Revival:
     async def _seek(self) -> None:
         try:
             while (left := self._left()) and self._spare > 0 and not self._ended:
-                brought = await self._polls.again(min(BATCH, len(left), self._spare))
+                brought = await self._again(min(BATCH, len(left), self._spare))
                 self._spare -= brought - (len(left) - len(self._left()))
         except AbeError as exc:
             self._error = exc

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequ
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
-from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats, Outcomes, Settling
+from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats, Outcomes, Receiving, Settling
 from abe.backends.message_queue.base import Transport as TransportProtocol
 from abe.backends.message_queue.base.routing import group_missing
 from abe.errors import ConfigurationError
@@ -32,6 +32,7 @@ class SqsTransport:
     def __init__(self, settings: SqsSettings) -> None:
         # With several calls at once, messages could get into a FIFO queue in another order.
         self.batching = Batching(messages=100, bytes=1_048_576, max_concurrent=1 if settings.fifo else 4)
+        self.receiving = Receiving(messages=_wire.BATCH, max_concurrent=settings.pollers)
         # Requests are billed. In a FIFO queue, later messages wait for each deletion.
         self.settling = Settling(messages=_wire.BATCH, linger=0.0 if settings.fifo else _LINGER)
         self.broker = Broker(settings)

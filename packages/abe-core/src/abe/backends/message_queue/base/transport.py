@@ -76,8 +76,7 @@ class Delivery(msgspec.Struct, eq=False):
         fault: Why the envelope cannot be read; None: it can.
         uncertain: Earlier attempts that may have been lost connections only, where the broker counts those too.
         begun: Whether a handler has it. Until then the provider may give it back to the broker, and sets `lost`.
-        handled: Whether its handler has ended, and no caller awaits the acknowledgement: if it was lost by then, the provider may remove
-            it when it is redelivered.
+        handled: Whether its handler has ended, and no caller awaits the acknowledgement: if it is lost and redelivered, it may be removed.
         lost: Whether this consumer is known to have lost it.
     """
 
@@ -144,6 +143,19 @@ class Batching:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Receiving:
+    """How `Receiver.receive` is called.
+
+    Attributes:
+        messages: Messages of one call, at most, whatever its limit. None: there is no such bound.
+        max_concurrent: Calls that may be in progress at once. The engine makes one, and more while each of them returns all that it may.
+    """
+
+    messages: int | None = None
+    max_concurrent: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settling:
     """How much `Receiver.ack` and `Receiver.settle` take at a time.
 
@@ -160,7 +172,7 @@ class Settling:
 
 
 class Receiver(Protocol):
-    """One consumer of a group. One task calls `receive`; the other methods may be called concurrently with it.
+    """One consumer of a group. `receive` is called up to `Receiving.max_concurrent` times at once, the other methods concurrently with it.
 
     What a method does if no answer came, so that the broker may have carried it out or not, and if the group was deleted underneath:
 
@@ -176,11 +188,12 @@ class Receiver(Protocol):
     was carried out by the call without an answer may have the outcome None or `LeaseLostError` when it is repeated.
 
     A `receive` that fails or is cancelled may have taken messages that it did not return. After a failure the engine calls `recover`,
-    which makes them deliverable again. It cancels a `receive` only when it closes the receiver: then `close` does that.
+    which makes them deliverable again, not those of calls in progress. It cancels a `receive` only when it closes the receiver: then `close`
+    does that. A request that the broker does not take back outlives its `receive`: a later one returns its messages, or they are released.
     """
 
     async def receive(self, limit: int) -> Sequence[Delivery]:
-        """Wait for messages, and return between 0 and `limit` of them.
+        """Wait for messages, and return between 0 and `limit` of them, as one request brings them.
 
         Returns empty from time to time, and soon after `stop`. It also returns messages that became due, and those of dead consumers; but
         never those that this receiver has in flight, even if their lease ran out while the process was paused.
@@ -235,11 +248,10 @@ class Receiver(Protocol):
         ...
 
     async def stop(self) -> Sequence[Delivery] | None:
-        """Make a waiting `receive` return what it has, within a fraction of a second, and take nothing new from then on.
+        """Make each waiting `receive` return what it has, within a fraction of a second, and take nothing new from then on.
 
         Returns:
-            Deliveries that `receive` has not returned, in the broker's order, for the engine to hand out or to release; None: there are
-            none.
+            Deliveries that `receive` has not returned, in the broker's order, for the engine to hand out or to release; None: no such.
         """
         ...
 
@@ -269,10 +281,12 @@ class Transport(Protocol):
 
     Attributes:
         batching: How much `send` takes at a time.
+        receiving: How much `Receiver.receive` returns at a time, and how many calls there may be at once.
         settling: How much `Receiver.ack` and `Receiver.settle` take at a time.
     """
 
     batching: Batching
+    receiving: Receiving
     settling: Settling
 
     async def open(self) -> None:
@@ -322,8 +336,7 @@ class Transport(Protocol):
         ...
 
     async def delete_namespace(self) -> None:
-        """Delete everything that the namespace has in the broker: groups, messages, dead letters, parked messages. A no-op if there is
-        nothing."""
+        """Delete everything that the namespace has in the broker: groups, messages, dead letters, parked messages. May be repeated."""
         ...
 
     async def groups(self) -> Mapping[str, tuple[str, ...]]:

@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Final
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.clock import Clock, sleep
-from abe.backends.message_queue.base.transport import Delivery, Receiver
+from abe.backends.message_queue.base.transport import Delivery, Receiver, Receiving
 from abe.errors import AbeError, GroupMissingError
 
 _log: Final = logging.getLogger("abe.engine")
@@ -15,22 +16,28 @@ _RECONNECT: Final = ExponentialBackoff(initial=0.05, maximum=5.0)
 
 
 class Fetcher:
-    """Calls `Receiver.receive` in a task of its own, which begins at once.
+    """Calls `Receiver.receive` in tasks of its own: one, which begins at once, and more beside it while messages flow.
+
+    A full answer adds a task, up to `Receiving.max_concurrent`. A partial one, as brokers of many servers like to give even if there is
+    more, removes one, and an empty one leaves one. Together they ask for no more than there is room for.
 
     Args:
         receiver: The broker's side.
+        receiving: How it is asked.
         group: The group's name.
         room: Returns how many messages are wanted now.
         held: Returns what the broker counts as ours, as far as we know.
         arrived: Gets what was received; returns whether more is to be taken.
         lost: Gets those that are not ours any more.
         restore: Makes the group again, when it was deleted underneath.
+        ended: Gets each task that has ended: with an error, when nothing will ever be taken again.
         clock: What pauses are measured by.
     """
 
     def __init__(
         self,
         receiver: Receiver,
+        receiving: Receiving,
         *,
         group: str,
         room: Callable[[], int],
@@ -38,22 +45,31 @@ class Fetcher:
         arrived: Callable[[Sequence[Delivery]], bool],
         lost: Callable[[Collection[Delivery]], None],
         restore: Callable[[], Awaitable[object]],
+        ended: Callable[[asyncio.Task[None]], object],
         clock: Clock,
     ) -> None:
         self._receiver = receiver
+        self._most = receiving.messages or sys.maxsize
+        self._max_concurrent = receiving.max_concurrent
         self._group = group
         self._room = room
         self._held = held
         self._arrived = arrived
         self._lost = lost
         self._restore = restore
+        self._ended = ended
         self._clock = clock
         self._stopping = False
-        self._receiving = False
+        self._concurrent = 1  # how many tasks there may be, and how many there are
+        self._running = 0
+        self._asked_for = 0  # messages that the calls under way may bring
+        self._failures = 0
+        self._mending: asyncio.Task[None] | None = None
         self._space: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
-        self.task: asyncio.Task[None] = self._loop.create_task(self._run())
-        """Ends when nothing more is to be taken; with an error, when it never will be."""
+        self.tasks: set[asyncio.Task[None]] = set()
+        """What is under way; none, when nothing is taken any more."""
+        self._begin()
 
     def look(self) -> None:
         """Look whether there is room again."""
@@ -68,43 +84,88 @@ class Fetcher:
             rest = await self._receiver.stop()
         except Exception as exc:  # noqa: BLE001 - whatever it is, what we hold must go back
             _log.warning("the receiver of group %r could not be told to stop: %r", self._group, exc)
-            self.task.cancel()
-        if not self._receiving:  # nothing can arrive: it waits for room, or to try again
-            self.task.cancel()
-        await asyncio.wait([self.task])
+            self.cancel()
+        self.look()
+        if self._mending is not None:
+            self._mending.cancel()
+        if self.tasks:
+            await asyncio.wait(self.tasks)
         return rest or ()
 
-    async def _run(self) -> None:
-        failures = 0
-        broken = False
-        while not self._stopping:
-            try:
-                if broken:
-                    self._lost(await self._receiver.recover(self._held()))
-                    _log.info("group %r is being consumed again", self._group)
-                    broken = False
-                room = self._room()
-                if not room:
-                    await self._wait_for_space()
-                    continue
-                self._receiving = True
-                deliveries = await self._receiver.receive(room)
-            except Exception as exc:  # noqa: BLE001 - a provider's fault must not end the consumer
-                self._receiving = False
-                failures += 1
-                broken = True
-                await self._mend(exc, failures)
-            else:
-                self._receiving = False
-                failures = 0
-                if deliveries and not self._arrived(deliveries):
-                    return
+    def cancel(self) -> None:
+        """Cancel what is under way."""
+        for task in self.tasks:
+            task.cancel()
 
-    async def _mend(self, error: Exception, failures: int) -> None:
-        """See to it that taking messages can be tried again.
+    def _begin(self) -> None:
+        self._running += 1
+        task = self._loop.create_task(self._run())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(self._ended)
+
+    async def _run(self) -> None:
+        while not self._stopping:
+            limit = min(self._room() - self._asked_for, self._most)
+            if self._running > (self._concurrent if limit > 0 else 1):
+                break  # the others look again when they have their answers
+            if limit <= 0:
+                self._space = self._loop.create_future()
+                await self._space
+                continue
+            self._asked_for += limit
+            if self._running < self._concurrent and self._room() > self._asked_for:
+                self._begin()
+            try:
+                deliveries = await self._receiver.receive(limit)
+            except Exception as exc:  # noqa: BLE001 - a provider's fault must not end the consumer
+                self._asked_for -= limit
+                self._failures += 1
+                if self._mending is not None:
+                    break
+                await self._mend(exc)
+            else:
+                self._asked_for -= limit
+                if self._mending is None:
+                    self._failures = 0
+                if self._max_concurrent > 1:
+                    self._adapt(len(deliveries), limit)
+                if deliveries and not self._arrived(deliveries):
+                    self._stopping = True
+        self._running -= 1
+
+    def _adapt(self, count: int, limit: int) -> None:
+        if not count:
+            self._concurrent = 1
+        elif count < limit:
+            self._concurrent = max(1, self._concurrent - 1)
+        else:
+            self._concurrent = min(self._max_concurrent, self._concurrent + 1)
+
+    async def _mend(self, error: Exception) -> None:
+        """See to it that taking messages can go on. A task that fails meanwhile ends, and has this begin anew.
 
         Raises:
-            AbeError: It cannot: what is wrong does not pass.
+            AbeError: It cannot go on: what is wrong does not pass.
+        """
+        self._mending = asyncio.current_task()
+        failures = 0
+        while failures < self._failures:
+            failures = self._failures
+            await self._repair(error, failures)
+            try:
+                self._lost(await self._receiver.recover(self._held()))
+            except Exception as exc:  # noqa: BLE001 - as above
+                error = exc
+                self._failures += 1
+        self._mending = None
+        _log.info("group %r is being consumed again", self._group)
+
+    async def _repair(self, error: Exception, failures: int) -> None:
+        """Make the group again if it was deleted, and wait, unless that was all.
+
+        Raises:
+            AbeError: What is wrong does not pass.
         """
         if isinstance(error, GroupMissingError):
             _log.warning("group %r was deleted underneath its consumers: it is made again", self._group)
@@ -120,10 +181,6 @@ class Fetcher:
         elif error.retryable or isinstance(error, GroupMissingError):
             _log.warning("group %r cannot be consumed, trying again: %s", self._group, error)
         else:
+            self._stopping = True
             raise error
         await sleep(self._clock, _RECONNECT(failures))
-
-    async def _wait_for_space(self) -> None:
-        self._space = self._loop.create_future()
-        if not self._room() and not self._stopping:
-            await self._space

@@ -8,7 +8,7 @@ from typing import Final
 
 from abe.backends.message_queue.base.clock import Clock, sleep
 from abe.backends.message_queue.base.message import Message
-from abe.backends.message_queue.base.transport import Delivery, Receiver, Settling
+from abe.backends.message_queue.base.transport import Delivery, Receiver, Receiving, Settling
 from abe.backends.message_queue.engine.fetcher import Fetcher
 from abe.backends.message_queue.engine.in_flight import InFlight
 from abe.backends.message_queue.engine.leases import LeaseKeeper
@@ -42,7 +42,8 @@ class Inbox:
         max_attempts: Deliveries of one message before it is dead.
         max_delay: The longest delay that the broker can hold, in seconds; None: no delay at all.
         lease: Seconds; None where the broker has no leases.
-        settling: How much the receiver settles at a time.
+        receiving: How the receiver is asked.
+        settling: How much it settles at a time.
         restore: Makes the group again, when it was deleted underneath.
         alone: Whether suspects are tried here. The bound must be 1 then.
         codec: Decodes bodies.
@@ -60,6 +61,7 @@ class Inbox:
         max_attempts: int,
         max_delay: float | None,
         lease: float | None,
+        receiving: Receiving,
         settling: Settling,
         restore: Callable[[], Awaitable[object]],
         alone: bool = False,
@@ -109,17 +111,18 @@ class Inbox:
         self._closing: asyncio.Task[None] | None = None
         self._fetcher = Fetcher(
             receiver,
+            receiving,
             group=group,
             room=self._room,
             held=self._in_flight.deliveries,
             arrived=self._take_in,
             lost=self._lose,
             restore=restore,
+            ended=self._ended,
             clock=clock,
         )
         self._keeping = self._loop.create_task(self._keeper.run())
-        for task in (self._keeping, self._fetcher.task):
-            task.add_done_callback(self._ended)
+        self._keeping.add_done_callback(self._ended)
 
     @property
     def closed(self) -> bool:
@@ -306,7 +309,7 @@ class Inbox:
             )
         finally:
             self._settler.abandon()
-            ending = [self._fetcher.task, self._keeping, self._halt_once(), self._stop_once()]
+            ending = [*self._fetcher.tasks, self._keeping, self._halt_once(), self._stop_once()]
             for task in ending:
                 task.cancel()
             await asyncio.wait(ending, timeout=max(0.0, began + timeout - self._loop.time()))

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Protocol
 
-from abe.backends.message_queue.base.transport import Receiver, Settling
+from abe.backends.message_queue.base.transport import Receiver, Receiving, Settling
 from abe.backends.message_queue.engine.calls import Calls
 from abe.backends.message_queue.engine.inbox import Inbox
 from abe.backends.message_queue.engine.session import Session
@@ -20,6 +20,7 @@ class MakesInbox(Protocol):
         *,
         prefetch: int,
         alone: bool,
+        receiving: Receiving,
         settling: Settling,
         restore: Callable[[], Awaitable[object]],
         left: Callable[[Inbox], object],
@@ -69,6 +70,7 @@ class Joining:
                 prefetch=prefetch,
                 alone=alone,
                 left=lambda left: session.inboxes.pop(left, None),
+                receiving=session.transport.receiving,
                 settling=session.transport.settling,
                 restore=partial(session.restore, self._group),
             )

@@ -22,6 +22,7 @@ from abe.backends.message_queue.base import (
     GroupStats,
     Metadata,
     Outcomes,
+    Receiving,
     Settlement,
     Settling,
     Transport,
@@ -174,6 +175,7 @@ class _MemoryReceiver:
 
 class _MemoryTransport:
     batching = Batching(messages=250, bytes=1 << 20, max_concurrent=1)
+    receiving = Receiving()
     settling = Settling(at_once=True)
 
     def __init__(self, settings: QueueSettings, clock: Clock) -> None:

@@ -21,6 +21,7 @@ from abe.backends.message_queue.base.transport import (
     Metadata,
     Outcomes,
     Receiver,
+    Receiving,
     Settlement,
     Settling,
     Transport,
@@ -78,6 +79,7 @@ class StoreTransport:
     """
 
     batching: Batching = Batching(messages=500, bytes=1 << 20, max_concurrent=1)
+    receiving: Receiving = Receiving()
     settling: Settling = Settling()
 
     def __init__(self, store: Store, settings: QueueSettings, *, interval: float) -> None:
