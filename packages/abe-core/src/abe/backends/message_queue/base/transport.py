@@ -188,7 +188,7 @@ class Receiver(Protocol):
     was carried out by the call without an answer may have the outcome None or `LeaseLostError` when it is repeated.
 
     A `receive` that fails or is cancelled may have taken messages that it did not return. After a failure the engine calls `recover`,
-    which makes them deliverable again, not those of calls in progress. It cancels a `receive` only when it closes the receiver: then `close`
+    which makes them deliverable again, but not those of other calls. It cancels a `receive` only when it closes the receiver: then `close`
     does that. A request that the broker does not take back outlives its `receive`: a later one returns its messages, or they are released.
     """
 
