@@ -128,14 +128,23 @@ async def test_where_one_call_is_allowed_one_task_makes_them_all(consumers: Any)
         assert asyncio.all_tasks() == before
 
 
-async def test_together_they_never_ask_for_more_than_there_is_room_for(consumers: Any) -> None:
+@pytest.mark.parametrize("failing", [False, True])
+async def test_together_they_never_ask_for_more_than_there_is_room_for(
+    consumers: Any, manual_clock: ManualClock, failing: bool
+) -> None:
     """Each call asserts it."""
     choose = random.Random(7)
+    gone = BackendConnectionError("gone")
     consumer = await consumers(at_once=5, bound=35)
-    for _ in range(300):
-        limits = [limit for limit, _ in consumer.under_way]
-        await consumer.answer(*(choose.choice((limit, limit, limit - 1)) for limit in limits[: choose.randint(0, 5)]))
+    for _ in range(100):
+        limits = [limit for limit, _ in consumer.under_way][: choose.randint(0, 5)]
+        consumer.recoveries = [choose.choice((gone, None, None))] if failing else []
+        await consumer.answer(
+            *(choose.choice((limit, limit, limit, limit - 1, gone if failing else 0)) for limit in limits)
+        )
         await consumer.settle(choose.randint(0, 20))
+        if failing:
+            await manual_clock.advance(20)
         assert consumer.under_way or len(consumer.held) == consumer.bound
     assert max(consumer.limits) == 10
 
