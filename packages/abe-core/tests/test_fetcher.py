@@ -1,4 +1,4 @@
-"""Several calls of `Receiver.receive` under way at once: how many, for how many messages, and what becomes of them."""
+"""Several calls of `Receiver.receive` in progress at once: how many, for how many messages, and what becomes of them."""
 
 import asyncio
 import random
@@ -70,6 +70,7 @@ class Consumer:
                 answer.set_result(())
 
     async def restore(self) -> None:
+        await turns()  # as it asks a broker
         self.restored += 1
 
     def arrived(self, deliveries: Sequence[Delivery]) -> bool:
@@ -192,6 +193,20 @@ async def test_all_that_fail_together_recover_once(consumers: Any, manual_clock:
     assert (len(consumer.under_way), consumer.recovered) == (3, 1)
 
 
+@pytest.mark.parametrize(
+    "error", [BackendConnectionError("gone"), GroupMissingError("gone")], ids=["connection", "group"]
+)
+async def test_all_that_fail_together_pause_once(consumers: Any, manual_clock: ManualClock, error: AbeError) -> None:
+    consumer = await consumers(at_once=8, bound=1000)
+    for _ in range(7):
+        await consumer.answer(10)
+    assert len(consumer.under_way) == 8
+    await consumer.answer(*[error] * 8)
+    await manual_clock.advance(0.1)  # the first pause is a twentieth of a second, the eighth five
+    assert (len(consumer.under_way), consumer.recovered) == (8, 1)
+    assert consumer.restored == isinstance(error, GroupMissingError)
+
+
 async def test_what_fails_while_another_recovers_is_recovered_too(consumers: Any, manual_clock: ManualClock) -> None:
     consumer = await consumers(bound=1000)
     await consumer.answer(10)
@@ -247,6 +262,53 @@ async def test_stopping_does_not_wait_for_one_that_recovers(consumers: Any) -> N
     await consumer.answer(GroupMissingError("gone"))
     await within(consumer.fetcher.stop())
     assert not consumer.fetcher.tasks
+
+
+async def test_what_fails_once_the_receiver_has_stopped_is_not_recovered(consumers: Any) -> None:
+    consumer = await consumers(at_once=1)
+    consumer.recoveries = [asyncio.Event()]
+    stop = consumer.stop
+
+    async def fail() -> None:
+        consumer.under_way[0][1].set_exception(BackendConnectionError("gone"))
+        consumer.stop = stop
+
+    consumer.stop = fail
+    await within(consumer.fetcher.stop())
+    assert not consumer.fetcher.tasks
+    assert consumer.recoveries, "it was never asked to"
+
+
+async def test_where_one_call_has_no_answer_others_use_the_room(consumers: Any) -> None:
+    consumer = await consumers(bound=30)
+    await consumer.answer(10)
+    await consumer.answer(10)
+    assert len(consumer.under_way) == 1, "there is room for no more"
+    await consumer.settle()
+    assert len(consumer.under_way) == 3, "the first one is silent still"
+
+
+async def test_while_one_recovers_another_has_a_place(consumers: Any, manual_clock: ManualClock) -> None:
+    consumer = await consumers(bound=30)
+    await consumer.answer(10)
+    consumer.recoveries = [asyncio.Event()]
+    await consumer.answer(BackendConnectionError("gone"))
+    await manual_clock.advance(0.1)
+    await consumer.answer(9)
+    assert len(consumer.under_way) == 1, "after a partial answer one call is left, and the one that recovers is none"
+
+
+async def test_a_fault_of_the_provider_is_logged_also_while_another_is_mended(
+    consumers: Any, manual_clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    consumer = await consumers()
+    await consumer.answer(10)
+    consumer.recoveries = [asyncio.Event()]
+    await consumer.answer(BackendConnectionError("gone"))
+    await manual_clock.advance(0.1)
+    consumer.under_way[0][1].set_exception(KeyError("a bug"))
+    await turns()
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [KeyError]
 
 
 async def test_a_receiver_that_cannot_be_stopped_has_its_calls_cancelled(consumers: Any) -> None:

@@ -62,19 +62,22 @@ class Fetcher:
         self._stopping = False
         self._concurrent = 1  # how many tasks there may be, and how many there are
         self._running = 0
-        self._asked_for = 0  # messages that the calls under way may bring
-        self._failures = 0
+        self._asked_for = 0  # messages that the calls in progress may bring
+        self._failures = 0  # rounds of mending since messages were last received
+        self._broken = False  # whether a call has failed that no `recover` has followed
         self._mending: asyncio.Task[None] | None = None
         self._space: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
-        self.tasks: set[asyncio.Task[None]] = set()
-        """What is under way; none, when nothing is taken any more."""
+        self.tasks: dict[asyncio.Task[None], None] = {}
+        """What is in progress; none, when nothing is taken any more."""
         self._begin()
 
     def look(self) -> None:
         """Look whether there is room again."""
         if self._space is not None and not self._space.done():
             self._space.set_result(None)
+        elif self._mending is None and not self._stopping:
+            self._begin_another()  # those in progress may have to wait for their answers
 
     async def stop(self) -> Sequence[Delivery]:
         """Take nothing new; return what was taken and never `arrived`, in the broker's order."""
@@ -93,35 +96,48 @@ class Fetcher:
         return rest or ()
 
     def cancel(self) -> None:
-        """Cancel what is under way."""
+        """Cancel what is in progress."""
         for task in self.tasks:
             task.cancel()
 
     def _begin(self) -> None:
         self._running += 1
         task = self._loop.create_task(self._run())
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self.tasks[task] = None
+        task.add_done_callback(self.tasks.pop)
         task.add_done_callback(self._ended)
+
+    def _begin_another(self) -> None:
+        """Begin one more, if there may be one, and there is room for what it would ask for."""
+        if self._running < self._concurrent and self._room() > self._asked_for:
+            self._begin()
 
     async def _run(self) -> None:
         while not self._stopping:
             limit = min(self._room() - self._asked_for, self._most)
-            if self._running > (self._concurrent if limit > 0 else 1):
+            asking = self._running - (self._mending is not None)
+            if asking > (self._concurrent if limit > 0 else 1):
                 break  # the others look again when they have their answers
             if limit <= 0:
                 self._space = self._loop.create_future()
                 await self._space
                 continue
             self._asked_for += limit
-            if self._running < self._concurrent and self._room() > self._asked_for:
-                self._begin()
+            self._begin_another()
             try:
                 deliveries = await self._receiver.receive(limit)
             except Exception as exc:  # noqa: BLE001 - a provider's fault must not end the consumer
                 self._asked_for -= limit
-                self._failures += 1
-                if self._mending is not None:
+                self._broken = True
+                if self._stopping or self._mending is not None:
+                    # Closing gives back what its answer held, or the one that mends recovers it.
+                    bug = not isinstance(exc, AbeError)
+                    _log.log(
+                        logging.ERROR if bug else logging.DEBUG,
+                        "a receive of group %r failed",
+                        self._group,
+                        exc_info=exc,
+                    )
                     break
                 await self._mend(exc)
             else:
@@ -149,15 +165,14 @@ class Fetcher:
             AbeError: It cannot go on: what is wrong does not pass.
         """
         self._mending = asyncio.current_task()
-        failures = 0
-        while failures < self._failures:
-            failures = self._failures
-            await self._repair(error, failures)
+        while self._broken:
+            self._failures += 1
+            await self._repair(error, self._failures)
+            self._broken = False  # what has failed until now is recovered by this
             try:
                 self._lost(await self._receiver.recover(self._held()))
             except Exception as exc:  # noqa: BLE001 - as above
-                error = exc
-                self._failures += 1
+                error, self._broken = exc, True
         self._mending = None
         _log.info("group %r is being consumed again", self._group)
 
