@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import pytest
 
 from abe.backends.message_queue.base import Batching, Envelope, Outcomes
+from abe.backends.message_queue.engine.batch import Batch
 from abe.backends.message_queue.engine.publisher import Publisher
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.errors import AbeError, BackendConnectionError, PublishRejectedError, PublishUnknownError
@@ -163,6 +164,26 @@ async def test_who_waits_behind_one_with_more_time_is_told_when_its_own_is_over(
         outcomes = [*await under_test.publish_many([envelope("many")] * 2), await usual]
     assert [type(outcome) for outcome in outcomes] == [PublishRejectedError] * 3
     assert transport.sent == ["patient"]
+    patient.cancel()
+    await asyncio.wait([patient])
+    await under_test.close(1.0)
+
+
+async def test_a_batch_behind_one_with_more_time_is_forgotten_once_it_is_published() -> None:
+    async def all_but_patient(envelopes: Sequence[Envelope]) -> Outcomes:
+        await (asyncio.Event().wait() if envelopes[0].id == "patient" else asyncio.sleep(0))
+        return ()
+
+    transport = FakeTransport(all_but_patient)
+    transport.batching = Batching(messages=50, bytes=1 << 20, max_concurrent=2)
+    under_test = Publisher(transport, connected, timeout=60.0, max_count=1000, max_bytes=1 << 30)  # type: ignore[arg-type]
+    patient = asyncio.create_task(under_test.publish(envelope("patient"), 600.0))
+    await asyncio.sleep(0)
+    async with within(5):
+        assert await under_test.publish_many([envelope("many")] * 200) == [None] * 200
+    gc.collect()
+    alive = [each.envelopes[0].id for each in gc.get_objects() if type(each) is Batch]
+    assert alive == ["patient"]
     patient.cancel()
     await asyncio.wait([patient])
     await under_test.close(1.0)

@@ -20,12 +20,19 @@ class Batch:
     sending = False
     doubtful: frozenset[int] = frozenset()  # messages that an earlier try may have published
     error: AbeError | None = None
+    timer: asyncio.TimerHandle | None = None  # where its deadline may come before its turn
 
     def __init__(self, envelopes: list[Envelope], deadline: float, timeout: float) -> None:
         self.envelopes = envelopes
         self.futures: list[asyncio.Future[AbeError | None]] = []
         self.deadline = deadline
         self.timeout = timeout
+
+    def end_timer(self) -> None:
+        """Cancel the timer, which would keep the messages in memory until the deadline."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
     def tell(self, pending: Sequence[int], results: Outcomes) -> None:
         """Set the results of messages whose outcome is final: they do not wait for the retries of others."""

@@ -67,7 +67,7 @@ class Publisher:
         self._current: Batch | None = None
         self._ready: deque[Batch] = deque()
         self._under_way = 0
-        self._latest = -math.inf  # the latest deadline so far
+        self._latest = -math.inf  # the latest deadline of a batch that may be in progress, or waits
         self._tasks: set[asyncio.Task[None]] = set()
         self._scheduled = False
         self._alone = True
@@ -169,7 +169,7 @@ class Publisher:
             usual = self._loop.time() + self._timeout  # not a shorter one: others are to join the batch
             batch = self._current = Batch([], max(deadline, usual), max(timeout, self._timeout))
             if self._latest > batch.deadline:  # an earlier batch may be in progress for longer than that
-                self._loop.call_at(batch.deadline, self._expire, batch)
+                batch.timer = self._loop.call_at(batch.deadline, self._expire, batch)
             self._latest = max(self._latest, batch.deadline)
             self._schedule()
         future: asyncio.Future[AbeError | None] = self._loop.create_future()
@@ -227,6 +227,7 @@ class Publisher:
             else:
                 assert self._current is not None
                 batch, self._current = self._current, None
+            batch.end_timer()
             if not batch.futures:
                 continue  # all its messages have timed out
             self._alone = len(batch.futures) == 1
@@ -248,6 +249,8 @@ class Publisher:
         self._under_way -= 1
         if (self._ready or self._current is not None) and not self._abandoned.is_set():
             self._start_batches()
+        elif not self._under_way:
+            self._latest = -math.inf  # nothing is left that could keep another waiting
 
     async def _deliver(
         self, batch: Batch, outcomes: list[AbeError | None], begun: Begun[Outcomes] | Outcomes | None = None
@@ -360,6 +363,7 @@ class Publisher:
         return failure
 
     def _finish(self, batch: Batch, outcomes: Sequence[AbeError | None]) -> None:
+        batch.end_timer()
         for future, outcome in zip(batch.futures, outcomes, strict=True):
             if not future.done():
                 future.set_result(outcome)
