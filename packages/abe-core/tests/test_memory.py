@@ -272,6 +272,21 @@ class TestTime:
             await negligent.stop()
             assert not await looking
 
+    async def test_a_consumer_whose_lease_has_run_out_gets_what_is_due_in_time(
+        self, memory_backend: MemoryBackend, manual_clock: ManualClock
+    ) -> None:
+        await memory_backend.declare("g")
+        await memory_backend.publish("a", {"n": 1})
+        negligent = await memory_backend.make_transport().subscribe("g", 2)
+        await negligent.receive(1)
+        await manual_clock.advance(31)
+        await memory_backend.publish("a", {"n": 2}, delay=0.5)
+        async with bounds.within(5):
+            coming = asyncio.ensure_future(negligent.receive(1))
+            await asyncio.sleep(0)
+            await manual_clock.advance(0.5)
+            assert [delivery.body for delivery in await coming] == [b'{"n":2}']
+
     async def test_what_a_silent_consumer_holds_goes_to_another_when_its_lease_has_run_out(
         self, memory_backend: MemoryBackend, manual_clock: ManualClock
     ) -> None:

@@ -62,9 +62,8 @@ class _MemoryReceiver:
                     queue.wake()
                     return deliveries
                 queue.waiting[self] = None
-                # A lease taken after this look ends after that time at the earliest. One of ours that has ended is about to be renewed.
-                event = queue.next_event()
-                due = min(event, now + self._lease) if event > now else now + self._lease / 10
+                # A lease taken after this look ends after that time at the earliest.
+                due = min(queue.next_event(now, self._lease), now + self._lease)
             self._look_at(due)
             self._waiting = self._loop.create_future()
             try:

@@ -112,12 +112,18 @@ class Queue:
         """Return the items whose leases ran out."""
         return [item for item in self.held.values() if item.deadline <= now]
 
-    def next_event(self) -> float:
+    def next_event(self, now: float, lease: float) -> float:
         """Return a time at which, or before which, the next message becomes due, or the next lease ends.
 
-        It is in the past where the only leases that have ended are those of the receiver that has just looked.
+        Args:
+            now: When the receiver looked.
+            lease: Its lease. Where one of its own has ended, which it is about to renew, it is to look again after a tenth of that.
         """
-        return min(self._next_deadline, self.delayed[0][0] if self.delayed else math.inf)
+        event = self._next_deadline
+        if event <= now:
+            running = (item.deadline for item in self.held.values() if item.deadline > now)
+            event = min(now + lease / 10, min(running, default=math.inf))
+        return min(event, self.delayed[0][0] if self.delayed else math.inf)
 
     def give_back(self, items: Iterable[Item]) -> None:
         """Put items back where they came from: before everything that was published after them."""
