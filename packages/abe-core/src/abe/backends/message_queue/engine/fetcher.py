@@ -129,7 +129,7 @@ class Fetcher:
             except Exception as exc:  # noqa: BLE001 - a provider's fault must not end the consumer
                 self._asked_for -= limit
                 self._broken = True
-                if self._stopping or self._mending is not None:
+                if self._mending is not None or self._stopping:
                     # Closing gives back what its answer held, or the one that mends recovers it.
                     bug = not isinstance(exc, AbeError)
                     _log.log(
