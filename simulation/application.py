@@ -3,13 +3,13 @@
 import asyncio
 from collections.abc import Callable, Coroutine
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.routing import matches_any
 from abe.errors import AbeError, AlreadySettledError, LeaseLostError
 from simulation.broker import Broker
-from simulation.faults import Faults
+from simulation.faults import Faults, ProviderFaultError
 from simulation.history import Delivery, History
 from simulation.history import Message as Recorded
 from simulation.scenario import HostPlan, Scenario
@@ -25,6 +25,14 @@ _CARRIED_OUT = {
 }
 _LATE = 0.1
 """Seconds by which a bound may be exceeded: what a request that is cancelled needs, and no more."""
+
+
+class Leaver(Protocol):
+    """A consumer that notes what it leaves."""
+
+    def leave(self) -> None:
+        """Take note that what is in hand may be given back."""
+        ...
 
 
 class Interrupted(Exception):  # noqa: N818 - it was asked for
@@ -60,6 +68,10 @@ class Application:
         )
         self.calm = False
         """Whether nothing is to go wrong on purpose any more."""
+        self.closings = 0
+        """How often the backend was closed, to be connected again."""
+        self.consumers: list[Leaver] = []
+        """Those that hold messages."""
         self.published = False
         """Whether its publishers are done."""
         self.ending = asyncio.Event()
@@ -174,6 +186,29 @@ class Application:
                 return await self.ending.wait()
         except TimeoutError:
             return False
+
+    async def reopen(self) -> None:
+        """Close the backend now and then, and connect it again, until nothing is to go wrong any more."""
+        bound = self.scenario.settings.close_timeout
+        while not await self.sleep(self.random.random() * 8) and not self.calm:
+            self.note("disconnect")
+            self.closings += 1
+            for consumer in self.consumers:
+                consumer.leave()
+            try:
+                await self.bounded("disconnect", self.interrupted(self.backend.disconnect()), bound)
+            except (Interrupted, ProviderFaultError) as exc:
+                self.note("fails", repr(exc))
+            await self.sleep(self.random.random())
+            while not self.ending.is_set():
+                try:
+                    await self.backend.connect()
+                except (AbeError, ProviderFaultError) as exc:
+                    self.note("fails", repr(exc))
+                    await self.sleep(0.1)
+                else:
+                    break
+            self.note("connected")
 
     def _explained(self, delivery: Delivery) -> bool:
         since = delivery.ended_at - 3 * self.scenario.settings.lease

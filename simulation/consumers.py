@@ -5,7 +5,7 @@ import traceback
 
 from abe import AsyncLoopConsumer, ConstantBackoff, Message, Reject, Retry, RetryPolicy
 from abe.backends.message_queue.engine.subscription import GroupSubscription
-from abe.errors import AbeError, BackendClosedError, BackendConnectionError
+from abe.errors import AbeError, BackendClosedError, BackendConnectionError, PermissionDeniedError
 from simulation.application import Application, Interrupted
 from simulation.faults import ProviderFaultError
 from simulation.history import Delivery
@@ -31,6 +31,7 @@ class Consumer:
         self.application = application
         self.plan = plan
         self.random = application.random
+        application.consumers.append(self)
         self.mine: list[Delivery] = []
         """What it got and has not settled."""
         self._leaving = False
@@ -45,12 +46,13 @@ class Consumer:
             self._leaving = False
             try:
                 await kinds[self.plan.kind]()
-            except (BackendConnectionError, ProviderFaultError) as exc:
+            except (BackendConnectionError, PermissionDeniedError, ProviderFaultError) as exc:
                 application.note("fails", exc)
                 await application.sleep(0.2)
             except BackendClosedError:
-                if not application.ending.is_set():
+                if not (application.ending.is_set() or application.closings):
                     raise
+                await application.sleep(0.2)
             except (Interrupted, HandlerError) as exc:
                 application.note("ended", type(exc).__name__)
             except Exception as exc:  # noqa: BLE001 - whatever it is, it must not happen
@@ -75,7 +77,7 @@ class Consumer:
         try:
             await asyncio.wait([running, ending], return_when=asyncio.FIRST_COMPLETED)
             application.note("end", f"loop {plan.group}")
-            self._left()
+            self.leave()
             bound = plan.grace + _STUBBORN + self._closing
             if self.random.random() < 0.5:
                 running.cancel()
@@ -84,7 +86,7 @@ class Consumer:
                 await application.bounded("shutdown", consumer.shutdown(), bound)
                 await application.bounded("run after shutdown", _end_of(running), 0.0)
         finally:
-            self._left()
+            self.leave()
             for task in (running, ending):
                 task.cancel()
             await asyncio.gather(running, ending, return_exceptions=True)
@@ -137,6 +139,7 @@ class Consumer:
         subscription = application.backend.consume(group=plan.group, prefetch=plan.prefetch)
         began = application.host.time()
         delivery: Delivery | None = None
+        message: Message | None = None
         await subscription.__aenter__()
         error: BaseException | None = None
         try:
@@ -165,12 +168,15 @@ class Consumer:
         finally:
             if delivery is not None:
                 delivery.done.append("left")
-            self._left()
+            self.leave()
             application.note("end", f"iterate {plan.group} {type(error).__name__ if error else ''}")
             kind = None if error is None else type(error)
-            await application.bounded(
-                "__aexit__", subscription.__aexit__(kind, error, None), self._closing + self._settling(error)
-            )
+            if error is None and not application.ending.is_set() and self.random.random() < 0.3:
+                del subscription, message  # the loop was left, and nobody closes what it went over
+            else:
+                await application.bounded(
+                    "__aexit__", subscription.__aexit__(kind, error, None), self._closing + self._settling(error)
+                )
 
     async def _explicit(self) -> None:
         """Receive by some tasks, and settle."""
@@ -185,11 +191,11 @@ class Consumer:
             while not application.ending.is_set() and not self._tired(began) and not all(t.done() for t in tasks):
                 await application.sleep(0.3)
             application.note("end", f"explicit {plan.group}")
-            self._left()
+            self.leave()
             if self.random.random() < 0.3:
                 await application.bounded("stop", subscription.stop(), self._forever)
         finally:
-            self._left()
+            self.leave()
             await application.bounded("aclose", subscription.aclose(), self._closing)
             for task in tasks:
                 if not task.done():
@@ -283,7 +289,7 @@ class Consumer:
         if delivery in self.mine:
             self.mine.remove(delivery)
 
-    def _left(self) -> None:
+    def leave(self) -> None:
         """Take note that what is in hand may be given back."""
         self._leaving = True
         for delivery in self.mine:

@@ -12,7 +12,7 @@ from abe.errors import (
     PublishUnknownError,
 )
 
-KINDS: Final = ("refused", "request_lost", "answer_lost", "slow", "bug", "entry")
+KINDS: Final = ("refused", "request_lost", "answer_lost", "slow", "bug", "forbidden", "entry")
 """What may happen to one request:
 
 refused       it does not reach the broker, and whoever asked knows that
@@ -20,6 +20,7 @@ request_lost  it does not reach the broker, and whoever asked does not know
 answer_lost   the broker does it, and whoever asked does not know
 slow          it takes long on its way there or back
 bug           the provider raises what no transport may raise, before or after the broker does it
+forbidden     the broker refuses it for good
 entry         some entries of a batch are refused, or their outcome is not known
 """
 
@@ -65,7 +66,7 @@ def draw_plan(random: Random) -> Plan:
     if random.random() < 0.2:
         kinds, events = [], [event for event in events if event == "collect"]
     return Plan(
-        rates={kind: random.choice((0.01, 0.03, 0.1, 0.25)) for kind in kinds},
+        rates={kind: 0.01 if kind == "forbidden" else random.choice((0.01, 0.03, 0.1, 0.25)) for kind in kinds},
         events=tuple(events),
         pause=random.choice((0.5, 2.0, 8.0)),
         latency=random.choice((0.0, 0.001, 0.01, 0.05)),

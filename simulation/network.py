@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from abe.errors import AbeError, BackendConnectionError
+from abe.errors import AbeError, BackendConnectionError, PermissionDeniedError
 from simulation.broker import Broker
 from simulation.faults import Faults, ProviderFaultError
 from simulation.world import Host
@@ -78,6 +78,7 @@ class Connection:
 
         Raises:
             BackendConnectionError: The request did not reach the broker.
+            PermissionDeniedError: The broker refuses it.
             AbeError: As `unknown`.
             ProviderFaultError: What no transport may raise.
         """
@@ -92,6 +93,8 @@ class Connection:
         if fault == "refused":
             await self._pass(self.faults.latency(fault))
             raise not_reached(f"{what}: refused")
+        if fault == "forbidden":
+            raise PermissionDeniedError(f"simulated: {what}: forbidden")
         if fault == "bug" and self.faults.random.random() < 0.5:
             raise ProviderFaultError(f"{what}, before")
         answer = await (

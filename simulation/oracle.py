@@ -62,7 +62,8 @@ def _order(history: History, scenario: Scenario, group: str) -> None:
     consumers = [plan for host in scenario.hosts for plan in host.consumers if plan.group == group]
     if len(consumers) != 1 or consumers[0].concurrency > 1:
         return
-    places = {number: place for place, number in enumerate(history.order[group])}
+    order = history.order[group]  # without what was published again, or replayed
+    places = {number: place for place, number in enumerate(order) if history.messages[number].stored[group] == 1}
     seen = sorted(
         (delivery.begun, places[delivery.message.number], delivery.message.number)
         for delivery in history.deliveries.values()

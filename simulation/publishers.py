@@ -4,7 +4,14 @@ import asyncio
 from typing import Any
 
 from abe.backends.message_queue.base.middleware import Publication
-from abe.errors import AbeError, BackendClosedError, PartialPublishError, PublishRejectedError, PublishUnknownError
+from abe.errors import (
+    AbeError,
+    BackendClosedError,
+    PartialPublishError,
+    PermissionDeniedError,
+    PublishRejectedError,
+    PublishUnknownError,
+)
 from simulation.application import Application, Interrupted
 from simulation.history import Message
 from simulation.scenario import KEYS
@@ -98,9 +105,9 @@ def judged(application: Application, message: Message, error: BaseException | No
         return "confirmed"
     if isinstance(error, PublishUnknownError | Interrupted):
         return "unknown"
-    if not isinstance(error, PublishRejectedError | BackendClosedError):
+    if not isinstance(error, PublishRejectedError | BackendClosedError | PermissionDeniedError):
         application.history.violated(f"publish of m{message.number} raised {error!r}")
-    if isinstance(error, BackendClosedError) and not application.ending.is_set():
+    if isinstance(error, BackendClosedError) and not (application.ending.is_set() or application.closings):
         application.history.violated(
             f"publish of m{message.number} raised {error!r}, and nobody has closed the backend"
         )

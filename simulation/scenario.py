@@ -79,6 +79,7 @@ class Scenario:
         cancels: How often a call is cancelled on its way.
         operators: Whether dead letters are looked through, replayed and purged meanwhile.
         deletes: Whether groups are deleted underneath.
+        reopens: Whether backends are closed and connected again.
     """
 
     settings: QueueSettings
@@ -92,6 +93,7 @@ class Scenario:
     cancels: float
     operators: bool
     deletes: bool
+    reopens: bool
 
 
 def draw_scenario(seed: object, namespace: str) -> Scenario:
@@ -126,6 +128,7 @@ def draw_scenario(seed: object, namespace: str) -> Scenario:
         cancels=random.choice((0.0, 0.0, 0.1, 0.4)),
         operators=random.random() < 0.3,
         deletes=random.random() < 0.1,
+        reopens=random.random() < 0.2,
     )
 
 

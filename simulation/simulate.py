@@ -68,6 +68,7 @@ class _Run:
         self.applications: list[Application] = []
         self.tasks: dict[Application, asyncio.Task[None]] = {}
         self._random = Random(f"{self.history.seed}/control")
+        self._operating: asyncio.Task[None] | None = None
         self._lives = 0
         self._is_calm = False
 
@@ -80,7 +81,7 @@ class _Run:
         for plan in scenario.hosts:
             self._start(plan)
         if scenario.operators or scenario.deletes:
-            operator.host.start(operate(operator))
+            self._operating = operator.host.start(operate(operator))
         await Trouble(self).run()
         await self._calm()
         await self._end()
@@ -177,7 +178,8 @@ class _Run:
         return [application for application in self.applications if not application.host.dead]
 
     def _published(self) -> bool:
-        return all(application.published for application in self._alive())
+        operating = self._operating is not None and not self._operating.done()
+        return not operating and all(application.published for application in self._alive())
 
     def _waiting(self) -> list[str]:
         """Return what the broker still has."""
@@ -202,6 +204,8 @@ async def _work(application: Application) -> None:
     async with asyncio.TaskGroup() as tasks:
         for plan in application.plan.consumers:
             tasks.create_task(Consumer(application, plan).run())
+        if application.scenario.reopens:
+            tasks.create_task(application.reopen())
         await application.ending.wait()
         if application.random.random() < 0.5:
             tasks.create_task(_close(application))
