@@ -65,6 +65,7 @@ class Application:
             faults=self.faults,
             batching=plan.batching,
             settling=plan.settling,
+            leased=scenario.leased,
         )
         self.calm = False
         """Whether nothing is to go wrong on purpose any more."""
@@ -110,7 +111,7 @@ class Application:
             self.history.violated(f"delivery {number} is handed out after it {delivery.ended}")
         if (message["n"], message.key) != (delivery.message.number, delivery.message.key):
             self.history.violated(f"delivery {number} is another message: {message!r}")
-        if message.attempt > self.scenario.settings.max_attempts + 1:
+        if message.attempt - delivery.original.uncertain > self.scenario.settings.max_attempts + 1:
             self.history.violated(
                 f"delivery {number} is attempt {message.attempt} of {self.scenario.settings.max_attempts}"
             )

@@ -37,6 +37,8 @@ class Broker:
         self.max_attempts: int = settings.max_attempts
         self.limits: dict[object, tuple[int, str, int]] = {}
         """The number, the host and the prefetch of each receiver."""
+        self.uncertain: dict[tuple[str, int], int] = {}
+        """How many deliveries of a message to a group may have been no more than a lost connection."""
 
     def time(self) -> float:
         """Return the broker's time in seconds: the world's."""
@@ -64,6 +66,19 @@ class Broker:
         queue.give_back([queue.held.pop(number) for number in lost])
         queue.wake(everybody=True)
 
+    def lost(self, group: str, receiver: object) -> None:
+        """Make deliverable again what a receiver holds, as its connection is lost; that counts as a delivery."""
+        queue = self.namespace.queues.get(group)
+        if queue is None:
+            return
+        lost = [number for number, item in queue.held.items() if item.owner is receiver]
+        for number in lost:
+            name = group, id(queue.held[number].envelope)
+            self.uncertain[name] = self.uncertain.get(name, 0) + 1
+            self.ended(number, "lost")
+        queue.give_back([queue.held.pop(number) for number in lost])
+        queue.wake(everybody=True)
+
     def left(self, group: str, receiver: object) -> None:
         """Take note of what a receiver still holds, as it leaves."""
         queue = self.namespace.queues.get(group)
@@ -71,6 +86,11 @@ class Broker:
             for number, item in queue.held.items():
                 if item.owner is receiver:
                     self.ended(number, "closed")
+
+    def items(self, group: str, settlements: Iterable[Settlement]) -> list[Item | None]:
+        """Return what these settlements are about, as far as it is held."""
+        queue = self.namespace.queues.get(group)
+        return [None if queue is None else queue.held.get(each.delivery.native) for each in settlements]
 
     def group_gone(self, group: str) -> None:
         """Take note that a group was deleted, with all that was in it."""
@@ -101,10 +121,15 @@ class Broker:
             if error is None:
                 self.ended(delivery.native, "acked")
 
-    def settled(self, settlements: Iterable[Settlement], outcomes: Outcomes) -> None:
+    def settled(
+        self, group: str, settlements: Iterable[Settlement], items: Iterable[Item | None], outcomes: Outcomes
+    ) -> None:
         """Take note of settlements that were carried out."""
-        for settlement, error in zip(settlements, outcomes, strict=True):
+        for settlement, item, error in zip(settlements, items, outcomes, strict=True):
             if error is None:
+                if settlement.attempts is not None and item is not None:
+                    item.attempts = settlement.attempts
+                    self.uncertain.pop((group, id(item.envelope)), None)
                 self.ended(settlement.delivery.native, _ENDS[settlement.disposition.value])
 
     def queue_type(self) -> type[namespaces.Queue]:
@@ -149,6 +174,7 @@ class Broker:
         for delivery in deliveries:
             message = self.history.messages[number_of(delivery.body)]
             number = delivery.native
+            delivery.uncertain = self.uncertain.get((group, id(delivery.header)), 0)
             self.history.deliveries[number] = Recorded(
                 number, message, group, host, identity, delivery.attempt, self.world.now, delivery
             )

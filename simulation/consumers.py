@@ -11,6 +11,9 @@ from simulation.faults import ProviderFaultError
 from simulation.history import Delivery
 from simulation.scenario import ConsumerPlan
 
+_UNLEASED = 30.0
+"""Seconds for which a settlement is tried where there are no leases."""
+
 _STUBBORN = 5.0
 """Seconds for which a consumer waits for handlers that were cancelled."""
 
@@ -305,7 +308,8 @@ class Consumer:
 
     @property
     def _forever(self) -> float:
-        plan, lease = self.application.scenario.plan, self.application.scenario.settings.lease
+        scenario = self.application.scenario
+        plan, lease = scenario.plan, scenario.settings.lease if scenario.leased else _UNLEASED
         return lease + 4 * (plan.silence + plan.slow) + 4.0
 
 

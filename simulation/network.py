@@ -36,6 +36,9 @@ class Connection:
         """Until when it cannot be made again, by the world's time."""
         self.life = 0
         """How often it was made anew: who waits at the broker for one that is over waits no more."""
+        self.broken: Callable[[], object] | None = None
+        """Has the broker see that a consumer's connection is lost."""
+        self._unseen = False
         self._open: dict[asyncio.Future[Any], str] = {}
 
     @property
@@ -47,10 +50,20 @@ class Connection:
         """Break the connection: what is under way has no answer. It can be made again after so many seconds."""
         self.down_until = max(self.down_until, self.broker.world.now + seconds)
         self.trouble("cut", f"for {seconds:.3f} s, {len(self._open)} requests under way", seconds)
-        if self.host.dead:
-            return
+        self.lost()
         for answer in self._open:
             _give_up(answer)
+
+    def lost(self) -> None:
+        """Have the broker see, soon, that the connection is lost."""
+        self._unseen = True
+        self.broker.host.loop.call_later(self.faults.random.random(), self.see_loss)
+
+    def see_loss(self) -> None:
+        """Have the broker see that the connection was lost, if it was and that was not seen yet."""
+        if self._unseen and self.broken is not None:
+            self.broken()
+        self._unseen = False
 
     def trouble(self, kind: str, what: str, seconds: float = 0.0) -> None:
         """Take note of a fault."""

@@ -87,7 +87,7 @@ def _has_cause(history: History, scenario: Scenario, delivery: Delivery) -> bool
         return ended == "deleted" or bool(done & _ALLOWS[ended])
     # It comes again as the application left it, or as a fault kept its settlement, or its lease, from the broker.
     left = ended in ("released", "closed") and bool(done & _LEAVES)
-    return left or ((ended == "expired" or bool(done)) and _troubled(history, scenario, delivery))
+    return left or ((ended in ("expired", "lost") or bool(done)) and _troubled(history, scenario, delivery))
 
 
 def _troubled(history: History, scenario: Scenario, delivery: Delivery) -> bool:

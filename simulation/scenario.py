@@ -80,6 +80,7 @@ class Scenario:
         operators: Whether dead letters are looked through, replayed and purged meanwhile.
         deletes: Whether groups are deleted underneath.
         reopens: Whether backends are closed and connected again.
+        leased: Whether deliveries have leases. If not, a consumer's connection keeps them, and a lost one counts as a delivery.
     """
 
     settings: QueueSettings
@@ -94,6 +95,7 @@ class Scenario:
     operators: bool
     deletes: bool
     reopens: bool
+    leased: bool
 
 
 def draw_scenario(seed: object, namespace: str) -> Scenario:
@@ -129,6 +131,8 @@ def draw_scenario(seed: object, namespace: str) -> Scenario:
         operators=random.random() < 0.3,
         deletes=random.random() < 0.1,
         reopens=random.random() < 0.2,
+        # What a provider's bug leaves with a connection that has no lease comes back only when that ends.
+        leased=random.random() < 0.6 or not plan.latency or "bug" in plan.rates,
     )
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from abe.backends.message_queue.base import (
@@ -28,6 +29,7 @@ from simulation.network import Connection
 from simulation.world import Host
 
 _T = TypeVar("_T")
+_FOR_EVER = 1e9
 
 
 class SimulatedBackend(MemoryBackend):
@@ -40,6 +42,7 @@ class SimulatedBackend(MemoryBackend):
         faults: What happens to its requests.
         batching: How much `send` takes at a time.
         settling: How much settlements take at a time.
+        leased: Whether deliveries have leases.
     """
 
     def __init__(
@@ -51,8 +54,11 @@ class SimulatedBackend(MemoryBackend):
         faults: Faults,
         batching: Batching,
         settling: Settling,
+        leased: bool,
     ) -> None:
         super().__init__(settings, clock=host.clock)
+        if not leased:
+            self.capabilities = replace(self.capabilities, lease=None)
         self._broker = broker
         self._host = host
         self._faults = faults
@@ -63,8 +69,10 @@ class SimulatedBackend(MemoryBackend):
 
     def make_transport(self) -> Transport:
         """Return a transport over a new connection."""
-        inner = memory._MemoryTransport(self.settings, self._broker)  # pyright: ignore[reportPrivateUsage]
-        return FaultyTransport(inner, self.connect_one, self._batching, self._settling)
+        leased = self.capabilities.lease is not None
+        settings = self.settings if leased else replace(self.settings, lease=_FOR_EVER)
+        inner = memory._MemoryTransport(settings, self._broker)  # pyright: ignore[reportPrivateUsage]
+        return FaultyTransport(inner, self.connect_one, self._batching, self._settling, leased=leased)
 
     def connect_one(self) -> Connection:
         """Return a new connection."""
@@ -84,12 +92,19 @@ class FaultyTransport:
     """
 
     def __init__(
-        self, inner: Transport, connect: Callable[[], Connection], batching: Batching, settling: Settling
+        self,
+        inner: Transport,
+        connect: Callable[[], Connection],
+        batching: Batching,
+        settling: Settling,
+        *,
+        leased: bool,
     ) -> None:
         self.batching = batching
         self.receiving = inner.receiving
         self.settling = settling
         self._inner = inner
+        self._leased = leased
         self._connect = connect
         self._connection = connect()
         self._broker = self._connection.broker
@@ -168,7 +183,7 @@ class FaultyTransport:
         async def work() -> Receiver:
             receiver = await self._inner.subscribe(group, prefetch)
             self._broker.joined(receiver, connection.host.name, prefetch)
-            return FaultyReceiver(receiver, connection, group, self.settling.messages)
+            return FaultyReceiver(receiver, connection, group, self.settling.messages, leased=self._leased)
 
         return await connection.ask("subscribe", work)
 
@@ -205,12 +220,14 @@ async def _first(steps: AsyncGenerator[_T]) -> AsyncGenerator[_T]:
 class FaultyReceiver:
     """The memory receiver over a connection that fails."""
 
-    def __init__(self, inner: Receiver, connection: Connection, group: str, most: int) -> None:
+    def __init__(self, inner: Receiver, connection: Connection, group: str, most: int, *, leased: bool) -> None:
         self._inner = inner
         self._connection = connection
         self._broker = connection.broker
         self._group = group
         self._most = most
+        self._leased = leased
+        connection.broken = self._broken
         self._serving: asyncio.Task[Any] | None = None
         """The task that waits for messages, in the broker's process."""
 
@@ -237,8 +254,9 @@ class FaultyReceiver:
 
     async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
         async def carry_out(some: Sequence[Settlement]) -> Outcomes:
+            items = self._broker.items(self._group, some)
             outcomes = await self._inner.settle(some)
-            self._broker.settled(some, outcomes)
+            self._broker.settled(self._group, some, items, outcomes)
             return outcomes
 
         return await self._settled("settle", settlements, carry_out)
@@ -248,6 +266,7 @@ class FaultyReceiver:
 
     async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         async def work() -> Collection[Delivery]:
+            self._connection.see_loss()
             self._hang_up()
             keep = {delivery.native for delivery in deliveries}
             self._broker.give_back(self._group, self._inner, keep)
@@ -286,6 +305,12 @@ class FaultyReceiver:
         if partial:
             self._connection.trouble("partial", what)
         return await self._connection.ask(what, work)
+
+    def _broken(self) -> None:
+        """Have the broker see that the connection is lost."""
+        self._hang_up()
+        if not self._leased:
+            self._broker.lost(self._group, self._inner)
 
     def _hang_up(self) -> None:
         """End what waits for messages in the broker's process: the connection that asked for them is gone."""

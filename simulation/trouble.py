@@ -51,6 +51,8 @@ class Trouble:
         elif event == "kill":
             history.note(host.name, "kill")
             self._run.world.kill(host)
+            for connection in victim.backend.connections:
+                connection.lost()
             self._run.control.loop.call_later(self._random.random() * 3, self._run.restart, victim.plan)
         elif event == "expire":
             self._expire(victim)
@@ -58,6 +60,8 @@ class Trouble:
     def _expire(self, victim: Application) -> None:
         """Take leases away from a host."""
         broker = self._run.broker
+        if not self._run.scenario.leased:
+            return
         for queue in broker.namespace.queues.values():
             for number, item in queue.held.items():
                 if broker.history.deliveries[number].host == victim.host.name and self._random.random() < 0.5:

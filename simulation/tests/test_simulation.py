@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from simulation import simulate
+from simulation.faults import EVENTS, KINDS
 from simulation.history import History
+from simulation.scenario import draw_scenario
 
 from abe.backends.message_queue.engine import in_flight, inbox, leases, publisher, settler
 from abe.errors import AbeError
@@ -30,20 +32,13 @@ def test_everything_holds(seed: int) -> None:
 
 
 def test_worlds_are_of_many_kinds() -> None:
-    facts: set[str] = set()
-    for seed in range(SEEDS):
-        facts |= simulate(seed).facts.keys()
-    assert {
-        "kill",
-        "freeze",
-        "cut",
-        "answer_lost",
-        "request_lost",
-        "partial",
-        "recovered",
-        "expired",
-        "retried",
-    } <= facts
+    worlds = [draw_scenario(seed, "namespace") for seed in range(SEEDS)]
+    assert {kind for world in worlds for kind in world.plan.rates} == set(KINDS)
+    assert {event for world in worlds for event in world.plan.events} == set(EVENTS)
+    consumers = [plan for world in worlds for host in world.hosts for plan in host.consumers]
+    assert {plan.kind for plan in consumers} == {"loop", "iterate", "explicit"}
+    assert {world.leased for world in worlds} == {world.shuffled for world in worlds} == {True, False}
+    assert any(world.plan.harmless for world in worlds)
 
 
 def test_the_same_seed_gives_the_same_trace() -> None:
