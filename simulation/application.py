@@ -64,6 +64,7 @@ class Application:
             host=host,
             faults=self.faults,
             batching=plan.batching,
+            receiving=plan.receiving,
             settling=plan.settling,
             leased=scenario.leased,
         )
@@ -212,7 +213,11 @@ class Application:
             self.note("connected")
 
     def _explained(self, delivery: Delivery) -> bool:
-        since = delivery.ended_at - 3 * self.scenario.settings.lease
+        """Whether it is recorded why a delivery that has ended is handed out all the same."""
+        lease = self.scenario.settings.lease
+        if delivery.ended == "deleted" and (not self.scenario.leased or self.history.now - delivery.ended_at < lease):
+            return True  # with no room for more, the next renewal tells that the group is gone
+        since = delivery.ended_at - 3 * lease
         return self.history.troubled(self.host.name, since, self.history.now)
 
     async def until(self, ended: Callable[[], bool]) -> None:

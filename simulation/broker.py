@@ -54,12 +54,23 @@ class Broker:
         """Take note of a receiver."""
         self.limits[receiver] = len(self.limits) + 1, host, prefetch
 
-    def give_back(self, group: str, receiver: object, keep: Collection[int]) -> None:
-        """Make deliverable again what a receiver holds, but for these deliveries: it has never seen the others."""
+    def give_back(self, group: str, receiver: object, unseen: Collection[int], keep: Collection[int] | None) -> None:
+        """Make deliverable again what a receiver holds and does not know of.
+
+        Args:
+            group: Its group.
+            receiver: The receiver.
+            unseen: The deliveries whose answers it never got.
+            keep: Those that it keeps over a new connection, where there are no leases; None: all but the unseen.
+        """
         queue = self.namespace.queues.get(group)
         if queue is None:
             return
-        lost = [number for number, item in queue.held.items() if item.owner is receiver and number not in keep]
+        lost = [
+            number
+            for number, item in queue.held.items()
+            if item.owner is receiver and (number in unseen if keep is None else number not in keep)
+        ]
         for number in lost:
             queue.held[number].attempts -= 1
             self.ended(number, "recovered")

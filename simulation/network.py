@@ -34,8 +34,6 @@ class Connection:
         self.faults = faults
         self.down_until = 0.0
         """Until when it cannot be made again, by the world's time."""
-        self.life = 0
-        """How often it was made anew: who waits at the broker for one that is over waits no more."""
         self.broken: Callable[[], object] | None = None
         """Has the broker see that a consumer's connection is lost."""
         self._unseen = False
@@ -143,8 +141,7 @@ class Connection:
         self._open[answer] = what
         timer = None
         if fault != "request_lost":
-            life = self.life if waits else None
-            self._later(self.broker.host, fault, lambda: self._serve(work, answer, fault, life))
+            self._later(self.broker.host, fault, lambda: self._serve(work, answer, fault))
         if fault in ("request_lost", "answer_lost") or not waits:
             silence = self.faults.plan.silence
             timer = self.host.loop.call_later(silence, _give_up, answer)
@@ -158,12 +155,8 @@ class Connection:
             if timer is not None:
                 timer.cancel()
 
-    def _serve(
-        self, work: Callable[[], Coroutine[Any, Any, _T]], answer: "asyncio.Future[_T]", fault: str, life: int | None
-    ) -> None:
+    def _serve(self, work: Callable[[], Coroutine[Any, Any, _T]], answer: "asyncio.Future[_T]", fault: str) -> None:
         """Do it in the broker's process, and send the answer."""
-        if life not in (None, self.life):
-            return
         task = self.broker.host.start(work())
 
         def done(_: object) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from random import Random
 
 from abe.backends.message_queue.base import Batching
-from abe.backends.message_queue.base.transport import Settling
+from abe.backends.message_queue.base.transport import Receiving, Settling
 from abe.settings import QueueSettings
 from simulation.faults import Plan, draw_plan
 
@@ -51,6 +51,7 @@ class HostPlan:
         publishes: Messages that it publishes.
         consumers: Its consumers.
         batching: How much its transport sends at a time.
+        receiving: How many receives of one consumer there are at once.
         settling: How much its receivers settle at a time.
     """
 
@@ -60,6 +61,7 @@ class HostPlan:
     publishes: int
     consumers: tuple[ConsumerPlan, ...]
     batching: Batching
+    receiving: Receiving
     settling: Settling
 
 
@@ -117,7 +119,9 @@ def draw_scenario(seed: object, namespace: str) -> Scenario:
         max_backlog=random.choice((None, None, None, 10)),
     )
     groups = dict(random.choice(_GROUPS))
-    hosts = tuple(_host(random, name, groups, plan) for name in "abc"[: random.choice((1, 1, 2, 3))])
+    # What a provider's bug leaves with a connection that has no lease comes back only when that ends.
+    leased = random.random() < 0.6 or not plan.latency or "bug" in plan.rates
+    hosts = tuple(_host(random, name, groups, plan, leased=leased) for name in "abc"[: random.choice((1, 1, 2, 3))])
     return Scenario(
         settings=settings,
         plan=plan,
@@ -131,8 +135,7 @@ def draw_scenario(seed: object, namespace: str) -> Scenario:
         operators=random.random() < 0.3,
         deletes=random.random() < 0.1,
         reopens=random.random() < 0.2,
-        # What a provider's bug leaves with a connection that has no lease comes back only when that ends.
-        leased=random.random() < 0.6 or not plan.latency or "bug" in plan.rates,
+        leased=leased,
     )
 
 
@@ -144,7 +147,15 @@ _GROUPS: tuple[dict[str, tuple[str, ...]], ...] = (
 )
 
 
-def _host(random: Random, name: str, groups: dict[str, tuple[str, ...]], plan: Plan) -> HostPlan:
+_RECEIVING = (
+    Receiving(),
+    Receiving(messages=10, max_concurrent=2),
+    Receiving(messages=2, max_concurrent=4),
+    Receiving(messages=1, max_concurrent=8),
+)
+
+
+def _host(random: Random, name: str, groups: dict[str, tuple[str, ...]], plan: Plan, *, leased: bool) -> HostPlan:
     consumers = tuple(_consumer(random, group) for group in groups for _ in range(random.choice((0, 1, 1, 2))))
     local = not plan.latency
     return HostPlan(
@@ -158,6 +169,8 @@ def _host(random: Random, name: str, groups: dict[str, tuple[str, ...]], plan: P
             bytes=random.choice((30, 1 << 20)),
             max_concurrent=random.choice((1, 2, 8)),
         ),
+        # Without a network a receive has no way back on which another one could overtake it. Brokers without leases push.
+        receiving=random.choice(_RECEIVING) if leased and not local else Receiving(),
         settling=Settling(
             messages=random.choice((1, 3, 500)),
             linger=0.0 if local else random.choice((0.0, 0.0, 0.05)),

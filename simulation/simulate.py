@@ -5,6 +5,7 @@ import gc
 import logging
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -75,7 +76,7 @@ class _Run:
     async def everything(self) -> None:
         """Be the world."""
         scenario = self.scenario
-        operator = self._start(HostPlan("ops", 0.0, 1.0, 0, (), scenario.hosts[0].batching, scenario.hosts[0].settling))
+        operator = self._start(replace(scenario.hosts[0], name="ops", offset=0.0, rate=1.0, publishes=0, consumers=()))
         if not scenario.late:
             await self._elsewhere(operator, self._declare(operator))
         for plan in scenario.hosts:
@@ -117,7 +118,7 @@ class _Run:
                 connection.down_until = 0.0
         first = self.scenario.hosts[0]
         drains = tuple(_drain(group) for group in self.scenario.groups)
-        self._start(HostPlan("drain", 0.0, 1.0, 0, drains, first.batching, first.settling)).calm = True
+        self._start(replace(first, name="drain", offset=0.0, rate=1.0, publishes=0, consumers=drains)).calm = True
         self.applications[-1].faults.healed = True
         end = self.world.now + self._patience()
         await asyncio.sleep(self.scenario.plan.slow)  # what killed hosts had sent arrives still

@@ -15,6 +15,7 @@ from abe.backends.message_queue.base import (
     Metadata,
     Outcomes,
     Receiver,
+    Receiving,
     Settlement,
     Settling,
     Transport,
@@ -41,6 +42,7 @@ class SimulatedBackend(MemoryBackend):
         host: Where it runs.
         faults: What happens to its requests.
         batching: How much `send` takes at a time.
+        receiving: How many receives there are at once.
         settling: How much settlements take at a time.
         leased: Whether deliveries have leases.
     """
@@ -53,6 +55,7 @@ class SimulatedBackend(MemoryBackend):
         host: Host,
         faults: Faults,
         batching: Batching,
+        receiving: Receiving,
         settling: Settling,
         leased: bool,
     ) -> None:
@@ -63,6 +66,7 @@ class SimulatedBackend(MemoryBackend):
         self._host = host
         self._faults = faults
         self._batching = batching
+        self._receiving = receiving
         self._settling = settling
         self.connections: list[Connection] = []
         """Those that were made: the transport's, and each receiver's."""
@@ -72,7 +76,7 @@ class SimulatedBackend(MemoryBackend):
         leased = self.capabilities.lease is not None
         settings = self.settings if leased else replace(self.settings, lease=_FOR_EVER)
         inner = memory._MemoryTransport(settings, self._broker)  # pyright: ignore[reportPrivateUsage]
-        return FaultyTransport(inner, self.connect_one, self._batching, self._settling, leased=leased)
+        return FaultyTransport(inner, self.connect_one, self._batching, self._receiving, self._settling, leased=leased)
 
     def connect_one(self) -> Connection:
         """Return a new connection."""
@@ -88,6 +92,7 @@ class FaultyTransport:
         inner: The memory transport.
         connect: Makes a connection.
         batching: As `Transport.batching`.
+        receiving: As `Transport.receiving`.
         settling: As `Transport.settling`.
     """
 
@@ -96,12 +101,13 @@ class FaultyTransport:
         inner: Transport,
         connect: Callable[[], Connection],
         batching: Batching,
+        receiving: Receiving,
         settling: Settling,
         *,
         leased: bool,
     ) -> None:
         self.batching = batching
-        self.receiving = inner.receiving
+        self.receiving = receiving
         self.settling = settling
         self._inner = inner
         self._leased = leased
@@ -183,7 +189,7 @@ class FaultyTransport:
         async def work() -> Receiver:
             receiver = await self._inner.subscribe(group, prefetch)
             self._broker.joined(receiver, connection.host.name, prefetch)
-            return FaultyReceiver(receiver, connection, group, self.settling.messages, leased=self._leased)
+            return FaultyReceiver(receiver, connection, group, self, leased=self._leased)
 
         return await connection.ask("subscribe", work)
 
@@ -217,32 +223,69 @@ async def _first(steps: AsyncGenerator[_T]) -> AsyncGenerator[_T]:
         return
 
 
-class FaultyReceiver:
-    """The memory receiver over a connection that fails."""
+class _Call:
+    """A receive, as the broker sees it."""
 
-    def __init__(self, inner: Receiver, connection: Connection, group: str, most: int, *, leased: bool) -> None:
+    def __init__(self) -> None:
+        self.over = False
+        """Whether nothing more is to be taken for it."""
+        self.task: asyncio.Task[Any] | None = None
+        """What waits for messages, in the broker's process."""
+        self.taken: Sequence[Delivery] = ()
+
+    def hang_up(self) -> None:
+        """End it: the connection that asked is gone, or does not listen."""
+        self.over = True
+        if self.task is not None:
+            self.task.cancel()
+
+
+class FaultyReceiver:
+    """The memory receiver over a connection that fails. Several receives at once are answered one after the other."""
+
+    def __init__(
+        self, inner: Receiver, connection: Connection, group: str, limits: FaultyTransport, *, leased: bool
+    ) -> None:
         self._inner = inner
         self._connection = connection
         self._broker = connection.broker
         self._group = group
-        self._most = most
+        self._most = limits.settling.messages
+        self._receiving = limits.receiving
         self._leased = leased
         connection.broken = self._broken
-        self._serving: asyncio.Task[Any] | None = None
-        """The task that waits for messages, in the broker's process."""
+        self._turn = asyncio.Lock()
+        self._calls: list[_Call] = []
+        self._failed: list[_Call] = []
 
     def metadata(self, delivery: Delivery) -> Metadata:
         return self._inner.metadata(delivery)
 
     async def receive(self, limit: int) -> Sequence[Delivery]:
-        async def work() -> Sequence[Delivery]:
-            self._serving = asyncio.current_task()
-            try:
-                return await self._inner.receive(limit)
-            finally:
-                self._serving = None
+        call = _Call()
+        self._calls.append(call)
+        limits = self._receiving
+        if len(self._calls) > limits.max_concurrent or (limits.messages and limit > limits.messages):
+            self._broker.history.violated(f"receive {len(self._calls)} at once, for {limit}: {limits} says otherwise")
 
-        return await self._connection.ask("receive", work, waits=True)
+        async def work() -> Sequence[Delivery]:
+            if call.over:
+                return ()
+            call.task = asyncio.current_task()
+            try:
+                async with self._turn:
+                    call.taken = await self._inner.receive(limit)
+                    return call.taken
+            finally:
+                call.task = None
+
+        try:
+            return await self._connection.ask("receive", work, waits=True)
+        except BaseException:
+            self._failed.append(call)
+            raise
+        finally:
+            self._calls.remove(call)
 
     async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
         async def carry_out(some: Sequence[Delivery]) -> Outcomes:
@@ -267,9 +310,12 @@ class FaultyReceiver:
     async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         async def work() -> Collection[Delivery]:
             self._connection.see_loss()
-            self._hang_up()
-            keep = {delivery.native for delivery in deliveries}
-            self._broker.give_back(self._group, self._inner, keep)
+            failed, self._failed = self._failed, []
+            for call in failed:
+                call.hang_up()
+            unseen = [delivery.native for call in failed for delivery in call.taken]
+            keep = None if self._leased else {delivery.native for delivery in deliveries}
+            self._broker.give_back(self._group, self._inner, unseen, keep)
             return await self._inner.recover(deliveries)
 
         return await self._connection.ask("recover", work)
@@ -314,6 +360,5 @@ class FaultyReceiver:
 
     def _hang_up(self) -> None:
         """End what waits for messages in the broker's process: the connection that asked for them is gone."""
-        self._connection.life += 1
-        if self._serving is not None:
-            self._serving.cancel()
+        for call in (*self._calls, *self._failed):
+            call.hang_up()
