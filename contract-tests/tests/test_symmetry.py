@@ -121,6 +121,7 @@ EXTRA: dict[str, dict[str, str]] = {
         "test_parked": "what was published before there was a group is found whatever SQS counts, and moved",
         "test_publisher": "a message goes to several queues, some of which may have it",
         "test_receiver": "each receipt is settled by requests of its own, which may fail one by one",
+        "test_redelivery": "what SQS delivers again to the consumer that had it, and that the engine has no more, or never had",
         "test_registry": "what publishers know of groups, while others change them and SQS answers little",
         "test_revival": "leases that ran out, while nobody else had the message and while somebody had",
         "test_rights": "rights are the account's policies, which the documentation lists",

@@ -82,6 +82,18 @@ async def test_what_comes_too_early_is_hidden_until_shortly_before_it_is_due(
             assert messages.take() is None
 
 
+async def test_what_could_not_be_hidden_is_hidden_when_it_comes_next(lab: Any) -> None:
+    async with bounds.within(30):
+        transport = await lab.transport(lease=1.0)
+        await transport.declare("g", None, change=False)
+        receiver = await transport.subscribe("g", 10)
+        await injected(lab, due=HOUR)
+        lab.gate.fails(1, "ChangeMessageVisibilityBatch", (0, "InternalError", False))
+        while len(lab.gate.requests("ChangeMessageVisibilityBatch")) < 2:
+            assert not await receiver.receive(10)
+        await receiver.close()
+
+
 async def test_its_last_stretch_is_a_delay_which_is_no_attempt(lab: Any, header: Header) -> None:
     async with bounds.within(15):
         backend = await lab.backend()

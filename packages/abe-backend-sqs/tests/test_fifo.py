@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from abe.backends.message_queue.base import Disposition, Envelope, Settlement
+from abe.backends.message_queue.base import Delivery, Disposition, Envelope, Settlement
 from abe_backend_sqs import SqsBackend, SqsSettings, _delays, _inflight, _wire
 from abe_backend_sqs._copies import Copies
 from abe_backend_sqs._topology import Topology
@@ -228,7 +228,7 @@ async def test_a_release_that_was_cancelled_and_is_repeated_is_counted_once(
 
 def test_a_delivery_is_said_to_be_no_attempt_once_and_that_can_be_taken_back() -> None:
     message = {"MessageId": "a-message"}
-    first, second = _inflight.Leased(message, 1, 0.0), _inflight.Leased(message, 2, 0.0)
+    first, second = (_inflight.Leased(message, Delivery(b"", None, n, ""), 0.0) for n in (1, 2))
     for _ in range(2):
         first.uncount()
     assert _inflight.uncounted(message) == 1

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
-from abe.backends.message_queue.base import Disposition, Settlement
+from abe.backends.message_queue.base import Delivery, Disposition, Settlement
 from abe.backends.message_queue.base.routing import lease_lost
 from abe.errors import AbeError
 from abe_backend_sqs._queue import LONGEST_VISIBILITY
@@ -37,7 +37,7 @@ class Leased:
     """A message that SQS counts as ours."""
 
     message: Message
-    attempt: int
+    delivery: Delivery
     deadline: float
     """When its lease runs out unless it is renewed, by the monotonic clock."""
     handle: str = ""
@@ -92,6 +92,12 @@ class Leased:
             if (left := _uncounted.pop(id, 1) - 1) > 0:
                 _uncounted[id] = left
 
+    def give_up(self) -> None:
+        """Know that the engine does not have it, or not any more. Unless a handler has begun, this delivery is no attempt."""
+        self.delivery.lost = True
+        if not self.delivery.begun:
+            self.uncount()
+
     def done(self) -> None:
         """Forget what is known of a message that will not be delivered again."""
         _uncounted.pop(str(self.message["MessageId"]), None)
@@ -144,6 +150,21 @@ class InFlight(dict[Receipt, Leased]):
                 lost[receipt] = lease_lost()
         return ours, expired, lost
 
+    def give_up(self, receipts: Iterable[Receipt]) -> None:
+        """Know of those that are in flight still that the engine never had them, and does not get them."""
+        for receipt in receipts:
+            if (leased := self.get(receipt)) is not None:
+                leased.give_up()
+
+    def given_up(self, message: Message) -> Leased | None:
+        """Let go of a message that is delivered again, if the engine does not have it; return what is known of it then."""
+        receipt = self._receipts.get(str(message["MessageId"]))
+        leased = None if receipt is None else self.get(receipt)
+        if receipt is None or leased is None or not leased.delivery.lost or receipt in self.settling:
+            return None
+        self.lose(receipt)
+        return leased
+
     def receive_again(self, message: Message, deadline: float) -> bool:
         """Take a delivery of a message that is in flight already for the one that we have, if nobody else had it in between."""
         receipt = self._receipts.get(str(message["MessageId"]))
@@ -180,12 +201,18 @@ class InFlight(dict[Receipt, Leased]):
         self._receipts.pop(str(leased.message["MessageId"]), None)
         return True
 
-    def expire(self, known: Collection[Receipt]) -> None:
-        """Let go of those whose leases ran out, and whose settlements, if there were any, were given up: nobody asks for them any more."""
+    def expire(self, known: Collection[Receipt]) -> Collection[Leased]:
+        """Let go of those whose leases ran out, and whose settlements, if there were any, were given up: nobody asks for them any more.
+        Return what is known of them."""
         now = time.monotonic()
-        for receipt in [each for each, leased in self.items() if leased.deadline <= now]:
-            if receipt not in self.settling and receipt not in known:
-                self.lose(receipt)
+        expired = {
+            receipt: leased
+            for receipt, leased in self.items()
+            if leased.deadline <= now and receipt not in self.settling and receipt not in known
+        }
+        for receipt in expired:
+            self.lose(receipt)
+        return expired.values()
 
     def warn(self, left: Mapping[Receipt, int], lease: int, group: str) -> None:
         """Say once of each message that it can be kept for no longer than a lease.
@@ -233,7 +260,8 @@ class Settled:
         """
         while len(self._most) >= _MOST_LOST:
             del self._most[next(iter(self._most))]
-        self._most[str(leased.message["MessageId"])] = _EVER if certain else leased.count + 1
+        id = str(leased.message["MessageId"])
+        self._most[id] = _EVER if certain else max(leased.count + 1, self._most.get(id, 0))
 
     def has(self, message: Message) -> bool:
         """Whether a message that is delivered is only to be deleted."""

@@ -130,7 +130,8 @@ class SqsReceiver:
     async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         """Extend what is still ours; receive again what may be."""
         ours, expired, failures = self._in_flight.ours([delivery.native for delivery in deliveries])
-        self._in_flight.expire({*ours, *expired})
+        for leased in self._in_flight.expire({*ours, *expired}):
+            self._give_up(leased)
         refused = await self._settlements.extend(ours)
         expired = [
             each for each in {*expired, *refused} if each in self._in_flight and each not in self._in_flight.settling
@@ -235,7 +236,7 @@ class SqsReceiver:
         repeated: list[str] = []
         # One answer may hold a message twice; the later handle is the one that counts.
         for message in {message["MessageId"]: message for message in messages}.values():
-            if self._broker.settled.has(message):  # SQS was told that it is done, or would have been
+            if self._is_done(message):
                 repeated.append(message["ReceiptHandle"])
                 continue
             if self._in_flight.receive_again(message, deadline):
@@ -248,7 +249,8 @@ class SqsReceiver:
                 parsed = parsed._replace(due=0, fault="the time that it waits for comes when SQS has it no more")
             delivery = _wire.delivery(message, parsed)
             delivery.attempt = max(1, delivery.attempt - uncounted(message))
-            self._in_flight[delivery.native] = Leased(message, delivery.attempt, deadline)
+            received_again = uncounted(message) > 0
+            self._in_flight[delivery.native] = Leased(message, delivery, deadline, received_again=received_again)
             # One that was put off, and that nobody was there for since it is due, has counted what was no attempt.
             if parsed.due and (parsed.due > now + 500 or _wire.received(message) > 1):
                 early.append(delivery.native)
@@ -259,15 +261,28 @@ class SqsReceiver:
             self._broker.background.start(self._set_aside(early, repeated))
         return deliveries
 
+    def _is_done(self, message: Message) -> bool:
+        """Whether a message that is delivered is only to be deleted: SQS was told that it is done, or would have been."""
+        if (leased := self._in_flight.given_up(message)) is not None:
+            self._give_up(leased)
+        return self._broker.settled.has(message)
+
+    def _give_up(self, leased: Leased) -> None:
+        """See to it that a message that the engine does not have is handed out when it comes next, unless it was done with."""
+        leased.give_up()
+        if leased.replaced or leased.delivery.handled:
+            self._broker.settled.add(leased, certain=leased.replaced)
+
     async def _set_aside(self, early: Sequence[Receipt], repeated: Sequence[str]) -> None:
         try:
             with self._in_flight.being_settled(early):
-                await self._put_off(early)
-            await self._settlements.queue.delete(repeated)
+                await gather_all(self._put_off(early), self._settlements.queue.delete(repeated))
         except AbeError as exc:
             _log.debug(
                 "early or repeated messages of group %r come back when their leases run out: %s", self._group, exc
             )
+        finally:
+            self._in_flight.give_up(early)
 
     async def _put_off(self, receipts: Sequence[Receipt]) -> None:
         """Make invisible again what is not due, so that it is seen before it is. Its last stretch is a delay of SQS's own, no attempt."""
@@ -290,6 +305,8 @@ class SqsReceiver:
             await self._give_back([delivery.native for delivery in deliveries])
         except AbeError as exc:
             _log.debug("messages of group %r could not be given back, their leases will run out: %s", self._group, exc)
+        finally:
+            self._in_flight.give_up(delivery.native for delivery in deliveries)
 
     async def _give_back(self, receipts: Collection[Receipt]) -> None:
         ours, *_ = self._in_flight.ours(each for each in receipts if each not in self._in_flight.settling)
@@ -297,7 +314,7 @@ class SqsReceiver:
             raise_if_retryable(await self._settle(dict.fromkeys(ours, _RELEASE)))
 
     def _copy(self, leased: Leased, settlement: Settlement) -> Copy:
-        return self._broker.copies.settled(self._group, leased.message, leased.attempt, settlement)
+        return self._broker.copies.settled(self._group, leased.message, leased.delivery.attempt, settlement)
 
     def _deleted(self) -> GroupMissingError:
         self._missing = True
