@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from abe.backends.message_queue.base import Delivery, Disposition, Settlement
-from abe.errors import BackendConnectionError
+from abe.errors import BackendConnectionError, GroupMissingError, LeaseLostError
 from abe_backend_sqs._receiver import SqsReceiver
 from abe_contract_tests import bounds
 
@@ -138,4 +138,27 @@ async def test_what_could_not_be_put_off_keeps_nothing_from_being_deleted(lab: A
         await receiver._set_aside([early.native], [repeated.native])
         assert len(lab.gate.requests("DeleteMessageBatch")) == 1
         assert await total(lab) == 1
+        await receiver.close()
+
+
+async def test_leases_that_ran_out_do_not_hide_that_the_group_is_missing(lab: Any) -> None:
+    async with bounds.within(30):
+        receiver = await subscribed(lab)
+        held = []
+        for _ in range(3):
+            await inject(lab)
+            held.append(await next_of(receiver))
+        await lab.ask("delete_queue", QueueUrl=await lab.url("group", "g"))
+        for each in held:
+            receiver._in_flight[each.native].deadline = time.monotonic()
+        with pytest.raises(GroupMissingError):
+            await receiver.recover(held)
+        acked, nacked, renewed = held
+        (error,) = await receiver.ack([acked], verify=True)
+        assert isinstance(error, LeaseLostError)
+        (error,) = await receiver.settle([Settlement(nacked, Disposition.RETRY)])
+        assert isinstance(error, LeaseLostError)
+        assert await receiver.renew([renewed]) == [renewed]
+        await (await lab.transport()).declare("g", None, change=False)
+        assert await receiver.recover(held) == held
         await receiver.close()

@@ -106,8 +106,8 @@ class SqsReceiver:
         ours, expired, failures = self._in_flight.ours(by_receipt)
         with self._in_flight.being_settled([*ours, *expired]):
             # What is given back is given back by its lease, too.
-            again = await self._revival.of(
-                each for each in expired if by_receipt[each].disposition is not Disposition.RELEASE
+            again = await self._revived(
+                [each for each in expired if by_receipt[each].disposition is not Disposition.RELEASE]
             )
             failures.update(self._lost(expired, again))
             failures.update(await self._settle({each: by_receipt[each] for each in (*ours, *again)}))
@@ -136,7 +136,7 @@ class SqsReceiver:
         expired = [
             each for each in {*expired, *refused} if each in self._in_flight and each not in self._in_flight.settling
         ]
-        again = asyncio.ensure_future(self._revival.of(expired))
+        again = asyncio.ensure_future(self._revived(expired))
         try:
             while not (await asyncio.wait([again], timeout=self._settings.lease / 3))[0]:
                 await self._settlements.extend(
@@ -153,16 +153,15 @@ class SqsReceiver:
 
     async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         """Say which are lost. What a lost answer brought comes back when its lease runs out."""
-        if self._missing:
-            try:
-                queue = await self._broker.groups.find(self._settlements.queue.name)
-            except QueueMissingError as exc:
-                raise self._deleted() from exc
-            self._settlements.queue = queue
-            self._missing = False
-        _, expired, lost = self._in_flight.ours([delivery.native for delivery in deliveries])
-        expired = [each for each in expired if each not in self._in_flight.settling]
-        lost.update(self._lost(expired, await self._revival.of(expired)))
+        try:
+            if self._missing:
+                self._settlements.queue = await self._broker.groups.find(self._settlements.queue.name)
+                self._missing = False
+            _, expired, lost = self._in_flight.ours([delivery.native for delivery in deliveries])
+            expired = [each for each in expired if each not in self._in_flight.settling]
+            lost.update(self._lost(expired, await self._revival.of(expired)))
+        except QueueMissingError as exc:
+            raise self._deleted() from exc
         return [delivery for delivery in deliveries if delivery.native in lost]
 
     async def stop(self) -> None:
@@ -184,13 +183,20 @@ class SqsReceiver:
         if not receipts:
             return {}
         done = {each: leased for each in receipts if (leased := self._in_flight.get(each)) is not None}
-        again = await self._revival.of(receipts)
+        again = await self._revived(receipts)
         failures = dict(self._lost(receipts, again))
         for receipt in failures:
             if (leased := done.get(receipt)) is not None:  # should it come to us next, it was handled
                 self._broker.settled.add(leased, certain=False)
         failures.update(await self._settlements.delete(again))
         return failures
+
+    async def _revived(self, expired: Sequence[Receipt]) -> Sequence[Receipt]:
+        """Return those that are ours again: none of those that were deleted with their queue."""
+        try:
+            return await self._revival.of(expired)
+        except QueueMissingError:
+            return ()
 
     def _lost(self, expired: Sequence[Receipt], again: Collection[Receipt]) -> Mapping[Receipt, AbeError]:
         """Let go of what was not received again; what was carried out meanwhile is not lost."""
