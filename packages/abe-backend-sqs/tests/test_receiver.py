@@ -307,7 +307,7 @@ async def test_an_answer_that_came_as_its_receive_was_cancelled_is_given_back(la
             await asyncio.sleep(0.01)
         assert await counts(lab) == (1, 0)
         assert not receiver._in_flight
-        assert not receiver._detached
+        assert not receiver._broker.detached
         await receiver.close()
 
 

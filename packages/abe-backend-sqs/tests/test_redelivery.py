@@ -1,5 +1,6 @@
 """What SQS delivers again to the consumer that had it, where the engine has it no more, or never had it."""
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -162,3 +163,25 @@ async def test_leases_that_ran_out_do_not_hide_that_the_group_is_missing(lab: An
         await (await lab.transport()).declare("g", None, change=False)
         assert await receiver.recover(held) == held
         await receiver.close()
+
+
+async def test_a_poll_of_a_deleted_queue_is_not_taken_over_by_a_consumer_of_the_next(lab: Any) -> None:
+    async with bounds.within(30):
+        transport = await lab.transport(wait=5)
+        await transport.declare("g", None, change=False)
+        first = await transport.subscribe("g", 10)
+        waiting = asyncio.create_task(first.receive(5))
+        while not lab.gate.requests("ReceiveMessage"):  # noqa: ASYNC110 - the server sets no event of ours
+            await asyncio.sleep(0.01)
+        await first.stop()
+        assert not await waiting
+        await transport.delete_group("g")
+        await transport.declare("g", None, change=False)
+        second = await transport.subscribe("g", 10)
+        waiting = asyncio.create_task(second.receive(5))
+        while len(lab.gate.requests("ReceiveMessage")) < 2 and not waiting.done():  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.01)
+        assert len(lab.gate.requests("ReceiveMessage")) == 2
+        for receiver in (first, second):
+            await receiver.close()
+        await waiting

@@ -1,7 +1,6 @@
 """What the transport and its receivers share: the clients, the groups, background tasks."""
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, TypeAlias
@@ -15,6 +14,7 @@ from abe_backend_sqs._errors import QueueMissingError
 from abe_backend_sqs._groups import Groups
 from abe_backend_sqs._inflight import Settled
 from abe_backend_sqs._publisher import Publisher
+from abe_backend_sqs._queue import Queue
 from abe_backend_sqs._settings import SqsSettings
 from abe_backend_sqs._wire import Message
 
@@ -39,8 +39,8 @@ class Broker:
         self.copies = Copies(settings, self.groups.names)
         self.publisher = Publisher(self.groups, settings)
         self.settled = Settled()
-        self.detached: defaultdict[str, dict[Poll, int]] = defaultdict(dict)
-        """By queue: polls whose `receive` was stopped or cancelled, with the messages that each may bring."""
+        self.detached: dict[Poll, tuple[Queue, int]] = {}
+        """Polls whose `receive` was stopped or cancelled, with their queue, and the messages that each may bring."""
         self.background = Background()
         """Tasks that must not be cancelled with their callers."""
         self.closed = asyncio.Event()

@@ -56,7 +56,7 @@ class SqsReceiver:
         self._in_flight = InFlight()
         self._settlements = Settlements(broker, group, queue, self._in_flight)
         self._revival = Revival(self._in_flight, self._again, broker.background.start)
-        self._detached = broker.detached[queue.name]
+        self._detached = broker.detached
         self._stopped: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._missing = False
         if self._settings.fifo:
@@ -66,19 +66,22 @@ class SqsReceiver:
         """Wait for what one poll brings: a new one, or one that is detached."""
         if self._stopped.done():
             return ()
-        poll = next((each for each, count in self._detached.items() if count <= limit), None)
+        queue = self._settlements.queue
+        # One that was made again under the same name is another queue.
+        suitable = (each for each, (its, count) in self._detached.items() if its is queue and count <= limit)
+        poll = next(suitable, None)
         if poll is None:
             count = min(limit, BATCH)
             poll = self._broker.background.start(self._poll(count))
         else:
-            count = self._detached.pop(poll)
+            _, count = self._detached.pop(poll)
         claimed = False
         try:
             done, _ = await asyncio.wait([poll, self._stopped], return_when=asyncio.FIRST_COMPLETED)
             claimed = poll in done
         finally:
             if not claimed:
-                self._detached[poll] = count
+                self._detached[poll] = queue, count
                 poll.add_done_callback(self._unclaimed)
         if not claimed:
             return ()
