@@ -5,6 +5,7 @@ import time
 import pytest
 
 from abe.backends.message_queue.base import Publication
+from abe_contract_tests import bounds
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.marks import clause, probe
 from abe_contract_tests.suite import jobs
@@ -50,11 +51,12 @@ async def test_a_consumer_that_comes_after_the_delay_gets_the_message_at_once(co
 async def test_delayed_messages_wait_in_the_broker_and_not_in_a_consumer(contract: Contract) -> None:
     backend = contract.backend()
     oracle = await contract.oracle()
+    delay = 0.6 * bounds.slowness()  # it is to last until the broker has been looked at
     async with contract.within(15):
         await backend.declare("g")
         async with contract.worker(jobs.consume_all, group="g") as worker:
             assert await worker.next_report() == "subscribed"
-            await backend.publish("order.created", {"n": 1}, delay=0.6)
+            await backend.publish("order.created", {"n": 1}, delay=delay)
             await backend.publish("order.created", {"n": 2})
             assert await worker.next_report() == 2
             counts = await oracle.counts("g")
@@ -62,7 +64,7 @@ async def test_delayed_messages_wait_in_the_broker_and_not_in_a_consumer(contrac
             await worker.kill()
         async with (
             backend.consume(group="g") as subscription,
-            contract.within(0.6, "redelivery_bound"),
+            contract.within(delay, "redelivery_bound"),
         ):
             (message,) = await collect(subscription, 1)
             assert message["n"] == 1
