@@ -158,7 +158,7 @@ async def nothing_left() -> AsyncIterator[None]:
     gc.collect()
     left = asyncio.all_tasks() - {asyncio.current_task()}
     if left:
-        await asyncio.wait(left, timeout=2 * bounds.slowness())
+        await asyncio.wait(left, timeout=5 * bounds.slowness())
     assert [task for task in left if not task.done()] == []
     assert complaints == []
 

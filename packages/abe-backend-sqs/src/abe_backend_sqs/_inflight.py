@@ -28,7 +28,7 @@ _EVER: Final = 2**53
 
 _uncounted: Final[dict[str, int]] = {}
 """Deliveries that were no attempts, by message, as far as this process knows: what was given back to a FIFO queue, what was received again
-while we had it, and what nobody took in time."""
+while we had it, and what was not taken in time."""
 _MOST_UNCOUNTED: Final = 100_000
 
 
@@ -45,7 +45,7 @@ class Leased:
     count: int = 1
     """Which delivery of SQS's the newest handle is of."""
     expires: float = field(default_factory=lambda: time.monotonic() + LONGEST_VISIBILITY)
-    """When SQS lets nobody have it for longer, by the monotonic clock."""
+    """When SQS lets no consumer have it for longer, by the monotonic clock."""
     received_again: bool = False
     """Whether SQS has delivered it to us more often than we have handed it out."""
     released: bool = False
@@ -136,7 +136,7 @@ class InFlight(dict[Receipt, Leased]):
         return str(receipt) if leased is None else leased.handle
 
     def ours(self, receipts: Iterable[Receipt]) -> tuple[list[Receipt], list[Receipt], dict[Receipt, AbeError]]:
-        """Return which are still ours, which may be, as their leases ran out with nobody known to have them, and an error for each of those
+        """Return which are ours, which may be, as their leases ran out and no other is known to have them, and an error for each of those
         that are not; none of them has what was carried out before."""
         now = time.monotonic()
         ours: list[Receipt] = []
@@ -166,13 +166,13 @@ class InFlight(dict[Receipt, Leased]):
         return leased
 
     def receive_again(self, message: Message, deadline: float) -> bool:
-        """Take a delivery of a message that is in flight already for the one that we have, if nobody else had it in between."""
+        """Take a delivery of a message in flight for the one that we have, if no other consumer had it in between."""
         receipt = self._receipts.get(str(message["MessageId"]))
         leased = None if receipt is None else self.get(receipt)
         if receipt is None or leased is None:
             return False
         count = received(message)
-        # What has a copy in its place is only to be deleted, whoever had it.
+        # What has a copy in its place is only to be deleted, whichever consumer had it.
         if count > leased.count + 1 and not leased.replaced:
             self.lose(receipt)
             return False
@@ -202,7 +202,7 @@ class InFlight(dict[Receipt, Leased]):
         return True
 
     def expire(self, known: Collection[Receipt]) -> Collection[Leased]:
-        """Let go of those whose leases ran out, and whose settlements, if there were any, were given up: nobody asks for them any more.
+        """Let go of those whose leases ran out, and whose settlements, if there were any, were given up: the engine asks for them no more.
         Return what is known of them."""
         now = time.monotonic()
         expired = {
@@ -256,7 +256,7 @@ class Settled:
 
         Args:
             leased: The message.
-            certain: SQS was told, and said yes. Otherwise somebody else may have it next, and decide; until then it is done.
+            certain: SQS was told, and said yes. Otherwise another consumer may have it next, and decide; until then it is done.
         """
         while len(self._most) >= _MOST_LOST:
             del self._most[next(iter(self._most))]

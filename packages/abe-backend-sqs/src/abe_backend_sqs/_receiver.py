@@ -96,7 +96,7 @@ class SqsReceiver:
         return delivery.header
 
     async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
-        """Delete. What may not be ours any more is received again first: by an old handle, SQS may delete what somebody else has by now."""
+        """Delete. What may not be ours any more is received again first: by an old handle, SQS may delete what another consumer has."""
         ours, expired, failures = self._in_flight.ours([delivery.native for delivery in deliveries])
         with self._in_flight.being_settled([*ours, *expired]):
             for some in await gather_all(self._settlements.delete(ours), self._ack_again(expired)):
@@ -225,7 +225,7 @@ class SqsReceiver:
             self._broker.background.start(self._return(self._take(*poll.result())))
         else:
             level = logging.DEBUG if isinstance(error, AbeError) else logging.ERROR
-            _log.log(level, "a poll of group %r that nobody waited for failed: %r", self._group, error)
+            _log.log(level, "a poll of group %r whose consumer has stopped failed: %r", self._group, error)
 
     async def _again(self, count: int) -> int:
         """Ask once more for what is in flight, give back what is not, and return how many messages came.
@@ -250,7 +250,7 @@ class SqsReceiver:
                 continue
             if self._in_flight.receive_again(message, deadline):
                 continue
-            if late:  # nobody had the time to take it before its lease ran out, which is no attempt
+            if late:  # its lease ran out before it could be taken, which is no attempt
                 uncount(message)
                 continue
             parsed = _wire.parse(message)
@@ -260,7 +260,7 @@ class SqsReceiver:
             delivery.attempt = max(1, delivery.attempt - uncounted(message))
             received_again = uncounted(message) > 0
             self._in_flight[delivery.native] = Leased(message, delivery, deadline, received_again=received_again)
-            # One that was put off, and that nobody was there for since it is due, has counted what was no attempt.
+            # One that was put off, and that no consumer was there for since it is due, has counted what was no attempt.
             if parsed.due and (parsed.due > now + 500 or _wire.received(message) > 1):
                 early.append(delivery.native)
             else:

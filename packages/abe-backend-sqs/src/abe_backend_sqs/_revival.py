@@ -1,9 +1,9 @@
 """What may not be ours any more, and is received again.
 
-A lease that ran out while the process, its event loop or the connection stood still says nothing about whether somebody else has
-the message. Nor does SQS: it may carry out what it is told with an old handle, or not, whoever has the message by now. So an old
+A lease that ran out while the process, its event loop or the connection stood still says nothing about whether another consumer has
+the message. Nor does SQS: it may carry out what it is told with an old handle, or not, whichever consumer has the message by now. So an old
 handle is not used. The message is received again: what SQS has delivered just once more than we know of was delivered to us, and to
-nobody in between, so that it is ours as it was before. What does not come within a few seconds is taken for somebody else's.
+no other consumer in between, so that it is ours as it was before. What does not come within a few seconds is taken for another consumer's.
 """
 
 import asyncio

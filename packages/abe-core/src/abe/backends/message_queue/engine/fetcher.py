@@ -131,13 +131,10 @@ class Fetcher:
                 self._broken = True
                 if self._mending is not None or self._stopping:
                     # Closing gives back what its answer held, or the one that mends recovers it.
-                    bug = not isinstance(exc, AbeError)
-                    _log.log(
-                        logging.ERROR if bug else logging.DEBUG,
-                        "a receive of group %r failed",
-                        self._group,
-                        exc_info=exc,
-                    )
+                    if isinstance(exc, AbeError):
+                        _log.debug("another receive of group %r failed: %s", self._group, exc)
+                    else:
+                        _log.error("unexpected exception from the transport (a bug of the provider)", exc_info=exc)
                     break
                 await self._mend(exc)
             else:

@@ -113,7 +113,7 @@ class InFlight:
         return _delivery(message).lost
 
     def dropped(self, message: Message) -> None:
-        """Note that nobody has this message any more, and nobody settled it; called from whatever thread collects it."""
+        """Note that this message was dropped without being settled; called from the thread that collects it."""
         delivery = _delivery(message)
         try:
             self._loop.call_soon_threadsafe(self._loop.call_later, _DROPPED, self._retry_dropped, delivery)

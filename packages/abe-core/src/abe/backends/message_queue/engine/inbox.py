@@ -25,7 +25,7 @@ _SETTLING: Final = 0.7
 
 
 class Inbox:
-    """Deliveries between the broker and whoever handles them.
+    """Deliveries between the broker and the tasks that handle them.
 
     At most `prefetch` of them are ours at any time: in the buffer, in a handler, or with a settlement that the broker has not confirmed.
     The next ones are asked for, half of the bound at a time, while the buffered ones are handled.
@@ -178,7 +178,7 @@ class Inbox:
                 await future
             except asyncio.CancelledError:
                 if future.done() and not future.cancelled():
-                    self._wake(1)  # woken and cancelled at once: somebody else takes the message
+                    self._wake(1)  # woken and cancelled at once: another task takes the message
                 elif future in self._waiters:
                     self._waiters.remove(future)
                 raise
@@ -190,7 +190,7 @@ class Inbox:
         await asyncio.wait([self._halt_once()])
 
     async def stop(self) -> None:
-        """Take nothing new, and give back what nobody was handed yet."""
+        """Take nothing new, and give back what was not handed out yet."""
         stopping = self._stop_once()
         await asyncio.wait([stopping])
         if not stopping.cancelled():  # closing ended it
@@ -220,7 +220,7 @@ class Inbox:
         """Close without waiting, from any thread; nothing happens when the event loop is closed, or about to be."""
 
         def close() -> None:
-            # Nobody but an event loop that ends cancels this task before `close` does: a new task would never be run.
+            # Only an event loop that ends cancels this task before `close` does: a new task would never be run.
             if not self._keeping.cancelling():
                 self._close_once(self._close_timeout)
 
@@ -368,7 +368,7 @@ class Inbox:
                 count -= 1
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Whoever waits for a message is told why there will be none."""
+        """Tell the tasks that wait for a message why there will be none."""
         if not task.cancelled() and (error := task.exception()) is not None:
             self._end(error)
 
