@@ -3,8 +3,8 @@
 import asyncio
 import types
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from abe.backends.message_queue.base import Message, Subscription
@@ -50,6 +50,20 @@ async def collect_distinct(subscription: Subscription, wanted: Iterable[object],
         missing.discard(message[field])
         await message.ack()
     return seen
+
+
+@asynccontextmanager
+async def beside(*work: Coroutine[Any, Any, None]) -> AsyncGenerator[None]:
+    """Run coroutines beside the body, and cancel them at its end. The first one that fails ends the body with its error.
+
+    Raises:
+        ExceptionGroup: One of them failed, or the body did.
+    """
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(each) for each in work]
+        yield
+        for task in running:
+            task.cancel()
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:

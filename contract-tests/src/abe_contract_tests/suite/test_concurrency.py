@@ -7,7 +7,7 @@ from abe.backends.message_queue.base import Message
 from abe.backends.message_queue.consumer import AsyncLoopConsumer
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.marks import clause
-from abe_contract_tests.suite.steps import numbered, until_empty
+from abe_contract_tests.suite.steps import LONG_LEASE, beside, numbered, until_empty
 
 CONSUMERS = 50
 MESSAGES = 5_000
@@ -16,7 +16,7 @@ LIMIT = 4
 
 @clause("C-CON-01")
 async def test_50_consumers_take_5000_messages_and_never_hold_more_than_their_limit(contract: Contract) -> None:
-    backends = [contract.backend() for _ in range(5)]
+    backends = [contract.backend(QUEUE_LEASE_SECONDS=LONG_LEASE) for _ in range(5)]
     oracle = await contract.oracle()
     account = contract.accounting()
     most_in_flight = 0
@@ -45,15 +45,12 @@ async def test_50_consumers_take_5000_messages_and_never_hold_more_than_their_li
 
     async with contract.within(45):
         await backends[0].declare("g")
-        members = [asyncio.create_task(member(index)) for index in range(CONSUMERS)]
         messages = contract.many(MESSAGES)
-        await backends[0].publish_many(contract.apart(numbered(messages)))
-        while (counts := await oracle.counts("g")).total:
-            most_in_flight = max(most_in_flight, counts.in_flight)
-            await asyncio.sleep(0.005)
-        for task in members:
-            task.cancel()
-        await asyncio.wait(members)
+        async with beside(*(member(index) for index in range(CONSUMERS))):
+            await backends[0].publish_many(contract.apart(numbered(messages)))
+            while (counts := await oracle.counts("g")).total:
+                most_in_flight = max(most_in_flight, counts.in_flight)
+                await asyncio.sleep(0.005)
     assert len(account.deliveries) == messages
     assert contract.capabilities.spurious_duplicates or not account.duplicates
     assert 0 < most_held <= LIMIT

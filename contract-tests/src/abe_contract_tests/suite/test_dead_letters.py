@@ -5,7 +5,16 @@ from collections import Counter
 
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.marks import clause, probe
-from abe_contract_tests.suite.steps import collect, expect_counts, numbered, numbers, until_dead, until_empty
+from abe_contract_tests.suite.steps import (
+    LONG_LEASE,
+    beside,
+    collect,
+    expect_counts,
+    numbered,
+    numbers,
+    until_dead,
+    until_empty,
+)
 
 
 async def bury(contract: Contract, count: int, group: str = "g") -> None:
@@ -145,7 +154,7 @@ async def test_a_message_that_nobody_can_read_can_be_replayed_and_purged(contrac
 
 @clause("C-PSN-03", capability="dead_letter")
 async def test_dead_letters_can_be_replayed_while_consumers_work(contract: Contract) -> None:
-    backend = contract.backend()
+    backend = contract.backend(QUEUE_LEASE_SECONDS=LONG_LEASE)
     oracle = await contract.oracle()
     handled: Counter[int] = Counter()
 
@@ -158,16 +167,12 @@ async def test_dead_letters_can_be_replayed_while_consumers_work(contract: Contr
 
     async with contract.within():
         await backend.declare("g")
-        working = [asyncio.create_task(work()) for _ in range(3)]
-        await backend.publish_many(numbered(100))
-        replayed = 0
-        while replayed < 50:
-            replayed += await backend.dead_letters("g").replay_all()
-            await asyncio.sleep(0)
-        await until_empty(oracle, "g")
-        for task in working:
-            task.cancel()
-        await asyncio.wait(working)
+        async with beside(*(work() for _ in range(3))):
+            await backend.publish_many(numbered(100))
+            while any(handled[n] < 2 for n in range(1, 100, 2)):
+                await backend.dead_letters("g").replay_all()
+                await asyncio.sleep(0)
+            await until_empty(oracle, "g")
     await expect_counts(contract, oracle, "g", dead=0)
     expected = {n: 2 if n % 2 else 1 for n in range(100)}
     assert handled.keys() == expected.keys()

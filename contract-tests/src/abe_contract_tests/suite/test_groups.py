@@ -12,6 +12,8 @@ from abe_contract_tests.contract import Contract
 from abe_contract_tests.marks import clause, probe
 from abe_contract_tests.suite import jobs
 from abe_contract_tests.suite.steps import (
+    LONG_LEASE,
+    beside,
     collect,
     collect_distinct,
     expect_counts,
@@ -25,7 +27,7 @@ from abe_contract_tests.suite.steps import (
 
 @clause("C-GRP-01", capability="groups")
 async def test_each_group_gets_every_message_and_its_members_share_them(contract: Contract) -> None:
-    backends = [contract.backend() for _ in range(3)]
+    backends = [contract.backend(QUEUE_LEASE_SECONDS=LONG_LEASE) for _ in range(3)]
     oracle = await contract.oracle()
     seen: dict[str, Counter[int]] = {"a": Counter(), "b": Counter()}
     owned: dict[str, set[int]] = {"a": set(), "b": set()}
@@ -46,13 +48,10 @@ async def test_each_group_gets_every_message_and_its_members_share_them(contract
     async with contract.within(20):
         for group in seen:
             await backends[0].declare(group)
-        members = [asyncio.create_task(member(index, group)) for index in range(3) for group in seen]
-        await backends[0].publish_many(numbered(300))
-        for group in seen:
-            await until_empty(oracle, group)
-        for task in members:
-            task.cancel()
-        await asyncio.wait(members)
+        async with beside(*(member(index, group) for index in range(3) for group in seen)):
+            await backends[0].publish_many(numbered(300))
+            for group in seen:
+                await until_empty(oracle, group)
     for counts in seen.values():
         assert set(counts) == set(range(300))
         assert contract.capabilities.spurious_duplicates or set(counts.values()) == {1}
@@ -110,7 +109,7 @@ async def test_no_group_means_the_shared_group_default(contract: Contract) -> No
 
 @clause("C-GRP-02", three_methods=True)
 async def test_consumers_without_a_group_share_the_messages(contract: Contract) -> None:
-    backend = contract.backend()
+    backend = contract.backend(QUEUE_LEASE_SECONDS=LONG_LEASE)
     seen: Counter[int] = Counter()
 
     async def member() -> None:
@@ -120,15 +119,12 @@ async def test_consumers_without_a_group_share_the_messages(contract: Contract) 
     async with contract.within():
         for n in range(20):
             await backend.publish("order.created", {"n": n})
-        members = [asyncio.create_task(member()) for _ in range(2)]
 
         async def all_seen() -> bool:
             return len(seen) == 20
 
-        await until(all_seen)
-        for task in members:
-            task.cancel()
-        await asyncio.wait(members)
+        async with beside(member(), member()):
+            await until(all_seen)
     assert contract.capabilities.spurious_duplicates or set(seen.values()) == {1}
 
 
