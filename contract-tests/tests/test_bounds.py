@@ -14,6 +14,7 @@ from abe_contract_tests import bounds
 @pytest.fixture
 def crowded(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Say how many threads there are for each processor."""
+    bounds.forget()
 
     def crowd(threads: float) -> None:
         monkeypatch.setattr(bounds._METER, "crowding", lambda _: threads)
@@ -101,3 +102,15 @@ def test_time_outs_of_settings_are_stretched_and_nothing_else(crowded: Callable[
     crowded(4)
     stretched = bounds.stretched(settings)
     assert (stretched.publish_timeout, stretched.lease) == (8, 3)
+
+
+async def test_a_bound_allows_for_the_time_outs_that_were_stretched_before(crowded: Callable[[float], None]) -> None:
+    crowded(4)
+    settings = bounds.stretched(QueueSettings(close_timeout=0.1))
+    crowded(1)
+    async with bounds.within(0.15):
+        await asyncio.sleep(settings.close_timeout)
+    bounds.forget()
+    with pytest.raises(TimeoutError):
+        async with bounds.within(0.15):
+            await asyncio.sleep(settings.close_timeout)

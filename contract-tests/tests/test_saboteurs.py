@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from saboteurs import SABOTEURS, UnbrokenHarness
 
 # One process runs the whole zoo, so one worker of pytest-xdist must have all of it.
-pytestmark = pytest.mark.xdist_group("saboteurs")
+pytestmark = [pytest.mark.thorough, pytest.mark.xdist_group("saboteurs")]
 
 
 @pytest.fixture(scope="module")

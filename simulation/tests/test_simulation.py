@@ -101,6 +101,7 @@ SABOTEURS = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("sabotage", SABOTEURS, ids=lambda each: each.__name__.strip("_"))
 def test_a_fault_of_the_engine_is_seen(
     sabotage: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch

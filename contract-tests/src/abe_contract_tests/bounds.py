@@ -8,6 +8,9 @@ A bound is written for an idle machine of reference speed. The factor is the pro
 
 Each measured factor is at least 1, as a fast machine must not fail a test sooner. A wait whose time is over computes the factor for the
 time that it has waited, and goes on if the machine was busy: nothing has to be known in advance.
+
+The code under test may be given a longer time-out on a busy machine, by `slowness` or `stretched`. The bounds of the same test are
+stretched by at least that factor, whatever the machine does later: the code may take that time.
 """
 
 import asyncio
@@ -45,9 +48,19 @@ def slowness(since: float | None = None) -> float:
     """Return the factor by which this machine is slower than an idle one of reference speed.
 
     Args:
-        since: The start of the period, by ``time.monotonic()``; by default the last seconds.
+        since: The start of the period, by ``time.monotonic()``: the factor of a bound. None: the last seconds, for a time-out of the code
+            under test.
     """
-    return min(_speed() * _METER.crowding(since) * _asked_for(), _MOST)
+    factor = min(_speed() * _METER.crowding(since) * _asked_for(), _MOST)
+    if since is not None:
+        return max(factor, *_given)
+    _given.append(factor)
+    return factor
+
+
+def forget() -> None:
+    """Start a test: what was given to the code under test before does not stretch its bounds."""
+    _given[:] = [1.0]
 
 
 def within(seconds: float | None) -> asyncio.Timeout:
@@ -187,5 +200,8 @@ def _timed_computation() -> float:
 def _asked_for() -> float:
     return float(os.environ.get(FACTOR_VARIABLE, "1"))
 
+
+_given: Final = [1.0]
+"""The factors by which time-outs of the code under test were stretched since the test began."""
 
 _METER: Final = _Meter(_runnable_threads, _processors())

@@ -12,7 +12,7 @@ import pytest_asyncio
 pytest.register_assert_rewrite("abe_contract_tests.suite", "abe_contract_tests.accounting", "abe_contract_tests.probes")
 
 from abe_contract_tests.blocking import explain, policed
-from abe_contract_tests.bounds import slowness
+from abe_contract_tests.bounds import forget, slowness
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.harness import Harness
 from abe_contract_tests.keeping import Keeper
@@ -146,6 +146,7 @@ def _prepare(item: pytest.Function, name: str, waivers: tuple[Waiver, ...]) -> b
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    forget()
     if isinstance(item, pytest.Function) and item.get_closest_marker(MARK) is not None and (reason := _tampered(item)):
         pytest.fail(reason, pytrace=False)
 

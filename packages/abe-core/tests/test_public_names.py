@@ -82,6 +82,7 @@ def test_the_version_is_the_installed_distributions() -> None:
 
 FIRST = """
 import os, sys, traceback
+import asyncio, concurrent.futures, importlib.metadata, logging.handlers, msgspec, pytest  # once for all
 for statement in sys.stdin.read().splitlines():
     child = os.fork()
     if not child:
