@@ -108,6 +108,8 @@ class Application:
         self.note("get", facts)
         if delivery.begun is not None:
             self.history.violated(f"delivery {number} is handed out twice")
+        if delivery.told_lost:
+            self.history.violated(f"delivery {number} is handed out after its consumer was told that it is lost")
         if delivery.ended and not self._explained(delivery):
             self.history.violated(f"delivery {number} is handed out after it {delivery.ended}")
         if (message["n"], message.key) != (delivery.message.number, delivery.message.key):

@@ -73,6 +73,9 @@ class Broker:
         ]
         for number in lost:
             queue.held[number].attempts -= 1
+            delivery = self.history.deliveries[number]
+            if delivery.begun is not None and not delivery.done:
+                self.history.violated(f"delivery {number} is taken back by a receiver that recovers, and it is in hand")
             self.ended(number, "recovered")
         queue.give_back([queue.held.pop(number) for number in lost])
         queue.wake(everybody=True)
@@ -142,6 +145,21 @@ class Broker:
                     item.attempts = settlement.attempts
                     self.uncertain.pop((group, id(item.envelope)), None)
                 self.ended(settlement.delivery.native, _ENDS[settlement.disposition.value])
+                self._check_attempts(self.history.deliveries[settlement.delivery.native])
+
+    def _check_attempts(self, delivery: Recorded) -> None:
+        """See to it that a handler's message is dead after its last attempt, and not before."""
+        if delivery.begun is None or self.history.troubled(delivery.host, delivery.at, self.world.now):
+            return  # the count is the broker's, or the settlement was given up
+        last = delivery.attempt >= self.max_attempts
+        if delivery.ended == "buried" and not last and "reject" not in delivery.done:
+            self.history.violated(
+                f"m{delivery.message.number} is dead after {delivery.attempt} attempts of {self.max_attempts}"
+            )
+        if delivery.ended == "retried" and last:
+            self.history.violated(
+                f"m{delivery.message.number} is retried after attempt {delivery.attempt} of {self.max_attempts}"
+            )
 
     def queue_type(self) -> type[namespaces.Queue]:
         """Return the class of its queues."""

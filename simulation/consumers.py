@@ -11,9 +11,6 @@ from simulation.faults import ProviderFaultError
 from simulation.history import Delivery
 from simulation.scenario import ConsumerPlan
 
-_UNLEASED = 30.0
-"""Seconds for which a settlement is tried where there are no leases."""
-
 _STUBBORN = 5.0
 """Seconds for which a consumer waits for handlers that were cancelled."""
 
@@ -39,6 +36,10 @@ class Consumer:
         """What it got and has not settled."""
         self._leaving = False
         self._busy: set[str] = set()  # the keys that are being handled, where they are ordered
+        # One that looks ahead for other keys, or receives in several tasks, may overtake; so do the answers to several receives at once.
+        free = plan.kind == "explicit" or plan.ordered or application.plan.receiving.max_concurrent > 1
+        self._in_order = not free
+        self._last: dict[int, int] = {}  # the last delivery that was handed out, by the receiver
 
     async def run(self) -> None:
         """Consume until the host closes down."""
@@ -123,6 +124,7 @@ class Consumer:
     async def _fail(self, message: Message, delivery: Delivery) -> None:
         chance = self.random.random()
         if chance < 0.2:
+            delivery.done.append("reject")
             raise Reject("simulated")
         if chance < 0.3:
             raise Retry(after=self.random.random(), reason="simulated")
@@ -283,6 +285,11 @@ class Consumer:
 
     def _got(self, message: Message) -> Delivery:
         delivery = self.application.taken(message)
+        if self._in_order:
+            last = self._last.get(delivery.receiver, 0)
+            if delivery.number < last:
+                self.application.history.violated(f"delivery {delivery.number} is handed out after {last}")
+            self._last[delivery.receiver] = delivery.number
         self.mine.append(delivery)
         if self._leaving:
             delivery.done.append("closing")
@@ -309,7 +316,7 @@ class Consumer:
     @property
     def _forever(self) -> float:
         scenario = self.application.scenario
-        plan, lease = scenario.plan, scenario.settings.lease if scenario.leased else _UNLEASED
+        plan, lease = scenario.plan, scenario.settings.lease if scenario.leased else scenario.patience
         return lease + 4 * (plan.silence + plan.slow) + 4.0
 
 

@@ -1,11 +1,14 @@
 """What happened in a simulated world: the trace, and the books that the oracle checks."""
 
 import math
+import shlex
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from abe.backends.message_queue.base import Delivery as Lease
+from simulation.scenario import Scenario
 from simulation.world import World
 
 
@@ -58,6 +61,7 @@ class Delivery:
         ended_at: When.
         done: What the application did about it, in its order.
         told: What the application was told of its settlement: a method and its outcome.
+        told_lost: Whether the engine was told that its consumer has lost it.
     """
 
     number: int
@@ -73,6 +77,7 @@ class Delivery:
     ended_at: float = 0.0
     done: list[str] = field(default_factory=list[str])
     told: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    told_lost: bool = False
 
 
 class History:
@@ -81,10 +86,14 @@ class History:
     Args:
         world: Which.
         seed: What it was made from.
+        scenario: What it is like.
+        reductions: What was left out of it.
     """
 
-    def __init__(self, world: World, seed: object) -> None:
+    def __init__(self, world: World, seed: object, scenario: Scenario, reductions: Sequence[str] = ()) -> None:
         self.seed = seed
+        self.scenario = scenario
+        self.reductions: tuple[str, ...] = tuple(reductions)
         self.messages: dict[int, Message] = {}
         self.deliveries: dict[int, Delivery] = {}
         self._troubled: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -110,9 +119,15 @@ class History:
         return self._world.now
 
     @property
+    def steps(self) -> int:
+        """How many callbacks were run."""
+        return self._world.steps
+
+    @property
     def command(self) -> str:
         """The command that runs this world again, and shows its trace."""
-        return f"uv run --locked python -m simulation {self.seed} --trace"
+        less = "".join(f" --without {shlex.quote(name)}" for name in self.reductions)
+        return f"uv run --locked python -m simulation {self.seed}{less} --trace"
 
     def note(self, who: str, kind: str, what: object = "") -> None:
         """Add a line to the trace.

@@ -2,7 +2,8 @@
 
 import asyncio
 import heapq
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from contextlib import contextmanager
 from contextvars import Context
 from itertools import count
 from typing import Any, Final, TypeVar
@@ -87,14 +88,24 @@ class HostLoop(asyncio.BaseEventLoop):
         task.add_done_callback(self.tasks.pop)
         return task
 
-    def mature(self) -> bool:
-        """Make ready what is due; return whether anything is ready."""
+    def due(self, now: float) -> bool:
+        """Whether something is ready, or a timer is due.
+
+        Args:
+            now: The host's time.
+        """
+        if self._ready:
+            return True
+        timers = self._scheduled
+        return bool(timers) and timers[0]._when <= now + _PRECISION
+
+    def mature(self) -> None:
+        """Make ready what is due."""
         timers = self._scheduled
         if timers:
             now = self._now() + _PRECISION
             while timers and (timers[0]._cancelled or timers[0]._when <= now):
                 self._take_timer()
-        return bool(self._ready)
 
     def next_timer(self) -> float | None:
         """When the next timer is due, by the host's time; None: there is none."""
@@ -106,17 +117,21 @@ class HostLoop(asyncio.BaseEventLoop):
         """How many callbacks are ready."""
         return len(self._ready)
 
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Be the running event loop, for `step`."""
+        asyncio._set_running_loop(self)
+        try:
+            yield
+        finally:
+            asyncio._set_running_loop(None)
+
     def step(self, place: int = 0) -> None:
         """Run the ready callback at that place in the queue."""
         handle = self._ready[place]
         del self._ready[place]
-        if handle.cancelled():
-            return
-        asyncio._set_running_loop(self)
-        try:
+        if not handle._cancelled:
             handle._run()
-        finally:
-            asyncio._set_running_loop(None)
 
     def kill(self) -> object:
         """End it as SIGKILL does: nothing runs any more, no ``finally`` either.

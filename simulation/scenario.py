@@ -83,6 +83,7 @@ class Scenario:
         deletes: Whether groups are deleted underneath.
         reopens: Whether backends are closed and connected again.
         leased: Whether deliveries have leases. If not, a consumer's connection keeps them, and a lost one counts as a delivery.
+        patience: Seconds for which settlements are tried where there are no leases.
     """
 
     settings: QueueSettings
@@ -98,6 +99,7 @@ class Scenario:
     deletes: bool
     reopens: bool
     leased: bool
+    patience: float
 
 
 def draw_scenario(seed: object, namespace: str) -> Scenario:
@@ -121,7 +123,10 @@ def draw_scenario(seed: object, namespace: str) -> Scenario:
     groups = dict(random.choice(_GROUPS))
     # What a provider's bug leaves with a connection that has no lease comes back only when that ends.
     leased = random.random() < 0.6 or not plan.latency or "bug" in plan.rates
-    hosts = tuple(_host(random, name, groups, plan, leased=leased) for name in "abc"[: random.choice((1, 1, 2, 3))])
+    hosts = tuple(
+        _host(random, name, groups, plan, settings.lease, leased=leased)
+        for name in "abc"[: random.choice((1, 1, 2, 3))]
+    )
     return Scenario(
         settings=settings,
         plan=plan,
@@ -136,6 +141,7 @@ def draw_scenario(seed: object, namespace: str) -> Scenario:
         deletes=random.random() < 0.1,
         reopens=random.random() < 0.2,
         leased=leased,
+        patience=random.choice((3.0, 30.0)),
     )
 
 
@@ -155,8 +161,11 @@ _RECEIVING = (
 )
 
 
-def _host(random: Random, name: str, groups: dict[str, tuple[str, ...]], plan: Plan, *, leased: bool) -> HostPlan:
-    consumers = tuple(_consumer(random, group) for group in groups for _ in range(random.choice((0, 1, 1, 2))))
+def _host(
+    random: Random, name: str, groups: dict[str, tuple[str, ...]], plan: Plan, lease: float, *, leased: bool
+) -> HostPlan:
+    counts = {group: random.choice((0, 1, 1, 2)) for group in groups}
+    consumers = tuple(_consumer(random, group, lease) for group, count in counts.items() for _ in range(count))
     local = not plan.latency
     return HostPlan(
         name=name,
@@ -179,7 +188,7 @@ def _host(random: Random, name: str, groups: dict[str, tuple[str, ...]], plan: P
     )
 
 
-def _consumer(random: Random, group: str) -> ConsumerPlan:
+def _consumer(random: Random, group: str, lease: float) -> ConsumerPlan:
     concurrency = random.choice((1, 1, 2, 4))
     return ConsumerPlan(
         kind=random.choice(("loop", "loop", "iterate", "explicit")),
@@ -189,7 +198,7 @@ def _consumer(random: Random, group: str) -> ConsumerPlan:
         ordered=random.random() < 0.4,
         timeout=random.choice((None, None, 0.5, 3.0)),
         grace=random.choice((0.0, 0.5, 25.0)),
-        work=random.choice((0.0, 0.0, 0.1, 2.0)),
+        work=random.choice((0.0, 0.0, 0.1, 2.0, 2 * lease)),
         failing=random.choice((0.0, 0.0, 0.2, 0.7)),
         abrupt=random.choice((0.0, 0.0, 1.0, 5.0)),
     )

@@ -12,7 +12,7 @@ from typing import Any, Final
 from unittest.mock import patch
 
 from abe.backends.message_queue.base import backoff
-from abe.backends.message_queue.engine import outgoing
+from abe.backends.message_queue.engine import inbox, outgoing
 from abe.backends.message_queue.service import namespaces
 from simulation.world import World
 
@@ -21,13 +21,14 @@ EPOCH: Final = 1_800_000_000.0
 
 
 @contextmanager
-def seams(world: World, seed: object, queue: type[namespaces.Queue]) -> Iterator[None]:
+def seams(world: World, seed: object, queue: type[namespaces.Queue], patience: float) -> Iterator[None]:
     """Have the library take everything from a world, until the block ends.
 
     Args:
         world: Whose time it is.
         seed: What jitter is drawn from.
         queue: The class of the broker's queues.
+        patience: Seconds for which settlements are tried where there are no leases.
     """
 
     def today() -> float:
@@ -37,6 +38,7 @@ def seams(world: World, seed: object, queue: type[namespaces.Queue]) -> Iterator
         backoff: {"random": Random(f"{seed}/jitter")},
         outgoing: {"time": SimpleNamespace(time_ns=lambda: int(today() * 1e9)), "next_id": _ids()},
         namespaces: {"time": today, "Queue": queue},
+        inbox: {"_UNRENEWED_TIMEOUT": patience},
     }
     with ExitStack() as stack:
         for module, names in replaced.items():

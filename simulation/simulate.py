@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import logging
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from random import Random
@@ -18,6 +18,7 @@ from simulation.history import History
 from simulation.operators import operate
 from simulation.oracle import check
 from simulation.publishers import publish
+from simulation.reductions import reduced
 from simulation.scenario import ConsumerPlan, HostPlan, Scenario, draw_scenario
 from simulation.seams import seams
 from simulation.trouble import Trouble
@@ -26,22 +27,26 @@ from simulation.world import DeadlockError, LivelockError, World
 _LOG = logging.getLogger("abe")
 
 
-def simulate(seed: object) -> History:
+def simulate(seed: object, reductions: Sequence[str] = ()) -> History:
     """Run a world, and return what happened in it. The same seed gives the same history.
 
     Args:
         seed: What everything in it is drawn from.
+        reductions: What is left out of it; see `reduced`.
+
+    Raises:
+        ValueError: A reduction leaves out nothing.
     """
     name = f"simulation-{seed}"
-    scenario = draw_scenario(seed, name)
+    scenario = reduced(draw_scenario(seed, name), reductions)
     world = World(seed, shuffled=scenario.shuffled)
-    history = History(world, seed)
+    history = History(world, seed, scenario, reductions)
     namespaces.forget(name)
     broker = Broker(world, history, scenario.settings)
     collecting = gc.isenabled()
     gc.disable()  # it would run destructors whenever it likes
     try:
-        with seams(world, seed, broker.queue_type()), _logged(history):
+        with seams(world, seed, broker.queue_type(), scenario.patience), _logged(history):
             run = _Run(world, broker, scenario)
             try:
                 world.run(run.control, run.everything())
@@ -205,7 +210,7 @@ async def _work(application: Application) -> None:
     async with asyncio.TaskGroup() as tasks:
         for plan in application.plan.consumers:
             tasks.create_task(Consumer(application, plan).run())
-        if application.scenario.reopens:
+        if application.scenario.reopens and application.plan in application.scenario.hosts:
             tasks.create_task(application.reopen())
         await application.ending.wait()
         if application.random.random() < 0.5:

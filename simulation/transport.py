@@ -305,7 +305,7 @@ class FaultyReceiver:
         return await self._settled("settle", settlements, carry_out)
 
     async def renew(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
-        return await self._connection.ask("renew", lambda: self._inner.renew(deliveries))
+        return self._told_lost(await self._connection.ask("renew", lambda: self._inner.renew(deliveries)))
 
     async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         async def work() -> Collection[Delivery]:
@@ -318,7 +318,7 @@ class FaultyReceiver:
             self._broker.give_back(self._group, self._inner, unseen, keep)
             return await self._inner.recover(deliveries)
 
-        return await self._connection.ask("recover", work)
+        return self._told_lost(await self._connection.ask("recover", work))
 
     async def stop(self) -> Sequence[Delivery] | None:
         await self._connection.ask("stop", self._inner.stop)
@@ -351,6 +351,11 @@ class FaultyReceiver:
         if partial:
             self._connection.trouble("partial", what)
         return await self._connection.ask(what, work)
+
+    def _told_lost(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
+        for delivery in deliveries:
+            self._broker.history.deliveries[delivery.native].told_lost = True
+        return deliveries
 
     def _broken(self) -> None:
         """Have the broker see that the connection is lost."""

@@ -20,6 +20,10 @@ _TICK: Final = 2e-6
 """Seconds that a callback takes: time must pass for a task that only yields, too."""
 
 
+_TURN: Final = 20
+"""Callbacks that a host runs at most before another one may: in half of its turns it runs one."""
+
+
 class DeadlockError(Exception):
     """No callback is ready and no timer is set, but what is run has not ended."""
 
@@ -64,13 +68,13 @@ class Host:
         """Until when nothing of it runs, by the world's time."""
         self.troubles: list[str] = []
         """What asyncio reported while it was alive."""
-        self._offset = offset
-        self._rate = rate
+        self.offset = offset
+        self.rate = rate
         self._rest: object = None
 
     def time(self) -> float:
         """Return the host's time in seconds."""
-        return self._offset + self._rate * self.world.now
+        return self.offset + self.rate * self.world.now
 
     def start(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
         """Begin a task in this host."""
@@ -95,7 +99,7 @@ class Host:
         if self.loop.width():
             return self.frozen_until
         timer = self.loop.next_timer()
-        return None if timer is None else max(self.frozen_until, (timer - self._offset) / self._rate)
+        return None if timer is None else max(self.frozen_until, (timer - self.offset) / self.rate)
 
     def _troubled(self, text: str) -> None:
         if not self.dead:
@@ -169,20 +173,25 @@ class World:
     def _turn(self) -> None:
         """Run some callbacks of one host, or let time pass."""
         now = self.now
-        able = [host for host in self._alive if host.frozen_until <= now and host.loop.mature()]
+        able = [
+            host for host in self._alive if host.frozen_until <= now and host.loop.due(host.offset + host.rate * now)
+        ]
         if not able:
             self._pass_time()
             return
-        host = able[int(self._random.random() * len(able))] if len(able) > 1 else able[0]
+        random = self._random.random
+        host = able[int(random() * len(able))] if len(able) > 1 else able[0]
+        loop = host.loop
+        loop.mature()
         self.running = host
-        loop, random = host.loop, self._random.random
-        for _ in range(1 if random() < 0.5 else 1 + int(random() * 8)):
-            width = loop.width()
-            if not width or host.frozen_until > self.now:
-                break
-            self.now += _TICK
-            self.steps += 1
-            loop.step(int(random() * width) if self._shuffled and width > 1 else 0)
+        with loop.entered():
+            for _ in range(1 if random() < 0.5 else 1 + int(random() * _TURN)):
+                width = loop.width()
+                if not width or host.frozen_until > self.now:
+                    break
+                self.now += _TICK
+                self.steps += 1
+                loop.step(int(random() * width) if self._shuffled and width > 1 else 0)
         self.running = None
 
     def _pass_time(self) -> None:

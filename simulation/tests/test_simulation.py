@@ -1,19 +1,19 @@
 """Worlds in which everything holds, and worlds with a fault of ours, which the oracle sees."""
 
 import os
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import pytest
 from simulation import simulate
 from simulation.faults import EVENTS, KINDS
 from simulation.history import History
+from simulation.reductions import shrink
+from simulation.saboteurs import SABOTEURS, sabotaged
 from simulation.scenario import draw_scenario
-
-from abe.backends.message_queue.engine import in_flight, inbox, leases, publisher, settler
-from abe.errors import AbeError
+from simulation.search import Findings, search, worlds_until_seen
 
 SEEDS = 24
 """How many worlds the tests run. ``python -m simulation`` runs others."""
@@ -51,60 +51,33 @@ def test_the_same_seed_gives_the_same_trace() -> None:
     assert other.stdout.startswith(first)
 
 
-def _never_renews(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run(self: leases.LeaseKeeper) -> None:
-        self._lease = None
-        await original(self)
-
-    original = leases.LeaseKeeper.run
-    monkeypatch.setattr(leases.LeaseKeeper, "run", run)
-
-
-def _has_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inbox.Inbox, "_room", lambda _: 3)
-
-
-def _acknowledges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def attempt(self: settler.Settler, call: Any, items: Sequence[Any]) -> Sequence[AbeError | None]:
-        return [None] * len(items)
-
-    monkeypatch.setattr(settler.Settler, "_attempt", attempt)
-
-
-def _confirms_what_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publisher.Publisher, "_gave_up", lambda *_: None)
-
-
-def _rejects_what_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = publisher.Publisher._gave_up
-    monkeypatch.setattr(
-        publisher.Publisher, "_gave_up", lambda self, unknown, cause, timeout: original(self, False, cause, timeout)
-    )
-
-
-def _forgets_what_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_flight.InFlight, "dropped", lambda *_: None)
-
-
-def _recovers_what_is_in_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_flight.InFlight, "deliveries", lambda self: self._settler.deliveries())
-
-
-SABOTEURS = [
-    _never_renews,
-    _has_no_bound,
-    _acknowledges_nothing,
-    _confirms_what_is_not_known,
-    _rejects_what_is_not_known,
-    _forgets_what_is_dropped,
-    _recovers_what_is_in_hand,
-]
-
-
 @pytest.mark.thorough
-@pytest.mark.parametrize("sabotage", SABOTEURS, ids=lambda each: each.__name__.strip("_"))
-def test_a_fault_of_the_engine_is_seen(
-    sabotage: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sabotage(monkeypatch)
-    assert any(simulate(seed).violations for seed in range(60))
+@pytest.mark.parametrize("name", SABOTEURS)
+def test_a_fault_of_the_engine_is_seen(name: str) -> None:
+    assert worlds_until_seen(name, 0, 150) is not None
+
+
+def test_a_world_that_fails_is_made_smaller_and_can_be_run_again() -> None:
+    with sabotaged("acknowledges_what_fails"):
+        whole = next(history for seed in range(50) if (history := simulate(seed)).violations)
+        small = shrink(partial(simulate, whole.seed))
+        again = simulate(whole.seed, small.reductions)
+    assert small.violations
+    assert len(small.trace().splitlines()) < len(whole.trace().splitlines()) / 2
+    assert again.trace() == small.trace()
+    assert f"--without {shlex.quote(small.reductions[0])}" in small.command
+    assert not simulate(whole.seed, small.reductions).violations
+
+
+def test_what_leaves_out_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'nonsense' leaves out nothing of this world; possible is: .*half the time"):
+        simulate(0, ["nonsense"])
+
+
+def test_worlds_are_run_by_several_processes_and_counted() -> None:
+    findings = Findings()
+    for some in search(range(20), jobs=2):
+        findings.add(some)
+    assert findings.worlds == 20
+    assert not findings.failed
+    assert findings.callbacks == sum(simulate(seed).steps for seed in range(20))
