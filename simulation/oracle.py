@@ -85,6 +85,8 @@ def _order(history: History, scenario: Scenario, group: str) -> None:
 def _has_cause(history: History, scenario: Scenario, delivery: Delivery) -> bool:
     """Whether it is recorded why a delivery that the application got ended as it did."""
     done, ended = set(delivery.done), delivery.ended
+    if ended == "retried" and not scenario.leased and _troubled(history, scenario, delivery):
+        return True  # its settlement was given up, and no lease would bring it back
     if ended in ("acked", "retried", "buried", "deleted"):
         return ended == "deleted" or bool(done & _ALLOWS[ended])
     # It comes again as the application left it, or as a fault kept its settlement, or its lease, from the broker.

@@ -330,7 +330,10 @@ class FaultyReceiver:
             self._broker.left(self._group, self._inner)
             await self._inner.close()
 
-        await self._connection.ask("leave", work)
+        try:
+            await self._connection.ask("leave", work)
+        finally:
+            self._connection.lost()  # the client disconnects, whatever became of the request
 
     async def _settled(
         self, what: str, items: Sequence[_T], carry_out: Callable[[Sequence[_T]], Coroutine[Any, Any, Outcomes]]

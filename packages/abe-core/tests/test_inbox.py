@@ -65,6 +65,18 @@ class TestSuspects:
 
 
 class TestInbox:
+    async def test_a_message_that_closing_gave_back_is_known_to_be_lost(self, manual_clock: ManualClock) -> None:
+        inbox = inbox_on(ScriptedReceiver(delivery(1), delivery(2)), manual_clock)
+        first, second = await within(inbox.receive()), await within(inbox.receive())
+        await within(first.ack())
+        assert not second.lease_lost
+        await within(inbox.close())
+        assert second.lease_lost, "another consumer has it, or will get it"
+        for _ in range(2):
+            with pytest.raises(LeaseLostError):
+                await second.ack()
+        assert not first.lease_lost, "it was settled"
+
     async def test_whatever_a_codec_raises_concerns_that_message(self, manual_clock: ManualClock) -> None:
         class Codec(JSONCodec):
             def decode(self, body: bytes) -> dict[str, Any]:

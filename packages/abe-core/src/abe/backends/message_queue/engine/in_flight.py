@@ -109,8 +109,10 @@ class InFlight:
         return self._metadata(_delivery(message))
 
     def lease_lost(self, message: Message) -> bool:
-        """Whether the message is known not to be ours any more."""
-        return _delivery(message).lost
+        """Whether the message is known not to be ours any more: its lease was lost, or closing gave it back."""
+        delivery = _delivery(message)
+        unsettled = message._settled is None  # pyright: ignore[reportPrivateUsage]
+        return delivery.lost or (unsettled and delivery not in self.live)
 
     def dropped(self, message: Message) -> None:
         """Note that this message was dropped without being settled; called from the thread that collects it."""

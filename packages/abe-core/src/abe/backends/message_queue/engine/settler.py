@@ -222,7 +222,7 @@ class Settler:
         finally:  # also when `abandon` cancels it
             failures: list[AbeError] = []
             for delivery, waiter, error in zip(deliveries, waiters or [None] * len(items), outcomes, strict=True):
-                delivery.lost = error is not None
+                delivery.lost = delivery.lost or error is not None
                 if waiter is None:
                     if error is not None:
                         failures.append(error)
@@ -306,7 +306,7 @@ def _tell(
     """Set the results of waiters whose outcome is final."""
     for delivery, waiter, error in zip(deliveries, waiters, outcomes, strict=False):
         if waiter is not None and not waiter.done() and (error is None or not error.retryable):
-            delivery.lost = error is not None
+            delivery.lost = delivery.lost or error is not None
             waiter.set_result(error)
 
 
