@@ -118,15 +118,17 @@ class Kit:
             for batch in _batches(settlements, transport.settling.messages):
                 assert not any(await receiver.settle(batch))
 
-    async def expect(self, transport: Transport, group: str, *, moving: bool = False, **counts: int) -> None:
-        """Assert what the group's statistics are, or become where the broker counts approximately.
+    async def expect(self, transport: Transport, group: str, **counts: int) -> None:
+        """Assert what the group's statistics are, or become where the broker counts approximately."""
+        if self._contract.harness.approximate:
+            await self.expect_soon(transport, group, **counts)
+            return
+        async with self._contract.within():
+            stats = await transport.stats(group)
+        assert {name: getattr(stats, name) for name in counts} == counts
 
-        Args:
-            transport: Is asked.
-            group: The group.
-            moving: Whether a message may be counted in its old place for a moment still.
-            counts: The statistics, by name.
-        """
+    async def expect_soon(self, transport: Transport, group: str, **counts: int) -> None:
+        """Assert what the group's statistics become. A message that moves may be counted in its old place for a moment still."""
         seen: dict[str, int] = {}
 
         async def is_so() -> bool:
@@ -134,15 +136,11 @@ class Kit:
             seen.update({name: getattr(stats, name) for name in counts})
             return seen == counts
 
-        if moving or self._contract.harness.approximate:
-            try:
-                async with self._contract.within():
-                    await until(is_so)
-            except TimeoutError:
-                raise AssertionError(f"{seen}, and not {counts}") from None
-        else:
+        try:
             async with self._contract.within():
-                assert await is_so(), f"{seen}, and not {counts}"
+                await until(is_so)
+        except TimeoutError:
+            raise AssertionError(f"{seen}, and not {counts}") from None
 
     async def bury(self, transport: Transport, receiver: Receiver, count: int) -> list[Delivery]:
         """Receive that many messages, and make them dead letters as they come."""

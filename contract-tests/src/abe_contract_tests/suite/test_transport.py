@@ -156,7 +156,7 @@ async def test_what_is_parked_keeps_its_time(contract: Contract) -> None:
         [delivery] = await kit.take(receiver, 1)
         assert receiver.metadata(delivery).key == "soon"
         assert time.monotonic() - sent >= 1.0 - CLOCKS
-        await kit.expect(transport, "g", moving=True, delayed=1)
+        await kit.expect_soon(transport, "g", delayed=1)
 
 
 @clause("C-DLY-01", transport=True)
