@@ -6,6 +6,7 @@ from random import Random
 from typing import Any, Protocol, TypeVar
 
 from abe.backends.message_queue.base.message import Message
+from abe.backends.message_queue.base.middleware import HandleNext, Middleware, Publication, PublishNext
 from abe.backends.message_queue.base.routing import matches_any
 from abe.errors import AbeError, AlreadySettledError, LeaseLostError
 from simulation.broker import Broker
@@ -39,6 +40,22 @@ class Interrupted(Exception):  # noqa: N818 - it was asked for
     """The call was cancelled, as the load wanted it."""
 
 
+class Yielding(Middleware):
+    """Lets others run before and after a call."""
+
+    async def publish(self, publication: Publication, forward: PublishNext) -> None:
+        """Publish, some turns later."""
+        await asyncio.sleep(0)
+        await forward(publication)
+        await asyncio.sleep(0)
+
+    async def handle(self, message: Message, forward: HandleNext) -> None:
+        """Handle, some turns later."""
+        await asyncio.sleep(0)
+        await forward(message)
+        await asyncio.sleep(0)
+
+
 class Application:
     """One host.
 
@@ -58,6 +75,8 @@ class Application:
         self.history: History = broker.history
         self.random = Random(f"{seed}/load")
         self.faults = Faults(scenario.plan, f"{seed}/faults")
+        self.layers = (Yielding(),) if scenario.layered else ()
+        """The middleware of publishes and handlers."""
         self.backend = SimulatedBackend(
             scenario.settings,
             broker=broker,
@@ -67,6 +86,7 @@ class Application:
             receiving=plan.receiving,
             settling=plan.settling,
             leased=scenario.leased,
+            middleware=self.layers,
         )
         self.calm = False
         """Whether nothing is to go wrong on purpose any more."""

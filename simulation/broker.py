@@ -3,21 +3,19 @@
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-import msgspec
-
 from abe.backends.message_queue.base import Delivery, Envelope, Settlement
 from abe.backends.message_queue.base.transport import Outcomes
 from abe.backends.message_queue.service import namespaces
 from abe.backends.message_queue.service.namespaces import Item, Namespace
 from abe.settings import QueueSettings
 from simulation.history import Delivery as Recorded
-from simulation.history import History
+from simulation.history import History, Message
 from simulation.world import Host, World
 
 
-def number_of(body: bytes) -> int:
+def number_of(envelope: Envelope) -> int:
     """Return the number of a message of the load."""
-    return int(msgspec.json.decode(body)["n"])
+    return int(envelope.id.removeprefix("m"))
 
 
 class Broker:
@@ -114,6 +112,17 @@ class Broker:
             if delivery.group == group and not delivery.ended:
                 self.ended(number, "deleted")
 
+    def strange(self, message: Message) -> None:
+        """Have a stranger publish something that no codec can decode."""
+        message.told.append("confirmed")
+        message.strange = True
+        envelope = Envelope(f"m{message.number}", message.key, b"\xff{", 0)
+        with self.namespace.lock:
+            for queue in self.namespace.routes[message.key]:
+                message.wanted_by.add(self.named(queue))
+                queue.put(envelope, self.world.now, self.world.now)
+                queue.wake()
+
     def named(self, queue: namespaces.Queue) -> str:
         """Return the name of the group of a queue; empty, where it was deleted."""
         return next((name for name, each in self.namespace.queues.items() if each is queue), "")
@@ -124,6 +133,8 @@ class Broker:
         if delivery.ended:
             self.history.violated(f"delivery {number} ended as {delivery.ended}, and again as {how}")
         delivery.ended, delivery.ended_at = how, self.world.now
+        if how == "acked" and delivery.message.strange:
+            self.history.violated(f"delivery {number} cannot be decoded, and is acknowledged")
         if how not in ("acked", "released", "closed"):
             self.history.note(
                 "broker", how, f"m{delivery.message.number} {delivery.group} #{number} from {delivery.host}"
@@ -171,7 +182,7 @@ class Broker:
             def put(self, envelope: Envelope, due: float, now: float, attempts: int = 0) -> None:
                 super().put(envelope, due, now, attempts)
                 if not attempts:
-                    message = broker.history.messages[number_of(envelope.body)]
+                    message = broker.history.messages[number_of(envelope)]
                     group = broker.named(self)
                     message.stored[group] += 1
                     if due <= now:
@@ -187,7 +198,7 @@ class Broker:
 
             def bury(self, item: Item, reason: str, error: str) -> None:
                 super().bury(item, reason, error)
-                number = number_of(item.envelope.body)
+                number = number_of(item.envelope)
                 broker.history.note("broker", "bury", f"m{number} attempts={item.attempts} {reason}")
                 if reason == "max_attempts" and item.attempts < broker.max_attempts:
                     broker.history.violated(
@@ -201,7 +212,8 @@ class Broker:
         identity, host, prefetch = self.limits[receiver]
         group = self.named(queue)
         for delivery in deliveries:
-            message = self.history.messages[number_of(delivery.body)]
+            assert isinstance(delivery.header, Envelope)
+            message = self.history.messages[number_of(delivery.header)]
             number = delivery.native
             delivery.uncertain = self.uncertain.get((group, id(delivery.header)), 0)
             self.history.deliveries[number] = Recorded(

@@ -37,7 +37,12 @@ class Consumer:
         self._leaving = False
         self._busy: set[str] = set()  # the keys that are being handled, where they are ordered
         # One that looks ahead for other keys, or receives in several tasks, may overtake; so do the answers to several receives at once.
-        free = plan.kind == "explicit" or plan.ordered or application.plan.receiving.max_concurrent > 1
+        free = (
+            application.scenario.layered
+            or plan.kind == "explicit"
+            or plan.ordered
+            or application.plan.receiving.max_concurrent > 1
+        )
         self._in_order = not free
         self._last: dict[int, int] = {}  # the last delivery that was handed out, by the receiver
 
@@ -75,6 +80,7 @@ class Consumer:
             grace=plan.grace,
             ordered_by_key=plan.ordered,
             prefetch=plan.prefetch,
+            middleware=application.layers,
         )
         running = asyncio.get_running_loop().create_task(consumer.run(self._handle))
         ending = asyncio.get_running_loop().create_task(self._until_ended())

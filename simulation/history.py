@@ -23,6 +23,7 @@ class Message:
         wanted_by: The groups that certainly wanted it while it was published.
         told: What its publishers were told, once for each call: "confirmed", "rejected", "unknown", or "" while a call has not ended.
         stored: How many copies of it the broker stored for each group, "" for the parked ones.
+        strange: Whether its body cannot be decoded.
     """
 
     number: int
@@ -31,6 +32,7 @@ class Message:
     wanted_by: set[str] = field(default_factory=set[str])
     told: list[str] = field(default_factory=list[str])
     stored: dict[str, int] = field(default_factory=lambda: defaultdict[str, int](int))
+    strange: bool = False
 
     @property
     def confirmed(self) -> bool:

@@ -112,6 +112,14 @@ def _acknowledges_what_fails() -> Fault:
     return [(in_flight.InFlight, "nack", nack)]
 
 
+def _acknowledges_what_cannot_be_decoded() -> Fault:
+    def bury(self: in_flight.InFlight, delivery: Any, reason: str, error: str) -> None:
+        if self.forget(delivery):
+            self._settler.ack(delivery)
+
+    return [(in_flight.InFlight, "bury", bury)]
+
+
 def _hands_out_what_is_lost() -> Fault:
     def lose(self: in_flight.InFlight, deliveries: Any) -> None:
         """Take no note of it."""
@@ -215,6 +223,7 @@ _ALL: Final = (
     _recovers_what_is_in_hand,
     _acknowledges_before_the_handler,
     _acknowledges_what_fails,
+    _acknowledges_what_cannot_be_decoded,
     _hands_out_what_is_lost,
     _gives_up_too_early,
     _never_gives_up,

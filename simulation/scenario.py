@@ -84,6 +84,7 @@ class Scenario:
         reopens: Whether backends are closed and connected again.
         leased: Whether deliveries have leases. If not, a consumer's connection keeps them, and a lost one counts as a delivery.
         patience: Seconds for which settlements are tried where there are no leases.
+        layered: Whether publishes and handlers have middleware.
     """
 
     settings: QueueSettings
@@ -100,6 +101,7 @@ class Scenario:
     reopens: bool
     leased: bool
     patience: float
+    layered: bool
 
 
 def draw_scenario(seed: object, namespace: str) -> Scenario:
@@ -142,6 +144,7 @@ def draw_scenario(seed: object, namespace: str) -> Scenario:
         reopens=random.random() < 0.2,
         leased=leased,
         patience=random.choice((3.0, 30.0)),
+        layered=random.random() < 0.25,
     )
 
 

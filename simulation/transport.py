@@ -20,6 +20,7 @@ from abe.backends.message_queue.base import (
     Settling,
     Transport,
 )
+from abe.backends.message_queue.base.middleware import Middleware
 from abe.backends.message_queue.service import memory
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.errors import AbeError, PublishUnknownError
@@ -45,6 +46,7 @@ class SimulatedBackend(MemoryBackend):
         receiving: How many receives there are at once.
         settling: How much settlements take at a time.
         leased: Whether deliveries have leases.
+        middleware: Wraps each publish.
     """
 
     def __init__(
@@ -58,8 +60,9 @@ class SimulatedBackend(MemoryBackend):
         receiving: Receiving,
         settling: Settling,
         leased: bool,
+        middleware: Sequence[Middleware],
     ) -> None:
-        super().__init__(settings, clock=host.clock)
+        super().__init__(settings, clock=host.clock, middleware=middleware)
         if not leased:
             self.capabilities = replace(self.capabilities, lease=None)
         self._broker = broker
@@ -127,13 +130,13 @@ class FaultyTransport:
         await self._connection.ask("ping", self._inner.ping)
 
     async def send(self, envelopes: Sequence[Envelope]) -> Outcomes:
-        numbers = [number_of(envelope.body) for envelope in envelopes]
+        numbers = [number_of(envelope) for envelope in envelopes]
         history = self._broker.history
         history.note(self._connection.host.name, "send", " ".join(f"m{number}" for number in numbers))
         for envelope in envelopes:
             before, outcome = self._sent.get(id(envelope), (None, None))
             if before is envelope and (outcome is None or not outcome.retryable):
-                history.violated(f"m{number_of(envelope.body)} is sent again after its final outcome {outcome!r}")
+                history.violated(f"m{number_of(envelope)} is sent again after its final outcome {outcome!r}")
         limits = self.batching
         if len(envelopes) > limits.messages or sum(len(each.body) for each in envelopes[:-1]) >= limits.bytes:
             history.violated(f"{len(envelopes)} messages in one batch, of {limits.messages}, or too many bytes")

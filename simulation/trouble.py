@@ -6,6 +6,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from simulation.application import Application
+from simulation.scenario import KEYS
 
 if TYPE_CHECKING:
     from simulation.simulate import _Run
@@ -40,6 +41,11 @@ class Trouble:
         if event == "collect":
             history.note("control", "collect")
             host.loop.call_soon(gc.collect, 1)
+            return
+        if event == "strange":
+            message = victim.new_message(self._random.choice(KEYS), None)
+            history.note("stranger", "publish", f"m{message.number} {message.key}")
+            self._run.broker.strange(message)
             return
         history.trouble(host.name, seconds)
         if event in ("cut", "partition"):
