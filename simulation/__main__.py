@@ -43,14 +43,16 @@ def _look_at(arguments: argparse.Namespace) -> int:
     try:
         history = simulate(arguments.first, arguments.without)
         if arguments.shrink and history.violations:
-            history = shrink(partial(simulate, arguments.first))
+            history = shrink(partial(simulate, arguments.first), history)
     except ValueError as exc:
         sys.exit(f"python -m simulation: {exc}")
     if arguments.trace:
         sys.stdout.write(history.trace())
     for violation in history.violations[:5]:
         print(f"seed {history.seed}: {violation}")
-    if arguments.shrink and history.violations:
+    if not history.violations:
+        print(f"nothing fails: {history.command}")
+    elif arguments.shrink:
         print(f"{len(history.trace().splitlines())} lines are left: {history.command}")
     return int(bool(history.violations))
 

@@ -10,6 +10,7 @@ from simulation.application import Application, Interrupted
 from simulation.faults import ProviderFaultError
 from simulation.history import Delivery
 from simulation.scenario import ConsumerPlan
+from simulation.threads import sleep
 
 _STUBBORN = 5.0
 """Seconds for which a consumer waits for handlers that were cancelled."""
@@ -39,6 +40,7 @@ class Consumer:
         # One that looks ahead for other keys, or receives in several tasks, may overtake; so do the answers to several receives at once.
         free = (
             application.scenario.layered
+            or plan.threads
             or plan.kind == "explicit"
             or plan.ordered
             or application.plan.receiving.max_concurrent > 1
@@ -82,7 +84,8 @@ class Consumer:
             prefetch=plan.prefetch,
             middleware=application.layers,
         )
-        running = asyncio.get_running_loop().create_task(consumer.run(self._handle))
+        handler = self._handle_in_thread if plan.threads else self._handle
+        running = asyncio.get_running_loop().create_task(consumer.run(handler))
         ending = asyncio.get_running_loop().create_task(self._until_ended())
         try:
             await asyncio.wait([running, ending], return_when=asyncio.FIRST_COMPLETED)
@@ -125,6 +128,28 @@ class Consumer:
             raise
         finally:
             self._busy.discard(message.key)
+            self._done(delivery)
+
+    def _handle_in_thread(self, message: Message) -> None:
+        """Handle a message of an `AsyncLoopConsumer` in a thread. It may go on when its time is over."""
+        application, plan = self.application, self.plan
+        delivery = self._got(message)
+        if plan.timeout is not None:
+            delivery.done.append("timed")
+        try:
+            if plan.work and not application.calm:
+                sleep(self.random.random() * plan.work)
+            if application.chance(plan.failing):
+                delivery.done.append("failed")
+                chance = self.random.random()
+                if chance < 0.2:
+                    delivery.done.append("reject")
+                    raise Reject("simulated")
+                if chance < 0.3:
+                    raise Retry(after=self.random.random(), reason="simulated")
+                raise StopIteration if chance < 0.4 else HandlerError
+            delivery.done.append("returned")
+        finally:
             self._done(delivery)
 
     async def _fail(self, message: Message, delivery: Delivery) -> None:

@@ -10,8 +10,19 @@ _LEAVES = {"release", "closing", "left", "cancelled", "interrupted"}
 
 _ALLOWS = {
     "acked": {"returned", "ack"},
-    "retried": {"failed", "nack", "dropped", "cancelled", "interrupted", "left", "closing"},
-    "buried": {"failed", "nack", "reject", "dropped", "cancelled", "interrupted", "left", "closing", "returned"},
+    "retried": {"failed", "nack", "dropped", "cancelled", "interrupted", "left", "closing", "timed"},
+    "buried": {
+        "failed",
+        "nack",
+        "reject",
+        "dropped",
+        "cancelled",
+        "interrupted",
+        "left",
+        "closing",
+        "timed",
+        "returned",
+    },
 }
 """What an application does before a delivery ends in these ways."""
 
@@ -85,7 +96,7 @@ def _order(history: History, scenario: Scenario, group: str) -> None:
 def _has_cause(history: History, scenario: Scenario, delivery: Delivery) -> bool:
     """Whether it is recorded why a delivery that the application got ended as it did."""
     done, ended = set(delivery.done), delivery.ended
-    if ended == "retried" and not scenario.leased and _troubled(history, scenario, delivery):
+    if ended == "retried" and done and not scenario.leased and _troubled(history, scenario, delivery):
         return True  # its settlement was given up, and no lease would bring it back
     if ended in ("acked", "retried", "buried", "deleted"):
         return ended == "deleted" or bool(done & _ALLOWS[ended])

@@ -167,12 +167,23 @@ def _handles_a_key_twice_at_once() -> Fault:
     return [(worker.Workers, "_next", next_one)]
 
 
+def _wakes_nobody_for_one_message() -> Fault:
+    original = inbox.Inbox._wake
+
+    def wake(self: inbox.Inbox, count: int) -> None:
+        if not self._buffer or len(self._buffer) > 1 or self._stopping:
+            original(self, count)
+
+    return [(inbox.Inbox, "_wake", wake)]
+
+
 def _loses_a_wake_up() -> Fault:
     """A task that is woken and cancelled at once wakes no other."""
     original = inbox.Inbox._wake
 
     def wake(self: inbox.Inbox, count: int) -> None:
-        if not self._buffer or len(self._buffer) > 1 or self._stopping:
+        task = asyncio.current_task()
+        if task is None or not task.cancelling():
             original(self, count)
 
     return [(inbox.Inbox, "_wake", wake)]
@@ -201,7 +212,7 @@ def _never_resubscribes() -> Fault:
     return [(fetcher.Fetcher, "_repair", repair)]
 
 
-def _swallows_a_cancellation() -> Fault:
+def _receives_in_a_task_that_nobody_cancels() -> Fault:
     original = subscription.GroupSubscription._receive
 
     async def receive(self: subscription.GroupSubscription) -> Message:
@@ -230,11 +241,12 @@ _ALL: Final = (
     _tries_suspects_beside_others,
     _hands_out_the_newest_first,
     _handles_a_key_twice_at_once,
+    _wakes_nobody_for_one_message,
     _loses_a_wake_up,
     _closes_without_a_bound,
     _leaves_a_task,
     _never_resubscribes,
-    _swallows_a_cancellation,
+    _receives_in_a_task_that_nobody_cancels,
 )
 
 SABOTEURS: Final[dict[str, Callable[[], Fault]]] = {each.__name__.strip("_"): each for each in _ALL}

@@ -26,6 +26,7 @@ class ConsumerPlan:
         work: Seconds that a handler takes, at most.
         failing: How often a handler fails.
         abrupt: How often the consumer is ended and begun anew, in seconds between; 0: never.
+        threads: Whether the handler is a plain function, which runs in threads.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class ConsumerPlan:
     work: float
     failing: float
     abrupt: float
+    threads: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,4 +206,5 @@ def _consumer(random: Random, group: str, lease: float) -> ConsumerPlan:
         work=random.choice((0.0, 0.0, 0.1, 2.0, 2 * lease)),
         failing=random.choice((0.0, 0.0, 0.2, 0.7)),
         abrupt=random.choice((0.0, 0.0, 1.0, 5.0)),
+        threads=random.random() < 0.25,
     )

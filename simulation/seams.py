@@ -3,6 +3,7 @@
 The modules' own names are replaced, for as long as a world runs; nothing outside of the library sees it.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
@@ -11,9 +12,11 @@ from types import SimpleNamespace
 from typing import Any, Final
 from unittest.mock import patch
 
+from abe.backends.message_queue import threads
 from abe.backends.message_queue.base import backoff
 from abe.backends.message_queue.engine import inbox, outgoing
 from abe.backends.message_queue.service import namespaces
+from simulation.threads import Queue, Thread
 from simulation.world import World
 
 EPOCH: Final = 1_800_000_000.0
@@ -39,6 +42,11 @@ def seams(world: World, seed: object, queue: type[namespaces.Queue], patience: f
         outgoing: {"time": SimpleNamespace(time_ns=lambda: int(today() * 1e9)), "next_id": _ids()},
         namespaces: {"time": today, "Queue": queue},
         inbox: {"_UNRENEWED_TIMEOUT": patience},
+        threads: {
+            "threading": SimpleNamespace(Thread=Thread),
+            "SimpleQueue": Queue,
+            "time": SimpleNamespace(time=today, monotonic=today, strftime=time.strftime, localtime=time.gmtime),
+        },
     }
     with ExitStack() as stack:
         for module, names in replaced.items():

@@ -101,8 +101,11 @@ def worlds_until_seen(saboteur: str, first: int, most: int) -> int | None:
     with sabotaged(saboteur):
         for count in range(1, most + 1):
             if simulate(first + count - 1).violations:
-                return count
-    return None
+                break
+        else:
+            return None
+    assert not simulate(first + count - 1).violations, "the fault that was seen is another one"
+    return count
 
 
 def rate(saboteur: str, *, starts: int, most: int) -> str:

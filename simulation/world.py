@@ -19,7 +19,6 @@ _T = TypeVar("_T")
 _TICK: Final = 2e-6
 """Seconds that a callback takes: time must pass for a task that only yields, too."""
 
-
 _TURN: Final = 20
 """Callbacks that a host runs at most before another one may: in half of its turns it runs one."""
 

@@ -108,8 +108,11 @@ async def test_a_bound_allows_for_the_time_outs_that_were_stretched_before(crowd
     crowded(4)
     settings = bounds.stretched(QueueSettings(close_timeout=0.1))
     crowded(1)
-    async with bounds.within(0.15):
-        await asyncio.sleep(settings.close_timeout)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        async with bounds.within(0.15):
+            await asyncio.Event().wait()
+    assert time.monotonic() - began >= settings.close_timeout + 0.2
     bounds.forget()
     with pytest.raises(TimeoutError):
         async with bounds.within(0.15):

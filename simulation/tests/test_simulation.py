@@ -60,7 +60,7 @@ def test_a_fault_of_the_engine_is_seen(name: str) -> None:
 def test_a_world_that_fails_is_made_smaller_and_can_be_run_again() -> None:
     with sabotaged("acknowledges_what_fails"):
         whole = next(history for seed in range(50) if (history := simulate(seed)).violations)
-        small = shrink(partial(simulate, whole.seed))
+        small = shrink(partial(simulate, whole.seed), whole)
         again = simulate(whole.seed, small.reductions)
     assert small.violations
     assert len(small.trace().splitlines()) < len(whole.trace().splitlines()) / 2

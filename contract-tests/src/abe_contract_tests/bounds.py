@@ -9,7 +9,7 @@ A bound is written for an idle machine of reference speed. The factor is the pro
 Each measured factor is at least 1, as a fast machine must not fail a test sooner. A wait whose time is over computes the factor for the
 time that it has waited, and goes on if the machine was busy: nothing has to be known in advance.
 
-The code under test may be given a longer time-out on a busy machine, by `slowness` or `stretched`. The bounds of the same test are
+The code under test may be given a longer time-out on a busy machine, by `patience` or `stretched`. The bounds of the same test are
 stretched by at least that factor, whatever the machine does later: the code may take that time.
 """
 
@@ -45,22 +45,23 @@ _NOTICE: Final = 0.9
 
 
 def slowness(since: float | None = None) -> float:
-    """Return the factor by which this machine is slower than an idle one of reference speed.
+    """Return the factor of a bound: how much slower this machine is than an idle one of reference speed, and no less than `patience` was.
 
     Args:
-        since: The start of the period, by ``time.monotonic()``: the factor of a bound. None: the last seconds, for a time-out of the code
-            under test.
+        since: The start of the period, by ``time.monotonic()``; by default the last seconds.
     """
-    factor = min(_speed() * _METER.crowding(since) * _asked_for(), _MOST)
-    if since is not None:
-        return max(factor, *_given)
-    _given.append(factor)
-    return factor
+    return max(_given[0], min(_speed() * _METER.crowding(since) * _asked_for(), _MOST))
+
+
+def patience() -> float:
+    """Return the factor of a time-out that the code under test is given, and remember it for the test's bounds."""
+    _given[0] = slowness()
+    return _given[0]
 
 
 def forget() -> None:
     """Start a test: what was given to the code under test before does not stretch its bounds."""
-    _given[:] = [1.0]
+    _given[0] = 1.0
 
 
 def within(seconds: float | None) -> asyncio.Timeout:
@@ -88,7 +89,7 @@ def within(seconds: float | None) -> asyncio.Timeout:
 
 def stretched(settings: _Settings) -> _Settings:
     """Return settings (a dataclass) with each timeout multiplied by `slowness`."""
-    factor = slowness()
+    factor = patience()
     timeouts = [field.name for field in fields(settings) if field.name.endswith("_timeout")]
     return replace(settings, **{name: factor * getattr(settings, name) for name in timeouts})
 
@@ -202,6 +203,6 @@ def _asked_for() -> float:
 
 
 _given: Final = [1.0]
-"""The factors by which time-outs of the code under test were stretched since the test began."""
+"""The largest factor by which a time-out of the code under test was stretched since the test began."""
 
 _METER: Final = _Meter(_runnable_threads, _processors())

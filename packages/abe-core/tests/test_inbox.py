@@ -77,6 +77,27 @@ class TestInbox:
                 await second.ack()
         assert not first.lease_lost, "it was settled"
 
+    async def test_an_ack_while_closing_gives_the_message_back_fails_each_time(self, manual_clock: ManualClock) -> None:
+        class Slow(ScriptedReceiver):
+            going_on = asyncio.Event()
+
+            async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
+                await self.going_on.wait()
+                return await super().settle(settlements)
+
+        receiver = Slow(delivery(1))
+        inbox = inbox_on(receiver, manual_clock)
+        message = await within(inbox.receive())
+        closing = asyncio.create_task(inbox.close())
+        await turns(20)
+        with pytest.raises(LeaseLostError):
+            await message.ack()
+        receiver.going_on.set()
+        await within(closing)
+        assert [item.disposition for item in receiver.settled] == [Disposition.RELEASE]
+        with pytest.raises(LeaseLostError):
+            await message.ack()
+
     async def test_whatever_a_codec_raises_concerns_that_message(self, manual_clock: ManualClock) -> None:
         class Codec(JSONCodec):
             def decode(self, body: bytes) -> dict[str, Any]:

@@ -36,7 +36,7 @@ async def until(condition: Any) -> None:
 
 def limit() -> float:
     """Return a time limit within which a thread certainly comes to its call, and ends one that does nothing."""
-    return 0.2 * bounds.slowness()
+    return 0.2 * bounds.patience()
 
 
 @pytest.fixture

@@ -111,8 +111,9 @@ class InFlight:
     def lease_lost(self, message: Message) -> bool:
         """Whether the message is known not to be ours any more: its lease was lost, or closing gave it back."""
         delivery = _delivery(message)
-        unsettled = message._settled is None  # pyright: ignore[reportPrivateUsage]
-        return delivery.lost or (unsettled and delivery not in self.live)
+        # In this order: a thread may ask while the message is settled, which is noted before it leaves `live`.
+        ours = delivery in self.live or message._settled is not None  # pyright: ignore[reportPrivateUsage]
+        return delivery.lost or not ours
 
     def dropped(self, message: Message) -> None:
         """Note that this message was dropped without being settled; called from the thread that collects it."""
@@ -173,7 +174,7 @@ class InFlight:
             )
         if delivery.lost or delivery not in self.live:
             raise LeaseLostError("the message is not ours any more")
-        self.lose(await self._receiver.renew([delivery]))
+        self.lose(await self._receiver.renew(self.deliveries()))  # a provider may take what is left out for given up
         if delivery.lost:
             raise LeaseLostError("the message is not ours any more: its lease had run out")
 
