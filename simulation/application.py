@@ -174,7 +174,11 @@ class Application:
             return await call
         task = asyncio.get_running_loop().create_task(call)
         try:
-            if self.random.random() < 0.3:
+            chance = self.random.random()
+            if chance < 0.2:
+                self.host.on_arrival.append(task)
+                await asyncio.wait([task], timeout=1)
+            elif chance < 0.5:
                 await asyncio.wait([task], timeout=self.random.random())
             else:
                 for _ in range(int(self.random.random() * 12)):

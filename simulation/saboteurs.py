@@ -177,18 +177,6 @@ def _wakes_nobody_for_one_message() -> Fault:
     return [(inbox.Inbox, "_wake", wake)]
 
 
-def _loses_a_wake_up() -> Fault:
-    """A task that is woken and cancelled at once wakes no other."""
-    original = inbox.Inbox._wake
-
-    def wake(self: inbox.Inbox, count: int) -> None:
-        task = asyncio.current_task()
-        if task is None or not task.cancelling():
-            original(self, count)
-
-    return [(inbox.Inbox, "_wake", wake)]
-
-
 def _closes_without_a_bound() -> Fault:
     return [(session, "_FINISHING", 50.0), (inbox, "_SETTLING", 50.0)]
 
@@ -242,7 +230,6 @@ _ALL: Final = (
     _hands_out_the_newest_first,
     _handles_a_key_twice_at_once,
     _wakes_nobody_for_one_message,
-    _loses_a_wake_up,
     _closes_without_a_bound,
     _leaves_a_task,
     _never_resubscribes,

@@ -283,7 +283,10 @@ class FaultyReceiver:
                 call.task = None
 
         try:
-            return await self._connection.ask("receive", work, waits=True)
+            deliveries = await self._connection.ask("receive", work, waits=True)
+            if deliveries:
+                self._connection.host.arrived()
+            return deliveries
         except BaseException:
             self._failed.append(call)
             raise

@@ -65,6 +65,8 @@ class Host:
         """Whether it was killed."""
         self.frozen_until = 0.0
         """Until when nothing of it runs, by the world's time."""
+        self.on_arrival: list[asyncio.Task[Any]] = []
+        """Tasks that are cancelled when messages next arrive."""
         self.troubles: list[str] = []
         """What asyncio reported while it was alive."""
         self.offset = offset
@@ -82,6 +84,12 @@ class Host:
     def freeze(self, seconds: float) -> None:
         """Run nothing for so many of the world's seconds: the process is stopped, or a callback keeps the event loop busy."""
         self.frozen_until = max(self.frozen_until, self.world.now + seconds)
+
+    def arrived(self) -> None:
+        """Cancel, in the turn in which messages arrive, what is to be cancelled then."""
+        tasks, self.on_arrival = self.on_arrival, []
+        for task in tasks:
+            self.loop.call_soon(task.cancel)
 
     def kill(self) -> None:
         """End it; see `World.kill`."""
