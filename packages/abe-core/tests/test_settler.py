@@ -363,3 +363,16 @@ class TestLingering:
         settler.ack(delivery(1))
         await within(settler.drain())
         assert receiver.acks == [([1], False)]
+
+
+async def test_what_is_submitted_in_the_turn_in_which_closing_gives_up_is_told_so(manual_clock: ManualClock) -> None:
+    settler = settler_on(ScriptedReceiver(), manual_clock)
+    waiters = [
+        settler.submit(delivery(1), None),
+        settler.submit(delivery(2), Settlement(delivery(2), Disposition.RETRY)),
+    ]
+    asyncio.get_running_loop().call_soon(settler.abandon)  # in the turn in which their calls begin
+    for waiter in waiters:
+        assert isinstance(await within(waiter), LeaseLostError)
+    await turns()
+    assert settler.outstanding == 0

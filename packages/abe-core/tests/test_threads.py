@@ -1,6 +1,7 @@
 """Synchronous handlers that hang: their threads are counted, and nothing is begun or taken for a thread that is not there."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -175,3 +176,108 @@ async def test_a_thread_that_takes_its_time_within_the_limit_succeeds(memory_bac
         while (stats := await memory_backend.stats()).waiting + stats.in_flight:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     assert (await memory_backend.stats()).dead == 0
+
+
+async def test_an_outcome_counts_that_comes_in_the_turn_of_the_cancellation(memory_backend: MemoryBackend) -> None:
+    begun, handled = threading.Event(), threading.Event()
+
+    def handler(message: Message) -> None:
+        begun.set()
+        handled.wait()
+
+    await memory_backend.declare()
+    await memory_backend.publish("k", {"n": 0})
+    task = asyncio.create_task(AsyncLoopConsumer(memory_backend).run(handler))
+    async with bounds.within(5):
+        await until(begun.is_set)
+
+        def turn() -> None:
+            handled.set()
+            while not _has_told(loop):
+                time.sleep(0.001)  # until the thread's outcome is in the loop's queue, behind this
+            task.cancel()
+
+        loop = asyncio.get_running_loop()
+        loop.call_soon(turn)
+        await asyncio.wait([task])
+    stats = await memory_backend.stats()
+    assert (stats.waiting, stats.in_flight) == (0, 0)
+
+
+def _has_told(loop: Any) -> bool:
+    return any("_ended" in repr(handle) for handle in loop._ready)
+
+
+async def test_no_task_is_left_when_a_consumer_is_cancelled_while_every_thread_is_stuck(
+    memory_backend: MemoryBackend, release: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    await memory_backend.declare()
+    await memory_backend.publish("k", {"n": 0})
+    before = asyncio.all_tasks()
+    async with bounds.within(20):
+        task = asyncio.create_task(
+            AsyncLoopConsumer(memory_backend, retry=ONCE, timeout=limit()).run(Hanging(release, bad=1))
+        )
+        await until(lambda: "stopped consuming" in caplog.text or "consuming pauses" in caplog.text)
+        await until(lambda: any("available" in repr(each.get_coro()) for each in asyncio.all_tasks()))
+        task.cancel()
+        await asyncio.wait([task])
+        release.set()
+        await until(lambda: not any("available" in repr(each.get_coro()) for each in asyncio.all_tasks()))
+    assert task.cancelled()
+    assert before <= asyncio.all_tasks()
+
+
+async def test_a_logging_filter_that_raises_keeps_no_consumer_from_going_on(
+    memory_backend: MemoryBackend, release: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(record: logging.LogRecord) -> bool:
+        if "an abandoned handler" in record.msg:
+            raise RuntimeError("a filter fails")
+        return True
+
+    logger = logging.getLogger("abe.consumer")
+    caplog.set_level(logging.INFO, logger.name)
+    handler = Hanging(release, bad=1)
+    await memory_backend.declare()
+    await memory_backend.publish_many([("k", {"n": n}) for n in range(2)])
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # the filter's failure is reported there
+    logger.addFilter(failing)
+    try:
+        async with running(AsyncLoopConsumer(memory_backend, retry=ONCE, timeout=limit()), handler):
+            await until(lambda: "stopped consuming" in caplog.text)  # until a thread is free
+            release.set()
+            await until(lambda: handler.done == [1])
+    finally:
+        logger.removeFilter(failing)
+
+
+@pytest.mark.parametrize("stuck", [True, False])
+async def test_a_change_of_the_groups_patterns_ends_no_consumer_that_subscribes_again(
+    memory_backend: MemoryBackend, release: threading.Event, caplog: pytest.LogCaptureFixture, stuck: bool
+) -> None:
+    caplog.set_level(logging.INFO, "abe.consumer")
+    handler = Hanging(release, bad=1)
+    gate = asyncio.Event()
+
+    async def waiting(message: Message) -> None:
+        await gate.wait()
+        handler.done.append(message["n"])
+
+    options: dict[str, Any] = (
+        {"timeout": limit()} if stuck else {"ordered_by_key": True, "prefetch": 2, "concurrency": 2}
+    )
+    consumer = AsyncLoopConsumer(memory_backend, "g", keys=["a.*"], retry=ONCE, **options)
+    async with running(consumer, handler if stuck else waiting):
+        await consumer.started
+        await memory_backend.declare("g", ["a.*", "b.*"])
+        await memory_backend.publish_many([("a.x", {"n": n}) for n in range(5)])
+        if stuck:
+            await until(lambda: "stopped consuming" in caplog.text)  # until a thread is free
+        else:
+            while (await memory_backend.stats("g")).in_flight <= 2:  # noqa: ASYNC110 - another subscription takes over
+                await asyncio.sleep(0.001)
+        release.set()
+        gate.set()
+        await until(lambda: len(handler.done) == (4 if stuck else 5))
+    assert (await memory_backend.groups())["g"] == ("a.*", "b.*")

@@ -261,17 +261,17 @@ class AsyncLoopConsumer:
         call = self._wrapped(handler.bound(threads, limit))
         stopping = asyncio.create_task(run.stopping.wait())
         try:
-            while (subscription := await self._subscribe(stopping)) is not None:
+            while (subscription := await self._subscribe(stopping, again=run.started.is_set())) is not None:
                 run.started._set()  # pyright: ignore[reportPrivateUsage]
                 await self._work(run, subscription, call, threads, stopping)
                 if threads is None or not threads.exhausted:
                     return
                 # The subscription is closed meanwhile, so that other consumers get its messages.
-                await asyncio.wait(
-                    [stopping, waiting := asyncio.create_task(threads.available())],
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                waiting.cancel()
+                waiting = asyncio.create_task(threads.available())
+                try:
+                    await asyncio.wait([stopping, waiting], return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    waiting.cancel()
         finally:
             stopping.cancel()
             if limit is not None:
@@ -298,7 +298,7 @@ class AsyncLoopConsumer:
         failures = Failures(self._policy, self._max_attempts, self._max_delay, stopping)
         source: Subscription | LookAhead = subscription
         if self._ordered:
-            source = LookAhead(subscription, self._prefetch, self._entered, group)
+            source = LookAhead(subscription, self._prefetch, self._another, group)
         workers = Workers(
             source,
             call,
@@ -326,13 +326,11 @@ class AsyncLoopConsumer:
     def _max_delay(self) -> float:
         return self._backend.capabilities.max_delay or 0.0
 
-    def _subscription(self, prefetch: int) -> Subscription:
-        return self._backend.consume(
-            group=self._group, keys=self._keys, prefetch=prefetch, max_attempts=self._max_attempts
-        )
+    def _subscription(self, prefetch: int, keys: Sequence[str] | None) -> Subscription:
+        return self._backend.consume(group=self._group, keys=keys, prefetch=prefetch, max_attempts=self._max_attempts)
 
-    async def _entered(self, prefetch: int) -> Subscription:
-        subscription = self._subscription(prefetch)
+    async def _entered(self, prefetch: int, keys: Sequence[str] | None) -> Subscription:
+        subscription = self._subscription(prefetch, keys)
         try:
             await subscription.__aenter__()
         except BaseException:
@@ -340,7 +338,16 @@ class AsyncLoopConsumer:
             raise
         return subscription
 
-    async def _subscribe(self, stopping: "asyncio.Task[Any]") -> Subscription | None:
+    async def _another(self, prefetch: int) -> Subscription:
+        """Subscribe again. The group's patterns may have been changed meanwhile: that does not end a consumer."""
+        try:
+            return await self._entered(prefetch, self._keys)
+        except ConfigurationError:
+            if self._keys is None:
+                raise
+            return await self._entered(prefetch, None)
+
+    async def _subscribe(self, stopping: "asyncio.Task[Any]", *, again: bool) -> Subscription | None:
         """Subscribe, retrying while the broker is unreachable; None when `shutdown` came first."""
         if self._minimal:
             _log.warning(
@@ -349,9 +356,9 @@ class AsyncLoopConsumer:
                 self._backend.__class__.__name__,
             )
             return None if stopping.done() else self._backend.consume(group=self._group)
-        tries = 0
+        tries, keys = 0, self._keys
         while not stopping.done():
-            subscription = self._subscription(self._prefetch)
+            subscription = self._subscription(self._prefetch, keys)
             entering = asyncio.create_task(subscription.__aenter__())
             entered: Subscription | None = None
             try:
@@ -360,6 +367,9 @@ class AsyncLoopConsumer:
                     entered = entering.result()
                     return entered
             except AbeError as exc:
+                if again and keys is not None and isinstance(exc, ConfigurationError):
+                    keys = None  # the group's patterns may have been changed meanwhile: see `_another`
+                    continue
                 if not exc.retryable:
                     raise
                 tries += 1

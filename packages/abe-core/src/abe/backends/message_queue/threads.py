@@ -100,10 +100,12 @@ class Threads:
         try:
             result, exc = await call.future
         except asyncio.CancelledError:
-            if call in self._busy:
-                call.abandoned = True
-                self._report_stuck()
-            raise
+            if not call.future.done() or call.future.cancelled():
+                if call in self._busy:
+                    call.abandoned = True
+                    self._report_stuck()
+                raise
+            result, exc = call.future.result()  # it ended in the turn of the cancellation: the outcome counts
         if isinstance(exc, StopIteration | KeyboardInterrupt):
             # A coroutine cannot raise StopIteration; KeyboardInterrupt is no signal here, as only the main thread gets signals.
             raise RuntimeError(f"the handler raised {type(exc).__name__}") from exc  # noqa: TRY004
@@ -151,13 +153,13 @@ class Threads:
         self._busy.discard(call)
         if not call.future.done():
             call.future.set_result(outcome)
+        _wake(self._waiting)
         if call.abandoned and not self._closed:
+            _wake(self._kept_back)
             how = "returned" if outcome[1] is None else f"raised {reason_of(outcome[1])}"
             then = ": consuming resumes" if was_exhausted else ""
             seconds = time.monotonic() - (call.began or 0.0)
             _log.warning("an abandoned handler of group %r has %s after %.1f s%s", self._group, how, seconds, then)
-            _wake(self._kept_back)
-        _wake(self._waiting)
 
     def _report_stuck(self) -> None:
         stuck = [call for call in self._busy if call.abandoned]
@@ -184,6 +186,10 @@ class Threads:
         queue.append(future)
         try:
             await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                _wake(queue)  # woken and cancelled at once: it is another one's turn
+            raise
         finally:
             if future in queue:
                 queue.remove(future)

@@ -68,6 +68,7 @@ class TimeLimit:
         self._timer.cancel()
 
     def _sweep(self) -> None:
+        self._timer = self._loop.call_later(self._limit * _PRECISION, self._sweep)
         now = self._loop.time()
         for task, deadline in self._deadlines.items():
             if deadline > now:
@@ -77,12 +78,11 @@ class TimeLimit:
             self._deadlines[task] = now + (left if left > 0 else self._limit)
             if left <= 0:
                 self._cancelled[task] = times = self._cancelled.get(task, 0) + 1
+                task.cancel()
                 if times == 2:
                     _log.warning(
                         "a handler ignores the cancellation at its time limit of %g s: cancelling it again", self._limit
                     )
-                task.cancel()
-        self._timer = self._loop.call_later(self._limit * _PRECISION, self._sweep)
 
     def _uncancel(self, task: asyncio.Task[Any]) -> bool:
         times = self._cancelled.pop(task, 0)

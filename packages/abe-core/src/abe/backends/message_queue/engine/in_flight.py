@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Final
 
 from abe.backends.message_queue.base.backoff import Backoff, ExponentialBackoff
@@ -81,8 +82,8 @@ class InFlight:
     def bury(self, delivery: Delivery, reason: str, error: str) -> None:
         """Have a delivery that no handler is to see moved to the dead letters."""
         if self.forget(delivery):
-            self._tell(logging.ERROR, delivery, f"goes to the dead letters ({reason}): {error}")
             self._settler.submit(delivery, Settlement(delivery, Disposition.DEAD, reason=reason, error=_text(error)))
+            self._tell(logging.ERROR, delivery, f"goes to the dead letters ({reason}): {error}")
 
     def give_back(self, delivery: Delivery, attempts: int | None = None) -> "asyncio.Future[AbeError | None] | None":
         """Give a delivery back as if it had never been taken; return the future outcome, None if it is not ours.
@@ -201,7 +202,8 @@ class InFlight:
             "attempt": delivery.attempt,
         }
         template = "message %r (key %r) of group %r, attempt %d, %s"
-        _log.log(level, template, *facts.values(), what, extra=facts)
+        with suppress(Exception):  # a logging filter of the application that raises concerns no message
+            _log.log(level, template, *facts.values(), what, extra=facts)
 
     def _failure(self, delivery: Delivery, delay: float, reason: str, error: str) -> Settlement:
         reason, error = _text(reason), _text(error)
@@ -212,9 +214,9 @@ class InFlight:
     def _retry_dropped(self, delivery: Delivery) -> None:
         if self.closing or not self.forget(delivery):
             return
-        self._tell(logging.WARNING, delivery, "was taken and dropped without being settled: it is delivered again")
         delay = min(_RETRY(delivery.attempt), self._max_delay or 0.0)
         self._settler.submit(delivery, self._failure(delivery, delay, "dropped without being settled", ""))
+        self._tell(logging.WARNING, delivery, "was taken and dropped without being settled: it is delivered again")
 
     async def _settle(self, message: Message, how: str, settlement: Settlement | None) -> None:
         delivery = _delivery(message)

@@ -132,7 +132,8 @@ class Settler:
             part = settlements[start : start + self._most]
             items = [settlement for settlement, _ in part]
             deliveries = [settlement.delivery for settlement in items]
-            self._start(self._run(self._receiver.settle, items, deliveries, [waiter for _, waiter in part]), deliveries)
+            waiters = [waiter for _, waiter in part]
+            self._start(self._run(self._receiver.settle, items, deliveries, waiters), deliveries, waiters)
         acks, self._acks = self._acks, []
         asked, self._asked = self._asked, []
         if self._linger:
@@ -190,10 +191,17 @@ class Settler:
                 self._flush_pending(linger=all(waiter is None for _, waiter in self._pending))
 
         self._acking += 1
-        self._start(self._run(ack, deliveries, deliveries, waiters), deliveries).add_done_callback(acked)
+        self._start(self._run(ack, deliveries, deliveries, waiters), deliveries, waiters).add_done_callback(acked)
 
-    def _start(self, coroutine: Coroutine[Any, Any, None], deliveries: Sequence[Delivery]) -> asyncio.Task[None]:
+    def _start(
+        self,
+        coroutine: Coroutine[Any, Any, None],
+        deliveries: Sequence[Delivery],
+        waiters: Sequence[Waiter | None] | None,
+    ) -> asyncio.Task[None]:
         def done(task: asyncio.Task[None]) -> None:
+            if task.cancelled():  # before its first step: it has told nobody
+                _tell(deliveries, waiters or (), [_closed()] * len(deliveries))
             self._tasks.discard(task)
             self.outstanding -= len(deliveries)
             for delivery in deliveries:
