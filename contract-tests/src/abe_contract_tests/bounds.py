@@ -9,7 +9,7 @@ A bound is written for an idle machine of reference speed. The factor is the pro
 Each measured factor is at least 1, as a fast machine must not fail a test sooner. A wait whose time is over computes the factor for the
 time that it has waited, and goes on if the machine was busy: nothing has to be known in advance.
 
-The code under test may be given a longer time-out on a busy machine, by `patience` or `stretched`. The bounds of the same test are
+The code under test may be given a longer time-out on a busy machine, by `allowance` or `stretched`. The bounds of the same test are
 stretched by at least that factor, whatever the machine does later: the code may take that time.
 """
 
@@ -45,7 +45,7 @@ _NOTICE: Final = 0.9
 
 
 def slowness(since: float | None = None) -> float:
-    """Return the factor of a bound: how much slower this machine is than an idle one of reference speed, and no less than `patience` was.
+    """Return the factor of a bound: how much slower this machine is than an idle one of reference speed, and no less than `allowance` was.
 
     Args:
         since: The start of the period, by ``time.monotonic()``; by default the last seconds.
@@ -53,7 +53,7 @@ def slowness(since: float | None = None) -> float:
     return max(_given[0], min(_speed() * _METER.crowding(since) * _asked_for(), _MOST))
 
 
-def patience() -> float:
+def allowance() -> float:
     """Return the factor of a time-out that the code under test is given, and remember it for the test's bounds."""
     _given[0] = slowness()
     return _given[0]
@@ -89,7 +89,7 @@ def within(seconds: float | None) -> asyncio.Timeout:
 
 def stretched(settings: _Settings) -> _Settings:
     """Return settings (a dataclass) with each timeout multiplied by `slowness`."""
-    factor = patience()
+    factor = allowance()
     timeouts = [field.name for field in fields(settings) if field.name.endswith("_timeout")]
     return replace(settings, **{name: factor * getattr(settings, name) for name in timeouts})
 

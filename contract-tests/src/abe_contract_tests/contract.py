@@ -17,7 +17,7 @@ from abe.types import MessageQueuePayload
 from abe_contract_tests import timeline
 from abe_contract_tests.accounting import Accounting
 from abe_contract_tests.blocking import trusted
-from abe_contract_tests.bounds import patience, slowness, within
+from abe_contract_tests.bounds import allowance, slowness, within
 from abe_contract_tests.clauses import declares
 from abe_contract_tests.harness import Harness, Oracle
 from abe_contract_tests.oracles import OneByOne
@@ -77,7 +77,7 @@ class Contract:
 
     def environment(self, **overrides: str) -> Mapping[str, str]:
         """Return the environment variables of this test's backends."""
-        timeouts = {"QUEUE_PUBLISH_TIMEOUT_SECONDS": f"{_PUBLISH_TIMEOUT * patience():.1f}"}
+        timeouts = {"QUEUE_PUBLISH_TIMEOUT_SECONDS": f"{_PUBLISH_TIMEOUT * allowance():.1f}"}
         with trusted():
             return {**timeouts, **self.harness.environment(self.namespace, lease=self.lease), **overrides}
 
@@ -224,7 +224,7 @@ class Contract:
 
 def _lease() -> float:
     # A lease is renewed while at least half of it is left, and a machine half as fast as usual needs less than that.
-    return min(max(DEFAULT_LEASE, DEFAULT_LEASE * round(patience() / 2)), LONGEST_LEASE)
+    return min(max(DEFAULT_LEASE, DEFAULT_LEASE * round(allowance() / 2)), LONGEST_LEASE)
 
 
 class _Collector(logging.Handler):

@@ -141,7 +141,7 @@ class TestUnknownConsumers:
 
 async def test_a_clean_run_with_many_renewals_warns_of_nothing(one_lab: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    backend = await one_lab.backend(lease=bounds.patience(), groups={"g": ()})
+    backend = await one_lab.backend(lease=bounds.allowance(), groups={"g": ()})
     count, handled = 4_000, 0
 
     async def handle(_: dict[str, Any]) -> None:

@@ -145,7 +145,7 @@ async def test_a_password_where_none_is_asked_for(one_server: Any, refused: Any)
 
 @pytest.mark.parametrize("host", ["127.0.0.1:1", "no-such-host.invalid"])
 async def test_who_is_not_there_may_come_and_the_text_says_where_the_address_is_from(host: str) -> None:
-    backend = RedisBackend(RedisSettings(url=f"redis://{host}/0", publish_timeout=0.5 * bounds.patience()))
+    backend = RedisBackend(RedisSettings(url=f"redis://{host}/0", publish_timeout=0.5 * bounds.allowance()))
     with pytest.raises(BackendConnectionError, match="REDIS_URL") as caught:
         await backend.connect()
     assert caught.value.retryable

@@ -82,7 +82,7 @@ class Tunnel:
 
 @pytest.fixture
 async def tunnel(one_server: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Tunnel]:
-    slowness = bounds.patience()
+    slowness = bounds.allowance()
     for module in (_broker, _connection, _receiver):
         monkeypatch.setattr(module, "REPLY_TIMEOUT", REPLY_TIMEOUT * slowness)
     monkeypatch.setattr(_protocol, "IDLE", IDLE * slowness)

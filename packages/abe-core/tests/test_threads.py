@@ -37,7 +37,7 @@ async def until(condition: Any) -> None:
 
 def limit() -> float:
     """Return a time limit within which a thread certainly comes to its call, and ends one that does nothing."""
-    return 0.2 * bounds.patience()
+    return 0.2 * bounds.allowance()
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ async def test_a_consumer_that_comes_after_the_delay_gets_the_message_at_once(co
 async def test_delayed_messages_wait_in_the_broker_and_not_in_a_consumer(contract: Contract) -> None:
     backend = contract.backend()
     oracle = await contract.oracle()
-    delay = 0.6 * bounds.patience()  # it is to last until the broker has been looked at
+    delay = 0.6 * bounds.allowance()  # it is to last until the broker has been looked at
     async with contract.within(15):
         await backend.declare("g")
         async with contract.worker(jobs.consume_all, group="g") as worker:

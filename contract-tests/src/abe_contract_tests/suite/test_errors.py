@@ -22,7 +22,7 @@ from abe.errors import (
     PayloadError,
     PermissionDeniedError,
 )
-from abe_contract_tests.bounds import patience
+from abe_contract_tests.bounds import allowance
 from abe_contract_tests.contract import Contract
 from abe_contract_tests.marks import clause
 from abe_contract_tests.suite.steps import collect, numbered, unreachable_backend, until_empty
@@ -81,7 +81,7 @@ async def test_a_broker_that_cannot_be_reached_is_an_error_with_its_cause(contra
     if not contract.harness.networked:
         return
     uses: list[Callable[[], Awaitable[object]]] = []
-    backend = unreachable_backend(contract, QUEUE_PUBLISH_TIMEOUT_SECONDS=f"{patience():.3f}")
+    backend = unreachable_backend(contract, QUEUE_PUBLISH_TIMEOUT_SECONDS=f"{allowance():.3f}")
     uses += [
         backend.connect,
         backend.ping,
