@@ -116,7 +116,11 @@ class RabbitMQReceiver:
         channel.ended = partial(self._gone, channel, consuming)
         channel.native.on_consumer_cancel_callbacks.add(lambda _: self._cancelled(channel))
         self._channel, self._consuming = channel, consuming
-        await consuming.begin()
+        try:
+            await consuming.begin()
+        except BaseException:
+            self._drop(channel, "the consumer did not begin")  # one that is registered meanwhile ends with its channel
+            raise
         if self._stopping:  # meanwhile
             await self.stop()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, TypeAlias
 
 from abe.backends.message_queue.base import Delivery, Disposition, Outcomes, Settlement
-from abe.errors import AbeError, UnroutableError
+from abe.errors import AbeError, BackpressureError, UnroutableError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._broker import Broker
 from abe_backend_rabbitmq._channel import Channel, Outgoing
@@ -154,10 +154,12 @@ class Settlements:
                 losses.forget(self._group, header, delivery.body)
                 done.append(tag)
                 continue
-            if error.retryable:
+            released = settlement.disposition is Disposition.RELEASE
+            full = released and settlement.attempts is None and isinstance(error, BackpressureError)
+            if error.retryable and not full:
                 failures[settlement.delivery] = error  # it stays in flight for the retry
                 continue
-            if settlement.disposition is Disposition.RELEASE:  # only the broker counts this delivery
+            if released:  # only the broker counts this delivery
                 losses.note(self._group, header, delivery)
             else:
                 failures[settlement.delivery] = error
