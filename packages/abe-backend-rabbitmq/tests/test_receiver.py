@@ -13,7 +13,6 @@ import pytest
 from abe import AsyncLoopConsumer, Message
 from abe.backends.message_queue.base import Delivery, Disposition, Settlement
 from abe.errors import BackendConnectionError, LeaseLostError
-from abe_backend_rabbitmq._consuming import Consuming
 from abe_backend_rabbitmq._losses import Losses
 from abe_backend_rabbitmq._pace import LONG, OVERDUE, TICKS, WAITED, Pace
 from abe_backend_rabbitmq._wire import Header
@@ -365,42 +364,3 @@ def test_the_age_of_a_message_is_known_by_the_newest_of_each_tick() -> None:
     pace.forget()
     assert not pace.held_for(1, 1)
     assert not pace.handled_for(1, 1)
-
-
-class TestGivingBack:
-    async def test_what_is_given_back_to_a_full_group_goes_back_to_its_queue_at_once(
-        self, lab: Any, collect: Callable[..., Awaitable[list[Delivery]]]
-    ) -> None:
-        transport = await lab.transport(max_backlog=2)
-        await transport.declare("g", None, change=True)
-        receiver = await lab.receiver(transport, prefetch=2)
-        await transport.send(lab.envelopes(2))
-        held = await collect(receiver, 2)
-        ids = {receiver.metadata(each).id for each in held}
-        async with bounds.within(10):
-            while not any(await transport.send(waiting := lab.envelopes(1))):  # until the group is full
-                ids.add(waiting[0].id)
-        assert not any(await receiver.settle([Settlement(each, Disposition.RELEASE) for each in held]))
-        await receiver.close()
-        other = await lab.receiver(transport)
-        assert {other.metadata(each).id for each in await collect(other, len(ids))} == ids
-
-    async def test_a_consumer_whose_beginning_is_cancelled_does_not_go_on_by_itself(
-        self, lab: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        transport = await lab.transport()
-        await transport.declare("g", None, change=True)
-        receiver = await lab.receiver(transport)
-        begun = asyncio.Event()
-
-        async def begin(_: Consuming) -> None:
-            begun.set()
-            await asyncio.Event().wait()
-
-        monkeypatch.setattr(Consuming, "begin", begin)
-        recovering = asyncio.create_task(receiver.recover([]))
-        async with bounds.within(10):
-            await begun.wait()
-        recovering.cancel()
-        await asyncio.wait([recovering])
-        assert receiver._channel.closed == "the consumer did not begin"
