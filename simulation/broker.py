@@ -113,7 +113,7 @@ class Broker:
                 self.ended(number, "deleted")
 
     def strange(self, message: Message) -> None:
-        """Have a stranger publish something that no codec can decode."""
+        """Store a message that no codec can decode, as another program may."""
         message.told.append("confirmed")
         message.strange = True
         envelope = Envelope(f"m{message.number}", message.key, b"\xff{", 0)

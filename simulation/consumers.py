@@ -141,24 +141,23 @@ class Consumer:
                 sleep(self.random.random() * plan.work)
             if application.chance(plan.failing):
                 delivery.done.append("failed")
-                chance = self.random.random()
-                if chance < 0.2:
-                    delivery.done.append("reject")
-                    raise Reject("simulated")
-                if chance < 0.3:
-                    raise Retry(after=self.random.random(), reason="simulated")
-                raise StopIteration if chance < 0.4 else HandlerError
+                raise StopIteration if self._draw_failure(delivery) < 0.4 else HandlerError
             delivery.done.append("returned")
         finally:
             self._done(delivery)
 
-    async def _fail(self, message: Message, delivery: Delivery) -> None:
+    def _draw_failure(self, delivery: Delivery) -> float:
+        """Reject the message, or retry it, or return what was drawn."""
         chance = self.random.random()
         if chance < 0.2:
             delivery.done.append("reject")
             raise Reject("simulated")
         if chance < 0.3:
             raise Retry(after=self.random.random(), reason="simulated")
+        return chance
+
+    async def _fail(self, message: Message, delivery: Delivery) -> None:
+        chance = self._draw_failure(delivery)
         if chance < 0.4:
             await self.application.settle(delivery, "nack", message.nack(0.0, reason="simulated"))
         elif chance < 0.5:
@@ -347,7 +346,7 @@ class Consumer:
     @property
     def _forever(self) -> float:
         scenario = self.application.scenario
-        plan, lease = scenario.plan, scenario.settings.lease if scenario.leased else scenario.patience
+        plan, lease = scenario.plan, scenario.settings.lease if scenario.leased else scenario.settling_timeout
         return lease + 4 * (plan.silence + plan.slow) + 4.0
 
 

@@ -26,7 +26,7 @@ entry         some entries of a batch are refused, or their outcome is not known
 
 EVENTS: Final = ("cut", "partition", "kill", "freeze", "expire", "collect", "strange")
 """What may happen to a host: its connections break once, or for some time; it dies; it stands still; a lease of its own is taken away; its
-garbage is collected; and a stranger publishes what cannot be decoded."""
+garbage is collected; and another program publishes what cannot be decoded."""
 
 
 class ProviderFaultError(Exception):

@@ -85,7 +85,7 @@ class Scenario:
         deletes: Whether groups are deleted underneath.
         reopens: Whether backends are closed and connected again.
         leased: Whether deliveries have leases. If not, a consumer's connection keeps them, and a lost one counts as a delivery.
-        patience: Seconds for which settlements are tried where there are no leases.
+        settling_timeout: Seconds for which settlements are tried where there are no leases.
         layered: Whether publishes and handlers have middleware.
     """
 
@@ -102,7 +102,7 @@ class Scenario:
     deletes: bool
     reopens: bool
     leased: bool
-    patience: float
+    settling_timeout: float
     layered: bool
 
 
@@ -145,7 +145,7 @@ def draw_scenario(seed: object, namespace: str) -> Scenario:
         deletes=random.random() < 0.1,
         reopens=random.random() < 0.2,
         leased=leased,
-        patience=random.choice((3.0, 30.0)),
+        settling_timeout=random.choice((3.0, 30.0)),
         layered=random.random() < 0.25,
     )
 

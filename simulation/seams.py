@@ -24,14 +24,14 @@ EPOCH: Final = 1_800_000_000.0
 
 
 @contextmanager
-def seams(world: World, seed: object, queue: type[namespaces.Queue], patience: float) -> Iterator[None]:
+def seams(world: World, seed: object, queue: type[namespaces.Queue], settling_timeout: float) -> Iterator[None]:
     """Have the library take everything from a world, until the block ends.
 
     Args:
         world: Whose time it is.
         seed: What jitter is drawn from.
         queue: The class of the broker's queues.
-        patience: Seconds for which settlements are tried where there are no leases.
+        settling_timeout: Seconds for which settlements are tried where there are no leases.
     """
 
     def today() -> float:
@@ -41,7 +41,7 @@ def seams(world: World, seed: object, queue: type[namespaces.Queue], patience: f
         backoff: {"random": Random(f"{seed}/jitter")},
         outgoing: {"time": SimpleNamespace(time_ns=lambda: int(today() * 1e9)), "next_id": _ids()},
         namespaces: {"time": today, "Queue": queue},
-        inbox: {"_UNRENEWED_TIMEOUT": patience},
+        inbox: {"_UNRENEWED_TIMEOUT": settling_timeout},
         threads: {
             "threading": SimpleNamespace(Thread=Thread),
             "SimpleQueue": Queue,

@@ -46,7 +46,7 @@ def simulate(seed: object, reductions: Sequence[str] = ()) -> History:
     collecting = gc.isenabled()
     gc.disable()  # it would run destructors whenever it likes
     try:
-        with seams(world, seed, broker.queue_type(), scenario.patience), _logged(history):
+        with seams(world, seed, broker.queue_type(), scenario.settling_timeout), _logged(history):
             run = _Run(world, broker, scenario)
             try:
                 world.run(run.control, run.everything())

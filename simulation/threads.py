@@ -58,7 +58,7 @@ def _resume(thread: greenlet) -> None:
 
 
 def _wait() -> None:
-    """Let the event loop run, until somebody resumes this thread."""
+    """Let the event loop run until this thread is resumed."""
     hub = getcurrent().parent
     assert hub is not None
     hub.switch()

@@ -44,7 +44,7 @@ class Trouble:
             return
         if event == "strange":
             message = victim.new_message(self._random.choice(KEYS), None)
-            history.note("stranger", "publish", f"m{message.number} {message.key}")
+            history.note("program", "publish", f"m{message.number} {message.key}")
             self._run.broker.strange(message)
             return
         history.trouble(host.name, seconds)

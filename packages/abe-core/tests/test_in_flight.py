@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 from collections.abc import Sequence
 
 import pytest
@@ -49,6 +50,32 @@ class TestInFlight:
         outcomes = await within(asyncio.gather(first, second, return_exceptions=True))
         assert [type(outcome) for outcome in outcomes] == [LeaseLostError] * 2
         await within(inbox.close())
+
+    async def test_extending_one_lease_renews_all_and_leaves_none_out(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver(delivery(1), delivery(2), delivery(3))
+        inbox = inbox_on(receiver, manual_clock)
+        message = await within(inbox.receive())
+        await within(message.extend(0.1))
+        assert receiver.renewed == [[1, 2, 3]], "a provider may take what is left out for given up"
+        await within(inbox.close())
+
+    async def test_a_logging_filter_that_raises_keeps_nothing_from_being_buried(
+        self, manual_clock: ManualClock
+    ) -> None:
+        def failing(record: logging.LogRecord) -> bool:
+            raise RuntimeError("a filter fails")
+
+        logger = logging.getLogger("abe.engine")
+        receiver = ScriptedReceiver(delivery(1, attempt=5), delivery(2))
+        logger.addFilter(failing)
+        try:
+            inbox = inbox_on(receiver, manual_clock)
+            assert (await within(inbox.receive())).id == "2"
+            await turns()
+            assert [(item.delivery.native, item.disposition) for item in receiver.settled] == [(1, Disposition.DEAD)]
+            await within(inbox.close())
+        finally:
+            logger.removeFilter(failing)
 
     async def test_what_is_buried_unseen_is_named_in_the_log(
         self, manual_clock: ManualClock, caplog: pytest.LogCaptureFixture

@@ -193,7 +193,8 @@ async def test_an_outcome_counts_that_comes_in_the_turn_of_the_cancellation(memo
 
         def turn() -> None:
             handled.set()
-            while not _has_told(loop):
+            deadline = bounds.Deadline(5)
+            while not (_has_told(loop) or deadline.passed):
                 time.sleep(0.001)  # until the thread's outcome is in the loop's queue, behind this
             task.cancel()
 

@@ -200,7 +200,7 @@ class Settler:
         waiters: Sequence[Waiter | None] | None,
     ) -> asyncio.Task[None]:
         def done(task: asyncio.Task[None]) -> None:
-            if task.cancelled():  # before its first step: it has told nobody
+            if task.cancelled():  # before its first step: no waiter was told
                 _tell(deliveries, waiters or (), [_closed()] * len(deliveries))
             self._tasks.discard(task)
             self.outstanding -= len(deliveries)
