@@ -9,6 +9,7 @@ import pytest
 
 from abe import AsyncLoopConsumer, Message, RetryPolicy
 from abe.backends.message_queue import look_ahead
+from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.engine import GroupSubscription
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.errors import BackendConnectionError, PermissionDeniedError
@@ -171,3 +172,76 @@ async def test_one_that_refuses_it_for_good_ends_run(memory_backend: MemoryBacke
         with pytest.raises(PermissionDeniedError):
             await AsyncLoopConsumer(backend, ordered_by_key=True, concurrency=2).run(handler)
     await backend.disconnect()
+
+
+class Slow(MemoryBackend):
+    """Every subscription but the first waits before it is entered."""
+
+    subscribed = 0
+
+    def consume(self, **options: Any) -> GroupSubscription:
+        subscription = super().consume(**options)
+        self.subscribed += 1
+        if self.subscribed == 2:
+            enter = subscription.__aenter__
+
+            async def wait() -> Any:
+                self.waits.set()
+                await self.go.wait()
+                return await enter()
+
+            subscription.__aenter__ = wait  # type: ignore[method-assign]
+        return subscription
+
+    waits: asyncio.Event
+    go: asyncio.Event
+
+
+@pytest.fixture
+async def slow(memory_backend: MemoryBackend) -> AsyncIterator[Slow]:
+    async with Slow(memory_backend.settings) as backend:
+        backend.waits, backend.go = asyncio.Event(), asyncio.Event()
+        await publish(backend, hot=20, cold=5)
+        yield backend
+
+
+async def entered(backend: Slow, size: int) -> Subscription:
+    subscription = backend.consume(prefetch=size)
+    try:
+        await subscription.__aenter__()
+    except BaseException:
+        await subscription.aclose()
+        raise
+    return subscription
+
+
+async def test_a_worker_that_is_cancelled_meanwhile_does_not_keep_the_others_from_the_replacement(slow: Slow) -> None:
+    ahead = look_ahead.LookAhead(await entered(slow, 2), 2, lambda size: entered(slow, size), "default")
+    async with within(10):
+        held = [await ahead.receive() for _ in range(2)]
+        worker = asyncio.create_task(ahead.receive())
+        await slow.waits.wait()
+        worker.cancel()
+        await asyncio.wait([worker])
+        slow.go.set()
+        assert (await ahead.receive())["n"] == 2
+        assert [message["n"] for message in held] == [0, 1]
+        await ahead.aclose()
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_no_subscription_is_left_when_it_is_closed_during_a_replacement(slow: Slow, turns: int) -> None:
+    ahead = look_ahead.LookAhead(await entered(slow, 2), 2, lambda size: entered(slow, size), "default")
+    async with within(10):
+        for _ in range(2):
+            await ahead.receive()
+        worker = asyncio.create_task(ahead.receive())
+        await slow.waits.wait()
+        slow.go.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        worker.cancel()
+        await ahead.aclose()
+        await asyncio.wait([worker])
+        await slow.publish("hot", {"n": 20})
+        assert (await slow.stats()).in_flight == 0

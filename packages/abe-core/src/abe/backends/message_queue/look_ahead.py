@@ -13,7 +13,7 @@ from typing import Any, Final
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.subscription import Subscription
-from abe.backends.message_queue.base.tasks import result_of
+from abe.backends.message_queue.base.tasks import SharedTask
 from abe.errors import AbeError, BackendClosedError
 
 _log: Final = logging.getLogger("abe.consumer")
@@ -33,6 +33,7 @@ class _Source:
         self.subscription = subscription
         self.size = size
         self.in_flight = 0
+        self.halted = False
         self.empty = False
         """Whether it is halted and its buffer is empty."""
 
@@ -55,8 +56,9 @@ class LookAhead:
         self._group = group
         self._sources = [_Source(first, size)]
         self._source_of: dict[int, _Source] = {}
-        self._replacing = asyncio.Lock()
-        self._subscribing: asyncio.Task[Subscription] | None = None
+        self._replacing = SharedTask(
+            self._replace, _stops
+        )  # a worker that is cancelled meanwhile does not interrupt it
         self._closing: set[asyncio.Task[None]] = set()
         self._ending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopped = False
@@ -67,15 +69,16 @@ class LookAhead:
         while True:
             source, message = self._take()
             if message is None:
-                if await self._replaced(source):
-                    continue
+                if not self._replacing.running and self._size_after(source) is not None:
+                    self._replacing.start()
                 try:
                     message = await source.subscription.receive()
                 except BackendClosedError:
-                    if source is self._sources[-1] and not self._replacing.locked():
+                    if self._stopped or not source.halted:
                         raise
-                    async with self._replacing:
-                        continue  # another subscription has taken over
+                    if source is self._sources[-1]:
+                        await self._replacing.join()
+                    continue
             source.in_flight += 1
             self._source_of[id(message)] = source
             return message
@@ -99,12 +102,13 @@ class LookAhead:
 
     async def stop(self) -> None:
         """Stop receiving; see `Subscription.stop`."""
-        self._stop()
-        await asyncio.gather(*(source.subscription.stop() for source in self._sources))
+        self._stopped = True
+        await asyncio.gather(self._replacing.close(), *(source.subscription.stop() for source in self._sources))
 
     async def aclose(self) -> None:
         """Close all subscriptions."""
-        self._stop()
+        self._stopped = True
+        await self._replacing.close()
         if not self._ending.done():
             self._ending.set_result(None)
         await asyncio.gather(*(source.subscription.aclose() for source in self._sources), *self._closing)
@@ -131,50 +135,37 @@ class LookAhead:
         await asyncio.wait([self._ending], timeout=_SETTLED)
         await subscription.aclose()
 
-    def _stop(self) -> None:
-        self._stopped = True
-        if self._subscribing is not None:
-            self._subscribing.cancel()
-
     def _subscription_of(self, message: Message) -> Subscription:
         return self._source_of.get(id(message), self._sources[-1]).subscription
 
-    async def _replaced(self, source: _Source) -> bool:
-        """Replace `source` by another subscription if its prefetch is too small or too large; return whether it is replaced."""
-        size = self._size_after(source)
-        if size is None:
-            return False
-        async with self._replacing:
-            if source is not self._sources[-1]:
-                return True
-            if (size := self._size_after(source)) is None:
-                return False
+    async def _replace(self) -> None:
+        """Replace the newest subscription by another if its prefetch is too small or too large."""
+        source = self._sources[-1]
+        if (size := self._size_after(source)) is not None:
             # Halt the old one first: two subscriptions that receive concurrently would break the order.
+            source.halted = True
             await source.subscription.halt()
-            replacement = await self._subscribed(size)
-            self._sources.append(_Source(replacement, size))
-        if self._stopped:
-            await replacement.stop()
-        return True
+            self._sources.append(_Source(await self._subscribed(size), size))
 
     async def _subscribed(self, size: int) -> Subscription:
         """Subscribe, retrying while the broker is unreachable."""
         tries = 0
-        while not self._stopped:
-            self._subscribing = asyncio.create_task(self._subscribe(size))
+        while True:
             try:
-                return await result_of(self._subscribing, lambda: BackendClosedError("the consumer stops"))
+                return await self._subscribe(size)
             except AbeError as exc:
                 if not exc.retryable:
                     raise
                 tries += 1
                 _log.warning("subscribing to group %r again failed, retrying: %s", self._group, exc)
                 await asyncio.sleep(_RECONNECT(tries))
-        raise BackendClosedError("the consumer stops")
 
     def _size_after(self, source: _Source) -> int | None:
+        """Return the prefetch of the subscription that has to replace this one; None if none has to."""
         if self._stopped:
             return None
+        if source.halted and source is self._sources[-1]:
+            return source.size  # the replacement failed
         if source.in_flight < source.size:
             return self._base if source.size > self._base and 2 * source.in_flight < self._base else None
         if sum(each.size for each in self._sources) < _MAX_IN_FLIGHT:
@@ -188,3 +179,7 @@ class LookAhead:
                 self._group,
             )
         return None
+
+
+def _stops() -> BackendClosedError:
+    return BackendClosedError("the consumer stops")

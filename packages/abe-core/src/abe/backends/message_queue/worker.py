@@ -64,6 +64,7 @@ class Workers:
         self._stopping = False
         self._cancelled = False
         self._host: asyncio.Task[Any] | None = None
+        self._cancelled_before = 0
 
     async def run(self, stopping: "asyncio.Future[Any]", grace: float) -> None:
         """Handle messages until `stopping` is done, the subscription is closed, or every thread is stuck.
@@ -73,6 +74,7 @@ class Workers:
             grace: Seconds that the running handlers then get to finish.
         """
         self._host = asyncio.current_task()
+        self._cancelled_before = 0 if self._host is None else self._host.cancelling()
         workers = [asyncio.create_task(self._slot()) for _ in range(self._concurrency)]
         giving_back: asyncio.Task[None] | None = None
         try:
@@ -142,13 +144,15 @@ class Workers:
                 await call(message)
             except BaseException as exc:  # noqa: BLE001 - a failure, or a cancellation: see `_not_handled`
                 raised = exc
-            if raised is None and not task.cancelling():
-                self._subscription.ack_soon(message)
-            else:
-                await self._not_handled(message, raised, task)
+            try:
+                if raised is None and not task.cancelling():
+                    self._subscription.ack_soon(message)
+                else:
+                    await self._not_handled(message, raised, task)
+            finally:
                 raised = None  # its traceback would keep the handler's frames alive until the next message
-            if ahead is not None:
-                ahead.done(message)
+                if ahead is not None:
+                    ahead.done(message)
             handled += 1
             if not handled & 63:
                 await asyncio.sleep(0)  # handlers that never suspend must not block the event loop
@@ -176,8 +180,10 @@ class Workers:
             try:
                 key = message.key
             except Exception as exc:  # noqa: BLE001 - an unreadable envelope fails its message only
-                await self._failures.failed(message, exc)
-                ahead.done(message)
+                try:
+                    await self._failures.failed(message, exc)
+                finally:
+                    ahead.done(message)
                 continue
             if key not in self._lanes:
                 lane.key, self._lanes[key] = key, lane
@@ -244,7 +250,7 @@ class Workers:
         return exc
 
     def _ends(self) -> bool:
-        return self._cancelled or (self._host is not None and self._host.cancelling() > 0)
+        return self._cancelled or (self._host is not None and self._host.cancelling() > self._cancelled_before)
 
 
 class _Lane:
