@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from abe.backends.message_queue.base import Delivery, Envelope, Settlement
+from abe.backends.message_queue.base import Delivery, Disposition, Envelope, Settlement
 from abe.backends.message_queue.base.transport import Outcomes
 from abe.backends.message_queue.service import namespaces
 from abe.backends.message_queue.service.namespaces import Item, Namespace
@@ -36,6 +36,7 @@ class Broker:
         self.limits: dict[object, tuple[int, str, int]] = {}
         """The number, the host and the prefetch of each receiver."""
         self.uncertain: dict[tuple[str, int], int] = {}
+        self.alone: dict[tuple[str, int], int] = {}
         """How many deliveries of a message to a group may have been no more than a lost connection."""
 
     def time(self) -> float:
@@ -87,6 +88,8 @@ class Broker:
         for number in lost:
             name = group, id(queue.held[number].envelope)
             self.uncertain[name] = self.uncertain.get(name, 0) + 1
+            if name in self.alone and self.limits[receiver][2] == 1:
+                self.alone[name] += 1
             self.ended(number, "lost")
         queue.give_back([queue.held.pop(number) for number in lost])
         queue.wake(everybody=True)
@@ -152,17 +155,25 @@ class Broker:
         """Take note of settlements that were carried out."""
         for settlement, item, error in zip(settlements, items, outcomes, strict=True):
             if error is None:
-                if settlement.attempts is not None and item is not None:
-                    item.attempts = settlement.attempts
-                    self.uncertain.pop((group, id(item.envelope)), None)
+                if item is not None:
+                    self._counted(settlement, item, (group, id(item.envelope)))
                 self.ended(settlement.delivery.native, _ENDS[settlement.disposition.value])
                 self._check_attempts(self.history.deliveries[settlement.delivery.native])
+
+    def _counted(self, settlement: Settlement, item: Item, name: tuple[str, int]) -> None:
+        """Take note of what a settlement says of attempts that are uncertain."""
+        if settlement.alone:
+            self.alone[name] = 0
+        elif settlement.disposition is Disposition.RETRY:
+            item.attempts -= settlement.delivery.uncertain
+            self.uncertain.pop(name, None)
+            self.alone.pop(name, None)
 
     def _check_attempts(self, delivery: Recorded) -> None:
         """See to it that a handler's message is dead after its last attempt, and not before."""
         if delivery.begun is None or self.history.troubled(delivery.host, delivery.at, self.world.now):
             return  # the count is the broker's, or the settlement was given up
-        last = delivery.attempt >= self.max_attempts
+        last = delivery.attempt - delivery.original.uncertain >= self.max_attempts
         if delivery.ended == "buried" and not last and "reject" not in delivery.done:
             self.history.violated(
                 f"m{delivery.message.number} is dead after {delivery.attempt} attempts of {self.max_attempts}"
@@ -216,6 +227,7 @@ class Broker:
             message = self.history.messages[number_of(delivery.header)]
             number = delivery.native
             delivery.uncertain = self.uncertain.get((group, id(delivery.header)), 0)
+            delivery.alone = self.alone.get((group, id(delivery.header))) if prefetch == 1 else None
             self.history.deliveries[number] = Recorded(
                 number, message, group, host, identity, delivery.attempt, self.world.now, delivery
             )

@@ -58,6 +58,7 @@ EXTRA: dict[str, dict[str, str]] = {
         "_watch": "a connection that went silent is asked, and given up",
         "conftest": "a node to share, and private ones to hurt",
         "rabbitmq_access": "what an application does, and how it is refused, which several files try",
+        "test_attempts": "attempts that the broker counts and no handler has begun",
         "test_channel": "what a channel promises, on a real node",
         "test_connection": "several connections, the requests on them, and several addresses",
         "test_dead_letters": "dead letters in pages, beside consumers and other lookers",

@@ -194,12 +194,6 @@ class TestLostConnections:
         receiver = await lab.receiver(other)
         found = await collect(receiver, 3)
         assert [(each.attempt, each.uncertain) for each in found] == [(2, 1)] * 3
-        some = [None, 0, 4]
-        await receiver.settle(
-            [Settlement(each, Disposition.RELEASE, attempts=count) for each, count in zip(found, some, strict=True)]
-        )
-        found = await collect(receiver, 3)
-        assert [(each.attempt, each.uncertain) for each in found] == [(2, 1), (1, 0), (5, 0)]
         await receiver.ack(found, verify=True)
 
 
@@ -217,6 +211,15 @@ def test_only_so_many_losses_are_remembered(monkeypatch: pytest.MonkeyPatch) -> 
     again = Delivery(b"", headers[4], 4, 1, uncertain=3)
     losses.take_off("g", again, headers[4])
     assert again.attempt == 4
+
+
+def test_a_lost_delivery_that_was_an_attempt_is_certain() -> None:
+    losses, header = Losses(), Header(b"\0\x80\x011", "", "")
+    for counts in (True, False, True):
+        losses.note("g", header, Delivery(b"", header, 1, 1), counts=counts)
+    delivery = Delivery(b"", header, 6, 1, uncertain=4)
+    losses.take_off("g", delivery, header)
+    assert (delivery.attempt, delivery.uncertain) == (5, 1)
 
 
 def test_only_so_many_handled_messages_are_remembered_and_each_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -403,10 +403,11 @@ def test_headers_that_travelled_together_and_cannot_be_read_are_a_fault(packed: 
     assert _wire.dead_letter(header(raw), b"").id == "m"
 
 
-def test_a_copy_that_was_given_back_keeps_its_uncertain_attempts_apart_until_they_are_made_certain() -> None:
+def test_a_copy_that_was_given_back_keeps_its_uncertain_attempts_apart() -> None:
     sent = header(_wire.pack(Envelope("id", "k", b"{}", 1)))
     given_back = header(_wire.copy(sent, b"{}", 5, ("abe-uncertain", 3)))
     again = _wire.delivery(1, given_back, b"{}", False)
     assert (again.attempt, again.uncertain) == (6, 3)
+    assert _wire.doubts(given_back) == (3, 0)
     certain = _wire.delivery(1, header(_wire.copy(given_back, b"{}", 5)), b"{}", False)
     assert (certain.attempt, certain.uncertain) == (6, 0)

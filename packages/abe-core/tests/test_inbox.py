@@ -34,18 +34,31 @@ class TestSuspects:
         assert inbox.changing
         await within(inbox.close())
 
-    async def test_uncertain_attempts_are_made_certain_before_a_suspect_is_tried(
+    async def test_uncertain_attempts_bury_nothing_unless_a_try_with_nothing_else_in_hand_is_recorded(
         self, manual_clock: ManualClock
     ) -> None:
-        receiver = ScriptedReceiver(delivery(1, attempt=9, uncertain=8), delivery(2, attempt=6, uncertain=2))
+        unsure = [delivery(number, attempt=9, uncertain=8) for number in range(1, 4)]
+        unsure[1].alone, unsure[2].alone = 1, 0
+        receiver = ScriptedReceiver(*unsure)
         inbox = inbox_on(receiver, manual_clock, alone=True, prefetch=1)
-        waiting = asyncio.create_task(inbox.receive())
+        message = await within(inbox.receive())
+        assert message.id == "3", "its try has not begun yet"
         await turns(60)
-        assert [(item.delivery.native, item.disposition, item.attempts) for item in receiver.settled] == [
-            (1, Disposition.RELEASE, 3),  # it begins its one try with the limit used up
-            (2, Disposition.RELEASE, 4),  # it had its try: what comes next is its burial
+        assert [(item.delivery.native, item.disposition, item.alone) for item in receiver.settled] == [
+            (1, Disposition.RELEASE, True),
+            (2, Disposition.DEAD, False),
         ]
-        waiting.cancel()
+        await within(inbox.close())
+
+    async def test_failures_alone_make_a_message_dead(self, manual_clock: ManualClock) -> None:
+        receiver = ScriptedReceiver(delivery(1, attempt=3, uncertain=1), delivery(2, attempt=3))
+        inbox = inbox_on(receiver, manual_clock, prefetch=2)
+        for _ in range(2):
+            await within((await within(inbox.receive())).nack(delay=0))
+        assert [(item.delivery.native, item.disposition) for item in receiver.settled] == [
+            (1, Disposition.RETRY),
+            (2, Disposition.DEAD),
+        ]
         await within(inbox.close())
 
     async def test_when_settling_is_refused_for_good_everybody_is_told_and_nothing_more_is_handed_out(

@@ -18,10 +18,11 @@ _MOST_BYTES: Final = 16 * 1024 * 1024
 
 
 class _Lost:
-    __slots__ = ("begun", "times")
+    __slots__ = ("begun", "counted", "times")
 
     def __init__(self) -> None:
         self.times = 0
+        self.counted = 0
         self.begun: list[Delivery] = []
 
 
@@ -41,7 +42,7 @@ class Losses:
             group: The message's group.
             header: The message's header.
             delivery: The lost delivery.
-            counts: Whether it is an attempt all the same.
+            counts: Whether it is an attempt all the same: its handler has failed, or had it for too long.
         """
         name = group, _wire.identity(header, delivery.body)
         lost = self._lost.pop(name, None) or _Lost()  # the newest is the last
@@ -49,6 +50,7 @@ class Losses:
             del self._lost[next(iter(self._lost))]
         self._lost[name] = lost
         lost.times += not counts
+        lost.counted += counts
         if delivery.begun and id(delivery) not in self._begun:
             lost.begun.append(delivery)
             self._begun[id(delivery)] = lost, delivery
@@ -57,11 +59,12 @@ class Losses:
                 self._drop(*next(iter(self._begun.values())))
 
     def take_off(self, group: str, delivery: Delivery, header: Header) -> None:
-        """Subtract the lost deliveries of a message from its attempt."""
+        """Subtract the lost deliveries of a message from its attempt, and what is known to count from the uncertain ones."""
         if lost := self._find(group, header, delivery.body):
             known = min(delivery.uncertain, lost.times)
             delivery.attempt -= known
             delivery.uncertain -= known
+            delivery.uncertain -= min(delivery.uncertain, lost.counted)
 
     def was_handled(self, group: str, delivery: Delivery, header: Header) -> bool:
         """Return whether a lost delivery of this message was handled to its end in this process. Each answers one redelivery."""

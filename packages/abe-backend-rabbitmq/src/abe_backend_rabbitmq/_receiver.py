@@ -18,6 +18,7 @@ from abe_backend_rabbitmq._consuming import Consuming
 from abe_backend_rabbitmq._errors import ChannelNotFound, consumer_timeout, lost, translated
 from abe_backend_rabbitmq._pace import LONG
 from abe_backend_rabbitmq._settlements import Settlements
+from abe_backend_rabbitmq._topology import TRIED_FOR
 from abe_backend_rabbitmq._wire import Header
 
 _log: Final = logging.getLogger("abe.rabbitmq")
@@ -70,6 +71,7 @@ class RabbitMQReceiver:
         self._version = 0
         self._look_at = 0.0
         self._acked_at = -_UNSURE
+        self._tried = ""
 
     @property
     def in_flight(self) -> int:
@@ -153,6 +155,8 @@ class RabbitMQReceiver:
         if not ready and self._loop.time() >= self._look_at:
             self._look_at = self._loop.time() + _LOOK_AGAIN
             self._broker.parked.look()
+        if self._prefetch == 1:
+            await self._record(channel)
         return [ready.popleft() for _ in range(min(limit, len(ready)))]
 
     def metadata(self, delivery: Delivery) -> Metadata:
@@ -254,6 +258,29 @@ class RabbitMQReceiver:
             except ChannelNotFound:
                 return  # the queue was deleted, and what was in it
         await self.settle([Settlement(delivery, Disposition.RELEASE) for delivery in given])
+
+    async def _record(self, channel: Channel) -> None:
+        """Record that the handler of a message that is to be handled alone begins; or find that it has begun before."""
+        if self._tried and len(channel.in_flight) == len(self._ready):  # what it was about is settled
+            name, self._tried = self._tried, ""
+            await self._broker.control.call(lambda control: control.queue_delete(name))
+        delivery = self._ready[0] if self._ready else None
+        if delivery is None or not delivery.uncertain or delivery.alone is not None:
+            return
+        assert isinstance(delivery.header, Header)
+        if not (name := _wire.alone(delivery.header)):
+            return
+        self._tried = name = self._broker.topology.tried(self.group, name)
+        uncertain, returned = _wire.doubts(delivery.header)
+        ours = returned and delivery.uncertain == uncertain  # it came back for a connection that this process lost
+        if not ours and await self._broker.control.count(name) is not None:
+            delivery.alone = 1
+            return
+        arguments = {"x-expires": TRIED_FOR}
+        await self._broker.control.call(
+            lambda control: control.queue_declare(name, durable=True, arguments=dict(arguments))
+        )
+        delivery.alone = 0
 
     def _tag(self, delivery: Delivery) -> int | None:
         """Return the delivery's tag; None: its channel is closed, or it was settled."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Final, TypeAlias
 
@@ -54,13 +55,10 @@ class Settlements:
         """Publish copies, and acknowledge the messages once they are confirmed; or return messages to their queue."""
         failures: _Failures = {}
         copied: list[tuple[Settlement, int]] = []
-        channel = self._channel
         for settlement in settlements:
             tag = tag_of(settlement.delivery)
             if tag is None:
                 failures[settlement.delivery] = lost()
-            elif settlement.disposition is Disposition.RETRY and settlement.delay <= 0:
-                await channel.requeue(tag)
             else:
                 settlement.delivery.begun = True  # `Consuming` must not return it any more
                 copied.append((settlement, tag))
@@ -94,12 +92,8 @@ class Settlements:
         publisher, loop = self._broker.publisher, self._loop
         crowded = self._room < len(copied)
         self._room -= len(copied)
-        waits = {Disposition.RELEASE: 0.0, Disposition.DEAD: _GIVEN_UP}
-        now = loop.time()
-        left = [
-            (now + min(waits.get(each.disposition, each.delay), _MOMENT if crowded else _LONGEST), each, tag)
-            for each, tag in copied
-        ]
+        most, now = _MOMENT if crowded else _LONGEST, loop.time()
+        left = [(now + min(_longest(each), most), each, tag) for each, tag in copied]
         ends = [asyncio.ensure_future(publisher.unblocked()), asyncio.ensure_future(self._hurried.wait())]
         try:
             while left and publisher.blocked:
@@ -131,9 +125,7 @@ class Settlements:
             )
             channel.discard(tag)
             return
-        if settlement.disposition is Disposition.RELEASE:  # only the broker counts this delivery
-            self._broker.losses.note(self._group, header, delivery)
-        await channel.requeue(tag)
+        await self._requeue(settlement, tag, delivery, header)
 
     async def _finish(
         self,
@@ -154,18 +146,22 @@ class Settlements:
                 losses.forget(self._group, header, delivery.body)
                 done.append(tag)
                 continue
-            released = settlement.disposition is Disposition.RELEASE
-            full = released and settlement.attempts is None and isinstance(error, BackpressureError)
+            at_once = settlement.disposition is not Disposition.DEAD and not (settlement.delay or settlement.alone)
+            full = at_once and isinstance(error, BackpressureError)
             if error.retryable and not full:
                 failures[settlement.delivery] = error  # it stays in flight for the retry
                 continue
-            if released:  # only the broker counts this delivery
-                losses.note(self._group, header, delivery)
-            else:
+            if not full and settlement.disposition is not Disposition.RELEASE:
                 failures[settlement.delivery] = error
-            await channel.requeue(tag)
+            await self._requeue(settlement, tag, delivery, header)
         with translated(self._group):
             await channel.ack(done)
+
+    async def _requeue(self, settlement: Settlement, tag: int, delivery: Delivery, header: Header) -> None:
+        """Return a message to its queue without a copy. Only this process knows then whether the delivery was an attempt."""
+        counts = settlement.disposition is not Disposition.RELEASE
+        self._broker.losses.note(self._group, header, delivery, counts=counts)
+        await self._channel.requeue(tag)
 
     async def _move(self, copied: Sequence[tuple[Settlement, int]]) -> Outcomes:
         """Publish the copies. Target queues that were deleted are declared again, once."""
@@ -205,18 +201,35 @@ class Settlements:
 
     async def _copy(self, settlement: Settlement, delivery: Delivery, header: Header) -> Outgoing:
         body, attempt = delivery.body, delivery.attempt
+        exchange, key = "", self._broker.topology.queue(self._group)
         if settlement.disposition is Disposition.RETRY:
-            place = await self._broker.place(self._group, settlement.delay)
-            exchange, key = self._broker.topology.delay, f"0.{place.key}"
-            properties = _wire.copy(header, body, attempt, *place.headers)
+            extra: Sequence[tuple[str, str | int]] = ()
+            if settlement.delay > 0:
+                place = await self._broker.place(self._group, settlement.delay)
+                exchange, key, extra = self._broker.topology.delay, f"0.{place.key}", place.headers
+            # A process that settles it was not killed by it: what was uncertain is forgotten.
+            properties = _wire.copy(header, body, attempt - delivery.uncertain, *extra)
         elif settlement.disposition is Disposition.RELEASE:
-            exchange, key = "", self._broker.topology.queue(self._group)
-            if settlement.attempts is not None:
-                properties = _wire.copy(header, body, settlement.attempts)
-            else:
-                uncertain = [("abe-uncertain", delivery.uncertain)] if delivery.uncertain else []
-                properties = _wire.copy(header, body, attempt - 1, *uncertain)
+            properties = _wire.copy(header, body, attempt - 1, *_doubts(settlement, header))
         else:
             exchange, key = "", self._broker.topology.dead(self._group)
             properties = _wire.buried(header, body, attempt, settlement.reason, settlement.error)
         return Outgoing(exchange, key, properties, body, _wire.message_id(properties))
+
+
+def _longest(settlement: Settlement) -> float:
+    """Return for how many seconds a message stays in flight for the sake of its copy."""
+    if settlement.disposition is Disposition.DEAD:
+        return _GIVEN_UP
+    return _LONGEST if settlement.alone else settlement.delay
+
+
+def _doubts(settlement: Settlement, header: Header) -> Sequence[tuple[str, str | int]]:
+    """Return the headers by which a copy that is given back keeps apart what is uncertain about its attempts."""
+    delivery = settlement.delivery
+    again = (
+        settlement.alone or delivery.alone == 0
+    )  # a handler that was recorded to begin did not, or has given it back
+    name = secrets.token_hex(8) if again else _wire.alone(header)
+    found: list[tuple[str, str | int]] = [("abe-uncertain", delivery.uncertain)] if delivery.uncertain else []
+    return [*found, ("abe-alone", name)] if name else found

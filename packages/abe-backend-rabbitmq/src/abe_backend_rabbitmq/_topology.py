@@ -21,6 +21,9 @@ MAX_DELAY: Final = TICK * (2**LEVELS - 1)
 DELIVERY_LIMIT: Final = 1000
 """Deliveries after which the broker itself dead-letters: a far backstop, the engine decides much earlier."""
 
+TRIED_FOR: Final = 3_600_000
+"""Milliseconds after which `Topology.tried` expires: the time a consumer has to come back after it was killed."""
+
 ENDLESS: Final = 2**31 - 1
 """A delivery limit that browsing never reaches. (Without one, a returned message goes to the tail.)"""
 
@@ -77,6 +80,10 @@ class Topology:
     def look(self, group: str) -> str:
         """Queue, exclusive: the lock under which the group's dead letters are browsed."""
         return f"{self._prefix}:lock:dead:{group}"
+
+    def tried(self, group: str, name: str) -> str:
+        """Queue, always empty: a record that a handler has begun on a message of the group with nothing else in hand."""
+        return f"{self._prefix}:tried:{group}:{name}"
 
     def waiting(self, group: str, level: int) -> str:
         """Queue: the group's messages that wait for ``TICK * 2 ** level``."""

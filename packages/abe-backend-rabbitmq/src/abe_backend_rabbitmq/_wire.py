@@ -1,12 +1,12 @@
 """Envelopes to AMQP properties and back. Pure.
 
-The body is the message's body. Its properties are the standard ones (content type, delivery mode, message id, timestamp in
-seconds) and headers: ``abe-version``, ``abe-published-at`` in milliseconds, and the application's own under their names. Those whose
-names are reserved, by RabbitMQ or us, or too long are together in ``abe-headers`` as JSON. A copy that we move (a retry, a
-dead letter, a message that was parked) also has ``abe-key``, and ``abe-attempt``, the deliveries before (``abe-uncertain`` of them may
-have been lost connections); a dead letter ``abe-reason``, ``abe-error`` and ``abe-dead-at`` in milliseconds; one that waits ``abe-due``
-and ``abe-until`` in milliseconds, a parked one
-``abe-for``, the groups that have no copy yet, if others have one.
+The body is the message's body. Its properties are the standard ones (content type, delivery mode, message id, timestamp in seconds) and
+headers: ``abe-version``, ``abe-published-at`` in milliseconds, and the application's own under their names. Those whose names are
+reserved, by RabbitMQ or us, or too long are together in ``abe-headers`` as JSON. A copy that we move (a retry, a dead letter, a message
+that was parked) also has ``abe-key``, and ``abe-attempt``, the deliveries before (``abe-uncertain`` of them may have been lost
+connections), and one that is to be handled alone ``abe-alone``, the name under which that is recorded; a dead letter ``abe-reason``,
+``abe-error`` and ``abe-dead-at`` in milliseconds; one that waits ``abe-due`` and ``abe-until`` in milliseconds, a parked one ``abe-
+for``, the groups that have no copy yet, if others have one.
 
 Properties are bytes here: the flags and the values, as in a content header after the size of the body.
 """
@@ -52,6 +52,7 @@ _NOT_COPIED: Final = frozenset(
         b"abe-error",
         b"abe-dead-at",
         b"abe-uncertain",
+        b"abe-alone",
     )
 )
 _BROKERS_BYTES: Final = tuple(name.encode() for name in _BROKERS)
@@ -312,6 +313,18 @@ def until(header: Header) -> int:
 def counted(header: Header) -> int:
     """Return the attempts that a message had before it was copied."""
     return _number(_parsed(header).headers, "abe-attempt")
+
+
+def doubts(header: Header) -> tuple[int, int]:
+    """Return how many attempts of a copy were uncertain when it was made, and how often it has come back to its queue since."""
+    headers = _parsed(header).headers
+    return _number(headers, "abe-uncertain"), _number(headers, "x-delivery-count")
+
+
+def alone(header: Header) -> str:
+    """Return the name under which it is recorded that a message is handled alone; empty: it is not to be."""
+    name = _parsed(header).headers.get("abe-alone")
+    return name if isinstance(name, str) else ""
 
 
 def left_to(header: Header) -> Sequence[str]:

@@ -55,7 +55,8 @@ class Failures:
             _say(logging.WARNING, template, _named(facts), reason_of(exc), exc_info=printable, extra=facts)
             return
         decision = self._judge(exc, message.attempt, facts)
-        self._report(decision, printable, facts)
+        delivery = message._delivery  # pyright: ignore[reportPrivateUsage]
+        self._report(decision, delivery.attempt - delivery.uncertain, printable, facts)
         # A task of its own: settlements continue while the consumer stops, and closing the subscription bounds them.
         task = asyncio.create_task(_settle(message, decision, error, facts))
         self._settling.add(task)
@@ -87,25 +88,15 @@ class Failures:
             after = self._max_delay if after > self._max_delay else 0.0
         return _Decision(after, reason)
 
-    def _report(self, decision: "_Decision", printable: BaseException, facts: dict[str, Any]) -> None:
+    def _report(self, decision: "_Decision", attempt: int, printable: BaseException, facts: dict[str, Any]) -> None:
         level, then = logging.ERROR, _GIVEN_UP
         template = "the handler failed on %s, attempt %d of %d: %s (%s)"
         if decision.after is None:
             template = "the handler rejected %s, attempt %d of %d: %s (%s)"
-        elif facts["attempt"] < self._max_attempts:
+        elif attempt < self._max_attempts:
             level, then = logging.WARNING, f"retrying in {decision.after:.3g} s"
-        attempt, reason = facts["attempt"], decision.reason
-        _say(
-            level,
-            template,
-            _named(facts),
-            attempt,
-            self._max_attempts,
-            reason,
-            then,
-            exc_info=printable,
-            extra=facts,
-        )
+        arguments = _named(facts), attempt, self._max_attempts, decision.reason, then
+        _say(level, template, *arguments, exc_info=printable, extra=facts)
 
 
 @dataclass(frozen=True, slots=True)

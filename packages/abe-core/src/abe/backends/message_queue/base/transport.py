@@ -74,7 +74,10 @@ class Delivery(msgspec.Struct, eq=False):
         attempt: 1 for the first delivery.
         native: What the provider needs to settle it, such as the broker's delivery tag. The engine does not read it.
         fault: Why the envelope cannot be read; None: it can.
-        uncertain: Earlier attempts that may have been lost connections only, where the broker counts those too.
+        uncertain: Earlier attempts that may have been lost connections only, where the broker counts those too. They are no failures:
+            as many of the others as `max_attempts` make a message dead.
+        alone: How often its handler began with nothing else in hand and the message came back unsettled, since it was given back for
+            that (`Settlement.alone`); None: it was not. Of use where attempts can be uncertain.
         begun: Whether a handler has it. Until then the provider may give it back to the broker, and sets `lost`.
         handled: Whether its handler has ended, and no caller awaits the acknowledgement: if it is lost and redelivered, it may be removed.
         lost: Whether this consumer is known to have lost it.
@@ -86,6 +89,7 @@ class Delivery(msgspec.Struct, eq=False):
     native: Any
     fault: str | None = None
     uncertain: int = 0
+    alone: int | None = None
     begun: bool = False
     handled: bool = False
     lost: bool = False
@@ -115,7 +119,8 @@ class Settlement:
         delay: With `Disposition.RETRY`: seconds before which it must not be delivered again.
         reason: Why, in a word or a line, for the dead letter.
         error: The traceback, for the dead letter.
-        attempts: With `Disposition.RELEASE`, of a delivery that has uncertain attempts: how many count from now on. None: those that did.
+        alone: With `Disposition.RELEASE`, of a delivery that has uncertain attempts: whether it is given back to be handled with nothing
+            else in hand. Its next deliveries say how often that has begun (`Delivery.alone`).
     """
 
     delivery: Delivery
@@ -123,7 +128,7 @@ class Settlement:
     delay: float = 0.0
     reason: str = ""
     error: str = ""
-    attempts: int | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,16 +85,16 @@ class InFlight:
             self._settler.submit(delivery, Settlement(delivery, Disposition.DEAD, reason=reason, error=_text(error)))
             self._tell(logging.ERROR, delivery, f"goes to the dead letters ({reason}): {error}")
 
-    def give_back(self, delivery: Delivery, attempts: int | None = None) -> "asyncio.Future[AbeError | None] | None":
+    def give_back(self, delivery: Delivery, *, alone: bool = False) -> "asyncio.Future[AbeError | None] | None":
         """Give a delivery back as if it had never been taken; return the future outcome, None if it is not ours.
 
         Args:
             delivery: Which.
-            attempts: How many attempts count from now on, of one whose attempts are uncertain; None: those that did.
+            alone: Whether it is to be handled with nothing else in hand.
         """
         if not self.forget(delivery) or delivery.lost:
             return None
-        return self._settler.submit(delivery, Settlement(delivery, Disposition.RELEASE, attempts=attempts))
+        return self._settler.submit(delivery, Settlement(delivery, Disposition.RELEASE, alone=alone))
 
     async def give_back_all(self, deliveries: Collection[Delivery]) -> None:
         """Give these back, and wait until that was carried out."""
@@ -207,7 +207,7 @@ class InFlight:
 
     def _failure(self, delivery: Delivery, delay: float, reason: str, error: str) -> Settlement:
         reason, error = _text(reason), _text(error)
-        if delivery.attempt >= self._max_attempts:
+        if delivery.attempt - delivery.uncertain >= self._max_attempts:
             return Settlement(delivery, Disposition.DEAD, reason=reason or "max_attempts", error=error)
         return Settlement(delivery, Disposition.RETRY, delay=delay, reason=reason, error=error)
 

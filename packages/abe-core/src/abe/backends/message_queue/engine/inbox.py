@@ -232,13 +232,14 @@ class Inbox:
     def _may_try(self, suspect: Delivery) -> bool:
         """Whether a delivery whose attempts are used up without a settlement may be handed out; if not, see to it otherwise."""
         certain = suspect.attempt - 1 - suspect.uncertain
-        if certain > self._max_attempts:
+        if certain > self._max_attempts or suspect.alone:
             text = "its consumers died or let its lease run out, each time, the last time with nothing else in hand"
             self._in_flight.bury(suspect, "max_attempts", text)
             return False
-        if suspect.uncertain:
-            # It comes back with a count that is certain, so that the try that follows it, and no lost connection before, is its last.
-            self._in_flight.give_back(suspect, certain + 1 if certain == self._max_attempts else self._max_attempts)
+        if suspect.uncertain and suspect.alone is None:
+            self._in_flight.give_back(
+                suspect, alone=True
+            )  # what is uncertain buries nothing: from now on its tries are recorded
             return False
         return True
 
