@@ -8,9 +8,9 @@ from abe.backends.message_queue.base.transport import Outcomes
 from abe.backends.message_queue.service import namespaces
 from abe.backends.message_queue.service.namespaces import Item, Namespace
 from abe.settings import QueueSettings
+from abe.testing.simulation.world import Host, World
 from simulation.history import Delivery as Recorded
 from simulation.history import History, Message
-from simulation.world import Host, World
 
 
 def number_of(envelope: Envelope) -> int:
@@ -36,8 +36,9 @@ class Broker:
         self.limits: dict[object, tuple[int, str, int]] = {}
         """The number, the host and the prefetch of each receiver."""
         self.uncertain: dict[tuple[str, int], int] = {}
-        self.alone: dict[tuple[str, int], int] = {}
         """How many deliveries of a message to a group may have been no more than a lost connection."""
+        self.alone: dict[tuple[str, int], int] = {}
+        """How often a message of a group was handled with nothing else in hand, of those that were given back for that."""
 
     def time(self) -> float:
         """Return the broker's time in seconds: the world's."""
@@ -168,6 +169,8 @@ class Broker:
             item.attempts -= settlement.delivery.uncertain
             self.uncertain.pop(name, None)
             self.alone.pop(name, None)
+        elif settlement.disposition is Disposition.RETURN:
+            self.uncertain[name] = self.uncertain.get(name, 0) + 1
 
     def _check_attempts(self, delivery: Recorded) -> None:
         """See to it that a handler's message is dead after its last attempt, and not before."""
@@ -244,4 +247,4 @@ class Broker:
             )
 
 
-_ENDS = {"retry": "retried", "release": "released", "dead": "buried"}
+_ENDS = {"retry": "retried", "release": "released", "dead": "buried", "return": "returned"}

@@ -3,12 +3,15 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
+from unittest.mock import AsyncMock
 
 import aio_pika
 import pytest
 
 from abe import AsyncLoopConsumer, ConstantBackoff, Message, RetryPolicy
 from abe.backends.message_queue.base import Delivery, Disposition, Settlement
+from abe.errors import BackendConnectionError, PermissionDeniedError
+from abe_backend_rabbitmq._control import Control
 from abe_contract_tests import bounds
 
 pytestmark = pytest.mark.xdist_group("rabbitmq-node")
@@ -146,16 +149,85 @@ async def test_handlers_get_as_many_tries_as_are_configured_whatever_the_broker_
     assert letters[0].reason == "ValueError: never"
 
 
-async def test_what_fails_while_its_group_is_full_counts_too(lab: Any, collect: Collect) -> None:
+async def full_group(lab: Any, collect: Collect, *, lost: int = 0) -> tuple[Any, Any, Delivery]:
+    """Return a transport, a receiver that has a message of a group which is full beside it, and that message."""
     transport = await lab.transport(max_backlog=2)
     await transport.declare("g", None, change=True)
-    await transport.send(lab.envelopes(2))
+    await transport.send(lab.envelopes(1))
+    await taken_and_lost(lab, lost)
     receiver = await lab.receiver(transport, prefetch=1)
     (delivery,) = await collect(receiver, 1)
     async with bounds.within(10):
         while not any(await transport.send(lab.envelopes(1))):
             continue
+    return transport, receiver, delivery
+
+
+async def test_what_fails_while_its_group_is_full_counts_too(lab: Any, collect: Collect) -> None:
+    _, receiver, delivery = await full_group(lab, collect)
     assert not any(await receiver.settle([Settlement(delivery, Disposition.RETRY)]))
     (again,) = await collect(receiver, 1)
     assert receiver.metadata(again).id == receiver.metadata(delivery).id
     assert (again.attempt, again.uncertain) == (2, 0)
+
+
+async def test_what_is_to_be_handled_alone_while_its_group_is_full_is_handed_out_without_a_record(
+    lab: Any, collect: Collect
+) -> None:
+    _, receiver, delivery = await full_group(lab, collect, lost=3)
+    assert not any(await receiver.settle(alone(delivery)))
+    *counts, again = await one(collect, receiver)
+    assert receiver.metadata(again).id == receiver.metadata(delivery).id
+    assert counts == [4, 3, 0]
+
+
+async def test_a_record_is_deleted_when_its_message_returns_under_the_same_name(lab: Any, collect: Collect) -> None:
+    transport = await lab.transport(max_backlog=2)
+    await transport.declare("g", None, change=True)
+    await transport.send(lab.envelopes(1))
+    await taken_and_lost(lab, 1)
+    receiver = await lab.receiver(transport, prefetch=1)
+    *_, delivery = await one(collect, receiver)
+    assert not any(await receiver.settle(alone(delivery)))
+    *_, tried, delivery = await one(collect, receiver)
+    assert tried == 0
+    name = lab.names.tried("g", _record(delivery))
+    assert await transport._broker.control.count(name) == 0
+    async with bounds.within(10):
+        while not any(await transport.send(lab.envelopes(1))):
+            continue
+    assert not any(await receiver.settle([Settlement(delivery, Disposition.RELEASE)]))
+    assert await transport._broker.control.count(name) is None
+    await receiver.close()
+    other = await lab.receiver(await lab.transport(), prefetch=1)
+    while other.metadata((found := await one(collect, other))[-1]).id != receiver.metadata(delivery).id:
+        await other.ack([found[-1]], verify=True)
+    assert found[-2] == 0, "no handler had begun"
+
+
+async def test_a_record_that_cannot_be_made_ends_no_consumer(
+    lab: Any, collect: Collect, transport: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await taken_and_lost(lab, 1)
+    receiver = await lab.receiver(transport, prefetch=1)
+    *_, delivery = await one(collect, receiver)
+    assert not any(await receiver.settle(alone(delivery)))
+    monkeypatch.setattr(Control, "count", AsyncMock(side_effect=PermissionDeniedError("no right to configure")))
+    *_, tried, delivery = await one(collect, receiver)
+    assert tried == 0
+    assert "handled alone: no right to configure" in caplog.text
+    await receiver.ack([delivery], verify=True)
+
+
+async def test_what_can_be_settled_in_no_other_way_returns_to_its_queue(
+    lab: Any, collect: Collect, transport: Any
+) -> None:
+    receiver = await lab.receiver(transport, prefetch=1)
+    *_, delivery = await one(collect, receiver)
+    transport._broker.publisher.move = AsyncMock(side_effect=BackendConnectionError("no connection to publish"))
+    outcomes = await receiver.settle([Settlement(delivery, Disposition.RETRY)])
+    assert [each.retryable for each in outcomes] == [True]
+    assert not any(await receiver.settle([Settlement(delivery, Disposition.RETURN)]))
+    *counts, again = await one(collect, receiver)
+    assert counts == [1, 0, None]
+    await receiver.ack([again], verify=True)

@@ -50,6 +50,26 @@ class TestSuspects:
         ]
         await within(inbox.close())
 
+    async def test_a_suspect_among_the_last_ones_of_the_receiver_is_given_back_as_it_is(
+        self, manual_clock: ManualClock
+    ) -> None:
+        class Holding(ScriptedReceiver):
+            async def stop(self) -> Sequence[Delivery]:
+                await super().stop()
+                return [delivery(7, attempt=9, uncertain=8), delivery(8, attempt=4), delivery(9)]
+
+        receiver = Holding(delivery(1))
+        inbox = inbox_on(receiver, manual_clock, prefetch=20)
+        assert (await within(inbox.receive())).id == "1"
+        await within(inbox.halt())
+        assert (await within(inbox.receive())).id == "9"
+        await turns()
+        assert [(item.delivery.native, item.disposition, item.alone) for item in receiver.settled] == [
+            (7, Disposition.RELEASE, False),
+            (8, Disposition.RELEASE, False),
+        ]
+        await within(inbox.close())
+
     async def test_failures_alone_make_a_message_dead(self, manual_clock: ManualClock) -> None:
         receiver = ScriptedReceiver(delivery(1, attempt=3, uncertain=1), delivery(2, attempt=3))
         inbox = inbox_on(receiver, manual_clock, prefetch=2)

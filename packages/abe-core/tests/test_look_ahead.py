@@ -12,7 +12,7 @@ from abe.backends.message_queue import look_ahead
 from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.engine import GroupSubscription
 from abe.backends.message_queue.service.memory import MemoryBackend
-from abe.errors import BackendConnectionError, PermissionDeniedError
+from abe.errors import BackendClosedError, BackendConnectionError, PermissionDeniedError
 from abe_contract_tests.bounds import within
 
 ONCE = RetryPolicy(max_attempts=1)
@@ -226,6 +226,26 @@ async def test_a_worker_that_is_cancelled_meanwhile_does_not_keep_the_others_fro
         slow.go.set()
         assert (await ahead.receive())["n"] == 2
         assert [message["n"] for message in held] == [0, 1]
+        await ahead.aclose()
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_nothing_is_received_after_a_stop_during_a_replacement(slow: Slow, turns: int) -> None:
+    ahead = look_ahead.LookAhead(await entered(slow, 2), 2, lambda size: entered(slow, size), "default")
+    async with within(10):
+        for _ in range(2):
+            await ahead.receive()
+        worker = asyncio.create_task(ahead.receive())
+        await slow.waits.wait()
+        slow.go.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        had = worker.done()
+        await ahead.stop()
+        await asyncio.wait([worker])
+        assert had or isinstance(worker.exception(), BackendClosedError)
+        while (await slow.stats()).in_flight != 2 + had:  # noqa: ASYNC110 - what was being subscribed is completed, and closed
+            await asyncio.sleep(0)
         await ahead.aclose()
 
 

@@ -223,10 +223,10 @@ class TestSettler:
         class Never(ScriptedReceiver):
             async def settle(self, settlements: Sequence[Settlement]) -> Outcomes:
                 await super().settle(settlements)
-                retry = Disposition.RETRY
-                return [None if item.disposition is retry else BackendConnectionError("no") for item in settlements]
+                last = Disposition.RETURN
+                return [None if item.disposition is last else BackendConnectionError("no") for item in settlements]
 
-        for leased, expected in ((True, []), (False, [Disposition.RETRY])):
+        for leased, expected in ((True, []), (False, [Disposition.RETURN])):
             receiver, item = Never(), delivery(1)
             settler = settler_on(receiver, manual_clock, leased=leased)
             waiter = settler.submit(item, Settlement(item, Disposition.DEAD))

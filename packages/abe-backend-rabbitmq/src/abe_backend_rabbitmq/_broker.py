@@ -15,6 +15,7 @@ from abe_backend_rabbitmq._publisher import Publisher
 from abe_backend_rabbitmq._registry import RegistryKeeper
 from abe_backend_rabbitmq._settings import RabbitMQSettings
 from abe_backend_rabbitmq._topology import Topology
+from abe_backend_rabbitmq._tried import Tried
 
 
 class Broker:
@@ -35,6 +36,7 @@ class Broker:
         self.consumer_timeout = CONSUMER_TIMEOUT
         """The node's `consumer_timeout` in seconds: RabbitMQ's default, until an error of the node names another."""
         self.control = Control(Link(settings, "abe-control"))
+        self.tried = Tried(self.control, self.topology)
         self.publisher = Publisher(settings, self.prepare)
         self.delays = Delays(self.topology, lambda group, level: self.groups.build(group, level))
         self.registry = RegistryKeeper(self.control, self.topology, timeout, self._check_writable)

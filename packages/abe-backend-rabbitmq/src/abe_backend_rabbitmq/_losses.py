@@ -18,11 +18,12 @@ _MOST_BYTES: Final = 16 * 1024 * 1024
 
 
 class _Lost:
-    __slots__ = ("begun", "counted", "times")
+    __slots__ = ("alone", "begun", "counted", "times")
 
     def __init__(self) -> None:
         self.times = 0
         self.counted = 0
+        self.alone = False
         self.begun: list[Delivery] = []
 
 
@@ -35,7 +36,9 @@ class Losses:
         self._begun: dict[int, tuple[_Lost, Delivery]] = {}
         self._bytes = 0
 
-    def note(self, group: str, header: Header, delivery: Delivery, *, counts: bool = False) -> None:
+    def note(
+        self, group: str, header: Header, delivery: Delivery, *, counts: bool = False, alone: bool = False
+    ) -> None:
         """Remember a delivery that was lost.
 
         Args:
@@ -43,6 +46,7 @@ class Losses:
             header: The message's header.
             delivery: The lost delivery.
             counts: Whether it is an attempt all the same: its handler has failed, or had it for too long.
+            alone: Whether it is to be handled with nothing else in hand, and there is no copy that says so.
         """
         name = group, _wire.identity(header, delivery.body)
         lost = self._lost.pop(name, None) or _Lost()  # the newest is the last
@@ -51,6 +55,7 @@ class Losses:
         self._lost[name] = lost
         lost.times += not counts
         lost.counted += counts
+        lost.alone = lost.alone or alone
         if delivery.begun and id(delivery) not in self._begun:
             lost.begun.append(delivery)
             self._begun[id(delivery)] = lost, delivery
@@ -65,6 +70,8 @@ class Losses:
             delivery.attempt -= known
             delivery.uncertain -= known
             delivery.uncertain -= min(delivery.uncertain, lost.counted)
+            if lost.alone:
+                delivery.alone = 0
 
     def was_handled(self, group: str, delivery: Delivery, header: Header) -> bool:
         """Return whether a lost delivery of this message was handled to its end in this process. Each answers one redelivery."""

@@ -18,7 +18,6 @@ from abe_backend_rabbitmq._consuming import Consuming
 from abe_backend_rabbitmq._errors import ChannelNotFound, consumer_timeout, lost, translated
 from abe_backend_rabbitmq._pace import LONG
 from abe_backend_rabbitmq._settlements import Settlements
-from abe_backend_rabbitmq._topology import TRIED_FOR
 from abe_backend_rabbitmq._wire import Header
 
 _log: Final = logging.getLogger("abe.rabbitmq")
@@ -71,7 +70,7 @@ class RabbitMQReceiver:
         self._version = 0
         self._look_at = 0.0
         self._acked_at = -_UNSURE
-        self._tried = ""
+        self._recorded: Delivery | None = None
 
     @property
     def in_flight(self) -> int:
@@ -156,7 +155,7 @@ class RabbitMQReceiver:
             self._look_at = self._loop.time() + _LOOK_AGAIN
             self._broker.parked.look()
         if self._prefetch == 1:
-            await self._record(channel)
+            await self._record()
         return [ready.popleft() for _ in range(min(limit, len(ready)))]
 
     def metadata(self, delivery: Delivery) -> Metadata:
@@ -259,28 +258,24 @@ class RabbitMQReceiver:
                 return  # the queue was deleted, and what was in it
         await self.settle([Settlement(delivery, Disposition.RELEASE) for delivery in given])
 
-    async def _record(self, channel: Channel) -> None:
-        """Record that the handler of a message that is to be handled alone begins; or find that it has begun before."""
-        if self._tried and len(channel.in_flight) == len(self._ready):  # what it was about is settled
-            name, self._tried = self._tried, ""
-            await self._broker.control.call(lambda control: control.queue_delete(name))
-        delivery = self._ready[0] if self._ready else None
-        if delivery is None or not delivery.uncertain or delivery.alone is not None:
-            return
-        assert isinstance(delivery.header, Header)
-        if not (name := _wire.alone(delivery.header)):
-            return
-        self._tried = name = self._broker.topology.tried(self.group, name)
-        uncertain, returned = _wire.doubts(delivery.header)
-        ours = returned and delivery.uncertain == uncertain  # it came back for a connection that this process lost
-        if not ours and await self._broker.control.count(name) is not None:
-            delivery.alone = 1
-            return
-        arguments = {"x-expires": TRIED_FOR}
-        await self._broker.control.call(
-            lambda control: control.queue_declare(name, durable=True, arguments=dict(arguments))
-        )
-        delivery.alone = 0
+    async def _record(self) -> None:
+        """Record that the handler of a message that is to be handled alone begins; or find that it has begun before.
+
+        Without a record nothing is held against the message.
+        """
+        tried = self._broker.tried
+        try:
+            if self._recorded is not None and self._tag(before := self._recorded) is None:
+                self._recorded = None
+                if not before.lost:  # it is settled
+                    await tried.forget(self.group, _name(before))
+            delivery = self._ready[0] if self._ready else None
+            if delivery is not None and delivery.uncertain and delivery.alone is None and (name := _name(delivery)):
+                delivery.alone = 0
+                delivery.alone = await tried.begin(self.group, name, delivery)
+                self._recorded = delivery
+        except AbeError as exc:
+            _log.warning("it cannot be recorded that a message of group %r is handled alone: %s", self.group, exc)
 
     def _tag(self, delivery: Delivery) -> int | None:
         """Return the delivery's tag; None: its channel is closed, or it was settled."""
@@ -323,6 +318,11 @@ class RabbitMQReceiver:
         if limit is not None:
             self._broker.consumer_timeout = limit
         self._wake()
+
+
+def _name(delivery: Delivery) -> str:
+    """Return under which name it is recorded that a message is handled alone; empty: it is not to be."""
+    return _wire.alone(delivery.header) if isinstance(delivery.header, Header) else ""
 
 
 def _tag(delivery: Delivery) -> int:

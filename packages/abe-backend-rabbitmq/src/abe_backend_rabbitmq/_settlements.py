@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final, TypeAlias
 
 from abe.backends.message_queue.base import Delivery, Disposition, Outcomes, Settlement
@@ -12,6 +13,7 @@ from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._broker import Broker
 from abe_backend_rabbitmq._channel import Channel, Outgoing
 from abe_backend_rabbitmq._errors import BlockedError, RabbitMQError, lost, translated
+from abe_backend_rabbitmq._tried import is_ours
 from abe_backend_rabbitmq._wire import Header
 
 _log: Final = logging.getLogger("abe.rabbitmq")
@@ -59,6 +61,8 @@ class Settlements:
             tag = tag_of(settlement.delivery)
             if tag is None:
                 failures[settlement.delivery] = lost()
+            elif settlement.disposition is Disposition.RETURN:
+                await self._requeue(settlement, tag, *self._channel.in_flight[tag])
             else:
                 settlement.delivery.begun = True  # `Consuming` must not return it any more
                 copied.append((settlement, tag))
@@ -146,7 +150,7 @@ class Settlements:
                 losses.forget(self._group, header, delivery.body)
                 done.append(tag)
                 continue
-            at_once = settlement.disposition is not Disposition.DEAD and not (settlement.delay or settlement.alone)
+            at_once = settlement.disposition is not Disposition.DEAD and not settlement.delay
             full = at_once and isinstance(error, BackpressureError)
             if error.retryable and not full:
                 failures[settlement.delivery] = error  # it stays in flight for the retry
@@ -159,8 +163,13 @@ class Settlements:
 
     async def _requeue(self, settlement: Settlement, tag: int, delivery: Delivery, header: Header) -> None:
         """Return a message to its queue without a copy. Only this process knows then whether the delivery was an attempt."""
-        counts = settlement.disposition is not Disposition.RELEASE
-        self._broker.losses.note(self._group, header, delivery, counts=counts)
+        counts = settlement.disposition in (Disposition.RETRY, Disposition.DEAD)
+        if delivery.alone == 0 and (
+            name := _wire.alone(header)
+        ):  # its record must not be held against the next delivery
+            with suppress(AbeError):
+                await self._broker.tried.forget(self._group, name)
+        self._broker.losses.note(self._group, header, delivery, counts=counts, alone=settlement.alone)
         await self._channel.requeue(tag)
 
     async def _move(self, copied: Sequence[tuple[Settlement, int]]) -> Outcomes:
@@ -221,15 +230,14 @@ def _longest(settlement: Settlement) -> float:
     """Return for how many seconds a message stays in flight for the sake of its copy."""
     if settlement.disposition is Disposition.DEAD:
         return _GIVEN_UP
-    return _LONGEST if settlement.alone else settlement.delay
+    return settlement.delay
 
 
 def _doubts(settlement: Settlement, header: Header) -> Sequence[tuple[str, str | int]]:
     """Return the headers by which a copy that is given back keeps apart what is uncertain about its attempts."""
     delivery = settlement.delivery
-    again = (
-        settlement.alone or delivery.alone == 0
-    )  # a handler that was recorded to begin did not, or has given it back
-    name = secrets.token_hex(8) if again else _wire.alone(header)
+    name = _wire.alone(header)
+    if settlement.alone or delivery.alone == 0 or (name and is_ours(delivery, header)):
+        name = secrets.token_hex(8)  # what was recorded under the other name is not held against it
     found: list[tuple[str, str | int]] = [("abe-uncertain", delivery.uncertain)] if delivery.uncertain else []
     return [*found, ("abe-alone", name)] if name else found

@@ -21,9 +21,6 @@ MAX_DELAY: Final = TICK * (2**LEVELS - 1)
 DELIVERY_LIMIT: Final = 1000
 """Deliveries after which the broker itself dead-letters: a far backstop, the engine decides much earlier."""
 
-TRIED_FOR: Final = 3_600_000
-"""Milliseconds after which `Topology.tried` expires: the time a consumer has to come back after it was killed."""
-
 ENDLESS: Final = 2**31 - 1
 """A delivery limit that browsing never reaches. (Without one, a returned message goes to the tail.)"""
 

@@ -67,6 +67,8 @@ class LookAhead:
     async def receive(self) -> Message:
         """Wait for the next message; see `Subscription.receive`. Call `done` for each."""
         while True:
+            if self._stopped:
+                raise _stops()
             source, message = self._take()
             if message is None:
                 if not self._replacing.running and self._size_after(source) is not None:
@@ -74,7 +76,7 @@ class LookAhead:
                 try:
                     message = await source.subscription.receive()
                 except BackendClosedError:
-                    if self._stopped or not source.halted:
+                    if not source.halted:
                         raise
                     if source is self._sources[-1]:
                         await self._replacing.join()
@@ -104,6 +106,7 @@ class LookAhead:
         """Stop receiving; see `Subscription.stop`."""
         self._stopped = True
         await asyncio.gather(self._replacing.close(), *(source.subscription.stop() for source in self._sources))
+        await self._sources[-1].subscription.stop()  # one that had just replaced another
 
     async def aclose(self) -> None:
         """Close all subscriptions."""

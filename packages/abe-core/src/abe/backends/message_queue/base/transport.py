@@ -102,11 +102,14 @@ class Disposition(Enum):
         RETRY: Deliver it to the group again, not before `Settlement.delay`. The attempt counts.
         RELEASE: Deliver it again at once, in its old place if the broker can. The attempt does not count, if the broker can uncount it.
         DEAD: Move it to the group's dead letters, in one step, or so that a crash in between duplicates it and never loses it.
+        RETURN: Have the broker deliver it again, by what needs no answer: every other settlement has failed for its whole time. Asked for
+            only where there are no leases.
     """
 
     RETRY = "retry"
     RELEASE = "release"
     DEAD = "dead"
+    RETURN = "return"
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,6 +236,9 @@ class Inbox:
             text = "its consumers died or let its lease run out, each time, the last time with nothing else in hand"
             self._in_flight.bury(suspect, "max_attempts", text)
             return False
+        if not self.alone:  # it came with the last ones that the receiver had
+            self._in_flight.give_back(suspect)
+            return False
         if suspect.uncertain and suspect.alone is None:
             self._in_flight.give_back(
                 suspect, alone=True

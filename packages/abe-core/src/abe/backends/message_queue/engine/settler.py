@@ -274,7 +274,7 @@ class Settler:
     async def _give_back(self, deliveries: Sequence[Delivery]) -> None:
         """Give back what could not be settled, where no lease makes the broker redeliver it."""
         if deliveries and not self._leased:
-            await self._attempt(self._receiver.settle, [Settlement(each, Disposition.RETRY) for each in deliveries])
+            await self._attempt(self._receiver.settle, [Settlement(each, Disposition.RETURN) for each in deliveries])
 
     async def _attempt(
         self, call: Callable[[Sequence[_Item]], Awaitable[Outcomes]], items: Sequence[_Item]
