@@ -9,13 +9,13 @@ from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.middleware import HandleNext, Middleware, Publication, PublishNext
 from abe.backends.message_queue.base.routing import matches_any
 from abe.errors import AbeError, AlreadySettledError, LeaseLostError
+from abe.testing.simulation.world import Host
 from simulation.broker import Broker
 from simulation.faults import Faults, ProviderFaultError
 from simulation.history import Delivery, History
 from simulation.history import Message as Recorded
 from simulation.scenario import HostPlan, Scenario
 from simulation.transport import SimulatedBackend
-from simulation.world import Host
 
 _T = TypeVar("_T")
 _CARRIED_OUT = {

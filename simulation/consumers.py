@@ -6,11 +6,11 @@ import traceback
 from abe import AsyncLoopConsumer, ConstantBackoff, Message, Reject, Retry, RetryPolicy
 from abe.backends.message_queue.engine.subscription import GroupSubscription
 from abe.errors import AbeError, BackendClosedError, BackendConnectionError, PermissionDeniedError
+from abe.testing.simulation.threads import sleep
 from simulation.application import Application, Interrupted
 from simulation.faults import ProviderFaultError
 from simulation.history import Delivery
 from simulation.scenario import ConsumerPlan
-from simulation.threads import sleep
 
 _STUBBORN = 5.0
 """Seconds for which a consumer waits for handlers that were cancelled."""

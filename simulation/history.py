@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from abe.backends.message_queue.base import Delivery as Lease
+from abe.testing.simulation.world import World
 from simulation.scenario import Scenario
-from simulation.world import World
 
 
 @dataclass

@@ -5,9 +5,9 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from abe.errors import AbeError, BackendConnectionError, PermissionDeniedError
+from abe.testing.simulation.world import Host
 from simulation.broker import Broker
 from simulation.faults import Faults, ProviderFaultError
-from simulation.world import Host
 
 _T = TypeVar("_T")
 

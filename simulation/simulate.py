@@ -10,6 +10,8 @@ from random import Random
 from typing import Any
 
 from abe.backends.message_queue.service import namespaces
+from abe.testing.simulation.seams import seams
+from abe.testing.simulation.world import DeadlockError, LivelockError, World
 from simulation.application import Application
 from simulation.broker import Broker
 from simulation.consumers import Consumer
@@ -20,9 +22,7 @@ from simulation.oracle import check
 from simulation.publishers import publish
 from simulation.reductions import reduced
 from simulation.scenario import ConsumerPlan, HostPlan, Scenario, draw_scenario
-from simulation.seams import seams
 from simulation.trouble import Trouble
-from simulation.world import DeadlockError, LivelockError, World
 
 _LOG = logging.getLogger("abe")
 
@@ -46,7 +46,8 @@ def simulate(seed: object, reductions: Sequence[str] = ()) -> History:
     collecting = gc.isenabled()
     gc.disable()  # it would run destructors whenever it likes
     try:
-        with seams(world, seed, broker.queue_type(), scenario.settling_timeout), _logged(history):
+        ours = seams(world, seed, queue=broker.queue_type(), settling_timeout=scenario.settling_timeout)
+        with ours, _logged(history):
             run = _Run(world, broker, scenario)
             try:
                 world.run(run.control, run.everything())

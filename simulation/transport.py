@@ -25,10 +25,10 @@ from abe.backends.message_queue.service import memory
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.errors import AbeError, PublishUnknownError
 from abe.settings import QueueSettings
+from abe.testing.simulation.world import Host
 from simulation.broker import Broker, number_of
 from simulation.faults import Faults
 from simulation.network import Connection
-from simulation.world import Host
 
 _T = TypeVar("_T")
 _FOR_EVER = 1e9
@@ -78,7 +78,7 @@ class SimulatedBackend(MemoryBackend):
         """Return a transport over a new connection."""
         leased = self.capabilities.lease is not None
         settings = self.settings if leased else replace(self.settings, lease=_FOR_EVER)
-        inner = memory._MemoryTransport(settings, self._broker)  # pyright: ignore[reportPrivateUsage]
+        inner = memory.MemoryTransport(settings, self._broker)
         return FaultyTransport(inner, self.connect_one, self._batching, self._receiving, self._settling, leased=leased)
 
     def connect_one(self) -> Connection:

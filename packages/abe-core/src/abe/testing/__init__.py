@@ -1,4 +1,4 @@
-"""Helpers for an application's tests: a manual clock, a recording backend, test entry points.
+"""Helpers for an application's tests: a manual clock, a recording backend, simulated processes, test entry points.
 
 `abe.testing.plugin`, which pytest finds by itself, has the same as fixtures.
 """
@@ -11,15 +11,25 @@ if TYPE_CHECKING:
     from abe.testing.entry_points import registered_backend
     from abe.testing.memory import fresh_memory_backend
     from abe.testing.recording import RecordingBackend
+    from abe.testing.simulation import Simulation, simulate
 
-__all__ = ["ManualClock", "RecordingBackend", "fresh_memory_backend", "registered_backend"]
+__all__ = [
+    "ManualClock",
+    "RecordingBackend",
+    "Simulation",
+    "fresh_memory_backend",
+    "registered_backend",
+    "simulate",
+]
 
 # Imported on first use: pytest imports this package in every run, for the plugin.
 _MODULES: Final = {
     "ManualClock": "abe.testing.clock",
     "RecordingBackend": "abe.testing.recording",
+    "Simulation": "abe.testing.simulation",
     "fresh_memory_backend": "abe.testing.memory",
     "registered_backend": "abe.testing.entry_points",
+    "simulate": "abe.testing.simulation",
 }
 
 

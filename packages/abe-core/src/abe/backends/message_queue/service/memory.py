@@ -172,10 +172,17 @@ class _MemoryReceiver:
         self._look()
 
 
-class _MemoryTransport:
-    batching = Batching(messages=250, bytes=1 << 20, max_concurrent=1)
-    receiving = Receiving()
-    settling = Settling(at_once=True)
+class MemoryTransport:
+    """The process's memory as a broker.
+
+    Args:
+        settings: Namespace, lease, backlog.
+        clock: Measures leases and delays.
+    """
+
+    batching: Batching = Batching(messages=250, bytes=1 << 20, max_concurrent=1)
+    receiving: Receiving = Receiving()
+    settling: Settling = Settling(at_once=True)
 
     def __init__(self, settings: QueueSettings, clock: Clock) -> None:
         self._namespace = namespace(settings.namespace)
@@ -317,7 +324,7 @@ class MemoryBackend(TransportBackend):
 
     def make_transport(self) -> Transport:
         """Return a transport to this process's memory."""
-        return _MemoryTransport(self.settings, self._clock)
+        return MemoryTransport(self.settings, self._clock)
 
 
 if TYPE_CHECKING:

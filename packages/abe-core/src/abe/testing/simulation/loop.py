@@ -60,7 +60,7 @@ class HostLoop(asyncio.BaseEventLoop):
         self._now = now
         self._serial = count(1).__next__
         self._clock_resolution = _PRECISION
-        self.set_exception_handler(lambda _, context: troubled(_told(context)))
+        self.set_exception_handler(lambda _, context: troubled(_text_of(context)))
 
     def time(self) -> float:
         """Return the host's time in seconds."""
@@ -87,6 +87,14 @@ class HostLoop(asyncio.BaseEventLoop):
         self.tasks[task] = None
         task.add_done_callback(self.tasks.pop)
         return task
+
+    def run_in_executor(self, *_: object) -> Any:
+        """Refuse: a thread has no part in virtual time.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError("a simulated process has no executor and no asyncio.to_thread: its time is virtual")
 
     def due(self, now: float) -> bool:
         """Whether something is ready, or a timer is due.
@@ -179,6 +187,6 @@ class HostLoop(asyncio.BaseEventLoop):
         """There are no sockets."""
 
 
-def _told(context: dict[str, Any]) -> str:
+def _text_of(context: dict[str, Any]) -> str:
     exception = context.get("exception")
     return f"{context.get('message')}: {exception!r}" if exception is not None else str(context.get("message"))

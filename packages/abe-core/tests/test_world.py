@@ -5,7 +5,8 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-from simulation.world import DeadlockError, LivelockError, World
+
+from abe.testing.simulation.world import DeadlockError, LivelockError, World
 
 
 def run(world: World, work: Coroutine[Any, Any, Any]) -> Any:

@@ -6,6 +6,7 @@ callbacks of a host are run in their order, as asyncio promises, unless the worl
 
 import asyncio
 import gc
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Coroutine
@@ -13,7 +14,7 @@ from random import Random
 from typing import Any, Final, TypeVar
 
 from abe.backends.message_queue.base.clock import Timer
-from simulation.loop import HostLoop
+from abe.testing.simulation.loop import HostLoop
 
 _T = TypeVar("_T")
 _TICK: Final = 2e-6
@@ -23,11 +24,11 @@ _TURN: Final = 20
 """Callbacks that a host runs at most before another one may: in half of its turns it runs one."""
 
 
-class DeadlockError(Exception):
+class DeadlockError(RuntimeError):
     """No callback is ready and no timer is set, but what is run has not ended."""
 
 
-class LivelockError(Exception):
+class LivelockError(RuntimeError):
     """Callbacks run on and on, more than any scenario needs."""
 
 
@@ -59,11 +60,11 @@ class Host:
     def __init__(self, world: "World", name: str, offset: float, rate: float) -> None:
         self.name = name
         self.world = world
-        self.loop = HostLoop(name, self.time, self._troubled)
-        self.clock = HostClock(self)
-        self.dead = False
+        self.loop: HostLoop = HostLoop(name, self.time, self._troubled)
+        self.clock: HostClock = HostClock(self)
+        self.dead: bool = False
         """Whether it was killed."""
-        self.frozen_until = 0.0
+        self.frozen_until: float = 0.0
         """Until when nothing of it runs, by the world's time."""
         self.on_arrival: list[asyncio.Task[Any]] = []
         """Tasks that are cancelled when messages next arrive."""
@@ -122,9 +123,9 @@ class World:
     """
 
     def __init__(self, seed: object, *, shuffled: bool = False) -> None:
-        self.now = 0.0
+        self.now: float = 0.0
         """Seconds since the beginning."""
-        self.steps = 0
+        self.steps: int = 0
         """Callbacks that were run."""
         self.hosts: list[Host] = []
         self._alive: list[Host] = []
@@ -167,6 +168,8 @@ class World:
     def close(self) -> None:
         """Let go of all hosts. What they still have to say is not heard."""
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        disabled = logging.root.manager.disable
+        logging.disable()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -176,6 +179,7 @@ class World:
                 gc.collect()
         finally:
             sys.unraisablehook = hook
+            logging.disable(disabled)
 
     def _turn(self) -> None:
         """Run some callbacks of one host, or let time pass."""

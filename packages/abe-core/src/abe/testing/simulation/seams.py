@@ -6,25 +6,34 @@ The modules' own names are replaced, for as long as a world runs; nothing outsid
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from itertools import count
 from random import Random
 from types import SimpleNamespace
 from typing import Any, Final
 from unittest.mock import patch
 
-from abe.backends.message_queue import threads
+from abe.backends.message_queue import threads as pool
 from abe.backends.message_queue.base import backoff
 from abe.backends.message_queue.engine import inbox, outgoing
 from abe.backends.message_queue.service import namespaces
-from simulation.threads import Queue, Thread
-from simulation.world import World
+from abe.errors import ConfigurationError
+from abe.testing.simulation.world import World
 
 EPOCH: Final = 1_800_000_000.0
 """The time of day when a world begins, in seconds since the epoch."""
 
+_GREENLET: Final = find_spec("greenlet")
+
 
 @contextmanager
-def seams(world: World, seed: object, queue: type[namespaces.Queue], settling_timeout: float) -> Iterator[None]:
+def seams(
+    world: World,
+    seed: object,
+    *,
+    queue: type[namespaces.Queue] = namespaces.Queue,
+    settling_timeout: float = inbox._UNRENEWED_TIMEOUT,  # pyright: ignore[reportPrivateUsage]
+) -> Iterator[None]:
     """Have the library take everything from a world, until the block ends.
 
     Args:
@@ -42,10 +51,9 @@ def seams(world: World, seed: object, queue: type[namespaces.Queue], settling_ti
         outgoing: {"time": SimpleNamespace(time_ns=lambda: int(today() * 1e9)), "next_id": _ids()},
         namespaces: {"time": today, "Queue": queue},
         inbox: {"_UNRENEWED_TIMEOUT": settling_timeout},
-        threads: {
-            "threading": SimpleNamespace(Thread=Thread),
-            "SimpleQueue": Queue,
+        pool: {
             "time": SimpleNamespace(time=today, monotonic=today, strftime=time.strftime, localtime=time.gmtime),
+            **_threads(),
         },
     }
     with ExitStack() as stack:
@@ -53,6 +61,21 @@ def seams(world: World, seed: object, queue: type[namespaces.Queue], settling_ti
             for name, value in names.items():
                 stack.enter_context(patch.object(module, name, value))
         yield
+
+
+def _threads() -> dict[str, Any]:
+    """Return what stands for threads and their queues."""
+    if _GREENLET is None:
+        return {"SimpleQueue": _refused}
+    from abe.testing.simulation.threads import Queue, Thread
+
+    return {"threading": SimpleNamespace(Thread=Thread), "SimpleQueue": Queue}
+
+
+def _refused() -> None:
+    raise ConfigurationError(
+        "a synchronous handler runs in a thread, which a simulation needs greenlet for: pip install 'abe-core[simulation]'"
+    )
 
 
 def _ids() -> Callable[[], str]:
