@@ -106,6 +106,13 @@ def test_what_ends_an_attempt_to_connect_becomes_ours(exc: Exception, kind: type
         assert hint in str(error)
 
 
+def test_a_server_that_repeats_the_arguments_of_a_command_shows_none_of_them() -> None:
+    reply = ReplyError("ERR unknown command 'AUTH', with args beginning with: 'app' 's3cret' ")
+    error = login_refused(b"AUTH", reply, "h:6379")
+    assert str(error).startswith("redis at h:6379: ERR unknown command 'AUTH' (check the user")
+    assert "s3cret" not in f"{error!r} {reply!r}", "the reply is its cause"
+
+
 def test_a_reply_that_nothing_expects_is_kept_as_it_is() -> None:
     assert type(translate(ReplyError("ERR unknown command 'XACKDEL'"), "h")) is RedisError
 

@@ -4,12 +4,14 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
 from abe import AsyncLoopConsumer
 from abe.backends.message_queue.base import Delivery
-from abe_backend_redis._receiver import RedisReceiver
+from abe.errors import BackendConnectionError
+from abe_backend_redis._receiver import GROUP, RedisReceiver
 from abe_contract_tests import bounds
 
 Collect = Callable[..., Awaitable[list[Delivery]]]
@@ -57,6 +59,30 @@ class TestOwners:
         for _ in range(8):
             assert list(await owner.renew([held])) == []
             assert await claims(rival, 0.15) == []
+
+    @pytest.mark.parametrize("renewing", ["is repeated by who recovers", "fails"])
+    async def test_what_is_in_hand_after_an_outage_is_not_handed_out_again(
+        self, lab: Any, collect: Collect, monkeypatch: pytest.MonkeyPatch, renewing: str
+    ) -> None:
+        transport = await lab.transport(lease=30.0)
+        await transport.declare("g", None, change=False)
+        receiver = await lab.receiver(transport)
+        await transport.send(lab.envelopes(1))
+        [held] = await collect(receiver, 1)
+        wire = await transport._broker.control()
+        idle = b"IDLE", 60_000, b"JUSTID"  # as if Redis had been away for two leases
+        await wire.call(b"XCLAIM", receiver._stream, GROUP, receiver._consumer, 0, held.native, *idle)
+        if renewing == "fails":
+            with monkeypatch.context() as patched:
+                patched.setattr(receiver, "_run", AsyncMock(side_effect=BackendConnectionError("no connection")))
+                with pytest.raises(BackendConnectionError):
+                    await receiver.renew([held])
+        else:
+            assert list(await receiver.recover([held])) == []
+        for _ in range(3):
+            assert list(await receiver.receive(10)) == []
+        assert list(await receiver.renew([held])) == []
+        assert not any(await receiver.ack([held], verify=True))
 
     async def test_what_the_consumer_itself_lost_sight_of_comes_back_to_it(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport(lease=0.3)

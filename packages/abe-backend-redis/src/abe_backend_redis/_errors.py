@@ -60,6 +60,9 @@ _DATABASE: Final = (
 _HOST: Final = "the host in REDIS_URL is not a valid host name"
 _ADDRESS: Final = "if this address is wrong, correct REDIS_URL"
 
+_ARGUMENTS: Final = ", with args beginning with"
+"""What Redis puts before the arguments of a command that it does not know: credentials, or a payload."""
+
 _FULL: Final = re.compile(r"ERR max number of clients")
 """The error of a server that accepts no more connections, before it disconnects."""
 
@@ -105,7 +108,8 @@ def is_refused(error: ReplyError) -> bool:
 
 
 def translate(reply: ReplyError, address: str) -> AbeError:
-    """Return the error for an error reply."""
+    """Return the error for an error reply. As that is the cause of the error, its text loses what must not be shown."""
+    reply.args = (str(reply).partition(_ARGUMENTS)[0],)
     kind = BackendConnectionError if _FULL.match(str(reply)) else _BY_CODE.get(code(reply), RedisError)
     hint = _FOREIGN_KEYS if kind is ConfigurationError else _HINTS.get(kind, "")
     return _error(kind, reply, hint, address)

@@ -56,6 +56,7 @@ class RedisReceiver:
         self._link = Link(broker.settings, f"abe-read-{group}", TICK + REPLY_TIMEOUT, self._prepare)
         self._client = 0
         self._reading: asyncio.Future[Reply] | None = None
+        self._renewed = True
         self._next_tick = 0.0
         self._next_registration = 0.0
         self._registered: set[bytes] = set()
@@ -144,18 +145,21 @@ class RedisReceiver:
         ours = {delivery.native: delivery for delivery in deliveries}
         lost: list[Delivery] = []
         entries = list(ours)
+        self._renewed = False
         for start in range(0, len(entries), _PAGE):
             some = entries[start : start + _PAGE]
             keys, args = [self._stream, self._alive], [self._consumer, self._lease, *some]
             lost += [ours[entry] for entry in await self._run("renew", keys, args, some)]
+        self._renewed = True
         return lost
 
     async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
-        """Give back deliveries of a lost reply, and return the lost ones."""
+        """Give back deliveries of a lost reply, renew the others, and return the lost ones."""
         await self._link.get()
         self._next_tick = 0.0
         ours = {delivery.native: delivery for delivery in deliveries}
-        return [ours[entry] for entry in await self._give_back(ours)]
+        lost = await self._give_back(ours)
+        return [*(ours.pop(entry) for entry in lost), *await self.renew(ours.values())]
 
     async def stop(self) -> None:
         """End the waiting read with CLIENT UNBLOCK, as a cancelled read could still receive messages.
@@ -223,8 +227,8 @@ class RedisReceiver:
 
     async def _tick(self, wire: Wire, limit: int) -> Sequence[Delivery]:
         keys = [self._stream, self._delayed, self._dead, self._alive]
-        # After the process was paused, its own leases have run out and are about to be renewed.
-        late = self._loop.time() - self._next_tick > self._lease / 4_000
+        # After the process was paused, or Redis was away, its own leases have run out and are about to be renewed.
+        late = not self._renewed or self._loop.time() - self._next_tick > self._lease / 4_000
         args = [self._consumer, self._lease, limit, int(late), *self._unregistered]
         entries, due, server_time = await self._broker.run("tick", keys, args, wire=wire)
         pause = TICK if due < 0 else min(TICK, due / 1000)
