@@ -122,6 +122,18 @@ async def test_one_that_nobody_was_there_for_has_not_been_attempted(lab: Any) ->
             await message.ack()
 
 
+async def test_one_that_is_first_seen_when_it_is_due_begins_with_its_first_attempt(lab: Any) -> None:
+    async with bounds.within(15):
+        backend = await lab.backend()
+        await backend.declare("g")
+        await injected(lab, due=-1)
+        async with backend.consume(group="g") as messages:
+            for attempt in (1, 2, 3):
+                message = await messages.receive()
+                assert message.attempt == attempt
+                await message.nack(delay=0)
+
+
 async def test_a_retry_within_12_hours_hides_the_message(lab: Any) -> None:
     async with bounds.within(15):
         receiver, delivery = await taken(lab)

@@ -157,6 +157,21 @@ def test_the_headers_that_aws_repeats_are_not_shown(code: str) -> None:
     assert code in str(caught.value)
 
 
+def test_the_password_of_a_proxy_is_not_shown() -> None:
+    native_error = native.ProxyConnectionError(
+        proxy_url="http://user:***@proxy", error=OSError("407, http://app:s3cret@proxy")
+    )
+    try:
+        try:
+            raise OSError("407, http://app:s3cret@proxy")
+        except OSError as exc:
+            raise native_error from exc
+    except native.ProxyConnectionError as exc:
+        error = translate(exc, "a")
+        error.__cause__ = exc
+    assert "s3cret" not in "".join(traceback.format_exception(error)) + repr(vars(native_error))
+
+
 def test_a_clock_that_is_wrong_is_named() -> None:
     assert "clock" in str(translate(answered("RequestTimeTooSkewed", 403), "here"))
 

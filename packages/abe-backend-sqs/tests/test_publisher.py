@@ -35,6 +35,29 @@ async def test_a_fan_out_that_failed_in_part_is_repeated_for_the_missing_queues_
         assert len(lab.gate.requests("SendMessageBatch")) == 5
 
 
+async def test_a_publish_with_more_time_than_others_is_repeated_for_the_missing_queues_only(
+    lab: Any, refusal: Refusal
+) -> None:
+    async with bounds.within(20):
+        maker: SqsBackend = await lab.backend()
+        await maker.declare("a")
+        await maker.declare("b")
+        backend: SqsBackend = await lab.backend(pinned=PINNED, publish_timeout=0.4)
+        tries = 0
+
+        def rule(name: str, body: dict[str, Any]) -> web.Response | None:
+            nonlocal tries
+            if name != "SendMessageBatch" or not body["QueueUrl"].endswith("-group-b"):
+                return None
+            tries += 1
+            return refusal("RequestThrottled") if tries < 6 else None
+
+        lab.gate.rules.append(rule)
+        await backend.publish("order.created", {"n": 1}, timeout=60)
+        assert tries == 6
+        assert [(await maker.stats(group)).waiting for group in ("a", "b")] == [1, 1]
+
+
 @pytest.mark.parametrize("again", ["the group stays", "the group is made again"])
 async def test_what_an_earlier_publish_of_the_id_reached_is_no_reason_to_leave_a_queue_out(
     lab: Any, refusal: Refusal, again: str

@@ -77,6 +77,24 @@ class TestKnowing:
             await reading
             assert reader._registry is None
 
+    async def test_tags_that_are_not_there_yet_are_read_again(self, lab: Any, refusal: Any) -> None:
+        """SQS may list a queue before it answers for it."""
+        async with bounds.within(15):
+            maker, publisher = await lab.transport(), await lab.transport()
+            await maker.declare("a", None, change=False)
+            lab.gate.times(1, "ListQueueTags", lambda _: refusal("QueueDoesNotExist"))
+            keeper = publisher.broker.groups.keeper
+            assert (await keeper.registry(time.monotonic())).groups == {}
+            assert (await keeper.registry(time.monotonic())).groups == {"a": ("#",)}
+
+    async def test_who_has_made_a_group_does_not_publish_by_what_was_read_before(self, lab: Any) -> None:
+        async with bounds.within(15):
+            other, maker = await lab.transport(), await lab.transport(groups={"new": ()}, registry_ttl=60)
+            await other.declare("other", None, change=False)
+            await maker.declare("new", None, change=False)
+            assert await maker.send([envelope()]) == ()
+            assert (await maker.stats("new")).waiting == 1
+
     async def test_tags_are_read_when_something_changed_and_not_otherwise(self, lab: Any) -> None:
         async with bounds.within(15):
             maker, publisher = await lab.transport(), await lab.transport()

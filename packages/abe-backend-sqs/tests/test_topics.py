@@ -67,23 +67,27 @@ async def test_where_others_make_the_queues_nothing_is_subscribed(lab: Any) -> N
         assert (await backend.stats("g")).waiting == 1
 
 
-async def test_what_reached_a_group_that_does_not_want_it_is_dropped_and_a_foreign_message_is_not(lab: Any) -> None:
+async def test_what_a_publisher_of_old_patterns_sends_is_dropped_and_what_was_there_or_is_foreign_is_not(
+    lab: Any,
+) -> None:
     async with bounds.within(20):
-        backend = await lab.backend(fanout="sns")
+        backend, late = await lab.backend(fanout="sns"), await lab.backend(fanout="sns", registry_ttl=60.0)
         await backend.declare("g")
         await backend.publish_many([("order.created", {"n": 1}), ("other", {"n": 2})])
+        await late.publish("order.created", {"n": 5})
         await lab.ask("send_message", QueueUrl=await lab.url("group", "g"), MessageBody='{"n": 3}')
         seen: set[int] = set()
         await backend.publish("other", {"n": 4}, group="g")
         await backend.declare("g", ["order.#"])
+        await late.publish_many([("other", {"n": 6}), ("order.created", {"n": 7})])
         async with backend.consume(group="g") as messages:
-            while len(seen) < 3:
+            while len(seen) < 6:
                 message = await messages.receive()
                 seen.add(message["n"])
                 await message.ack()
             while (stats := await backend.stats("g")).waiting or stats.in_flight:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
-        assert seen == {1, 3, 4}
+        assert seen == {1, 2, 3, 4, 5, 7}
 
 
 async def test_a_deleted_group_is_subscribed_no_more(lab: Any) -> None:

@@ -165,6 +165,8 @@ def translate(exc: BaseException, address: str) -> AbeError:
         if code(exc) in _SIGNATURES:
             _conceal(exc)
     else:
+        if isinstance(exc, native.ProxyConnectionError):
+            _forget_proxy(exc)
         kind = next((ours for theirs, ours in _BY_TYPE if isinstance(exc, theirs)), SqsError)
     if hint := _about_tls(exc):
         kind = ConfigurationError
@@ -260,6 +262,12 @@ def _conceal(exc: native.ClientError) -> None:
     )
     exc.args = (f"An error occurred ({code(exc)}) when calling the {exc.operation_name} operation: {text}",)
     exc.response = cast("Any", {**response, "Error": {**response["Error"], "Message": text}})
+
+
+def _forget_proxy(exc: native.ProxyConnectionError) -> None:
+    """Drop the error of the HTTP client, whose text has the proxy's URL with its password."""
+    exc.__cause__ = exc.__context__ = None
+    cast("dict[str, Any]", exc.kwargs).pop("error", None)
 
 
 def _unsent(exc: BaseException) -> bool:

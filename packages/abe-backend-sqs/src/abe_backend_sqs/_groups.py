@@ -178,6 +178,7 @@ class Groups:
             if self._settings.ensure:
                 await self.keeper.revise(name)  # first: a queue of this name may have existed with other tags
                 await self._create(name, await self.ensure(dead), tags(made))
+                self.keeper.forget()  # it was read before
         found = await self.keeper.group(await self.ensure(name, dead=dead))
         return found or await self._tag(made)
 

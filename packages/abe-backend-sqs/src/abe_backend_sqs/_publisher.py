@@ -31,7 +31,7 @@ class _Partial(NamedTuple):
     names: set[str]
     """The queues that have it."""
     since: float
-    """When that was found first, by the monotonic clock."""
+    """When it was tried last, by the monotonic clock."""
 
 
 class Publisher:
@@ -189,7 +189,7 @@ class Publisher:
         return found.names if found else ()
 
     def _forget_partial(self) -> None:
-        """Forget messages that are not retried, as the time of their publish is over. The first ones are the oldest."""
+        """Forget messages that are retried no more. The first ones are the oldest."""
         oldest = time.monotonic() - self._settings.publish_timeout
         while self._partial and (first := next(iter(self._partial.values()))).since < oldest:
             del self._partial[id(first.envelope)]
@@ -198,12 +198,11 @@ class Publisher:
         errors = [error for _, error in failed]
         # An error of a message that may be stored comes first, then a permanent one.
         worst = min(errors, key=lambda error: (not error.maybe_accepted, error.retryable))
-        known = self._partial.get(id(envelope))
-        if known is None:
-            if not done:
-                return worst
-            known = self._partial[id(envelope)] = _Partial(envelope, set(), time.monotonic())
-        known.names.update(done)
+        known = self._partial.pop(id(envelope), None)
+        if known is None and not done:
+            return worst
+        names = done | (known.names if known else set())
+        self._partial[id(envelope)] = _Partial(envelope, names, time.monotonic())  # the newest is the last
         missing = ", ".join(name for name, _ in failed)
         error = PublishUnknownError(f"some queues have the message, and these may have not: {missing}: {worst}")
         error.__cause__ = worst

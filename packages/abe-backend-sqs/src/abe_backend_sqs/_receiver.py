@@ -260,8 +260,8 @@ class SqsReceiver:
             delivery.attempt = max(1, delivery.attempt - uncounted(message))
             received_again = uncounted(message) > 0
             self._in_flight[delivery.native] = Leased(message, delivery, deadline, received_again=received_again)
-            # One that was put off, and that no consumer was there for since it is due, has counted what was no attempt.
-            if parsed.due and (parsed.due > now + 500 or _wire.received(message) > 1):
+            # One that waited is handed out as a copy: SQS has counted what was no attempt, and would not tell it from the first one.
+            if parsed.due:
                 early.append(delivery.native)
             else:
                 deliveries.append(delivery)

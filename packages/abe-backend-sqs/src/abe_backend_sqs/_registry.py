@@ -248,6 +248,8 @@ class RegistryKeeper:
         revisions = listing.of(name)
         if known is None or known.revisions != revisions or len(revisions) > 1 or name in self._missing:
             return False
+        if known.group is None and revisions:
+            return False  # it is being made, and SQS may not show all of it yet
         return bool(revisions) or time.monotonic() - known.read_at < _UNREVISED
 
     def _members(self, listing: Listing) -> Mapping[str, Group]:

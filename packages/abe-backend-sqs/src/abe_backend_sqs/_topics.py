@@ -117,7 +117,11 @@ async def wanted(keeper: RegistryKeeper, queue: Queue, group: str, messages: Seq
 
 
 def _unwanted(registry: Registry, group: str, messages: Sequence[Message]) -> Sequence[Message]:
-    """Return the messages that were published to all groups, and that this one does not want by that registry."""
+    """Return the messages that were published to all groups since this one has its patterns, and that it does not want.
+
+    What was published before stays: the group may have wanted it then.
+    """
     if not (patterns := registry.groups.get(group)):
         return []
-    return [each for each in messages if _wire.published(each) and not _wire.wants(patterns, each)]
+    since = registry.since.get(group, 0.0)
+    return [each for each in messages if _wire.published(each, since) and not _wire.wants(patterns, each)]

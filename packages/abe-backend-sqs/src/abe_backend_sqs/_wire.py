@@ -173,10 +173,11 @@ def wants(patterns: Sequence[str], message: Message) -> bool:
     return matches_any(patterns, parse(message).metadata.key)
 
 
-def published(message: Message) -> bool:
-    """Whether it was published to all groups that want its key, and not put into one queue alone."""
+def published(message: Message, since: float) -> bool:
+    """Whether it was published to all groups that want its key since then (in seconds since the epoch), not put into one queue alone."""
     parsed = parse(message)
-    return _META in _attributes(message) and parsed.fault is None and not parsed.only
+    ours = _META in _attributes(message) and parsed.fault is None and not parsed.only
+    return ours and parsed.metadata.published_at >= since * 1000
 
 
 def parse(message: Message) -> Parsed:
