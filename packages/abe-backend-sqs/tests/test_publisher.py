@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from aiohttp import web
 
 from abe.backends.message_queue.base import Envelope, Publication
 from abe.errors import BackpressureError, PermissionDeniedError, PublishUnknownError, UnroutableError
-from abe_backend_sqs import SqsBackend
+from abe_backend_sqs import SqsBackend, _publisher
 from abe_contract_tests import bounds
 
 Refusal = Callable[..., web.Response]
@@ -35,26 +36,24 @@ async def test_a_fan_out_that_failed_in_part_is_repeated_for_the_missing_queues_
         assert len(lab.gate.requests("SendMessageBatch")) == 5
 
 
-async def test_a_publish_with_more_time_than_others_is_repeated_for_the_missing_queues_only(
-    lab: Any, refusal: Refusal
+async def test_a_fan_out_that_is_tried_for_long_is_repeated_for_the_missing_queues_only(
+    lab: Any, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with bounds.within(20):
         maker: SqsBackend = await lab.backend()
         await maker.declare("a")
         await maker.declare("b")
-        backend: SqsBackend = await lab.backend(pinned=PINNED, publish_timeout=0.4)
-        tries = 0
-
-        def rule(name: str, body: dict[str, Any]) -> web.Response | None:
-            nonlocal tries
-            if name != "SendMessageBatch" or not body["QueueUrl"].endswith("-group-b"):
-                return None
-            tries += 1
-            return refusal("RequestThrottled") if tries < 6 else None
-
-        lab.gate.rules.append(rule)
-        await backend.publish("order.created", {"n": 1}, timeout=60)
-        assert tries == 6
+        transport = await lab.transport(pinned=PINNED)
+        now = 1_000.0
+        monkeypatch.setattr(_publisher, "time", SimpleNamespace(monotonic=lambda: now))
+        lab.gate.times(
+            4,
+            "SendMessageBatch",
+            lambda body: refusal("RequestThrottled") if body["QueueUrl"].endswith("-group-b") else None,
+        )
+        message = Envelope("id", "k", b"{}", 1_700_000_000_000)
+        while any(await transport.send([message])):
+            now += 0.9 * transport._settings.publish_timeout
         assert [(await maker.stats(group)).waiting for group in ("a", "b")] == [1, 1]
 
 
