@@ -1,7 +1,6 @@
 """An open channel, which publishes with confirms, or consumes. Its frames bypass aiormq, by the tap of its connection."""
 
 import asyncio
-import logging
 import struct
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, TypeAlias
@@ -11,13 +10,14 @@ from pamqp import commands
 from pamqp import frame as pamqp_frame
 
 from abe.backends.message_queue.base import Delivery
+from abe.backends.message_queue.base.log import Log
 from abe.errors import AbeError, BackendConnectionError, BackpressureError, UnroutableError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._errors import Refusal
 from abe_backend_rabbitmq._tap import Tap
 from abe_backend_rabbitmq._wire import Header
 
-_log: Final = logging.getLogger("abe.rabbitmq")
+_log: Final = Log("abe.rabbitmq")
 
 _U32: Final = struct.Struct(">I").unpack_from
 _U64: Final = struct.Struct(">Q").unpack_from

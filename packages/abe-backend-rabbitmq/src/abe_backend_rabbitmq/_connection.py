@@ -5,7 +5,6 @@ returns.
 """
 
 import asyncio
-import logging
 from collections.abc import Coroutine
 from contextvars import copy_context
 from typing import Any, Final, TypeVar
@@ -17,6 +16,7 @@ from pamqp import frame as pamqp_frame
 from pamqp.exceptions import PAMQPException
 from yarl import URL
 
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.tasks import Background, SharedTask, ignore_failure, result_of
 from abe.errors import BackendConnectionError, ConfigurationError
 from abe_backend_rabbitmq._channel import Channel
@@ -27,7 +27,7 @@ from abe_backend_rabbitmq._tap import TapFactory
 from abe_backend_rabbitmq._tls import tls_context
 from abe_backend_rabbitmq._watch import Watch
 
-_log: Final = logging.getLogger("abe.rabbitmq")
+_log: Final = Log("abe.rabbitmq")
 
 _CLOSE_TIMEOUT: Final = 1.0
 """Seconds that closing waits for the broker's answer."""

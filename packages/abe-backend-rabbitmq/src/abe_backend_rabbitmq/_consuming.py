@@ -5,10 +5,10 @@ wait for a handler are returned to their queue long before, and consumed again i
 """
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
+from abe.backends.message_queue.base.log import Log
 from abe.errors import AbeError
 from abe_backend_rabbitmq._broker import Broker
 from abe_backend_rabbitmq._channel import Channel, Pushed
@@ -16,7 +16,7 @@ from abe_backend_rabbitmq._connection import run_to_completion
 from abe_backend_rabbitmq._errors import translated
 from abe_backend_rabbitmq._pace import OVERDUE, TICKS, WAITED, Pace
 
-_log: Final = logging.getLogger("abe.rabbitmq")
+_log: Final = Log("abe.rabbitmq")
 
 _SOME: Final = 4
 """Messages that a consumer settles in a tick at least if it is not slow."""

@@ -4,7 +4,6 @@ A broker that is short of memory stops reading from a connection that publishes;
 """
 
 import asyncio
-import logging
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,11 +12,12 @@ from typing import Final, TypeVar
 
 from aiormq.abc import AbstractChannel
 
+from abe.backends.message_queue.base.log import Log
 from abe.errors import AbeError, BackendConnectionError
 from abe_backend_rabbitmq._connection import Connection, Link, run_to_completion
 from abe_backend_rabbitmq._errors import ChannelLocked, ChannelNotFound, translated
 
-_log: Final = logging.getLogger("abe.rabbitmq")
+_log: Final = Log("abe.rabbitmq")
 
 _POLL: Final = 0.005
 _LONGEST_POLL: Final = 0.05

@@ -1,6 +1,5 @@
 """Declares groups, changes their patterns, deletes them."""
 
-import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -8,6 +7,7 @@ from typing import Any, Final, TypeVar
 
 from aiormq.abc import AbstractChannel
 
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.names import EVERYTHING
 from abe.backends.message_queue.base.routing import group_missing
 from abe.errors import BackendConnectionError, ConfigurationError
@@ -18,7 +18,7 @@ from abe_backend_rabbitmq._errors import ChannelNotFound
 from abe_backend_rabbitmq._registry import Entry, Registry, RegistryKeeper
 from abe_backend_rabbitmq._topology import LEVELS, Topology
 
-_log: Final = logging.getLogger("abe.rabbitmq")
+_log: Final = Log("abe.rabbitmq")
 
 _LATELY: Final = 1.0
 """Seconds for which a read of the registry is recent."""

@@ -12,7 +12,6 @@ is full or missing, is retried after three minutes, and blocks those behind it.
 """
 
 import asyncio
-import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,6 +20,7 @@ from typing import Any, Final, NamedTuple
 from aiormq.abc import DeliveredMessage
 
 from abe.backends.message_queue.base import Delivery
+from abe.backends.message_queue.base.log import Log
 from abe.errors import AbeError, UnroutableError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._broker import Broker
@@ -30,7 +30,7 @@ from abe_backend_rabbitmq._errors import ChannelNotFound, translated
 from abe_backend_rabbitmq._topology import TICK
 from abe_backend_rabbitmq._wire import Header
 
-_log: Final = logging.getLogger("abe.rabbitmq")
+_log: Final = Log("abe.rabbitmq")
 
 _PREFETCH: Final = 32
 _NEAR: Final = 1.0

@@ -1,11 +1,11 @@
 """Moves parked messages to the groups that want them."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from abe.backends.message_queue.base.log import Log
 from abe.errors import AbeError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._browser import Browser, Found
@@ -17,7 +17,7 @@ from abe_backend_rabbitmq._registry import Registry, RegistryKeeper
 from abe_backend_rabbitmq._topology import Topology
 from abe_backend_rabbitmq._wire import Header
 
-_log: Final = logging.getLogger("abe.rabbitmq")
+_log: Final = Log("abe.rabbitmq")
 
 _RARELY: Final = 600.0
 """Seconds after which messages that no group wanted are browsed again although their number is the same."""

@@ -11,6 +11,8 @@ from typing import Final, TypeVar
 
 from aiormq.exceptions import AMQPError
 
+from abe.backends.message_queue.base.log import Log
+
 OURS: Final[ContextVar[bool]] = ContextVar("ours", default=False)
 """Whether the current task works for one of our connections."""
 
@@ -26,7 +28,7 @@ _LOGGERS: Final = (
 _SHUTDOWN: Final = "unhandled exception during asyncio.run() shutdown"
 """The beginning of the message of `asyncio.runners` about a cancelled task that raised."""
 
-_log: Final = logging.getLogger("abe.rabbitmq")
+_log: Final = Log("abe.rabbitmq")
 
 _T = TypeVar("_T")
 

@@ -1,7 +1,6 @@
 """RabbitMQ's receiver: one consumer of one group."""
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from abe.backends.message_queue.base import Delivery, Disposition, Metadata, Outcomes, Settlement
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
+from abe.backends.message_queue.base.log import Log
 from abe.errors import AbeError, BackendConnectionError, GroupMissingError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._broker import Broker
@@ -20,7 +20,7 @@ from abe_backend_rabbitmq._pace import LONG
 from abe_backend_rabbitmq._settlements import Settlements
 from abe_backend_rabbitmq._wire import Header
 
-_log: Final = logging.getLogger("abe.rabbitmq")
+_log: Final = Log("abe.rabbitmq")
 
 TICK: Final = 1.0
 """Seconds after which a `receive` without a delivery returns."""

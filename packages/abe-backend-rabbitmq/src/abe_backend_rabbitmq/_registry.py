@@ -5,7 +5,6 @@ a reader takes the message and returns it at once, and one that finds the queue 
 """
 
 import asyncio
-import logging
 import random
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
@@ -16,6 +15,7 @@ import msgspec
 from aiormq.abc import AbstractChannel
 from pamqp import commands
 
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.routing import matches_any
 from abe.backends.message_queue.base.tasks import Background, ignore_failure, result_of
 from abe.errors import BackendConnectionError, ConfigurationError
@@ -23,7 +23,7 @@ from abe_backend_rabbitmq._connection import Connection
 from abe_backend_rabbitmq._control import PINNED, Control, Lock
 from abe_backend_rabbitmq._topology import Topology
 
-_log: Final = logging.getLogger("abe.rabbitmq")
+_log: Final = Log("abe.rabbitmq")
 
 _PROPERTIES: Final = commands.Basic.Properties(content_type="application/json", delivery_mode=2)
 _CLOSE_TIMEOUT: Final = 1.0

@@ -1,13 +1,13 @@
 """Settlements other than acknowledgements: a copy replaces the message, or the message returns to its queue."""
 
 import asyncio
-import logging
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, TypeAlias
 
 from abe.backends.message_queue.base import Delivery, Disposition, Outcomes, Settlement
+from abe.backends.message_queue.base.log import Log
 from abe.errors import AbeError, BackpressureError, UnroutableError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._broker import Broker
@@ -16,7 +16,7 @@ from abe_backend_rabbitmq._errors import BlockedError, RabbitMQError, lost, tran
 from abe_backend_rabbitmq._tried import is_ours
 from abe_backend_rabbitmq._wire import Header
 
-_log: Final = logging.getLogger("abe.rabbitmq")
+_log: Final = Log("abe.rabbitmq")
 
 _LONGEST: Final = 20.0
 """Seconds that a message stays in flight while the broker takes no copies."""

@@ -1,10 +1,10 @@
 """The server as the transport and the receivers share it: connections, scripts, version."""
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from typing import Final
 
+from abe.backends.message_queue.base.log import Log
 from abe.errors import ConfigurationError
 from abe_backend_redis._connection import REPLY_TIMEOUT, Link
 from abe_backend_redis._errors import ReplyError, code, translate
@@ -13,7 +13,7 @@ from abe_backend_redis._scripts import SCRIPTS
 from abe_backend_redis._settings import RedisSettings
 from abe_backend_redis._topology import Topology
 
-_log: Final = logging.getLogger("abe.redis")
+_log: Final = Log("abe.redis")
 _FLOOR: Final = (6, 2)
 
 

@@ -1,7 +1,6 @@
 """Connects and logs in, and explains failures."""
 
 import asyncio
-import logging
 import socket
 import ssl
 from collections.abc import Sequence
@@ -11,13 +10,14 @@ from typing import Final
 
 import hiredis
 
+from abe.backends.message_queue.base.log import Log
 from abe.errors import AbeError, BackendConnectionError, ConfigurationError
 from abe_backend_redis._errors import ReplyError, is_refused, login_refused, unreachable
 from abe_backend_redis._options import Options, read, tls_context
 from abe_backend_redis._protocol import Argument, Wire
 from abe_backend_redis._settings import RedisSettings
 
-_log: Final = logging.getLogger("abe.redis")
+_log: Final = Log("abe.redis")
 
 _LIBRARY: Final = "abe-backend-redis"
 _VERSION: Final = version(_LIBRARY)

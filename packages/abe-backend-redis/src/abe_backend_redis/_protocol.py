@@ -4,7 +4,6 @@ redis-py's own reading and writing would be most of a message's cost.
 """
 
 import asyncio
-import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,11 +11,12 @@ from typing import Any, Final, TypeAlias, cast
 
 import hiredis
 
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.tasks import ignore_failure
 from abe.errors import BackendConnectionError
 from abe_backend_redis._errors import ReplyError, code
 
-_log: Final = logging.getLogger("abe.redis")
+_log: Final = Log("abe.redis")
 
 IDLE: Final = 3.0
 """Seconds without received data after which a PING is sent, so that a lost connection is noticed before it is needed."""

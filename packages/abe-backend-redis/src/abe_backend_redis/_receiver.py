@@ -1,7 +1,6 @@
 """Redis's receiver: one consumer of one group."""
 
 import asyncio
-import logging
 import os
 import socket
 import uuid
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from abe.backends.message_queue.base import Delivery, Disposition, Metadata, Outcomes, Settlement
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.routing import lease_lost
 from abe.errors import AbeError, GroupMissingError, LeaseLostError
 from abe_backend_redis import _wire
@@ -20,7 +20,7 @@ from abe_backend_redis._errors import ReplyError, code, is_refused, translate, t
 from abe_backend_redis._protocol import Reply, Wire
 from abe_backend_redis._topology import GROUP, RELEASED
 
-_log: Final = logging.getLogger("abe.redis")
+_log: Final = Log("abe.redis")
 
 TICK: Final = 0.5
 """Seconds between two ticks, which move due messages and claim abandoned ones. No read blocks for longer."""

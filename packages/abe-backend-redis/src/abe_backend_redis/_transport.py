@@ -1,7 +1,6 @@
 """Redis's transport: the primitives that the engine calls."""
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -9,6 +8,7 @@ import msgspec
 
 from abe.backends.message_queue.base import Batching, DeadLetter, Envelope, GroupStats, Outcomes, Receiving, Settling
 from abe.backends.message_queue.base import Transport as TransportProtocol
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.names import EVERYTHING
 from abe.errors import AbeError, BackendConnectionError, PublishUnknownError
 from abe_backend_redis._broker import Broker
@@ -20,7 +20,7 @@ from abe_backend_redis._registry import Registry, patterns_of
 from abe_backend_redis._scripts import SCRIPTS
 from abe_backend_redis._settings import RedisSettings
 
-_log: Final = logging.getLogger("abe.redis")
+_log: Final = Log("abe.redis")
 _EVERYTHING: Final = msgspec.json.encode(EVERYTHING)
 _STALE: Final = 20
 """How often the groups may change during one publish before it fails."""

@@ -5,10 +5,10 @@ silently break the contract. It is corrected if the group's tags say that it is 
 """
 
 import json
-import logging
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
+from abe.backends.message_queue.base.log import Log
 from abe.errors import ConfigurationError, PermissionDeniedError
 from abe_backend_sqs._errors import SqsError
 from abe_backend_sqs._queue import Queue
@@ -16,7 +16,7 @@ from abe_backend_sqs._settings import SqsSettings
 from abe_backend_sqs._topology import FIFO
 from abe_backend_sqs._wire import LIMIT
 
-_log: Final = logging.getLogger("abe.sqs")
+_log: Final = Log("abe.sqs")
 
 _RETENTION: Final = 14 * 86_400
 """Seconds that SQS keeps a message at most."""

@@ -5,7 +5,6 @@ visible when browsing ends, also early, and become visible by themselves after a
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
@@ -13,6 +12,7 @@ from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Final, Self, cast
 
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.tasks import result_of
 from abe.errors import BackendConnectionError
 from abe_backend_sqs import _wire
@@ -21,7 +21,7 @@ from abe_backend_sqs._errors import QueueMissingError, ThrottledError
 from abe_backend_sqs._queue import Queue
 from abe_backend_sqs._wire import Message
 
-_log: Final = logging.getLogger("abe.sqs")
+_log: Final = Log("abe.sqs")
 
 _VISIBILITY: Final = 60
 """Seconds for which received messages are invisible at most."""

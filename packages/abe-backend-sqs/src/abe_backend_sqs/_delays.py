@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from abe.backends.message_queue.base import ExponentialBackoff
 from abe.backends.message_queue.base.clock import pause
+from abe.backends.message_queue.base.log import Log
 from abe.errors import AbeError, BackendConnectionError, LeaseLostError
 from abe_backend_sqs import _wire
 from abe_backend_sqs._copies import Copies
@@ -16,7 +17,7 @@ from abe_backend_sqs._publisher import Publisher
 from abe_backend_sqs._queue import LONGEST_VISIBILITY
 from abe_backend_sqs._wire import BATCH, Message
 
-_log: Final = logging.getLogger("abe.sqs")
+_log: Final = Log("abe.sqs")
 _BACKOFF: Final = ExponentialBackoff(initial=0.1, maximum=30.0)
 
 

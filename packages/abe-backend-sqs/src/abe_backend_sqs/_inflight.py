@@ -1,6 +1,5 @@
 """What one consumer has in flight: messages that SQS counts as ours, until their leases run out."""
 
-import logging
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -8,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from abe.backends.message_queue.base import Delivery, Disposition, Settlement
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.routing import lease_lost
 from abe.errors import AbeError
 from abe_backend_sqs._queue import LONGEST_VISIBILITY
 from abe_backend_sqs._wire import Message, received
 
-_log: Final = logging.getLogger("abe.sqs")
+_log: Final = Log("abe.sqs")
 
 Receipt: TypeAlias = str
 """The handle by which a delivery was known first."""

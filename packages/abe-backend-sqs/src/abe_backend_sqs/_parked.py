@@ -9,13 +9,14 @@ from typing import Final
 
 from abe.backends.message_queue.base import ExponentialBackoff
 from abe.backends.message_queue.base.clock import pause
+from abe.backends.message_queue.base.log import Log
 from abe.errors import AbeError, BackendConnectionError
 from abe_backend_sqs import _wire
 from abe_backend_sqs._broker import Broker
 from abe_backend_sqs._browser import Browser
 from abe_backend_sqs._wire import Entry, Message
 
-_log: Final = logging.getLogger("abe.sqs")
+_log: Final = Log("abe.sqs")
 _BACKOFF: Final = ExponentialBackoff(initial=0.1, maximum=5.0)
 _FULL_LOOK: Final = 100_000
 """Parked messages that are browsed. SQS lets 120,000 of a queue be invisible at once."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from abe.backends.message_queue.base import Delivery, Disposition, Metadata, Outcomes, Settlement
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.tasks import gather_all
 from abe.errors import AbeError, GroupMissingError
 from abe_backend_sqs import _wire
@@ -21,7 +22,7 @@ from abe_backend_sqs._settlements import Settlements, raise_if_retryable
 from abe_backend_sqs._topics import wanted
 from abe_backend_sqs._wire import BATCH, Message
 
-_log: Final = logging.getLogger("abe.sqs")
+_log: Final = Log("abe.sqs")
 
 _EARLY: Final = LONGEST_DELAY - 300
 """Seconds before it is due that a long delayed message is looked at again: its last stretch is a delay of SQS's own."""

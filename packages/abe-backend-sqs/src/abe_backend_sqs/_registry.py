@@ -25,13 +25,13 @@ keep the group, so that a publish that it wants is retried, and fails in the end
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Final, NamedTuple
 
 from abe.backends.message_queue.base import ExponentialBackoff
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.routing import Routes
 from abe.backends.message_queue.base.tasks import SharedTask, result_of
 from abe.errors import AbeError, BackendClosedError, BackendConnectionError
@@ -42,7 +42,7 @@ from abe_backend_sqs._queue import Queue
 from abe_backend_sqs._tags import Group, Listing, Registry, common_topic, from_tags
 from abe_backend_sqs._topology import FIFO, Topology
 
-_log: Final = logging.getLogger("abe.sqs")
+_log: Final = Log("abe.sqs")
 
 _MAX_CONCURRENT: Final = 3
 """Requests for tags, at once."""

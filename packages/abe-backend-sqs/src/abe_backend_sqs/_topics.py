@@ -1,13 +1,13 @@
 """Fan-out by SNS: one topic for the namespace, to which the queue of each group is subscribed."""
 
 import json
-import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final, cast
 
 from abe.backends.message_queue.base import Outcomes
+from abe.backends.message_queue.base.log import Log
 from abe.errors import AbeError
 from abe_backend_sqs import _wire
 from abe_backend_sqs._connection import Clients
@@ -17,7 +17,7 @@ from abe_backend_sqs._registry import RegistryKeeper
 from abe_backend_sqs._tags import Registry
 from abe_backend_sqs._wire import Entry, Message
 
-_log: Final = logging.getLogger("abe.sqs")
+_log: Final = Log("abe.sqs")
 
 SNS_LIMIT: Final = 262_144
 """Bytes of a message, and of a batch of them, that any topic takes. What is larger goes to the queues directly."""

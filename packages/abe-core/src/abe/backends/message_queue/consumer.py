@@ -1,7 +1,6 @@
 """`AsyncLoopConsumer`: runs a handler for each message of a group."""
 
 import asyncio
-import logging
 from collections.abc import Coroutine, Generator, Sequence
 from functools import partial
 from types import TracebackType
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.consumer import EventConsumer
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.middleware import Middleware, check_middleware
 from abe.backends.message_queue.base.names import (
@@ -33,7 +33,7 @@ from abe.errors import AbeError, BackendClosedError, ConfigurationError, Unsuppo
 from abe.settings import QueueSettings
 from abe.types import MessageQueueBackendProtocol
 
-_log: Final = logging.getLogger("abe.consumer")
+_log: Final = Log("abe.consumer")
 _RECONNECT: Final = ExponentialBackoff(initial=0.1, maximum=10.0)
 _PREFETCH: Final = 4
 """Prefetched messages per worker: enough to keep the workers busy while one batch travels and another is confirmed."""

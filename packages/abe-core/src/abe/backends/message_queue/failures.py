@@ -2,18 +2,18 @@
 
 import asyncio
 import logging
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.minimal import PlainMessage
 from abe.backends.message_queue.report import reason_of, shown, text_of
 from abe.backends.message_queue.retry import Reject, RetryPolicy
 from abe.errors import AlreadySettledError
 
-_log: Final = logging.getLogger("abe.consumer")
+_log: Final = Log("abe.consumer")
 _DEFAULT: Final = ExponentialBackoff()
 _GIVEN_UP: Final = "moved to the dead letters"
 
@@ -47,12 +47,12 @@ class Failures:
         printable, error = shown(exc)
         if not isinstance(message, Message) or isinstance(message, PlainMessage):  # the provider takes no settlement
             template = "the handler failed, and the message is not retried: %s"
-            _say(logging.ERROR, template, reason_of(exc), exc_info=printable)
+            _log.error(template, reason_of(exc), exc_info=printable)
             return
         facts = _facts(message)
         if message.settled:
             template = "the handler settled %s and then failed: %s"
-            _say(logging.WARNING, template, _named(facts), reason_of(exc), exc_info=printable, extra=facts)
+            _log.warning(template, _named(facts), reason_of(exc), exc_info=printable, extra=facts)
             return
         decision = self._judge(exc, message.attempt, facts)
         delivery = message._delivery  # pyright: ignore[reportPrivateUsage]
@@ -80,11 +80,11 @@ class Failures:
             raise
         except BaseException as fault:  # noqa: BLE001 - the policy is application code: its failure must not stop other messages
             template = "the retry policy failed on %s, using the default backoff: %s"
-            _say(logging.ERROR, template, _named(facts), reason_of(fault), exc_info=shown(fault)[0], extra=facts)
+            _log.error(template, _named(facts), reason_of(fault), exc_info=shown(fault)[0], extra=facts)
             return _Decision(min(_DEFAULT(attempt), self._max_delay), reason_of(exc))
         if after is not None and not 0 <= after <= self._max_delay:
             template = "a backoff of %r s is not possible, limiting it to 0 to %g s"
-            _say(logging.WARNING, template, after, self._max_delay, extra=facts)
+            _log.warning(template, after, self._max_delay, extra=facts)
             after = self._max_delay if after > self._max_delay else 0.0
         return _Decision(after, reason)
 
@@ -96,7 +96,7 @@ class Failures:
         elif attempt < self._max_attempts:
             level, then = logging.WARNING, f"retrying in {decision.after:.3g} s"
         arguments = _named(facts), attempt, self._max_attempts, decision.reason, then
-        _say(level, template, *arguments, exc_info=printable, extra=facts)
+        _log.log(level, template, *arguments, exc_info=printable, extra=facts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +113,10 @@ async def _settle(message: Message, decision: _Decision, error: str, facts: dict
         else:
             await message.nack(decision.after, reason=decision.reason, error=error)
     except AlreadySettledError:
-        _say(logging.INFO, "%s was settled meanwhile", _named(facts), extra=facts)
+        _log.info("%s was settled meanwhile", _named(facts), extra=facts)
     except Exception as failure:  # noqa: BLE001 - this task's only observer is the log
         template = "%s failed and could not be settled, it is delivered again when its lease runs out: %s"
-        _say(logging.WARNING, template, _named(facts), reason_of(failure), extra=facts)
-
-
-def _say(level: int, template: str, *arguments: object, **options: Any) -> None:
-    # A logging filter of the application that raises must not prevent the settlement.
-    with suppress(Exception):
-        _log.log(level, template, *arguments, **options)
+        _log.warning(template, _named(facts), reason_of(failure), extra=facts)
 
 
 def _facts(message: Message) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import difflib
 import inspect
-import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final
 
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.middleware import Middleware
 from abe.backends.message_queue.base.protocol import FullBackend, MessageQueueBackend
 from abe.backends.message_queue.minimal import full
@@ -16,7 +16,7 @@ from abe.logging.utils import apply_debug_switches
 from abe.settings import env_text, shown
 from abe.spelling import warn
 
-_log: Final = logging.getLogger("abe.loader")
+_log: Final = Log("abe.loader")
 
 ENTRY_POINT_GROUP: Final = "abe.backends.message_queue"
 OLDER_ENTRY_POINT_GROUP: Final = "abe.backends.message_queue.service"

@@ -6,17 +6,17 @@ newest subscription receives, which keeps the order; an older one is closed when
 """
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.base.tasks import SharedTask
 from abe.errors import AbeError, BackendClosedError
 
-_log: Final = logging.getLogger("abe.consumer")
+_log: Final = Log("abe.consumer")
 _MAX_IN_FLIGHT: Final = 1000
 """Limit for the messages in flight in all, approximately: small enough for a process's memory whatever their size."""
 

@@ -6,7 +6,6 @@ Such a provider takes one kind of settlement: the request for the next message. 
 
 import asyncio
 import inspect
-import logging
 import sys
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, cast
 
 from abe.backends.message_queue.base.capabilities import Capabilities, Durability
 from abe.backends.message_queue.base.groups import GroupStats
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.middleware import Publication
 from abe.backends.message_queue.base.names import check_seconds
@@ -31,7 +31,7 @@ from abe.errors import (
 )
 from abe.types import Publishable
 
-_log: Final = logging.getLogger("abe.consumer")
+_log: Final = Log("abe.consumer")
 _CLOSING: Final = 5.0
 """Seconds for a provider to close its iterator."""
 

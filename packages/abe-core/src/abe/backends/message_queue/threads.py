@@ -10,9 +10,10 @@ from contextvars import copy_context
 from queue import SimpleQueue
 from typing import Any, Final
 
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.report import reason_of
 
-_log: Final = logging.getLogger("abe.consumer")
+_log: Final = Log("abe.consumer")
 
 
 class ThreadCall:

@@ -1,15 +1,15 @@
 """A time limit for handlers, with one timer for all: an ``asyncio.timeout`` for each would cost more than the rest of the loop."""
 
 import asyncio
-import logging
 import math
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
 
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.threads import ThreadCall
 
-_log: Final = logging.getLogger("abe.consumer")
+_log: Final = Log("abe.consumer")
 _T = TypeVar("_T")
 _PRECISION: Final = 0.1
 """How late a handler may be cancelled, as a fraction of the limit."""

@@ -1,13 +1,13 @@
 """The workers of a consumer: a fixed set of tasks, each of which takes one message at a time and calls the handler."""
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Coroutine
 from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, Final
 
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.failures import Failures
@@ -17,7 +17,7 @@ from abe.backends.message_queue.signals import is_of_signal
 from abe.backends.message_queue.threads import Threads
 from abe.errors import AbeError, BackendClosedError
 
-_log: Final = logging.getLogger("abe.consumer")
+_log: Final = Log("abe.consumer")
 _STUBBORN: Final = 5.0
 """Seconds to wait for handlers that were cancelled."""
 

@@ -1,19 +1,19 @@
 """Makes calls on a transport: in the event loop that owns it, connected, and within a time limit."""
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
 from typing import Final, TypeVar
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.transport import Transport
 from abe.backends.message_queue.engine.session import Session
 from abe.errors import AbeError, BackendClosedError, BackendConnectionError, EventLoopError
 from abe.settings import QueueSettings
 
 _T = TypeVar("_T")
-_log: Final = logging.getLogger("abe.engine")
+_log: Final = Log("abe.engine")
 _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=1.0)
 
 

@@ -1,17 +1,17 @@
 """Taking messages from the broker: as many as there is room for, and on after whatever breaks."""
 
 import asyncio
-import logging
 import sys
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Final
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.clock import Clock, sleep
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.transport import Delivery, Receiver, Receiving
 from abe.errors import AbeError, GroupMissingError
 
-_log: Final = logging.getLogger("abe.engine")
+_log: Final = Log("abe.engine")
 _RECONNECT: Final = ExponentialBackoff(initial=0.05, maximum=5.0)
 
 

@@ -3,17 +3,17 @@
 import asyncio
 import logging
 from collections.abc import Collection
-from contextlib import suppress
 from typing import Final
 
 from abe.backends.message_queue.base.backoff import Backoff, ExponentialBackoff
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.names import check_seconds
 from abe.backends.message_queue.base.transport import Delivery, Disposition, Metadata, Receiver, Settlement
 from abe.backends.message_queue.engine.settler import Settler
 from abe.errors import AbeError, AlreadySettledError, DecodeError, LeaseLostError, UnsupportedCapabilityError
 
-_log: Final = logging.getLogger("abe.engine")
+_log: Final = Log("abe.engine")
 _RETRY: Final[Backoff] = ExponentialBackoff()
 
 _DROPPED: Final = 1.0
@@ -202,8 +202,7 @@ class InFlight:
             "attempt": delivery.attempt,
         }
         template = "message %r (key %r) of group %r, attempt %d, %s"
-        with suppress(Exception):  # a logging filter of the application that raises concerns no message
-            _log.log(level, template, *facts.values(), what, extra=facts)
+        _log.log(level, template, *facts.values(), what, extra=facts)
 
     def _failure(self, delivery: Delivery, delay: float, reason: str, error: str) -> Settlement:
         reason, error = _text(reason), _text(error)

@@ -1,12 +1,12 @@
 """The inbox of one subscription: takes messages from the broker within a bound, and hands them out."""
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Final
 
 from abe.backends.message_queue.base.clock import Clock, sleep
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.transport import Delivery, Receiver, Receiving, Settling
 from abe.backends.message_queue.engine.fetcher import Fetcher
@@ -16,7 +16,7 @@ from abe.backends.message_queue.engine.settler import Settler
 from abe.codec import Codec
 from abe.errors import AbeError, BackendClosedError, DecodeError
 
-_log: Final = logging.getLogger("abe.engine")
+_log: Final = Log("abe.engine")
 _UNRENEWED_TIMEOUT: Final = 30.0
 """Seconds for which a settlement is tried, and others are waited for, where the broker has no lease that would run out."""
 

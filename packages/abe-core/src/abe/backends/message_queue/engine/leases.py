@@ -1,15 +1,15 @@
 """Renews leases, every third of a lease, while a message is buffered, in a handler, or being settled."""
 
 import asyncio
-import logging
 from collections.abc import Callable, Collection
 from typing import Final
 
 from abe.backends.message_queue.base.clock import Clock, sleep
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.transport import Delivery, Receiver
 from abe.errors import AbeError
 
-_log: Final = logging.getLogger("abe.engine")
+_log: Final = Log("abe.engine")
 
 
 class LeaseKeeper:

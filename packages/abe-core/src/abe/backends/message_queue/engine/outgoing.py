@@ -1,11 +1,11 @@
 """Checks and encodes what is published, before any I/O."""
 
-import logging
 import time
 from collections.abc import Mapping
 from typing import Final
 
 from abe.backends.message_queue.base.capabilities import Capabilities
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.names import (
     DEFAULT_GROUP,
     check_group,
@@ -20,7 +20,7 @@ from abe.codec import Codec
 from abe.errors import AbeError, PayloadError, PayloadTooLargeError, UnsupportedCapabilityError
 from abe.types import Publishable
 
-_log: Final = logging.getLogger("abe.engine")
+_log: Final = Log("abe.engine")
 _MOST_KNOWN_KEYS: Final = 10_000
 
 

@@ -8,7 +8,6 @@ A lone publish that the transport answers without waiting is not counted and has
 """
 
 import asyncio
-import logging
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Final
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.clock import pause
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.transport import Envelope, Outcomes, Transport
 from abe.backends.message_queue.engine.batch import AGAIN, Batch
 from abe.backends.message_queue.engine.deadlines import Deadlines
@@ -29,7 +29,7 @@ from abe.errors import (
     UnroutableError,
 )
 
-_log: Final = logging.getLogger("abe.engine")
+_log: Final = Log("abe.engine")
 _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=2.0)
 _ACCEPTED: Final = [None]
 

@@ -1,11 +1,11 @@
 """The state of a backend while it is open in one event loop."""
 
 import asyncio
-import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 from abe.backends.message_queue.base.clock import pause
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.names import check_patterns
 from abe.backends.message_queue.base.transport import Receiver, Transport
 from abe.backends.message_queue.engine.inbox import Inbox
@@ -13,7 +13,7 @@ from abe.backends.message_queue.engine.publisher import Publisher
 from abe.errors import BackendClosedError, ConfigurationError
 from abe.settings import QueueSettings
 
-_log: Final = logging.getLogger("abe.engine")
+_log: Final = Log("abe.engine")
 
 _FINISHING: Final = 0.9
 """The fraction of `close_timeout` for publishes and settlements in progress; the rest is for disconnecting."""

@@ -4,18 +4,18 @@ A settlement that fails with a retryable error, such as a lost connection, is re
 """
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Final, TypeAlias, TypeVar
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.clock import Clock, sleep
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.transport import Delivery, Disposition, Outcomes, Receiver, Settlement, Settling
 from abe.backends.message_queue.engine.stepping import Begun, begin
 from abe.errors import AbeError, ConfigurationError, LeaseLostError
 
-_log: Final = logging.getLogger("abe.engine")
+_log: Final = Log("abe.engine")
 _BACKOFF: Final = ExponentialBackoff(initial=0.05, maximum=2.0)
 
 Waiter: TypeAlias = asyncio.Future[AbeError | None]

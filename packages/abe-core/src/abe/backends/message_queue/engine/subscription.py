@@ -1,20 +1,20 @@
 """The subscription that `consume` returns."""
 
 import asyncio
-import logging
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Final, Self
 
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
+from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.tasks import result_of
 from abe.backends.message_queue.engine.inbox import Inbox
 from abe.backends.message_queue.report import shown
 from abe.errors import AbeError, AlreadySettledError, BackendClosedError
 
-_log: Final = logging.getLogger("abe.engine")
+_log: Final = Log("abe.engine")
 _ENDS: Final = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt)
 _RESUBSCRIBE: Final = ExponentialBackoff(initial=0.1, maximum=5.0)
 
