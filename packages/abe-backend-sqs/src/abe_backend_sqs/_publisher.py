@@ -201,7 +201,7 @@ class Publisher:
         known = self._partial.pop(id(envelope), None)
         if known is None and not done:
             return worst
-        names = done | (known.names if known else set())
+        names = done if known is None else done | known.names
         self._partial[id(envelope)] = _Partial(envelope, names, time.monotonic())  # the newest is the last
         missing = ", ".join(name for name, _ in failed)
         error = PublishUnknownError(f"some queues have the message, and these may have not: {missing}: {worst}")

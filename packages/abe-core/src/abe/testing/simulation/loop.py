@@ -2,7 +2,7 @@
 
 import asyncio
 import heapq
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager
 from contextvars import Context
 from itertools import count
@@ -88,7 +88,7 @@ class HostLoop(asyncio.BaseEventLoop):
         task.add_done_callback(self.tasks.pop)
         return task
 
-    def run_in_executor(self, *_: object) -> Any:
+    def run_in_executor(self, executor: object, func: object, *args: object) -> Any:
         """Refuse: a thread has no part in virtual time.
 
         Raises:
@@ -126,7 +126,7 @@ class HostLoop(asyncio.BaseEventLoop):
         return len(self._ready)
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> Generator[None]:
         """Be the running event loop, for `step`."""
         asyncio._set_running_loop(self)
         try:
@@ -158,13 +158,13 @@ class HostLoop(asyncio.BaseEventLoop):
         self._closed = True
         self._ready.clear()
         self._scheduled.clear()
-        self.set_exception_handler(lambda *_: None)
+        self.set_exception_handler(_unheard)
         for task in list(self.tasks):
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             coroutine = task.get_coro()
             for _ in range(20):  # each ``finally`` that awaits refuses once
                 try:
-                    if coroutine is not None:
+                    if coroutine is not None:  # pyright: ignore[reportUnnecessaryComparison]
                         coroutine.close()
                 except BaseException:  # noqa: BLE001 - of a host that is dead
                     continue
@@ -185,6 +185,10 @@ class HostLoop(asyncio.BaseEventLoop):
 
     def _process_events(self, event_list: object) -> None:
         """There are no sockets."""
+
+
+def _unheard(_: object, __: object) -> None:
+    """Drop what asyncio reports of a host that is dead."""
 
 
 def _text_of(context: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ The modules' own names are replaced, for as long as a world runs; nothing outsid
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from itertools import count
@@ -33,7 +33,7 @@ def seams(
     *,
     queue: type[namespaces.Queue] = namespaces.Queue,
     settling_timeout: float = inbox._UNRENEWED_TIMEOUT,  # pyright: ignore[reportPrivateUsage]
-) -> Iterator[None]:
+) -> Generator[None]:
     """Have the library take everything from a world, until the block ends.
 
     Args:

@@ -167,7 +167,7 @@ class World:
 
     def close(self) -> None:
         """Let go of all hosts. What they still have to say is not heard."""
-        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        hook, sys.unraisablehook = sys.unraisablehook, _unheard
         disabled = logging.root.manager.disable
         logging.disable()
         try:
@@ -210,3 +210,7 @@ class World:
         if not moments:
             raise DeadlockError(f"nothing is ready and no timer is set, at {self.now:.6f} s")
         self.now = max(self.now + _TICK, min(moments))
+
+
+def _unheard(_: object) -> None:
+    """Drop what a dead host would say."""
