@@ -96,9 +96,12 @@ async def test_it_is_recorded_that_a_handler_begins_with_nothing_else_in_hand(
     other = await lab.receiver(another, prefetch=1)
     *_, tried, delivery = await one(collect, other)
     assert tried == 1, "a handler had begun"
+    name = lab.names.tried("g", _record(delivery))
+    assert await transport._broker.control.count(name) == 0
+    delivery.header = other.metadata(delivery)  # as when a handler looks at the id
     assert not any(await other.settle([Settlement(delivery, Disposition.DEAD, reason="r")]))
     assert await other.receive(1) == []
-    assert await transport._broker.control.count(lab.names.tried("g", _record(delivery))) is None
+    assert await transport._broker.control.count(name) is None
 
 
 def _record(delivery: Delivery) -> str:
@@ -171,7 +174,7 @@ async def test_what_fails_while_its_group_is_full_counts_too(lab: Any, collect: 
     assert (again.attempt, again.uncertain) == (2, 0)
 
 
-async def test_what_is_to_be_handled_alone_while_its_group_is_full_is_handed_out_without_a_record(
+async def test_what_is_to_be_handled_alone_while_its_group_is_full_is_recorded_without_a_copy(
     lab: Any, collect: Collect
 ) -> None:
     _, receiver, delivery = await full_group(lab, collect, lost=3)
@@ -179,6 +182,14 @@ async def test_what_is_to_be_handled_alone_while_its_group_is_full_is_handed_out
     *counts, again = await one(collect, receiver)
     assert receiver.metadata(again).id == receiver.metadata(delivery).id
     assert counts == [4, 3, 0]
+    await receiver._channel.close()  # as when the process is killed
+    other = await lab.receiver(await lab.transport(max_backlog=2), prefetch=1)
+    *counts, again = await one(collect, other)
+    assert counts == [6, 5, None]
+    assert not any(await other.settle(alone(again)))
+    *counts, again = await one(collect, other)
+    assert other.metadata(again).id == receiver.metadata(delivery).id
+    assert counts == [6, 5, 1]
 
 
 async def test_a_record_is_deleted_when_its_message_returns_under_the_same_name(lab: Any, collect: Collect) -> None:

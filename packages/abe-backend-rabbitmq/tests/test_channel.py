@@ -306,7 +306,10 @@ async def test_a_channel_that_the_broker_closes_takes_no_other_with_it(
     inbox = Inbox(again)
     await again.consume(queue, 10, inbox)
     await until(lambda: len(inbox.got) == 3)
-    assert [redelivered for _, _, _, redelivered in inbox.got] == [True, True, False]
+    assert [redelivered for _, _, _, redelivered in inbox.got[:2]] == [
+        True,
+        True,
+    ]  # the queue may have sent the third to the dying one
 
 
 async def test_what_is_published_to_nothing_is_unknown_and_the_channel_goes(connect: Connect) -> None:

@@ -90,6 +90,21 @@ async def test_what_a_publisher_of_old_patterns_sends_is_dropped_and_what_was_th
         assert seen == {1, 2, 3, 4, 5, 7}
 
 
+async def test_a_new_group_wants_nothing_but_its_patterns_from_its_first_moment(lab: Any) -> None:
+    """It is subscribed after it is made, and its tags are set again then."""
+    async with bounds.within(20):
+        transport = await lab.transport(fanout="sns")
+        await transport.declare("g", ("order.#",), change=False)
+        registry = await transport.broker.groups.keeper.registry()
+        (group,) = registry.members
+        assert group.subscription
+        made = registry.wanted_since("g")
+        assert made < registry.since["g"]
+        await transport.declare("g", ("invoice.#",), change=True)
+        registry = await transport.broker.groups.keeper.registry()
+        assert made < registry.wanted_since("g") <= registry.since["g"]
+
+
 async def test_a_deleted_group_is_subscribed_no_more(lab: Any) -> None:
     async with bounds.within(20):
         backend = await lab.backend(fanout="sns")

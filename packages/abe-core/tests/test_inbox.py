@@ -70,6 +70,19 @@ class TestSuspects:
         ]
         await within(inbox.close())
 
+    async def test_the_next_one_that_is_tried_alone_is_asked_for_when_a_handler_is_free(
+        self, manual_clock: ManualClock
+    ) -> None:
+        """It must not wait here: its try is recorded when it comes."""
+        receiver = ScriptedReceiver(delivery(1, attempt=4), delivery(2, attempt=4))
+        inbox = inbox_on(receiver, manual_clock, alone=True, prefetch=1)
+        message = await within(inbox.receive())
+        await within(message.ack())
+        await turns(60)
+        assert [each.native for each in receiver.waiting] == [2]
+        assert (await within(inbox.receive())).id == "2"
+        await within(inbox.close())
+
     async def test_failures_alone_make_a_message_dead(self, manual_clock: ManualClock) -> None:
         receiver = ScriptedReceiver(delivery(1, attempt=3, uncertain=1), delivery(2, attempt=3))
         inbox = inbox_on(receiver, manual_clock, prefetch=2)

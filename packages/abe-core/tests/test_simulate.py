@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import pytest
@@ -79,10 +80,13 @@ def test_a_process_that_was_killed_begins_again_and_is_done_when_it_has_returned
         async def publisher(backend: FullBackend) -> None:
             lives[simulation.seed] += 1
             for number in range(ORDERS):
-                try:
-                    await backend.publish("k", {"n": number}, id=str(number))
-                except PublishUnknownError:
-                    await backend.publish("k", {"n": number}, id=str(number))
+                for tries in range(100):
+                    try:
+                        await backend.publish("k", {"n": number}, id=str(number))
+                    except PublishUnknownError:
+                        assert tries < 99
+                    else:
+                        break
                 await asyncio.sleep(0.5)
 
         seen: set[int] = set()
@@ -130,6 +134,70 @@ def test_what_a_process_raises_ends_its_world() -> None:
     with pytest.raises(LookupError, match="no such table") as caught:
         simulate(scenario)
     assert "importer fails with LookupError" in caught.value.__notes__[0]
+
+
+def test_what_nobody_awaits_ends_its_world_too() -> None:
+    async def scenario(simulation: Simulation) -> None:
+        async def forgetful(_: FullBackend) -> None:
+            async def broken() -> None:
+                raise LookupError("no such table")
+
+            keep.append(asyncio.create_task(broken()))
+            await asyncio.sleep(1)
+            keep.clear()
+
+        keep: list[asyncio.Task[None]] = []
+        await simulation.process(forgetful, name="importer")
+
+    with pytest.raises(RuntimeError, match="in importer: Task exception was never retrieved: LookupError"):
+        simulate(scenario)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError()], ids=repr)
+def test_whatever_ends_a_process_is_raised_with_a_note(error: BaseException) -> None:
+    async def scenario(simulation: Simulation) -> None:
+        async def broken(_: FullBackend) -> None:
+            raise error
+
+        try:
+            await simulation.process(broken, name="importer")
+        finally:
+            await asyncio.Event().wait()  # what the scenario then does is no matter
+
+    wanted = RuntimeError if isinstance(error, asyncio.CancelledError) else type(error)
+    with pytest.raises(wanted) as caught:
+        simulate(scenario, seeds=[1])
+    assert "seed 1" in caught.value.__notes__[0]
+
+
+def test_a_process_ends_as_programs_do() -> None:
+    ended: list[str] = []
+
+    async def scenario(simulation: Simulation) -> None:
+        async def leaves(_: FullBackend) -> None:
+            async def ticks() -> None:
+                try:
+                    await asyncio.sleep(3600)
+                finally:
+                    ended.append("task")
+
+            async def numbers() -> AsyncIterator[int]:
+                try:
+                    yield 1
+                finally:
+                    await asyncio.sleep(0)
+                    ended.append("generator")
+
+            task = asyncio.create_task(ticks())
+            async for _number in numbers():
+                break
+            await asyncio.sleep(0.01)
+            assert not task.done()
+
+        await simulation.process(leaves)
+
+    simulate(scenario, seeds=[3])
+    assert ended[-2:] == ["generator", "task"]
 
 
 def test_what_never_ends_is_told() -> None:

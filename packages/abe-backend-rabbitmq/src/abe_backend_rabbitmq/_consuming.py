@@ -128,13 +128,15 @@ class Consuming:
         if self._stopping:
             return
         held = self._channel.in_flight
-        waiting = [tag for tag, (delivery, _) in held.items() if not delivery.begun]
+        waiting = [(tag, *each) for tag, each in held.items() if not each[0].begun]
         _log.debug("%d messages of group %r waited for a handler: they are consumed again", len(waiting), self._group)
-        for tag in waiting:
-            delivery, header = held[tag]
-            delivery.lost = True
-            self._broker.losses.note(self._group, header, delivery)
-            await self._channel.requeue(tag)
+        for _, delivery, _ in waiting:
+            delivery.lost = True  # first: none of them is handed out any more
+        for tag, delivery, header in waiting:
+            await self._broker.tried.withdraw(self._group, delivery, header)
+            if tag in held:
+                self._broker.losses.note(self._group, header, delivery)
+                await self._channel.requeue(tag)
         self._taken_back()
 
     async def _consume(self, credit: int) -> None:

@@ -18,6 +18,7 @@ from abe_backend_rabbitmq._consuming import Consuming
 from abe_backend_rabbitmq._errors import ChannelNotFound, consumer_timeout, lost, translated
 from abe_backend_rabbitmq._pace import LONG
 from abe_backend_rabbitmq._settlements import Settlements
+from abe_backend_rabbitmq._tried import name_of
 from abe_backend_rabbitmq._wire import Header
 
 _log: Final = Log("abe.rabbitmq")
@@ -70,7 +71,7 @@ class RabbitMQReceiver:
         self._version = 0
         self._look_at = 0.0
         self._acked_at = -_UNSURE
-        self._recorded: Delivery | None = None
+        self._recorded: tuple[Delivery, str] | None = None
 
     @property
     def in_flight(self) -> int:
@@ -265,15 +266,19 @@ class RabbitMQReceiver:
         """
         tried = self._broker.tried
         try:
-            if self._recorded is not None and self._tag(before := self._recorded) is None:
+            before = self._recorded
+            if before is not None and self._tag(before[0]) is None:
                 self._recorded = None
-                if not before.lost:  # it is settled
-                    await tried.forget(self.group, _name(before))
+                if not before[0].lost:  # it is settled
+                    await tried.forget(self.group, before[1])
             delivery = self._ready[0] if self._ready else None
-            if delivery is not None and delivery.uncertain and delivery.alone is None and (name := _name(delivery)):
+            if delivery is None or not delivery.uncertain or (before is not None and delivery is before[0]):
+                return
+            assert isinstance(delivery.header, Header)
+            if name := name_of(delivery, delivery.header):
                 delivery.alone = 0
                 delivery.alone = await tried.begin(self.group, name, delivery)
-                self._recorded = delivery
+                self._recorded = delivery, name
         except AbeError as exc:
             _log.warning("it cannot be recorded that a message of group %r is handled alone: %s", self.group, exc)
 
@@ -318,11 +323,6 @@ class RabbitMQReceiver:
         if limit is not None:
             self._broker.consumer_timeout = limit
         self._wake()
-
-
-def _name(delivery: Delivery) -> str:
-    """Return under which name it is recorded that a message is handled alone; empty: it is not to be."""
-    return _wire.alone(delivery.header) if isinstance(delivery.header, Header) else ""
 
 
 def _tag(delivery: Delivery) -> int:

@@ -3,7 +3,6 @@
 import asyncio
 import secrets
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Final, TypeAlias
 
 from abe.backends.message_queue.base import Delivery, Disposition, Outcomes, Settlement
@@ -164,11 +163,7 @@ class Settlements:
     async def _requeue(self, settlement: Settlement, tag: int, delivery: Delivery, header: Header) -> None:
         """Return a message to its queue without a copy. Only this process knows then whether the delivery was an attempt."""
         counts = settlement.disposition in (Disposition.RETRY, Disposition.DEAD)
-        if delivery.alone == 0 and (
-            name := _wire.alone(header)
-        ):  # its record must not be held against the next delivery
-            with suppress(AbeError):
-                await self._broker.tried.forget(self._group, name)
+        await self._broker.tried.withdraw(self._group, delivery, header)
         self._broker.losses.note(self._group, header, delivery, counts=counts, alone=settlement.alone)
         await self._channel.requeue(tag)
 

@@ -4,9 +4,11 @@ A record is an empty queue that expires. RabbitMQ counts deliveries that no clie
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from abe.backends.message_queue.base import Delivery
+from abe.errors import AbeError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._control import Control
 from abe_backend_rabbitmq._topology import Topology
@@ -48,9 +50,24 @@ class Tried:
         await self._control.call(lambda channel: channel.queue_declare(queue, durable=True, arguments=dict(_ARGUMENTS)))
         return 0
 
+    async def withdraw(self, group: str, delivery: Delivery, header: Header) -> None:
+        """Delete the record of a message that returns to its queue without having been handled, or after a failure."""
+        if delivery.alone == 0:
+            with suppress(AbeError):
+                await self.forget(group, name_of(delivery, header))
+
     async def forget(self, group: str, name: str) -> None:
         """Delete a record, if it is there; raises as `begin` does."""
         await self._control.call(lambda channel: channel.queue_delete(self._names.tried(group, name)))
+
+
+def name_of(delivery: Delivery, header: Header) -> str:
+    """Return the name of a message's record; empty: it is not to be handled alone.
+
+    A copy has one of its own. Where there could be no copy, of a message that this process is to handle alone (`Losses`), it is made of
+    what the message is at each delivery.
+    """
+    return _wire.alone(header) or ("" if delivery.alone is None else _wire.digest(header, delivery.body))
 
 
 def is_ours(delivery: Delivery, header: Header) -> bool:

@@ -349,6 +349,11 @@ def identity(header: Header, body: bytes) -> str:
     return message_id(header.properties) or foreign_id(header, body)
 
 
+def digest(header: Header, body: bytes) -> str:
+    """Return what names a message for a queue: the same at each delivery."""
+    return hashlib.blake2b(identity(header, body).encode() + b"\0" + body, digest_size=12).hexdigest()
+
+
 def foreign_id(header: Header, body: bytes) -> str:
     """Return an id for a message without one: the same at each delivery."""
     return hashlib.blake2b(body + header.key.encode(), digest_size=12).hexdigest()

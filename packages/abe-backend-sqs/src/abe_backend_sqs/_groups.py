@@ -153,11 +153,14 @@ class Groups:
             made = await self._make(group, before or patterns or EVERYTHING)
         else:
             await self.ensure(name, dead=dead, ours=ours)
-            made = Group(group, present, registry.since.get(group, 0.0), registry.subscriptions.get(group, ""))
+            since, subscription = registry.since.get(group, 0.0), registry.subscriptions.get(group, "")
+            made = Group(group, present, since, subscription, registry.wanted_since(group))
         wanted = patterns if change and patterns else made.patterns
         subscription = made.subscription or await self._subscription(registry, await self.find(name))
         if (wanted, subscription) != (made.patterns, made.subscription):
-            made = await self._tag(made._replace(patterns=wanted, subscription=subscription))
+            wanted_since = made.wanted_since if wanted == made.patterns else _now()
+            changed = made._replace(patterns=wanted, subscription=subscription, wanted_since=wanted_since)
+            made = await self._tag(changed)
         elif self._settings.pinned is None and self._settings.ensure:
             await self._tidy(name)
         return Declared(made.patterns, self._propagation(group, made.since))
@@ -168,7 +171,8 @@ class Groups:
         The queue gets its tags in the same request: of several processes with different patterns, one creates it.
         """
         name, dead, *_ = self._of(group)
-        made = Group(group, wanted, _now())
+        now = _now()
+        made = Group(group, wanted, now, wanted_since=now)
         if self._settings.pinned is not None:
             await self.ensure(name, dead=dead)
             return made._replace(since=0.0)

@@ -17,6 +17,7 @@ _GROUP_TAG: Final = "abe-group"
 _PATTERNS_TAG: Final = "abe-patterns-"
 _PARTS_TAG: Final = "abe-patterns"
 _SINCE_TAG: Final = "abe-since"
+_WANTED_TAG: Final = "abe-wanted-since"
 _SUBSCRIPTION_TAG: Final = "abe-subscription"
 _TAG_ROOM: Final = 256
 _MOST_TAGS: Final = 40
@@ -32,6 +33,8 @@ class Group(NamedTuple):
     """When they were set, in seconds since the epoch, by the clock of the process that set them."""
     subscription: str = ""
     """The ARN of the queue's subscription to the namespace's topic, where it has one."""
+    wanted_since: float = 0.0
+    """When it got these patterns, by the same clock."""
 
 
 def tags(group: Group) -> dict[str, str]:
@@ -49,7 +52,9 @@ def tags(group: Group) -> dict[str, str]:
     named = {f"{_PATTERNS_TAG}{index}": part for index, part in enumerate(parts)}
     if group.subscription:
         named[_SUBSCRIPTION_TAG] = group.subscription
-    return {_GROUP_TAG: group.name, _SINCE_TAG: str(round(group.since * 1000)), _PARTS_TAG: str(len(parts)), **named}
+    times = {_SINCE_TAG: group.since, _WANTED_TAG: group.wanted_since}
+    named |= {tag: str(round(moment * 1000)) for tag, moment in times.items()}
+    return {_GROUP_TAG: group.name, _PARTS_TAG: str(len(parts)), **named}
 
 
 def from_tags(found: Mapping[str, str]) -> Group | None:
@@ -57,8 +62,8 @@ def from_tags(found: Mapping[str, str]) -> Group | None:
     try:
         text = "".join(found[f"{_PATTERNS_TAG}{index}"] for index in range(int(found[_PARTS_TAG])))
         patterns = json.loads(base64.urlsafe_b64decode(text))
-        since = int(found.get(_SINCE_TAG, 0)) / 1000
-        return Group(found[_GROUP_TAG], tuple(patterns), since, found.get(_SUBSCRIPTION_TAG, ""))
+        since, wanted = (int(found.get(tag, 0)) / 1000 for tag in (_SINCE_TAG, _WANTED_TAG))
+        return Group(found[_GROUP_TAG], tuple(patterns), since, found.get(_SUBSCRIPTION_TAG, ""), wanted)
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -103,6 +108,10 @@ class Registry(NamedTuple):
         found = tuple(sorted(members))
         patterns, since = {each.name: each.patterns for each in found}, {each.name: each.since for each in found}
         return cls(patterns, since, looked_at, Routes(patterns, tuple), found, topic, listing, frozenset(missing))
+
+    def wanted_since(self, group: str) -> float:
+        """Return when a group got its patterns, in seconds since the epoch; 0: always."""
+        return next((each.wanted_since for each in self.members if each.name == group), 0.0)
 
     @property
     def present(self) -> Mapping[str, tuple[str, ...]]:

@@ -123,5 +123,5 @@ def _unwanted(registry: Registry, group: str, messages: Sequence[Message]) -> Se
     """
     if not (patterns := registry.groups.get(group)):
         return []
-    since = registry.since.get(group, 0.0)
+    since = registry.wanted_since(group)
     return [each for each in messages if _wire.published(each, since) and not _wire.wants(patterns, each)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import heapq
+import sys
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager
 from contextvars import Context
@@ -22,12 +23,12 @@ class _Future(asyncio.Future[Any]):
         return self.serial
 
 
-class _Task(asyncio.Task[Any]):
+class Task(asyncio.Task[Any]):
     """A task whose hash is the same in each run."""
 
     serial: int
 
-    def __new__(cls, *_: object, serial: int, **__: object) -> "_Task":
+    def __new__(cls, *_: object, serial: int, **__: object) -> "Task":
         task = super().__new__(cls)  # not in __init__: asyncio puts the task into a set there
         task.serial = serial
         return task
@@ -51,12 +52,15 @@ class HostLoop(asyncio.BaseEventLoop):
     # Of asyncio.BaseEventLoop, for the type checker.
     _ready: Any
     _scheduled: Any
+    _asyncgen_firstiter_hook: Any
+    _asyncgen_finalizer_hook: Any
 
     def __init__(self, name: str, now: Callable[[], float], troubled: Callable[[str], object]) -> None:
         super().__init__()
         self.name = name
         self.tasks: dict[asyncio.Task[Any], None] = {}
         """Those that have not ended."""
+        self._buried = False
         self._now = now
         self._serial = count(1).__next__
         self._clock_resolution = _PRECISION
@@ -80,8 +84,11 @@ class HostLoop(asyncio.BaseEventLoop):
         context: Context | None = None,
     ) -> "asyncio.Task[_T]":
         """Return a task that runs the coroutine."""
+        if self._buried:
+            coro.close()
+            return self.create_future()  # type: ignore[return-value]
         serial = self._serial()
-        task: asyncio.Task[_T] = _Task(
+        task: asyncio.Task[_T] = Task(
             coro, loop=self, name=name or f"{self.name}-{serial}", context=context, serial=serial
         )
         self.tasks[task] = None
@@ -128,10 +135,13 @@ class HostLoop(asyncio.BaseEventLoop):
     @contextmanager
     def entered(self) -> Generator[None]:
         """Be the running event loop, for `step`."""
+        hooks = sys.get_asyncgen_hooks()
         asyncio._set_running_loop(self)
+        sys.set_asyncgen_hooks(self._asyncgen_firstiter_hook, self._asyncgen_finalizer_hook)
         try:
             yield
         finally:
+            sys.set_asyncgen_hooks(*hooks)
             asyncio._set_running_loop(None)
 
     def step(self, place: int = 0) -> None:
@@ -155,9 +165,7 @@ class HostLoop(asyncio.BaseEventLoop):
 
     def bury(self) -> None:
         """Close what is left of it, silently; the world is over by now."""
-        self._closed = True
-        self._ready.clear()
-        self._scheduled.clear()
+        self._closed = self._buried = True  # what is closed below may call it, and is not heard
         self.set_exception_handler(_unheard)
         for task in list(self.tasks):
             task._log_destroy_pending = False  # type: ignore[attr-defined]
@@ -170,6 +178,12 @@ class HostLoop(asyncio.BaseEventLoop):
                     continue
                 break
         self.tasks.clear()
+        self._ready.clear()
+        self._scheduled.clear()
+
+    def _check_closed(self) -> None:
+        if not self._buried:
+            super()._check_closed()  # type: ignore[misc]
 
     def _take_timer(self) -> None:
         """Take the first timer: what is cancelled is gone, the rest is ready."""

@@ -4,6 +4,7 @@ import asyncio
 import gc
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import Any, Final, TypeAlias
 
@@ -22,6 +23,9 @@ Main: TypeAlias = Callable[[FullBackend], Coroutine[Any, Any, object]]
 
 _LOOKS: Final = 0.5
 """Seconds between two looks at what is left."""
+
+_STEPS: Final = 100
+"""How many steps a process makes at most until it is killed."""
 
 _RESTART: Final = 3.0
 """Seconds after which a killed process is started again, at most."""
@@ -50,7 +54,8 @@ def simulate(
         settings: Those of every backend; their namespace is not used.
 
     Raises:
-        Exception: What the scenario or one of its processes raised, with a note that names the seed and the last faults.
+        BaseException: What the scenario or one of its processes raised, with a note that names the seed and the last faults.
+        RuntimeError: Nothing can run any more; or asyncio reported something in a process, as an exception of a task that nobody awaits.
     """
     if asyncio._get_running_loop() is not None:
         raise RuntimeError(
@@ -63,14 +68,14 @@ def simulate(
 def _simulate(
     scenario: "Callable[[Simulation], Coroutine[Any, Any, object]]", seed: int, settings: QueueSettings
 ) -> None:
-    collecting = gc.isenabled()
-    gc.disable()  # what the collector finds, and when, is not decided by the seed
     world = World(seed)
     simulation = Simulation(seed, world, replace(settings, namespace=fresh_namespace()))
+    collecting = gc.isenabled()
+    gc.disable()  # what the collector finds, and when, is not decided by the seed
     try:
         with seams(world, seed):
             world.run(simulation._control, simulation._run(scenario))  # pyright: ignore[reportPrivateUsage]
-    except Exception as exc:
+    except BaseException as exc:
         last = "\n".join(simulation.faults[-_LAST:])
         exc.add_note(
             f"in the world of seed {seed} (seeds=[{seed}] runs it again), {simulation.time():.3f} s old\n{last}"
@@ -87,8 +92,8 @@ class Simulation:
     """One world, as `simulate` gives it to a scenario.
 
     A process of it is killed at any moment, between any two steps of its tasks, and started again; it stands still for up to two leases,
-    so that others get its messages; and what it publishes is published, or not, without an answer. Each world has some of that, a few
-    times. The process of the scenario is spared.
+    so that others get its messages, and goes on; and what it publishes is published, or not, without an answer. Each world has some of
+    that, a few times. The process of the scenario is spared.
 
     Attributes:
         seed: The world's.
@@ -109,10 +114,11 @@ class Simulation:
         self.backend: FullBackend = MemoryBackend(settings, clock=self._control.clock)
         self._drawn = Random(f"{seed}/faults")
         self._pause = self._drawn.choice((0.1, 0.5, 2.0, 8.0))
-        self._kinds = [kind for kind in ("killed", "frozen") if self._drawn.random() < 0.7]
+        self._kinds = self._drawn.choice((("killed",), ("frozen",), ("killed", "frozen")))
         self._rate = self._drawn.choice((0.0, 0.05, 0.2))
         self._lost = 0
         self._processes: list[_Process] = []
+        self._hosts: list[tuple[_Process, Host]] = []
         self._failed: asyncio.Future[None] = self._control.loop.create_future()
 
     def time(self) -> float:
@@ -135,7 +141,7 @@ class Simulation:
         return process.done
 
     async def settled(self, within: float = 3600.0) -> None:
-        """Wait until no message of any group waits, is delayed or is in flight.
+        """Wait until no message of any group waits, is delayed or is in flight, and every process runs. Dead letters are settled.
 
         Args:
             within: Seconds of the world.
@@ -160,40 +166,54 @@ class Simulation:
         finally:
             trouble.cancel()
         if self._failed.done():
-            running.cancel()
-            await asyncio.wait([running])
             self._failed.result()
         running.result()
+        for process, host in self._hosts:
+            if host.troubles:
+                raise RuntimeError(f"in {process.name}: {'; '.join(host.troubles)}")
 
     async def _trouble(self) -> None:
         """Break processes, a few times."""
         for _ in range(self._drawn.randint(1, _MOST)):
             await asyncio.sleep(self._drawn.expovariate(1 / self._pause))
             able = [process for process in self._processes if process.runs(self.time())]
-            if able and self._kinds:
+            if able:
                 self._break(self._drawn.choice(able), self._drawn.choice(self._kinds))
 
     def _break(self, process: "_Process", kind: str) -> None:
         host, seconds = process.host, 2 * self._drawn.random() * self._settings.lease
         assert host is not None
         if kind == "killed":
-            self._note(process, "is killed")
-            process.host = None
-            self._world.kill(host)
-            self._control.loop.call_later(self._drawn.random() * _RESTART, self._start, process)
+            host.burnt = partial(self._kill, process, host)
+            # While it works, or where it is.
+            if self._drawn.random() < 0.7:
+                host.fuse = self._drawn.randint(1, _STEPS)
+            else:
+                host.burnt()
         else:
             self._note(process, f"stands still for {seconds:.3f} s")
             host.freeze(seconds)
 
+    def _kill(self, process: "_Process", host: Host) -> None:
+        if process.host is host:
+            self._note(process, "is killed")
+            process.host = None
+            self._world.kill(host)
+            self._control.loop.call_later(self._drawn.random() * _RESTART, self._start, process)
+
     def _start(self, process: "_Process") -> None:
         host = process.host = self._world.host(process.name)
+        self._hosts.append((process, host))
         backend = _UnreliableBackend(self._settings, host, lambda: self._draw(process))
         task = host.start(_live(process.main, backend))
-        task.add_done_callback(lambda _: self._control.loop.call_soon(self._ended, process, task))
+        task.add_done_callback(lambda _: self._control.loop.call_soon(self._ended, process, host, task))
 
-    def _ended(self, process: "_Process", task: "asyncio.Task[None]") -> None:
+    def _ended(self, process: "_Process", host: Host, task: "asyncio.Task[None]") -> None:
+        if process.host is not host:
+            return  # killed in the turn in which it ended: it begins again
         process.host = None
-        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        self._world.kill(host)
+        error = RuntimeError("its main was cancelled") if task.cancelled() else task.exception()
         if error is None:
             process.done.set_result(None)
         elif not self._failed.done():
@@ -205,8 +225,8 @@ class Simulation:
         if self._lost >= _MOST or self._drawn.random() >= self._rate:
             return ""
         self._lost += 1
-        kind = self._drawn.choice(("request", "answer"))
-        self._note(process, f"publishes, and the {kind} is lost")
+        kind = self._drawn.choice(("request", "answer", "every request"))
+        self._note(process, f"publishes, and {kind if ' ' in kind else f'the {kind}'} is lost")
         return kind
 
     def _note(self, process: "_Process", what: str) -> None:
@@ -216,6 +236,7 @@ class Simulation:
         """Return what messages there still are."""
         namespace = namespaces.namespace(self.namespace)
         left = [f"{len(namespace.unclaimed)} messages wait for a group"] if namespace.unclaimed else []
+        left += [f"{each.name} does not run" for each in self._processes if each.is_away(self.time())]
         for name, queue in namespace.queues.items():
             for what, count in (("wait", queue.backlog), ("are in flight", len(queue.held))):
                 if count:
@@ -235,6 +256,10 @@ class _Process:
         """Whether it is there, and does not stand still."""
         return self.host is not None and self.host.frozen_until <= now
 
+    def is_away(self, now: float) -> bool:
+        """Whether it is about to start again, or to go on."""
+        return not self.done.done() and not self.runs(now)
+
 
 class _UnreliableBackend(MemoryBackend):
     """The memory backend of one process."""
@@ -251,10 +276,13 @@ class _UnreliableTransport(MemoryTransport):
     def __init__(self, settings: QueueSettings, clock: Any, draw: Callable[[], str]) -> None:
         super().__init__(settings, clock)
         self._draw = draw
+        self._silent: list[Envelope] = []
 
     async def send(self, envelopes: Sequence[Envelope]) -> Outcomes:
         lost = self._draw()
-        if lost == "request":
+        if lost.startswith("every"):
+            self._silent += envelopes
+        if lost == "request" or any(envelope in self._silent for envelope in envelopes):
             raise PublishUnknownError("simulated: the request was lost")
         outcomes = await super().send(envelopes)
         if lost == "answer":
@@ -263,5 +291,13 @@ class _UnreliableTransport(MemoryTransport):
 
 
 async def _live(main: Main, backend: MemoryBackend) -> None:
-    async with backend:
-        await main(backend)
+    """Be a process: as in `asyncio.run`, what `main` leaves running is cancelled."""
+    try:
+        async with backend:
+            await main(backend)
+    finally:
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        if rest:
+            await asyncio.wait(rest)

@@ -68,6 +68,9 @@ class Host:
         """Until when nothing of it runs, by the world's time."""
         self.on_arrival: list[asyncio.Task[Any]] = []
         """Tasks that are cancelled when messages next arrive."""
+        self.fuse = 0
+        """After how many callbacks `burnt` is called; 0: never."""
+        self.burnt: Callable[[], object] | None = None
         self.troubles: list[str] = []
         """What asyncio reported while it was alive."""
         self.offset = offset
@@ -203,6 +206,10 @@ class World:
                 self.now += _TICK
                 self.steps += 1
                 loop.step(int(random() * width) if self._shuffled and width > 1 else 0)
+                if host.fuse:
+                    host.fuse -= 1
+                    if not host.fuse and host.burnt is not None:
+                        host.burnt()
         self.running = None
 
     def _pass_time(self) -> None:

@@ -103,6 +103,7 @@ class Inbox:
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._changed: asyncio.Future[None] | None = None
         self._error: BaseException | None = None
+        self._wanted = not alone
         self._shut = False
         self._stopping = False
         self._halting: asyncio.Task[None] | None = None
@@ -155,6 +156,9 @@ class Inbox:
                 message._source = self._in_flight  # pyright: ignore[reportPrivateUsage]
                 message._settled = None  # pyright: ignore[reportPrivateUsage]
                 return message
+        if not self._wanted:
+            self._wanted = True
+            self._make_space()
         return None
 
     async def receive(self) -> Message:
@@ -328,6 +332,7 @@ class Inbox:
     def _take_in(self, deliveries: Sequence[Delivery]) -> bool:
         """Have what was received; return whether more is to be taken."""
         self._live.update(dict.fromkeys(deliveries))
+        self._wanted = not self.alone  # the next one that is alone is asked for when it is handed out at once
         place = None if self.alone else self._suspect(deliveries)
         self._buffer.extend(deliveries[:place])
         self._wake(1)
@@ -354,6 +359,8 @@ class Inbox:
 
         None, while hardly any fit and more room is to come: something is buffered, or a settlement is on its way.
         """
+        if not self._wanted:
+            return 0
         free = self._prefetch - self._in_flight.count()
         room = min(free, max(1, self._prefetch // 2))
         worth_it = max(1, self._prefetch // 4) if self._buffer or self._settler.outstanding else 1
