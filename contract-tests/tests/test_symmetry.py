@@ -66,7 +66,7 @@ EXTRA: dict[str, dict[str, str]] = {
         "faults": "what is left of a message when this broker's connections, queues and nodes break, on a node of its own",
         "test_interop": "messages of plain clients, and ours read by them",
         "test_receiver": "what counts as an attempt where the broker counts more",
-        "test_receiving": "how a receiver begins, and what it gives back to a full group",
+        "test_receiving": "how consuming and publishing begin and end",
         "test_rights": "users, what they may do, and what is already there",
         "test_silence": "links that go silent without a word",
         "test_tap": "frames in pieces, torn, out of order, and a broker that is silent",

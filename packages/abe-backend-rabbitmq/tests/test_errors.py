@@ -15,6 +15,7 @@ from abe.errors import (
     BackendConnectionError,
     ConfigurationError,
     LeaseLostError,
+    PayloadTooLargeError,
     PermissionDeniedError,
     PublishUnknownError,
 )
@@ -250,7 +251,7 @@ def test_a_settlement_whose_channel_is_gone_has_lost_its_lease() -> None:
 
 
 def test_a_message_without_a_confirm_may_be_in_the_broker() -> None:
-    error = Refusal("the connection was lost").outcome("e", "k")
+    error = Refusal("the connection was lost").outcome("e", "k", 1)
     assert type(error) is PublishUnknownError
     assert str(error) == "the connection was lost, before the confirm came"
 
@@ -271,7 +272,7 @@ def test_a_refusal_is_that_of_the_messages_it_names_and_the_others_are_unknown(
 ) -> None:
     refusal = Refusal(f"the broker closed the channel: ACCESS_REFUSED - {text}")
     for exchange, key in (("e", "k"), ("e", "other"), ("", "k")):
-        error = refusal.outcome(exchange, key)
+        error = refusal.outcome(exchange, key, 1)
         assert type(error) is (PermissionDeniedError if (exchange, key) in denied else PublishUnknownError)
         assert error.maybe_accepted
         assert error.retryable is ((exchange, key) not in denied)
@@ -284,3 +285,14 @@ def test_the_time_that_a_node_gives_its_consumers_is_read_from_its_refusal() -> 
     )
     assert consumer_timeout(text) == 1800.0
     assert consumer_timeout("the connection was lost") is None
+
+
+@pytest.mark.parametrize("configured", ["", "configured "])
+def test_a_message_that_the_node_finds_too_large_is_told_from_those_beside_it(configured: str) -> None:
+    text = f"PRECONDITION_FAILED - message size 2000 is larger than {configured}max size 1000"
+    refusal = Refusal(f"the broker closed the channel: {text}")
+    assert type(refusal.outcome("e", "k", 1000)) is PublishUnknownError
+    error = refusal.outcome("e", "k", 1001)
+    assert type(error) is PayloadTooLargeError
+    assert (error.retryable, error.maybe_accepted) == (False, False)
+    assert "max_message_size is 1000" in str(error)

@@ -1,4 +1,4 @@
-"""How a receiver begins, and what it gives back."""
+"""How consuming and publishing begin and end: what is given back, and what a cancellation leaves."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 
 from abe.backends.message_queue.base import Delivery, Disposition, Settlement
+from abe_backend_rabbitmq._channel import Channel
 from abe_backend_rabbitmq._consuming import Consuming
+from abe_backend_rabbitmq._control import Lock
 from abe_contract_tests import bounds
 
 pytestmark = pytest.mark.xdist_group("rabbitmq-node")
+
+Collect = Callable[..., Awaitable[list[Delivery]]]
 
 
 async def test_what_is_given_back_to_a_full_group_goes_back_to_its_queue_at_once(
@@ -50,3 +54,81 @@ async def test_a_consumer_whose_beginning_is_cancelled_does_not_go_on_by_itself(
     recovering.cancel()
     await asyncio.wait([recovering])
     assert receiver._channel.closed == "the consumer did not begin"
+
+
+async def test_what_arrives_while_a_mover_ends_is_not_taken_for_its_next_channel(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str | None] = []
+    close = Channel.close
+
+    async def closing(self: Channel) -> None:
+        closed.append(self.closed)
+        await close(self)
+
+    transport = await lab.transport()
+    await transport.declare("g", None, change=True)
+    await lab.receiver(transport)
+    await transport.send(lab.envelopes(1, delay=3600))
+    monkeypatch.setattr(Channel, "close", closing)
+    async with bounds.within(20):
+        while not closed:  # noqa: ASYNC110 - it looks at the message, which is not near
+            await asyncio.sleep(0.01)
+    assert None not in closed
+
+
+async def test_a_lock_whose_acquiring_is_cancelled_is_free(lab: Any) -> None:
+    transport, other = await lab.transport(), await lab.transport()
+    control = transport._broker.control
+    connection = await control.connection()
+    lock = Lock(control, lab.names.look("g"), 5.0)
+    for turns in range(4):
+        acquiring = asyncio.create_task(lock.acquire(connection))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        acquiring.cancel()
+        await asyncio.wait([acquiring])
+    async with Lock(other._broker.control, lab.names.look("g"), 5.0).held():
+        pass
+
+
+async def test_publishes_with_little_time_share_one_channel_that_is_opened(lab: Any) -> None:
+    transport = await lab.transport()
+    await transport.declare("g", None, change=True)
+    publisher = transport._broker.publisher
+    publisher._channel.lose("lost")
+    prepare, times, begun, go_on = publisher._prepare, 0, asyncio.Event(), asyncio.Event()
+
+    async def slow() -> None:
+        nonlocal times
+        times += 1
+        begun.set()
+        await go_on.wait()
+        await prepare()
+
+    publisher._prepare = slow
+    async with bounds.within(20):
+        for _ in range(3):
+            opening = asyncio.create_task(publisher.open())
+            await begun.wait()
+            opening.cancel()
+            await asyncio.wait([opening])
+        go_on.set()
+        assert not any(await transport.send(lab.envelopes(1)))
+    assert times == 1
+
+
+async def test_parked_messages_go_on_as_soon_as_their_group_has_room(lab: Any, collect: Collect) -> None:
+    transport = await lab.transport(max_backlog=2)
+    await transport.send(lab.envelopes(9))
+    await transport.declare("g", None, change=True)
+    receiver = await lab.receiver(transport)
+    parked = transport._broker.parked
+    seen = 0
+    async with bounds.within(20):
+        while seen < 9:
+            found = await receiver.receive(10)
+            seen += len(found)
+            await receiver.ack(found, verify=True)
+            await parked._look()
+    assert await lab.waiting(lab.names.parked) == 0

@@ -1,7 +1,7 @@
 """The inbox: what it takes in, hands out and gives back, within its bound."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ from engine_doubles import ScriptedReceiver, delivery, inbox_on, turns, within
 from abe.backends.message_queue.base import Delivery, Disposition, Outcomes, Settlement
 from abe.backends.message_queue.engine.inbox import Inbox
 from abe.codec import JSONCodec
-from abe.errors import BackendClosedError, LeaseLostError, PermissionDeniedError
+from abe.errors import BackendClosedError, BackendConnectionError, LeaseLostError, PermissionDeniedError
 from abe.testing import ManualClock
 
 
@@ -111,6 +111,41 @@ class TestSuspects:
 
 
 class TestInbox:
+    async def test_what_could_not_be_settled_in_its_time_is_recovered(self, manual_clock: ManualClock) -> None:
+        """A broker may not hand out to us what it counts as ours."""
+
+        class Failing(ScriptedReceiver):
+            held: list[list[int]]
+
+            async def ack(self, deliveries: Sequence[Delivery], *, verify: bool) -> Outcomes:
+                raise BackendConnectionError("no writes now")
+
+            async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
+                self.held.append([each.native for each in deliveries])
+                self.waiting.append(delivery(1, attempt=2))
+                return ()
+
+        receiver = Failing(delivery(1), delivery(2))
+        receiver.held = []
+        inbox = inbox_on(receiver, manual_clock, prefetch=4)
+        first = await within(inbox.receive())
+        acking = asyncio.create_task(first.ack())
+        for _ in range(40):
+            await manual_clock.advance(1)
+        with pytest.raises(BackendConnectionError):
+            await within(acking)
+        assert (await within(inbox.receive())).id == "2"
+        receiver.waiting.append(delivery(3))
+        receiver.more.set()
+        await manual_clock.advance(5)
+        assert (await within(inbox.receive())).id == "3"
+        receiving = asyncio.create_task(inbox.receive())
+        await manual_clock.advance(5)
+        again = await within(receiving)
+        assert (again.id, again.attempt) == ("1", 2)
+        assert receiver.held == [[2, 3]]
+        await within(inbox.close())
+
     async def test_a_message_that_closing_gave_back_is_known_to_be_lost(self, manual_clock: ManualClock) -> None:
         inbox = inbox_on(ScriptedReceiver(delivery(1), delivery(2)), manual_clock)
         first, second = await within(inbox.receive()), await within(inbox.receive())

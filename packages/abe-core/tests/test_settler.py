@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ def settler_on(
     refused: Callable[[AbeError], object] = lambda _: None,
     settling: Settling | None = None,
     count: int = 100,
+    stranded: Callable[[], object] = bool,
     leased: bool = True,
 ) -> Settler:
     return Settler(
@@ -41,6 +43,7 @@ def settler_on(
         settled=sent,
         refused=refused,
         timeout=30.0,
+        stranded=stranded,
         leased=leased,
         clock=clock,
     )
@@ -228,12 +231,14 @@ class TestSettler:
 
         for leased, expected in ((True, []), (False, [Disposition.RETURN])):
             receiver, item = Never(), delivery(1)
-            settler = settler_on(receiver, manual_clock, leased=leased)
+            stranded: list[bool] = []
+            settler = settler_on(receiver, manual_clock, stranded=partial(stranded.append, True), leased=leased)
             waiter = settler.submit(item, Settlement(item, Disposition.DEAD))
             await manual_clock.advance(31)
             assert isinstance(await within(waiter), BackendConnectionError)
             given_back = [each.disposition for each in receiver.settled if each.disposition is not Disposition.DEAD]
             assert given_back == expected
+            assert stranded == [True] * leased, "it is recovered where the lease may be our own"
 
     async def test_what_was_carried_out_before_closing_gave_the_others_up_is_not_called_failed(
         self, manual_clock: ManualClock

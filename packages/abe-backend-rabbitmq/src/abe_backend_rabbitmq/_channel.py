@@ -201,7 +201,7 @@ class Channel:
             refusal = Refusal(reason)
             for tag, batch in pending.items():
                 message = batch.messages[tag - batch.first]
-                batch.settle(tag, refusal.outcome(message.exchange, message.key))
+                batch.settle(tag, refusal.outcome(message.exchange, message.key, len(message.body)))
         self.lost = list(self.in_flight.values())
         self.in_flight.clear()
         for delivery, _ in self.lost:

@@ -127,6 +127,9 @@ class Lock:
         while True:
             try:
                 await self._control.call(lambda channel: channel.queue_declare(self._name, exclusive=True), on)
+            except asyncio.CancelledError:
+                await self.release(on)  # the request is carried out all the same
+                raise
             except BackendConnectionError as exc:
                 if not isinstance(exc.__cause__, ChannelLocked):
                     raise

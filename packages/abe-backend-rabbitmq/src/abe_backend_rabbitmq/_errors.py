@@ -17,6 +17,7 @@ from abe.errors import (
     BackpressureError,
     ConfigurationError,
     LeaseLostError,
+    PayloadTooLargeError,
     PermissionDeniedError,
     PublishUnknownError,
 )
@@ -87,6 +88,7 @@ _INEQUIVALENT: Final = re.compile(
 _VALUE: Final = re.compile(r"(?:the value )?'(?P<value>.*?)'(?: of type '\w+')?\Z", re.DOTALL)
 _LIMIT: Final = "x-max-length"
 _EXCHANGE: Final = re.compile(r"access to (?:topic '(?P<topic>.*?)' in )?exchange '(?P<exchange>[^']*)'")
+_TOO_LARGE: Final = re.compile(r"message size \d+ is larger than (?:configured )?max size (\d+)")
 _TIMED_OUT: Final = re.compile(r"acknowledgement on channel \d+ timed out\. Timeout value used: (\d+) ms")
 _STALE: Final = re.compile("unknown delivery tag|timed out")
 """Failed preconditions of a delivery, not of the configuration."""
@@ -152,7 +154,8 @@ class Refusal:
     """The outcomes of messages that were unconfirmed when their channel closed.
 
     When the user may not publish to an exchange, the broker closes the channel and names the exchange, but not the message. Messages to
-    other exchanges are unknown, as after any loss; those to that exchange are refused, but earlier ones may have been stored.
+    other exchanges are unknown, as after any loss; those to that exchange are refused, but earlier ones may have been stored. When one is
+    larger than the node's `max_message_size`, it names that.
 
     Args:
         reason: Why the channel closed.
@@ -164,9 +167,21 @@ class Refusal:
         found = _EXCHANGE.search(reason)
         self._exchange = found and found["exchange"].replace("amq.default", "")
         self._topic = found and found["topic"]
+        too_large = _TOO_LARGE.search(reason)
+        self._most = int(too_large[1]) if too_large else None
 
-    def outcome(self, exchange: str, key: str) -> AbeError:
-        """Return the outcome of one message."""
+    def outcome(self, exchange: str, key: str, size: int) -> AbeError:
+        """Return the outcome of one message.
+
+        Args:
+            exchange: Where it was published to.
+            key: Its routing key.
+            size: Bytes of its body.
+        """
+        if self._most is not None and size > self._most:
+            return PayloadTooLargeError(
+                f"the payload has {size} bytes, and the node's max_message_size is {self._most}"
+            )
         others = self._exchange is not None and self._exchange != exchange
         if not self._refused or others or (self._topic is not None and self._topic != key):
             return PublishUnknownError(f"{self._reason}, before the confirm came")

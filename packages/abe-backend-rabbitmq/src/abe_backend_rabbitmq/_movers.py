@@ -39,6 +39,9 @@ _NEAR: Final = 1.0
 _AGAIN: Final = 0.5
 """Seconds after which a failure is retried."""
 
+_RARELY: Final = 30.0
+"""Seconds after which the groups' levels are looked for without any news."""
+
 _MUCH_LATER: Final = 60.0
 """Seconds after which a message that cannot be moved is retried."""
 
@@ -103,9 +106,10 @@ class _Level:
                 try:
                     pause = await self._move(channel)
                 finally:
+                    channel.ended, is_open = None, channel.closed is None
+                    channel.lose("its messages go back")  # first: one that arrives meanwhile is not of the next channel
                     self._taken.clear()
-                    if channel.closed is None:
-                        channel.ended = None
+                    if is_open:
                         await run_to_completion(channel.close())
             except AbeError as exc:
                 _log.debug("delayed messages of group %r cannot be moved now: %s", self._group, exc)
@@ -266,7 +270,7 @@ class Movers:
                 await self.broker.groups.build(group, entry.levels - 1)
             self._see_to(group, entry.levels)
             self._made(group, entry.made)
-        self._gone.clear()
+            self._gone.discard(group)
 
     async def _listen(self) -> None:
         while True:
@@ -300,10 +304,17 @@ class Movers:
                 await run_to_completion(channel.queue_bind(queue, self.broker.topology.news))
                 await run_to_completion(channel.basic_consume(queue, heard, no_ack=True))
             self._heard.set()
+            loop = asyncio.get_running_loop()
+            looked_at = loop.time()
             while not channel.is_closed and connection.alive:
                 await _at_most(self._heard.wait(), 10 * _AGAIN)
-                if self._heard.is_set() or self._gone:
+                late = loop.time() - looked_at > _RARELY
+                if late:  # the exchange may have been deleted and declared again, or the queue deleted
+                    with translated(connection.address):
+                        await run_to_completion(channel.queue_bind(queue, self.broker.topology.news))
+                if late or self._heard.is_set() or self._gone:
                     self._heard.clear()
+                    looked_at = loop.time()
                     await self._look()
         finally:
             if not channel.is_closed and connection.alive:

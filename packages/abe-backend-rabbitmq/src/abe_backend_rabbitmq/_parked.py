@@ -52,6 +52,7 @@ class Parked:
         self._lock = Lock(control, topology.parked_lock, timeout)
         self._begun: asyncio.Task[None] | None = None
         self._unwanted = 0
+        self._full = False
         self._look_at = 0.0
 
     def look(self) -> None:
@@ -66,6 +67,7 @@ class Parked:
 
     async def hand_over(self) -> None:
         """Move parked messages to the groups that want them, until none is left or a group is full."""
+        self._full = False
         if not await self._control.count(self._names.parked):
             return
         async with self._lock.held() as connection:
@@ -75,7 +77,8 @@ class Parked:
             try:
                 while page := await browser.page():
                     if not await self._hand_over(browser, page, registry):
-                        break  # a group is full
+                        self._full = True
+                        break
             finally:
                 await browser.close()
 
@@ -85,7 +88,8 @@ class Parked:
         if not count or (count == self._unwanted and now < self._look_at):
             return
         await self.hand_over()
-        self._unwanted, self._look_at = await self._control.count(self._names.parked) or 0, now + _RARELY
+        if not self._full:
+            self._unwanted, self._look_at = await self._control.count(self._names.parked) or 0, now + _RARELY
 
     async def _hand_over(self, browser: Browser, page: Sequence[Found], registry: Registry) -> bool:
         """Move the wanted messages of a page; return whether every group accepted its copies."""

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
+from abe.backends.message_queue.base.tasks import SharedTask
 from abe.errors import AbeError, BackendConnectionError, PublishUnknownError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._channel import Channel, Outgoing
@@ -33,7 +34,7 @@ class Publisher:
         self._link = Link(settings, "abe-publish")
         self._channel: Channel | None = None
         self._owner: Connection | None = None
-        self._opening = asyncio.Lock()
+        self._opening = SharedTask(self._open)  # who has little time does not begin it anew each time
 
     async def open(self) -> Channel:
         """Return the channel; open one if there is none.
@@ -43,16 +44,17 @@ class Publisher:
         """
         if self._channel is not None and self._channel.closed is None:
             return self._channel
-        async with self._opening:
-            if self._channel is None or self._channel.closed is not None:
-                connection = await self._link.get()
-                await self._prepare()  # the exchanges may have been deleted
-                self._channel = await connection.channel()
-                self._owner = connection
-            return self._channel
+        return await self._opening.join()
+
+    async def _open(self) -> Channel:
+        connection = await self._link.get()
+        await self._prepare()  # the exchanges may have been deleted
+        self._channel, self._owner = await connection.channel(), connection
+        return self._channel
 
     async def close(self) -> None:
         """Close the connection."""
+        await self._opening.close()
         await self._link.close()
 
     async def publish(self, messages: Sequence[Outgoing]) -> Sequence[AbeError | None]:

@@ -9,7 +9,7 @@ from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.clock import Clock, sleep
 from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.transport import Delivery, Receiver, Receiving
-from abe.errors import AbeError, GroupMissingError
+from abe.errors import AbeError, BackendConnectionError, GroupMissingError
 
 _log: Final = Log("abe.engine")
 _RECONNECT: Final = ExponentialBackoff(initial=0.05, maximum=5.0)
@@ -65,6 +65,7 @@ class Fetcher:
         self._asked_for = 0  # messages that the calls in progress may bring
         self._failures = 0  # rounds of mending since messages were last received
         self._broken = False  # whether a call has failed that no `recover` has followed
+        self._stranded = False
         self._mending: asyncio.Task[None] | None = None
         self._space: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -78,6 +79,10 @@ class Fetcher:
             self._space.set_result(None)
         elif self._mending is None and not self._stopping:
             self._begin_another()  # those in progress may have to wait for their answers
+
+    def recover_soon(self) -> None:
+        """Have the receiver recover before it is asked again: the broker may count as ours what we do not have any more."""
+        self._stranded = True
 
     async def stop(self) -> Sequence[Delivery]:
         """Take nothing new; return what was taken and never `arrived`, in the broker's order."""
@@ -125,7 +130,7 @@ class Fetcher:
             self._asked_for += limit
             self._begin_another()
             try:
-                deliveries = await self._receiver.receive(limit)
+                deliveries = await self._receive(limit)
             except Exception as exc:  # noqa: BLE001 - a provider's fault must not end the consumer
                 self._asked_for -= limit
                 self._broken = True
@@ -146,6 +151,12 @@ class Fetcher:
                 if deliveries and not self._arrived(deliveries):
                     self._stopping = True
         self._running -= 1
+
+    async def _receive(self, limit: int) -> Sequence[Delivery]:
+        if self._stranded and self._mending is None:
+            self._stranded = False
+            raise BackendConnectionError("settlements have failed for their whole time")
+        return await self._receiver.receive(limit)
 
     def _adapt(self, count: int, limit: int) -> None:
         if not count:

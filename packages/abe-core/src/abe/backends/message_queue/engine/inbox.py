@@ -92,6 +92,7 @@ class Inbox:
             settled=self._make_space,
             refused=self._refused,
             timeout=self._timeout,
+            stranded=lambda: self._fetcher.recover_soon(),
             leased=lease is not None,
             clock=clock,
         )

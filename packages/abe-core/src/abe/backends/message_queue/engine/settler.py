@@ -33,6 +33,7 @@ class Settler:
         settled: Called when a batch was carried out, so that more messages can be taken.
         refused: Called with a permanent error: the broker will carry out no settlement.
         timeout: Seconds for which a settlement is retried.
+        stranded: Called when the broker may still count as ours what could not be settled.
         leased: Whether unsettled messages are redelivered when their lease runs out. If not, they are given back after `timeout`.
         clock: Measures `timeout`.
     """
@@ -47,6 +48,7 @@ class Settler:
         settled: Callable[[], None],
         refused: Callable[[AbeError], None],
         timeout: float,
+        stranded: Callable[[], object],
         leased: bool,
         clock: Clock,
     ) -> None:
@@ -59,6 +61,7 @@ class Settler:
         self._settled = settled
         self._refused = refused
         self._timeout = timeout
+        self._stranded = stranded
         self._leased = leased
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -272,8 +275,10 @@ class Settler:
                 outcomes[place] = error
 
     async def _give_back(self, deliveries: Sequence[Delivery]) -> None:
-        """Give back what could not be settled, where no lease makes the broker redeliver it."""
-        if deliveries and not self._leased:
+        """Give back what could not be settled. Where a lease makes the broker redeliver it, that may not be to us: it is recovered."""
+        if deliveries and self._leased:
+            self._stranded()
+        elif deliveries:
             await self._attempt(self._receiver.settle, [Settlement(each, Disposition.RETURN) for each in deliveries])
 
     async def _attempt(
