@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from abe.backends.message_queue.base import Delivery, Disposition, Settlement
+from abe_backend_rabbitmq import _movers
 from abe_backend_rabbitmq._channel import Channel
 from abe_backend_rabbitmq._consuming import Consuming
 from abe_backend_rabbitmq._control import Lock
@@ -132,3 +133,33 @@ async def test_parked_messages_go_on_as_soon_as_their_group_has_room(lab: Any, c
             await receiver.ack(found, verify=True)
             await parked._look()
     assert await lab.waiting(lab.names.parked) == 0
+
+
+async def test_delayed_messages_come_in_time_where_several_processes_move_them(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes some, and returns those that are not near: one at a time, or the others find them in another order."""
+    monkeypatch.setattr(_movers, "_PREFETCH", 4)
+    monkeypatch.setattr(_movers, "_NEAR", 0.2)
+    transports = [await lab.transport() for _ in range(3)]
+    await transports[0].declare("g", None, change=True)
+    receivers = [await lab.receiver(each) for each in transports]
+    due: dict[str, float] = {}
+    late: list[float] = []
+    loop = asyncio.get_running_loop()
+
+    async def receive(receiver: Any) -> None:
+        while len(late) < 24:
+            for delivery in await receiver.receive(10):
+                late.append(loop.time() - due[receiver.metadata(delivery).id])
+                await receiver.ack([delivery], verify=False)
+
+    async with bounds.within(40), asyncio.TaskGroup() as tasks:
+        for receiver in receivers:
+            tasks.create_task(receive(receiver))
+        for _ in range(24):
+            message = lab.envelope(delay=6.4)
+            due[message.id] = loop.time() + message.delay
+            assert not any(await transports[0].send([message]))
+            await asyncio.sleep(0.4)  # the rate of a publisher
+    assert max(late) < bounds.slowness() * 0.5, late

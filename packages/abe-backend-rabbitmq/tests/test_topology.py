@@ -28,6 +28,7 @@ def own(namespace: str, group: str) -> list[str]:
         names.queue(group),
         names.dead(group),
         names.look(group),
+        names.tried(group, "RECORD"),
         *(names.waiting(group, level) for level in range(LEVELS)),
     ]
 
@@ -97,7 +98,7 @@ def test_the_backlog_is_one_less_for_the_broker_takes_the_one_that_fills_it() ->
 
 def test_nothing_is_ever_dropped() -> None:
     names = Topology("shop", None, 10)
-    for arguments in (names.queue_arguments("g"), names.store_arguments):
+    for arguments in (names.queue_arguments("g"), names.store_arguments, names.level_arguments):
         assert arguments["x-queue-type"] == "quorum"
         assert arguments["x-overflow"] == "reject-publish"
         assert arguments.get("x-dead-letter-strategy", "at-least-once") == "at-least-once"

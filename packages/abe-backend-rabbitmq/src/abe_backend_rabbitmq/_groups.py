@@ -371,7 +371,7 @@ class Groups:
         names = self._names
         for level in range(count):
             queue = names.waiting(group, level)
-            await channel.queue_declare(queue, durable=True, arguments=dict(names.store_arguments))
+            await channel.queue_declare(queue, durable=True, arguments=dict(names.level_arguments))
             await channel.queue_bind(queue, names.delay, names.wait(group, level))
 
     async def _stop_parking(self, channel: AbstractChannel, group: str) -> None:

@@ -103,6 +103,11 @@ class Topology:
         """The arguments of the other queues, which are browsed."""
         return {**_QUORUM, "x-delivery-limit": ENDLESS}
 
+    @property
+    def level_arguments(self) -> Arguments:
+        """The arguments of `waiting`. Two consumers that take messages and return them would change their order."""
+        return {**self.store_arguments, "x-single-active-consumer": True}
+
     def straight(self, group: str) -> str:
         """Return the pattern of a group's messages that wait at no level."""
         return f"*.{AT_ONCE}.{group}"

@@ -6,10 +6,8 @@ coalesces, bounds, times out, retries with backoff, renews leases, and decides a
 Every method raises errors of ``abe.errors`` only. An error of one message of a batch is its outcome, and affects no other: the engine
 repeats those whose error is `retryable`, and no others. A raised error is about the whole batch.
 
-`BackendConnectionError` means that the call may be repeated: the transport reconnects whenever it has to. As repeating `send` could
-duplicate messages, it raises this only if nothing was accepted. Any method may be cancelled: the broker may then have carried it out or
-not, and the transport stays usable.
-
+`BackendConnectionError` means that the call may be repeated: the transport reconnects whenever it has to. `send` raises it only if
+nothing was accepted. Any method may be cancelled: the broker may have carried it out or not, and the transport stays usable.
 Times and durations are floats in seconds, times since the epoch, except for `published_at` of `Envelope` and `Metadata`.
 """
 
@@ -74,10 +72,8 @@ class Delivery(msgspec.Struct, eq=False):
         attempt: 1 for the first delivery.
         native: What the provider needs to settle it, such as the broker's delivery tag. The engine does not read it.
         fault: Why the envelope cannot be read; None: it can.
-        uncertain: Earlier attempts that may have been lost connections only, where the broker counts those too. They are no failures:
-            as many of the others as `max_attempts` make a message dead.
-        alone: How often its handler began with nothing else in hand and the message came back unsettled, since it was given back for
-            that (`Settlement.alone`); None: it was not. Of use where attempts can be uncertain.
+        uncertain: Earlier attempts that may have been lost connections only, where the broker counts those too. They are no failures.
+        alone: How often a handler has begun on it alone, and it came back, since it was given back for that; None: it was not.
         begun: Whether a handler has it. Until then the provider may give it back to the broker, and sets `lost`.
         handled: Whether its handler has ended, and no caller awaits the acknowledgement: if it is lost and redelivered, it may be removed.
         lost: Whether this consumer is known to have lost it.
@@ -102,8 +98,7 @@ class Disposition(Enum):
         RETRY: Deliver it to the group again, not before `Settlement.delay`. The attempt counts.
         RELEASE: Deliver it again at once, in its old place if the broker can. The attempt does not count, if the broker can uncount it.
         DEAD: Move it to the group's dead letters, in one step, or so that a crash in between duplicates it and never loses it.
-        RETURN: Have the broker deliver it again, by what needs no answer: every other settlement has failed for its whole time. Asked for
-            only where there are no leases.
+        RETURN: Deliver it again, by what needs no answer, as all else has failed for its whole time. Only where there are no leases.
     """
 
     RETRY = "retry"
@@ -122,8 +117,7 @@ class Settlement:
         delay: With `Disposition.RETRY`: seconds before which it must not be delivered again.
         reason: Why, in a word or a line, for the dead letter.
         error: The traceback, for the dead letter.
-        alone: With `Disposition.RELEASE`, of a delivery that has uncertain attempts: whether it is given back to be handled with nothing
-            else in hand. Its next deliveries say how often that has begun (`Delivery.alone`).
+        alone: With `Disposition.RELEASE`: whether it is to be handled with nothing else in hand next, which `Delivery.alone` counts.
     """
 
     delivery: Delivery
@@ -140,8 +134,7 @@ class Batching:
 
     Attributes:
         messages: Messages of one call, at most.
-        bytes: Bytes of their bodies together, after which a call gets no further message. The last one may exceed it by its whole size
-            (`Capabilities.max_payload_bytes` at most).
+        bytes: Bytes of their bodies together, after which a call gets no further message. The last one may exceed it by its size.
         max_concurrent: Calls in progress at once, at most.
     """
 
@@ -169,8 +162,7 @@ class Settling:
 
     Attributes:
         messages: Deliveries of one call, at most: what keeps one request short.
-        linger: Seconds that acknowledgements without a waiting caller may wait until `messages` of them share a call, where a broker's
-            requests are expensive. 0: those of one turn of the event loop share a call.
+        linger: Seconds that acknowledgements no caller waits for may wait to share a call; 0: those of one turn of the event loop do.
         at_once: Whether `Receiver.ack` never waits for anything. It is then called outside of a task, and must not need one.
     """
 
@@ -192,8 +184,8 @@ class Receiver(Protocol):
         stop, close   raises nothing, or BackendConnectionError      does nothing
         metadata      asks no broker                                 -
 
-    The engine repeats `ack` and `settle` for as long as the lease lasts, and `renew` and `recover` until they succeed. A settlement that
-    was carried out by the call without an answer may have the outcome None or `LeaseLostError` when it is repeated.
+    The engine repeats `ack` and `settle` while the lease lasts, and `renew` and `recover` until they succeed. A settlement that was carried
+    out by the call without an answer may have the outcome None or `LeaseLostError` when it is repeated.
 
     A `receive` that fails or is cancelled may have taken messages that it did not return. After a failure the engine calls `recover`,
     which makes them deliverable again, but not those of other calls. It cancels a `receive` only when it closes the receiver: then `close`

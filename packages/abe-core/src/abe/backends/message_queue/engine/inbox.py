@@ -241,15 +241,11 @@ class Inbox:
             text = "its consumers died or let its lease run out, each time, the last time with nothing else in hand"
             self._in_flight.bury(suspect, "max_attempts", text)
             return False
-        if not self.alone:  # it came with the last ones that the receiver had
-            self._in_flight.give_back(suspect)
-            return False
-        if suspect.uncertain and suspect.alone is None:
-            self._in_flight.give_back(
-                suspect, alone=True
-            )  # what is uncertain buries nothing: from now on its tries are recorded
-            return False
-        return True
+        if self.alone and not (suspect.uncertain and suspect.alone is None):
+            return True
+        # It came with the receiver's last ones; or from now on its tries are recorded, as what is uncertain buries nothing.
+        self._in_flight.give_back(suspect, alone=self.alone)
+        return False
 
     def _change(self) -> None:
         """End this inbox, for another that is alone, or that is not."""
