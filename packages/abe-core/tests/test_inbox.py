@@ -48,6 +48,7 @@ class TestSuspects:
             (1, Disposition.RELEASE, True),
             (2, Disposition.DEAD, False),
         ]
+        assert (unsure[0].attempt, unsure[0].uncertain) == (4, 3), "what is beyond the limit says nothing more"
         await within(inbox.close())
 
     async def test_a_suspect_among_the_last_ones_of_the_receiver_is_given_back_as_it_is(

@@ -94,6 +94,9 @@ class InFlight:
         """
         if not self.forget(delivery) or delivery.lost:
             return None
+        if alone:  # uncertain attempts beyond the limit say nothing more
+            beyond = delivery.attempt - 1 - self._max_attempts
+            delivery.attempt, delivery.uncertain = delivery.attempt - beyond, delivery.uncertain - beyond
         return self._settler.submit(delivery, Settlement(delivery, Disposition.RELEASE, alone=alone))
 
     async def give_back_all(self, deliveries: Collection[Delivery]) -> None:
