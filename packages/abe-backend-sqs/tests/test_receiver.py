@@ -338,12 +338,13 @@ async def test_what_a_topic_brings_is_deleted_only_by_what_the_registry_says_now
             return found if since is not None else found._replace(groups={"g": ("stale",)})
 
         monkeypatch.setattr(keeper, "registry", registry)
+        later = time.time_ns() // 1_000_000 + 1_000  # than the group got its patterns
         for key in ("wanted.k", "unwanted"):
             await lab.ask(
                 "send_message",
                 QueueUrl=await lab.url("group", "g"),
                 MessageBody="{}",
-                MessageAttributes={"abe": {"DataType": "String", "StringValue": json.dumps([1, "i", key, 1])}},
+                MessageAttributes={"abe": {"DataType": "String", "StringValue": json.dumps([1, "i", key, later])}},
             )
         (delivery,) = await receiver.receive(10)
         assert receiver.metadata(delivery).key == "wanted.k"
