@@ -1,12 +1,13 @@
 """How consuming and publishing begin and end: what is given back, and what a cancellation leaves."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
 
 from abe.backends.message_queue.base import Delivery, Disposition, Settlement
+from abe.errors import AbeError, BackpressureError
 from abe_backend_rabbitmq import _movers
 from abe_backend_rabbitmq._channel import Channel
 from abe_backend_rabbitmq._consuming import Consuming
@@ -119,16 +120,26 @@ async def test_publishes_with_little_time_share_one_channel_that_is_opened(lab: 
     assert times == 1
 
 
-async def test_parked_messages_go_on_as_soon_as_their_group_has_room(lab: Any, collect: Collect) -> None:
-    transport = await lab.transport(max_backlog=2)
+async def test_parked_messages_go_on_as_soon_as_their_group_has_room(
+    lab: Any, collect: Collect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport = await lab.transport()
     await transport.send(lab.envelopes(9))
+    publisher, parked = transport._broker.publisher, transport._broker.parked
+    move = publisher.move
+
+    async def two(copies: Sequence[Any], **options: Any) -> list[AbeError | None]:
+        """Publish as many as there is room for."""
+        outcomes = await move(copies[:2], **options) or [None] * len(copies[:2])
+        return [*outcomes, *(BackpressureError("full") for _ in copies[2:])]
+
+    monkeypatch.setattr(publisher, "move", two)
     await transport.declare("g", None, change=True)
     receiver = await lab.receiver(transport)
-    parked = transport._broker.parked
     seen = 0
     async with bounds.within(20):
         while seen < 9:
-            found = await receiver.receive(10)
+            found = await collect(receiver, min(2, 9 - seen))
             seen += len(found)
             await receiver.ack(found, verify=True)
             await parked._look()
