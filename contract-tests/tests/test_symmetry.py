@@ -54,7 +54,7 @@ EXTRA: dict[str, dict[str, str]] = {
         "_registry": "AMQP lists neither queues nor bindings: the groups are kept in a message, under a lock",
         "_settlements": "most settlements are a copy, its confirm and an acknowledgement",
         "_tap": "frames that are many go past the client",
-        "_tried": "the broker counts deliveries that nobody saw: what a handler has begun on alone is recorded",
+        "_tried": "the broker counts deliveries that no client saw: what a handler has begun on alone is recorded",
         "_tls": "certificates and keys are files, read anew for each connection",
         "_watch": "a connection that went silent is asked, and given up",
         "conftest": "a node to share, and private ones to hurt",

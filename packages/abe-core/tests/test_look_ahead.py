@@ -215,8 +215,25 @@ async def entered(backend: Slow, size: int) -> Subscription:
     return subscription
 
 
+def looking_ahead(first: Subscription, backend: Slow) -> look_ahead.LookAhead:
+    return look_ahead.LookAhead(first, 2, lambda size: entered(backend, size), "default")
+
+
+async def replacing(slow: Slow, turns: int) -> tuple[look_ahead.LookAhead, asyncio.Task[Message]]:
+    """Return one whose subscription is being replaced since so many turns, and the worker that waits for that."""
+    ahead = looking_ahead(await entered(slow, 2), slow)
+    for _ in range(2):
+        await ahead.receive()
+    worker = asyncio.create_task(ahead.receive())
+    await slow.waits.wait()
+    slow.go.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    return ahead, worker
+
+
 async def test_a_worker_that_is_cancelled_meanwhile_does_not_keep_the_others_from_the_replacement(slow: Slow) -> None:
-    ahead = look_ahead.LookAhead(await entered(slow, 2), 2, lambda size: entered(slow, size), "default")
+    ahead = looking_ahead(await entered(slow, 2), slow)
     async with within(10):
         held = [await ahead.receive() for _ in range(2)]
         worker = asyncio.create_task(ahead.receive())
@@ -231,15 +248,8 @@ async def test_a_worker_that_is_cancelled_meanwhile_does_not_keep_the_others_fro
 
 @pytest.mark.parametrize("turns", range(12))
 async def test_nothing_is_received_after_a_stop_during_a_replacement(slow: Slow, turns: int) -> None:
-    ahead = look_ahead.LookAhead(await entered(slow, 2), 2, lambda size: entered(slow, size), "default")
     async with within(10):
-        for _ in range(2):
-            await ahead.receive()
-        worker = asyncio.create_task(ahead.receive())
-        await slow.waits.wait()
-        slow.go.set()
-        for _ in range(turns):
-            await asyncio.sleep(0)
+        ahead, worker = await replacing(slow, turns)
         had = worker.done()
         await ahead.stop()
         await asyncio.wait([worker])
@@ -251,15 +261,8 @@ async def test_nothing_is_received_after_a_stop_during_a_replacement(slow: Slow,
 
 @pytest.mark.parametrize("turns", range(12))
 async def test_no_subscription_is_left_when_it_is_closed_during_a_replacement(slow: Slow, turns: int) -> None:
-    ahead = look_ahead.LookAhead(await entered(slow, 2), 2, lambda size: entered(slow, size), "default")
     async with within(10):
-        for _ in range(2):
-            await ahead.receive()
-        worker = asyncio.create_task(ahead.receive())
-        await slow.waits.wait()
-        slow.go.set()
-        for _ in range(turns):
-            await asyncio.sleep(0)
+        ahead, worker = await replacing(slow, turns)
         worker.cancel()
         await ahead.aclose()
         await asyncio.wait([worker])

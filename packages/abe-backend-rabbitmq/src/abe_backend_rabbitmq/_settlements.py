@@ -96,7 +96,10 @@ class Settlements:
         crowded = self._room < len(copied)
         self._room -= len(copied)
         most, now = _MOMENT if crowded else _LONGEST, loop.time()
-        left = [(now + min(_longest(each), most), each, tag) for each, tag in copied]
+        dead = Disposition.DEAD
+        left = [
+            (now + min(_GIVEN_UP if each.disposition is dead else each.delay, most), each, tag) for each, tag in copied
+        ]
         ends = [asyncio.ensure_future(publisher.unblocked()), asyncio.ensure_future(self._hurried.wait())]
         try:
             while left and publisher.blocked:
@@ -219,13 +222,6 @@ class Settlements:
             exchange, key = "", self._broker.topology.dead(self._group)
             properties = _wire.buried(header, body, attempt, settlement.reason, settlement.error)
         return Outgoing(exchange, key, properties, body, _wire.message_id(properties))
-
-
-def _longest(settlement: Settlement) -> float:
-    """Return for how many seconds a message stays in flight for the sake of its copy."""
-    if settlement.disposition is Disposition.DEAD:
-        return _GIVEN_UP
-    return settlement.delay
 
 
 def _doubts(settlement: Settlement, header: Header) -> Sequence[tuple[str, str | int]]:

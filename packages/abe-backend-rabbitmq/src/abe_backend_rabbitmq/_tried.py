@@ -1,6 +1,6 @@
 """Records that handlers have begun on messages with nothing else in hand: evidence against a message that kills its process.
 
-A record is an empty queue that expires. RabbitMQ counts deliveries that no client saw, so its count alone is none.
+A record is an empty queue that expires. RabbitMQ counts deliveries that no client saw: its count alone is no evidence.
 """
 
 from collections.abc import Mapping

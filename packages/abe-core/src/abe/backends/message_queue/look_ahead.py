@@ -56,9 +56,8 @@ class LookAhead:
         self._group = group
         self._sources = [_Source(first, size)]
         self._source_of: dict[int, _Source] = {}
-        self._replacing = SharedTask(
-            self._replace, _stops
-        )  # a worker that is cancelled meanwhile does not interrupt it
+        # Shared: a worker that is cancelled meanwhile does not interrupt it.
+        self._replacing = SharedTask(self._replace, _stops)
         self._closing: set[asyncio.Task[None]] = set()
         self._ending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopped = False

@@ -55,7 +55,7 @@ def simulate(
 
     Raises:
         BaseException: What the scenario or one of its processes raised, with a note that names the seed and the last faults.
-        RuntimeError: Nothing can run any more; or asyncio reported something in a process, as an exception of a task that nobody awaits.
+        RuntimeError: Nothing can run any more; or asyncio reported something in a process, as an exception of a task that was not awaited.
     """
     if asyncio._get_running_loop() is not None:
         raise RuntimeError(
