@@ -118,6 +118,41 @@ class TestSettling:
 
 
 class TestRecovery:
+    async def test_what_a_cancelled_read_brings_late_is_given_back(
+        self, launch: Any, lab_at: Any, collect: Collect
+    ) -> None:
+        lab = lab_at(launch().url)
+        transport = await lab.transport(lease=30.0)
+        await transport.declare("g", None, change=True)
+        receiver = await lab.receiver(transport)
+        await transport.send(lab.envelopes(3))
+        await receiver._link.get()
+        receiver._next_tick = asyncio.get_running_loop().time() + 60  # so that it only reads
+        # Reads wait until the pause is over; what only looks does not.
+        await lab.redis.execute_command("CLIENT", "PAUSE", 200, "WRITE")
+        reading = asyncio.create_task(receiver.receive(10))
+        await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait([reading])
+        async with bounds.within(3):
+            assert list(await receiver.recover([])) == []
+        assert len(await collect(receiver, 3)) == 3
+
+    async def test_stopping_leaves_a_server_alive_that_has_paused_its_clients(self, launch: Any, lab_at: Any) -> None:
+        lab = lab_at(launch().url)
+        transport = await lab.transport()
+        await transport.declare("g", None, change=True)
+        receiver = await lab.receiver(transport)
+        await receiver._link.get()
+        receiver._next_tick = asyncio.get_running_loop().time() + 60  # so that it only reads
+        await lab.redis.execute_command("CLIENT", "PAUSE", 200, "WRITE")
+        reading = asyncio.create_task(receiver.receive(10))
+        await asyncio.sleep(0)
+        async with bounds.within(3):
+            await receiver.stop()
+            await asyncio.wait([reading])
+        assert await lab.redis.ping()
+
     async def test_what_the_receiver_does_not_know_of_is_given_back(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport()
         await transport.declare("g", None, change=True)

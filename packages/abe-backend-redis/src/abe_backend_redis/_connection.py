@@ -31,7 +31,8 @@ class Link:
         self._name = name
         self._timeout = timeout
         self._prepare = prepare
-        self._wire: Wire | None = None
+        self.wire: Wire | None = None
+        """The newest connection; it may be lost."""
         self._connecting = SharedTask(self._connect, self._was_closed)
 
     async def get(self) -> Wire:
@@ -42,14 +43,14 @@ class Link:
         Raises:
             AbeError: Connecting failed; see `connect`.
         """
-        if self._wire is not None and self._wire.alive:
-            return self._wire
+        if self.wire is not None and self.wire.alive:
+            return self.wire
         return await self._connecting.join()
 
     def drop(self, silence: float = 0.0) -> None:
         """Disconnect, if the server has been silent for `silence` seconds; the next `get` connects again."""
-        if self._wire is not None and self._wire.silence >= silence:
-            self._wire.close()
+        if self.wire is not None and self.wire.silence >= silence:
+            self.wire.close()
 
     async def close(self) -> None:
         """Disconnect for good."""
@@ -64,7 +65,7 @@ class Link:
         except BaseException:
             wire.close()
             raise
-        self._wire = wire
+        self.wire = wire
         return wire
 
     def _was_closed(self) -> BackendConnectionError:

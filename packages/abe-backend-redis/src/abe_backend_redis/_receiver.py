@@ -12,12 +12,13 @@ from abe.backends.message_queue.base import Delivery, Disposition, Metadata, Out
 from abe.backends.message_queue.base import Receiver as ReceiverProtocol
 from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.routing import lease_lost
+from abe.backends.message_queue.base.tasks import ignore_failure
 from abe.errors import AbeError, GroupMissingError, LeaseLostError
 from abe_backend_redis import _wire
 from abe_backend_redis._broker import Broker
 from abe_backend_redis._connection import REPLY_TIMEOUT, Link
 from abe_backend_redis._errors import ReplyError, code, is_refused, translate, translated
-from abe_backend_redis._protocol import Reply, Wire
+from abe_backend_redis._protocol import Wire
 from abe_backend_redis._topology import GROUP, RELEASED
 
 _log: Final = Log("abe.redis")
@@ -55,7 +56,6 @@ class RedisReceiver:
         self._loop = asyncio.get_running_loop()
         self._link = Link(broker.settings, f"abe-read-{group}", TICK + REPLY_TIMEOUT, self._prepare)
         self._client = 0
-        self._reading: asyncio.Future[Reply] | None = None
         self._renewed = True
         self._next_tick = 0.0
         self._next_registration = 0.0
@@ -83,11 +83,9 @@ class RedisReceiver:
             return ()
         wire = await self._link.get()
         try:
-            if self._loop.time() >= self._next_tick:
-                claimed = await self._tick(wire, limit)
-                if claimed or self._stopping:
-                    return claimed
-            entries = await self._read(wire, limit)
+            if self._loop.time() >= self._next_tick and (claimed := await self._tick(wire, limit)):
+                return claimed
+            entries = () if self._stopping else await self._read(wire, limit)
         except ReplyError as exc:
             if code(exc) in ("NOGROUP", "UNBLOCKED"):
                 raise GroupMissingError(f"group {self._group!r} was deleted underneath its consumers") from exc
@@ -156,6 +154,7 @@ class RedisReceiver:
     async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         """Give back deliveries of a lost reply, renew the others, and return the lost ones."""
         await self._link.get()
+        await self._end_reads()
         self._next_tick = 0.0
         ours = {delivery.native: delivery for delivery in deliveries}
         lost = await self._give_back(ours)
@@ -169,13 +168,14 @@ class RedisReceiver:
         self._stopping = True
         try:
             async with asyncio.timeout(_STOPPED):
-                await self._end_read()
+                await self._end_reads()
         except (TimeoutError, AbeError):
             self._link.drop()
             self._broker.drop(silence=_STOPPED / 2)
 
     async def close(self) -> None:
         """Give back all deliveries, and unregister the consumer."""
+        await self.stop()
         await self._link.close()
         await self._give_back(())
         await self._run("unregister", [self._stream, self._alive], [self._consumer], ())
@@ -187,16 +187,28 @@ class RedisReceiver:
             self._client = 0
             _log.debug("reads cannot be ended early, as CLIENT ID is refused: %s", exc)
 
-    async def _end_read(self) -> None:
-        wire = await self._broker.control()
-        while self._reading is not None and not self._reading.done():
+    async def _end_reads(self) -> None:
+        """Have Redis carry out all that was sent on the reading connection, also by cancelled calls, and end the read that waits.
+
+        The XACK acknowledges nothing. While clients are paused, as in a failover, it holds the CLIENT UNBLOCK back, with which some servers
+        crash then (Redis 7.0.15 does).
+        """
+        if (wire := self._link.wire) is None or not wire.alive:
+            return
+        control = await self._broker.control()
+        last = wire.call(b"PING")
+        last.add_done_callback(ignore_failure)
+        while not last.done():
+            commands = (b"XACK", self._stream, GROUP, b"0-0"), (b"CLIENT", b"UNBLOCK", self._client)
+            paused, unblocked = control.call_many(*commands)
+            paused.add_done_callback(ignore_failure)
             try:
-                await wire.call(b"CLIENT", b"UNBLOCK", self._client)
+                await unblocked
             except ReplyError as exc:
                 _log.debug("the read cannot be ended early, waiting for its timeout: %s", exc)
-                await asyncio.wait([self._reading])
+                await asyncio.wait([last])
             else:
-                await asyncio.wait([self._reading], timeout=_UNBLOCK_EVERY)
+                await asyncio.wait([last], timeout=_UNBLOCK_EVERY)
 
     async def _give_back(self, known: Collection[bytes]) -> Collection[bytes]:
         """Release this consumer's pending entries that are not in `known`; return the known ones that are no longer pending."""
@@ -257,7 +269,7 @@ class RedisReceiver:
 
     async def _read(self, wire: Wire, limit: int) -> Sequence[tuple[bytes, list[bytes]]]:
         block = max(1, int((self._next_tick - self._loop.time()) * 1000))
-        self._reading = wire.call(
+        reply = await wire.call(
             b"XREADGROUP",
             b"GROUP",
             GROUP,
@@ -270,7 +282,6 @@ class RedisReceiver:
             self._stream,
             b">",
         )
-        reply = await self._reading
         return reply[0][1] if reply else ()
 
     async def _settle(self, settlements: Sequence[tuple[bytes, str, int, str, str]]) -> Outcomes:
