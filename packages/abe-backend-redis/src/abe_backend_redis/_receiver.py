@@ -85,7 +85,7 @@ class RedisReceiver:
         try:
             if self._loop.time() >= self._next_tick and (claimed := await self._tick(wire, limit)):
                 return claimed
-            entries = () if self._stopping else await self._read(wire, limit)
+            entries = await self._read(wire, limit)
         except ReplyError as exc:
             if code(exc) in ("NOGROUP", "UNBLOCKED"):
                 raise GroupMissingError(f"group {self._group!r} was deleted underneath its consumers") from exc
@@ -268,6 +268,8 @@ class RedisReceiver:
                 break
 
     async def _read(self, wire: Wire, limit: int) -> Sequence[tuple[bytes, list[bytes]]]:
+        if self._stopping:  # since `receive` began
+            return ()
         block = max(1, int((self._next_tick - self._loop.time()) * 1000))
         reply = await wire.call(
             b"XREADGROUP",
