@@ -92,6 +92,24 @@ class TestConnections:
                 await asking
         await backend.stats("g")
 
+    @pytest.mark.parametrize("turns", [0, 1, 2, 5, 20])
+    @pytest.mark.parametrize("kind", ["channel", "plain"])
+    async def test_a_channel_whose_caller_leaves_is_closed_again(
+        self, lab: Any, until: Any, kind: str, turns: int
+    ) -> None:
+        link = Link(lab.settings(), "test")
+        connection = await link.get()
+        opening = asyncio.create_task(getattr(connection, kind)())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        opening.cancel()
+        await asyncio.wait([opening])
+        if not opening.cancelled():
+            await getattr(opening.result(), "native", opening.result()).close()
+        await (await connection.plain()).close()  # it was opened after the other, if that was opened at all
+        await until(lambda: not any(connection._native.channels.values()))
+        await link.close()
+
     async def test_closing_while_it_connects_ends_all_who_wait(self, lab: Any) -> None:
         async with mute() as port:
             backend = RabbitMQBackend(lab.settings(url=f"amqp://127.0.0.1:{port}", close_timeout=0.2))

@@ -5,7 +5,7 @@ returns.
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextvars import copy_context
 from typing import Any, Final, TypeVar
 
@@ -113,14 +113,11 @@ class Connection:
         Raises:
             BackendConnectionError: The connection is lost.
         """
-        with translated(self.address):
-            return await run_to_completion(self._tapped())
+        return await self._opened(self._tapped(), lambda channel: channel.native)
 
     async def plain(self) -> AbstractChannel:
-        """Open a plain channel of aiormq's, for infrequent requests."""
-        with translated(self.address):
-            channel: AbstractChannel = await run_to_completion(self._native.channel())
-            return channel
+        """Open a plain channel of aiormq's, for infrequent requests; raises as `channel`."""
+        return await self._opened(self._native.channel(), lambda channel: channel)
 
     async def close(self) -> None:
         """Close the connection; abort it if the broker does not answer in time."""
@@ -165,6 +162,21 @@ class Connection:
         if is_tls(self._url):
             return " (if it asks for a client's certificate, RABBITMQ_CERTIFICATE_FILE must hold one that it trusts)"
         return " (is it RabbitMQ that listens there, and without TLS? With TLS, RABBITMQ_URL begins with amqps://)"
+
+    async def _opened(self, opening: Coroutine[Any, Any, _T], native: Callable[[_T], AbstractChannel]) -> _T:
+        """Open a channel; if the caller is cancelled meanwhile, close it again as soon as it is open."""
+
+        def close_again(opened: "asyncio.Future[_T]") -> None:
+            if not opened.cancelled() and opened.exception() is None:
+                _start(native(opened.result()).close()).add_done_callback(ignore_failure)
+
+        task = _start(opening)
+        try:
+            with translated(self.address):
+                return await result_of(task, _was_closed)
+        except asyncio.CancelledError:
+            task.add_done_callback(close_again)
+            raise
 
     async def _tapped(self) -> Channel:
         assert self._factory.tap is not None
@@ -295,9 +307,13 @@ async def run_to_completion(work: Coroutine[Any, Any, _T]) -> _T:
     Raises:
         BackendConnectionError: The connection was closed here meanwhile. (aiormq cancels what waits then; the caller was not cancelled.)
     """
+    return await result_of(_start(work), _was_closed)
+
+
+def _start(work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
     context = copy_context()
     context.run(OURS.set, True)
-    return await result_of(context.run(_requests.start, work), _was_closed)
+    return context.run(_requests.start, work)
 
 
 def _was_closed() -> BackendConnectionError:
