@@ -21,6 +21,7 @@ from aiormq.abc import DeliveredMessage
 
 from abe.backends.message_queue.base import Delivery
 from abe.backends.message_queue.base.log import Log
+from abe.backends.message_queue.base.tasks import gather_all
 from abe.errors import AbeError, UnroutableError
 from abe_backend_rabbitmq import _wire
 from abe_backend_rabbitmq._broker import Broker
@@ -226,7 +227,7 @@ class Movers:
         if not self._consumers[group]:
             del self._consumers[group]
             levels = self._levels.pop(group, [])
-            await asyncio.gather(*(level.stop() for level in levels))
+            await gather_all(*(level.stop() for level in levels))
 
     async def close(self) -> None:
         """Stop all movers."""
@@ -236,7 +237,7 @@ class Movers:
         self._consumers.clear()
         levels = [level for group in self._levels.values() for level in group]
         self._levels.clear()
-        await asyncio.gather(*(level.stop() for level in levels))
+        await gather_all(*(level.stop() for level in levels))
 
     def in_flight(self, group: str) -> int:
         """Return how many of a group's delayed messages are taken from their queues."""

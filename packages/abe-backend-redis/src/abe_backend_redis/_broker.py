@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from abe.backends.message_queue.base.log import Log
+from abe.backends.message_queue.base.tasks import gather_all
 from abe.errors import ConfigurationError
 from abe_backend_redis._connection import REPLY_TIMEOUT, Link
 from abe_backend_redis._errors import ReplyError, code, translate
@@ -39,7 +40,7 @@ class Broker:
 
     async def close(self) -> None:
         """Disconnect."""
-        await asyncio.gather(self.publishing.close(), self.controlling.close(), self.browsing.close())
+        await gather_all(self.publishing.close(), self.controlling.close(), self.browsing.close())
 
     async def control(self) -> Wire:
         """Return the connection for everything but publishing, reading and dead letters."""

@@ -13,7 +13,7 @@ from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.message import Message
 from abe.backends.message_queue.base.subscription import Subscription
-from abe.backends.message_queue.base.tasks import SharedTask
+from abe.backends.message_queue.base.tasks import SharedTask, gather_all
 from abe.errors import AbeError, BackendClosedError
 
 _log: Final = Log("abe.consumer")
@@ -104,8 +104,10 @@ class LookAhead:
     async def stop(self) -> None:
         """Stop receiving; see `Subscription.stop`."""
         self._stopped = True
-        await asyncio.gather(self._replacing.close(), *(source.subscription.stop() for source in self._sources))
-        await self._sources[-1].subscription.stop()  # one that had just replaced another
+        try:
+            await gather_all(self._replacing.close(), *(source.subscription.stop() for source in self._sources))
+        finally:
+            await self._sources[-1].subscription.stop()  # one that had just replaced another
 
     async def aclose(self) -> None:
         """Close all subscriptions."""
@@ -113,7 +115,7 @@ class LookAhead:
         await self._replacing.close()
         if not self._ending.done():
             self._ending.set_result(None)
-        await asyncio.gather(*(source.subscription.aclose() for source in self._sources), *self._closing)
+        await gather_all(*(source.subscription.aclose() for source in self._sources), *self._closing)
 
     def _take(self) -> tuple[_Source, Message | None]:
         """Return the next buffered message and its source. Halted subscriptions come first, as their messages are older."""

@@ -9,7 +9,7 @@ from typing import Final, Self
 from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.message import Message
-from abe.backends.message_queue.base.tasks import result_of
+from abe.backends.message_queue.base.tasks import gather_all, result_of
 from abe.backends.message_queue.engine.inbox import Inbox
 from abe.backends.message_queue.report import shown
 from abe.errors import AbeError, AlreadySettledError, BackendClosedError
@@ -121,7 +121,7 @@ class GroupSubscription:
         if self._starting is not None and not self._starting.done():
             self._starting.cancel()
             await asyncio.wait([self._starting])
-        await asyncio.gather(*(inbox.close() for inbox in self._inboxes))
+        await gather_all(*(inbox.close() for inbox in self._inboxes))
 
     async def _receive(self) -> Message:
         while True:
