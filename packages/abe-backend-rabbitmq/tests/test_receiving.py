@@ -71,8 +71,8 @@ async def test_what_arrives_while_a_mover_ends_is_not_taken_for_its_next_channel
     transport = await lab.transport()
     await transport.declare("g", None, change=True)
     await lab.receiver(transport)
-    await transport.send(lab.envelopes(1, delay=3600))
     monkeypatch.setattr(Channel, "close", closing)
+    await transport.send(lab.envelopes(1, delay=3600))
     async with bounds.within(20):
         while not closed:  # noqa: ASYNC110 - it looks at the message, which is not near
             await asyncio.sleep(0.01)
