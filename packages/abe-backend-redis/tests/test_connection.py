@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 import trustme
@@ -265,6 +266,20 @@ class TestRights:
 
 
 class TestServer:
+    @pytest.mark.parametrize(
+        ("version", "has_it"),
+        [("6.2.14", False), ("8.0.9", False), ("8.2.0", False), ("8.2.2", False), ("8.2.3", True), ("8.3.240", False),
+         ("8.4.0", True), ("9.0.0", True)],
+    )  # fmt: skip
+    async def test_xackdel_is_used_where_it_does_not_crash_the_server(self, version: str, has_it: bool) -> None:
+        wire = AsyncMock()
+        wire.call.return_value = f"redis_version:{version}\r\naof_enabled:1\r\n".encode()
+        broker = Broker(RedisSettings())
+        for _ in range(2):  # also of a server that is reached later, as after a failover
+            broker.has_xackdel = not has_it
+            await broker._check(wire)
+            assert broker.has_xackdel is has_it
+
     async def test_a_policy_that_drops_keys_is_refused(self, launch: Any) -> None:
         service = launch("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")
         backend = RedisBackend(RedisSettings(url=service.url))

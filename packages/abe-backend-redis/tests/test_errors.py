@@ -41,6 +41,10 @@ REPLIES = {
     "MISSING": ("MISSING there is no group 'g'", GroupMissingError),
     "LOADING": ("LOADING Redis is loading the dataset in memory", BackendConnectionError),
     "READONLY": ("READONLY You can't write against a read only replica.", BackendConnectionError),
+    "UNBLOCKED": (
+        "UNBLOCKED force unblock from blocking operation, instance state changed (master -> replica?)",
+        BackendConnectionError,
+    ),
     "MASTERDOWN": (
         "MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
         BackendConnectionError,

@@ -138,6 +138,30 @@ class TestFrozenServer:
                 seen.add((await anext(subscription))["n"])
         assert {0, 4} <= seen
 
+    async def test_closing_a_consumer_meanwhile_doubles_nothing_that_is_being_published(
+        self, launch: Any, lab_at: Any, until: Until
+    ) -> None:
+        service = launch()
+        backend = await lab_at(service.url).backend(groups={"orders": (), "g": ()}, publish_timeout=20.0)
+        subscription: Any = backend.consume(group="g")
+        await subscription.__aenter__()
+        link = subscription._inbox._receiver._link
+        await link.get()
+        await backend.publish("k", {"n": 0})
+        service.pause()
+        publishing = asyncio.gather(*(backend.publish("k", {"n": n}) for n in range(1, 10)))
+        closing = asyncio.create_task(subscription.aclose())
+
+        async def given_up() -> bool:
+            return not link._wire.alive
+
+        try:
+            await until(given_up)
+        finally:
+            service.resume()
+        await asyncio.gather(publishing, closing)
+        assert (await backend.stats("orders")).waiting == 10
+
     async def test_no_message_is_lost_over_a_pause_under_load(self, launch: Any, lab_at: Any) -> None:
         service = launch()
 

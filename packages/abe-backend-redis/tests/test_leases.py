@@ -60,7 +60,7 @@ class TestOwners:
             assert list(await owner.renew([held])) == []
             assert await claims(rival, 0.15) == []
 
-    @pytest.mark.parametrize("renewing", ["is repeated by who recovers", "fails"])
+    @pytest.mark.parametrize("renewing", ["is repeated by who recovers", "fails", "has yet to begin"])
     async def test_what_is_in_hand_after_an_outage_is_not_handed_out_again(
         self, lab: Any, collect: Collect, monkeypatch: pytest.MonkeyPatch, renewing: str
     ) -> None:
@@ -77,6 +77,9 @@ class TestOwners:
                 patched.setattr(receiver, "_run", AsyncMock(side_effect=BackendConnectionError("no connection")))
                 with pytest.raises(BackendConnectionError):
                     await receiver.renew([held])
+        elif renewing == "has yet to begin":  # as after the machine was suspended, in which time its clock stood still
+            await wire.call(b"ZADD", receiver._alive, 1, receiver._consumer)
+            receiver._next_tick = 0.0
         else:
             assert list(await receiver.recover([held])) == []
         for _ in range(3):
@@ -118,6 +121,26 @@ class TestUnknownConsumers:
         await transport.send(lab.envelopes(3))
         await lab.redis.xreadgroup("group", "foreign", {lab.names.queue("g"): ">"}, count=3)
         assert len(await collect(await lab.receiver(transport), 3, within=3.0)) == 3
+
+    async def test_one_that_had_nothing_in_hand_for_a_while_is_found(self, lab: Any, collect: Collect) -> None:
+        transport = await lab.transport(lease=0.3)
+        await transport.declare("g", None, change=False)
+        receiver, queue = await lab.receiver(transport), lab.names.queue("g")
+
+        async def look() -> None:
+            receiver._next_registration = 0.0
+            await receiver._tick(await receiver._link.get(), 10)
+
+        for handled in (True, False):
+            await transport.send(lab.envelopes(1))
+            [[_, [[entry, _]]]] = await lab.redis.xreadgroup("group", "foreign", {queue: ">"}, count=1)
+            await look()
+            if handled:
+                await lab.redis.xack(queue, "group", entry)
+                await lab.redis.zadd(lab.names.alive("g"), {"foreign": 1})  # as it has been for two leases
+                await receiver._tick(await receiver._link.get(), 10)
+                assert await lab.redis.zscore(lab.names.alive("g"), "foreign") is None
+        assert len(await collect(receiver, 1, within=3.0)) == 1
 
     async def test_none_is_made_up_of_many(self, lab: Any, until: Until) -> None:
         """Thousands of names, as a deployment that crashes in a loop leaves them, go by and by, none of them at once."""

@@ -9,7 +9,7 @@ import pytest
 from redis_primitives import dead, letters_of, release, retry
 
 from abe.backends.message_queue.base import Delivery
-from abe.errors import LeaseLostError
+from abe.errors import BackendConnectionError, LeaseLostError
 from abe_backend_redis import _receiver
 from abe_backend_redis._receiver import RedisReceiver
 from abe_contract_tests import bounds
@@ -138,20 +138,64 @@ class TestRecovery:
             assert list(await receiver.recover([])) == []
         assert len(await collect(receiver, 3)) == 3
 
-    async def test_stopping_leaves_a_server_alive_that_has_paused_its_clients(self, launch: Any, lab_at: Any) -> None:
+    @pytest.mark.parametrize("why", ["a pause", "a demotion", "too few replicas"])
+    async def test_stopping_in_a_failover_leaves_the_server_alive(self, launch: Any, lab_at: Any, why: str) -> None:
         lab = lab_at(launch().url)
         transport = await lab.transport()
         await transport.declare("g", None, change=True)
         receiver = await lab.receiver(transport)
         await receiver._link.get()
         receiver._next_tick = asyncio.get_running_loop().time() + 60  # so that it only reads
-        await lab.redis.execute_command("CLIENT", "PAUSE", 200, "WRITE")
+        await lab.redis.execute_command("CLIENT", "PAUSE", 300, "WRITE")
         reading = asyncio.create_task(receiver.receive(10))
         await asyncio.sleep(0)
+        if why == "a demotion":
+            await lab.redis.execute_command("REPLICAOF", "127.0.0.1", 1)
+        elif why == "too few replicas":
+            await lab.redis.execute_command("CONFIG", "SET", "min-replicas-to-write", 1)
         async with bounds.within(3):
             await receiver.stop()
-            await asyncio.wait([reading])
+            await asyncio.gather(reading, return_exceptions=True)
         assert await lab.redis.ping()
+
+    async def test_a_group_on_a_demoted_server_is_not_taken_for_a_deleted_one(
+        self, launch: Any, lab_at: Any, until: Until
+    ) -> None:
+        lab = lab_at(launch().url)
+        transport = await lab.transport()
+        await transport.declare("g", None, change=True)
+        receiver = await lab.receiver(transport)
+        await receiver._link.get()
+        receiver._next_tick = asyncio.get_running_loop().time() + 60
+        reading = asyncio.create_task(receiver.receive(10))
+
+        async def waits() -> bool:
+            return bool((await lab.redis.info("clients"))["blocked_clients"])
+
+        await until(waits)
+        await lab.redis.execute_command("REPLICAOF", "127.0.0.1", 1)
+        async with bounds.within(3):
+            with pytest.raises(BackendConnectionError):
+                await reading
+
+    async def test_a_consumer_whose_closing_is_cancelled_leaves_no_connection(
+        self, launch: Any, lab_at: Any, until: Until
+    ) -> None:
+        lab = lab_at(launch().url)
+        transport = await lab.transport()
+        await transport.declare("g", None, change=True)
+        receiver = await lab.receiver(transport)
+        await receiver.receive(1)
+        await lab.redis.execute_command("CLIENT", "PAUSE", 300, "WRITE")
+        closing = asyncio.create_task(receiver.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait([closing])
+
+        async def gone() -> bool:
+            return all(client["name"] != "abe-read-g" for client in await lab.redis.client_list())
+
+        await until(gone)
 
     async def test_what_the_receiver_does_not_know_of_is_given_back(self, lab: Any, collect: Collect) -> None:
         transport = await lab.transport()

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from abe.backends.message_queue.base import Delivery
 from abe.errors import AbeError, BackendConnectionError
 from abe_backend_redis import RedisBackend, _broker, _connection, _protocol, _receiver
 from abe_backend_redis._login import connect
 from abe_contract_tests import bounds
 
+Collect = Callable[..., Awaitable[list[Delivery]]]
 Until = Callable[..., Awaitable[None]]
 
 REPLY_TIMEOUT, IDLE = 0.6, 0.3
@@ -29,6 +31,7 @@ class Tunnel:
         self._lost: list[asyncio.Event] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._ended = asyncio.Event()
         self.made = 0
 
     async def start(self) -> str:
@@ -36,7 +39,7 @@ class Tunnel:
         return f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
 
     def forget(self) -> None:
-        """Swallow whatever the connections of now send, both ways; new ones work."""
+        """Swallow whatever the connections of now send, both ways, also that they are closed; new ones work."""
         for lost in self._lost:
             lost.set()
         self._lost.clear()
@@ -52,6 +55,7 @@ class Tunnel:
     async def stop(self) -> None:
         assert self._server is not None
         self._server.close()
+        self._ended.set()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -74,6 +78,8 @@ class Tunnel:
             while data := await source.read(65536):
                 if not lost.is_set():
                     target.write(data)
+            if lost.is_set():
+                await self._ended.wait()
         except ConnectionError:
             pass
         finally:
@@ -121,6 +127,35 @@ async def test_a_publish_into_silence_has_time_for_a_second_try(tunnel: Tunnel, 
     tunnel.forget()
     await backend.publish("k", {"n": 2})
     assert (await backend.stats("g")).waiting == 2
+
+
+async def test_what_the_read_of_a_lost_connection_takes_is_given_back(
+    tunnel: Tunnel, one_lab: Any, collect: Collect, until: Until
+) -> None:
+    transport, sender = await one_lab.transport(url=await tunnel.start(), lease=60.0), await one_lab.transport()
+    await transport.declare("g", None, change=False)
+    receiver = await one_lab.receiver(transport)
+    await receiver._link.get()
+    receiver._next_tick = asyncio.get_running_loop().time() + 1.0 * bounds.allowance()
+    reading = asyncio.create_task(receiver.receive(10))
+
+    async def waits() -> bool:
+        return any(
+            client["name"] == "abe-read-g" and "b" in client["flags"] for client in await one_lab.redis.client_list()
+        )
+
+    await until(waits)
+    tunnel.forget()
+    for link in (receiver._link, transport._broker.controlling):
+        link.drop()
+    with pytest.raises(BackendConnectionError):
+        await reading
+    recovering = asyncio.create_task(receiver.recover([]))
+    await asyncio.wait([recovering], timeout=0.3 * bounds.allowance())
+    await sender.send(one_lab.envelopes(1))  # to the read that waits still, if nobody waits for its end
+    await recovering
+    [delivery] = await collect(receiver, 1)
+    assert delivery.attempt == 1
 
 
 async def test_publishers_and_consumers_go_on(tunnel: Tunnel, one_lab: Any) -> None:

@@ -16,6 +16,8 @@ from abe_backend_redis._topology import Topology
 
 _log: Final = Log("abe.redis")
 _FLOOR: Final = (6, 2)
+_XACKDEL: Final = (8, 2, 3)
+"""From which version on XACKDEL is used. Redis 8.2.0 to 8.2.2, and 8.3 before its release, crash when it has many ids: CVE-2025-62507."""
 
 
 class Broker:
@@ -46,11 +48,6 @@ class Broker:
         """Return the connection for everything but publishing, reading and dead letters."""
         return await self.controlling.get()
 
-    def drop(self, silence: float) -> None:
-        """Close connections on which a reply is due and nothing was received for `silence` seconds."""
-        for link in (self.publishing, self.controlling):
-            link.drop(silence)
-
     async def run(self, name: str, keys: Sequence[bytes], args: Sequence[object], *, wire: Wire | None = None) -> Reply:
         """Run a script, by default on the control connection.
 
@@ -75,13 +72,11 @@ class Broker:
             raise
 
     async def _prepare(self, wire: Wire) -> None:
-        if not self._checked:
-            await self._check(wire)
-            self._checked = True
+        await self._check(wire)
         await asyncio.gather(*wire.call_many(*((b"SCRIPT", b"LOAD", script.text) for script in SCRIPTS.values())))
 
     async def _check(self, wire: Wire) -> None:
-        """Check the server: its version, whether it may evict keys, whether it persists them."""
+        """Check the server: its version, and once whether it may evict keys, and whether it persists them."""
         try:
             text = await wire.call(b"INFO")
         except ReplyError as exc:
@@ -92,12 +87,14 @@ class Broker:
             )
             return
         info = dict(line.split(":", 1) for line in text.decode(errors="replace").splitlines() if ":" in line)
-        version = tuple(int(part) for part in info.get("redis_version", "0").split(".")[:2] if part.isdigit())
+        version = tuple(int(part) for part in info.get("redis_version", "0").split(".") if part.isdigit())
         if version < _FLOOR:
             raise ConfigurationError(
                 f"redis at {self.settings.address} is version {info.get('redis_version')}: 6.2 is the oldest that has all commands"
             )
-        self.has_xackdel = version >= (8, 2) and "valkey_version" not in info
+        self.has_xackdel = version >= _XACKDEL and version[:2] != (8, 3) and "valkey_version" not in info
+        if self._checked:
+            return
         policy = info.get("maxmemory_policy", "noeviction")
         if policy != "noeviction" and info.get("maxmemory", "0") != "0":
             raise ConfigurationError(
@@ -109,3 +106,4 @@ class Broker:
                 "redis at %s has appendonly off: messages since its last snapshot are lost when it stops. Set 'appendonly yes'",
                 self.settings.address,
             )
+        self._checked = True

@@ -31,8 +31,7 @@ class Link:
         self._name = name
         self._timeout = timeout
         self._prepare = prepare
-        self.wire: Wire | None = None
-        """The newest connection; it may be lost."""
+        self._wire: Wire | None = None
         self._connecting = SharedTask(self._connect, self._was_closed)
 
     async def get(self) -> Wire:
@@ -43,14 +42,14 @@ class Link:
         Raises:
             AbeError: Connecting failed; see `connect`.
         """
-        if self.wire is not None and self.wire.alive:
-            return self.wire
+        if self._wire is not None and self._wire.alive:
+            return self._wire
         return await self._connecting.join()
 
     def drop(self, silence: float = 0.0) -> None:
         """Disconnect, if the server has been silent for `silence` seconds; the next `get` connects again."""
-        if self.wire is not None and self.wire.silence >= silence:
-            self.wire.close()
+        if self._wire is not None and self._wire.silence >= silence:
+            self._wire.close()
 
     async def close(self) -> None:
         """Disconnect for good."""
@@ -65,7 +64,7 @@ class Link:
         except BaseException:
             wire.close()
             raise
-        self.wire = wire
+        self._wire = wire
         return wire
 
     def _was_closed(self) -> BackendConnectionError:

@@ -38,6 +38,7 @@ _BY_CODE: Final[dict[str, type[AbeError]]] = {
     "MISSING": GroupMissingError,
     "LOADING": BackendConnectionError,
     "READONLY": BackendConnectionError,
+    "UNBLOCKED": BackendConnectionError,
     "MASTERDOWN": BackendConnectionError,
     "CLUSTERDOWN": BackendConnectionError,
     "TRYAGAIN": BackendConnectionError,

@@ -19,6 +19,7 @@ from abe_backend_redis._broker import Broker
 from abe_backend_redis._connection import REPLY_TIMEOUT, Link
 from abe_backend_redis._errors import ReplyError, code, is_refused, translate, translated
 from abe_backend_redis._protocol import Wire
+from abe_backend_redis._scripts import SCRIPTS
 from abe_backend_redis._topology import GROUP, RELEASED
 
 _log: Final = Log("abe.redis")
@@ -56,10 +57,11 @@ class RedisReceiver:
         self._loop = asyncio.get_running_loop()
         self._link = Link(broker.settings, f"abe-read-{group}", TICK + REPLY_TIMEOUT, self._prepare)
         self._client = 0
-        self._renewed = True
+        self._wire: Wire | None = None
+        self._read_until = 0.0
         self._next_tick = 0.0
+        self._claims_own_from = 0.0
         self._next_registration = 0.0
-        self._registered: set[bytes] = set()
         self._unregistered: Sequence[bytes] = ()
         self._stopping = False
 
@@ -81,13 +83,13 @@ class RedisReceiver:
         """Read new messages; before that, every `TICK`, move due ones and return abandoned ones."""
         if self._stopping:
             return ()
-        wire = await self._link.get()
+        wire = self._wire = await self._link.get()
         try:
             if self._loop.time() >= self._next_tick and (claimed := await self._tick(wire, limit)):
                 return claimed
             entries = await self._read(wire, limit)
         except ReplyError as exc:
-            if code(exc) in ("NOGROUP", "UNBLOCKED"):
+            if _is_missing(exc):
                 raise GroupMissingError(f"group {self._group!r} was deleted underneath its consumers") from exc
             with translated(self._broker.settings.address):
                 raise
@@ -143,18 +145,18 @@ class RedisReceiver:
         ours = {delivery.native: delivery for delivery in deliveries}
         lost: list[Delivery] = []
         entries = list(ours)
-        self._renewed = False
+        self._expect_renewal()
         for start in range(0, len(entries), _PAGE):
             some = entries[start : start + _PAGE]
             keys, args = [self._stream, self._alive], [self._consumer, self._lease, *some]
             lost += [ours[entry] for entry in await self._run("renew", keys, args, some)]
-        self._renewed = True
+        self._claims_own_from = 0.0
         return lost
 
     async def recover(self, deliveries: Collection[Delivery]) -> Collection[Delivery]:
         """Give back deliveries of a lost reply, renew the others, and return the lost ones."""
-        await self._link.get()
         await self._end_reads()
+        await self._link.get()
         self._next_tick = 0.0
         ours = {delivery.native: delivery for delivery in deliveries}
         lost = await self._give_back(ours)
@@ -171,12 +173,14 @@ class RedisReceiver:
                 await self._end_reads()
         except (TimeoutError, AbeError):
             self._link.drop()
-            self._broker.drop(silence=_STOPPED / 2)
+            self._broker.controlling.drop(silence=_STOPPED / 2)
 
     async def close(self) -> None:
         """Give back all deliveries, and unregister the consumer."""
-        await self.stop()
-        await self._link.close()
+        try:
+            await self.stop()
+        finally:
+            await self._link.close()
         await self._give_back(())
         await self._run("unregister", [self._stream, self._alive], [self._consumer], ())
 
@@ -188,20 +192,26 @@ class RedisReceiver:
             _log.debug("reads cannot be ended early, as CLIENT ID is refused: %s", exc)
 
     async def _end_reads(self) -> None:
-        """Have Redis carry out all that was sent on the reading connection, also by cancelled calls, and end the read that waits.
+        """End the read that waits, and have Redis carry out all that was sent on the reading connection, also by cancelled calls.
 
-        The XACK acknowledges nothing. While clients are paused, as in a failover, it holds the CLIENT UNBLOCK back, with which some servers
-        crash then (Redis 7.0.15 does).
+        Where that connection is lost, Redis may not know it: the read that waits there takes messages until its time is over.
+
+        The script is a gate: while clients are paused, as in a failover, Redis holds it back, and with it the CLIENT UNBLOCK behind it.
+        Some servers crash when a paused client is unblocked (7.0.15 does). A plain write is no gate: a demoted server refuses it at once.
         """
-        if (wire := self._link.wire) is None or not wire.alive:
+        if (wire := self._wire) is None:
+            return
+        if not wire.alive:
+            await asyncio.sleep(max(0.0, self._read_until - self._loop.time()))
             return
         control = await self._broker.control()
         last = wire.call(b"PING")
         last.add_done_callback(ignore_failure)
         while not last.done():
-            commands = (b"XACK", self._stream, GROUP, b"0-0"), (b"CLIENT", b"UNBLOCK", self._client)
-            paused, unblocked = control.call_many(*commands)
-            paused.add_done_callback(ignore_failure)
+            names = self._broker.topology
+            gate = b"EVALSHA", SCRIPTS["registry"].sha, 2, names.version, names.groups
+            passed, unblocked = control.call_many(gate, (b"CLIENT", b"UNBLOCK", self._client))
+            passed.add_done_callback(ignore_failure)
             try:
                 await unblocked
             except ReplyError as exc:
@@ -239,10 +249,11 @@ class RedisReceiver:
 
     async def _tick(self, wire: Wire, limit: int) -> Sequence[Delivery]:
         keys = [self._stream, self._delayed, self._dead, self._alive]
-        # After the process was paused, or Redis was away, its own leases have run out and are about to be renewed.
-        late = not self._renewed or self._loop.time() - self._next_tick > self._lease / 4_000
-        args = [self._consumer, self._lease, limit, int(late), *self._unregistered]
-        entries, due, server_time = await self._broker.run("tick", keys, args, wire=wire)
+        claims_own = self._loop.time() >= self._claims_own_from
+        args = [self._consumer, self._lease, limit, int(claims_own), *self._unregistered]
+        entries, due, server_time, in_time = await self._broker.run("tick", keys, args, wire=wire)
+        if not in_time:
+            self._expect_renewal()
         pause = TICK if due < 0 else min(TICK, due / 1000)
         now = self._loop.time()
         self._next_tick = now + pause
@@ -251,26 +262,31 @@ class RedisReceiver:
             await self._register_holders(wire, server_time)
         return [_wire.delivery(entry, fields, count) for entry, fields, count in entries]
 
+    def _expect_renewal(self) -> None:
+        """Leave our own entries alone for now: those in hand may have leases that have run out, and are about to be renewed."""
+        self._claims_own_from = self._loop.time() + self._lease / 1000
+
     async def _register_holders(self, wire: Wire, server_time: int) -> None:
         """Register consumers with pending entries that could not register themselves: memory was full, or they are foreign."""
         _, _, _, holding = await wire.call(b"XPENDING", self._stream, GROUP)
-        names = {name for name, _ in holding or ()} - {RELEASED}
-        foreign = [*(names - self._registered)]
-        self._registered, self._unregistered = names, ()
-        for start in range(0, len(foreign), _PAGE):
-            scores = ((server_time, name) for name in foreign[start : start + _PAGE])
+        names = [name for name, _ in holding or () if name != RELEASED]
+        self._unregistered = ()
+        for start in range(0, len(names), _PAGE):
+            scores = ((server_time, name) for name in names[start : start + _PAGE])
             try:
                 await wire.call(b"ZADD", self._alive, b"NX", *chain.from_iterable(scores))
             except ReplyError as exc:
                 if code(exc) != "OOM":
                     raise
-                self._registered, self._unregistered = set(), foreign[:_PAGE]
+                self._unregistered = names[:_PAGE]
                 break
 
     async def _read(self, wire: Wire, limit: int) -> Sequence[tuple[bytes, list[bytes]]]:
         if self._stopping:  # since `receive` began
             return ()
-        block = max(1, int((self._next_tick - self._loop.time()) * 1000))
+        now = self._loop.time()
+        block = max(1, int((self._next_tick - now) * 1000))
+        self._read_until = now + block / 1000
         reply = await wire.call(
             b"XREADGROUP",
             b"GROUP",
@@ -330,6 +346,11 @@ class RedisReceiver:
             if _is_deleted(exc):
                 return entries
             raise
+
+
+def _is_missing(reply: ReplyError) -> bool:
+    """Whether there is no group. (A server that becomes a replica also replies UNBLOCKED.)"""
+    return code(reply) == "NOGROUP" or (code(reply) == "UNBLOCKED" and "no longer exists" in str(reply))
 
 
 def _is_deleted(error: AbeError) -> bool:

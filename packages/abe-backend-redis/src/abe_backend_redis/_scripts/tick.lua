@@ -1,13 +1,14 @@
 -- Moves due messages to the stream, and claims entries of dead consumers and released ones.
 -- KEYS: stream, delayed set, dead letters, when each consumer's lease ends.
--- ARGV: consumer, its lease in ms, most to claim, whether it keeps its own entries with an expired lease (0 or 1), unregistered consumers.
--- Returns the claimed entries as {id, fields, deliveries}; the ms until the next is due (-1: none, 0: call again); the server's time.
+-- ARGV: consumer, its lease in ms, most to claim, whether its own entries too (0 or 1), unregistered consumers.
+-- Returns the claimed entries as {id, fields, deliveries}; the ms until the next is due (-1: none, 0: call again); the server's time;
+-- and whether the last tick or renewal was not long ago (0 or 1).
 if call('EXISTS', KEYS[1]) == 0 then return redis.error_reply('NOGROUP the stream is gone') end
 local now, me, bytes, moved = clock(), ARGV[1], 0, 0
 
 -- When memory is full Redis refuses this, and every move of a due message. Then no lease is recorded, and idle times alone show dead consumers.
-local full = false
-if (call('ZSCORE', KEYS[4], me) or 0) - now < ARGV[2] * 2 / 3 then -- not every time, as it is a write
+local full, left = false, (call('ZSCORE', KEYS[4], me) or 0) - now
+if left < ARGV[2] * 2 / 3 then -- not every time, as it is a write
   local reply = redis.pcall('ZADD', KEYS[4], now + ARGV[2], me)
   full = type(reply) == 'table' and reply.err
   if full and not string.find(full, 'OOM', 1, true) then return reply end
@@ -40,7 +41,9 @@ local function claim(owner, idle)
   end
 end
 claim('released', '0')
-if ARGV[4] == '0' then claim(me, ARGV[2]) end -- settlements that failed for good
+-- Settlements that failed for good. A consumer that stood still, or was cut off, has its entries in hand, and is about to renew their leases.
+local in_time = left > math.min(ARGV[2] / 3, ARGV[2] - 1000) -- there are two ticks a second
+if in_time and ARGV[4] == '1' then claim(me, ARGV[2]) end
 -- Each consumer's own lease is part of its name.
 local function claim_expired(owner, lease_end)
   if owner == me then return end
@@ -58,4 +61,4 @@ for i = 5, #ARGV do claim_expired(ARGV[i]) end
 local wait, nearest = -1, call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')[2]
 if #claimed >= room or moved >= MOST or bytes >= BYTES then wait = 0
 elseif nearest and not full then wait = math.max(0, math.min(60000, math.ceil(nearest - now))) end
-return {claimed, wait, now}
+return {claimed, wait, now, in_time and 1 or 0}
