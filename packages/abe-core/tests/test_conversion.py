@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import typing
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -181,6 +182,8 @@ MESSAGES = [
     dict,
     Message,
     Mapping,
+    typing.Mapping,
+    typing.MutableMapping,
     Any,
     object,
     dict[str, Any],

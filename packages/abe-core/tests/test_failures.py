@@ -192,6 +192,22 @@ def rejected(message: Message) -> None:
         raise Reject(exc) from exc
 
 
+def quoted(message: Message) -> None:
+    try:
+        convert_pydantic(message)
+    except ValueError as exc:
+        raise Reject(f"not an order: {exc}") from None
+
+
+def noted(message: Message) -> None:
+    try:
+        convert_pydantic(message)
+    except ValueError as exc:
+        error = RuntimeError("not an order")
+        error.add_note(str(exc))
+        raise error from exc
+
+
 def retried(message: Message) -> None:
     try:
         convert_pydantic(message)
@@ -223,7 +239,7 @@ def with_note(message: Message) -> None:
 
 
 VALIDATING: list[Any] = [convert_pydantic, convert_msgspec, unknown_keys, rejected, retried]
-PATHS: list[Any] = [*VALIDATING, chained, in_context, grouped, with_note]
+PATHS: list[Any] = [*VALIDATING, chained, in_context, grouped, with_note, quoted, noted]
 
 
 @pytest.mark.parametrize("handler", [*PATHS, typed_model, typed_struct, typed_data], ids=lambda f: f.__name__)
@@ -255,11 +271,12 @@ async def test_nor_by_one_that_middleware_or_the_policy_raises(caplog: pytest.Lo
             convert_pydantic(message)
 
     def classify(exc: Exception) -> Retry | Reject | None:
-        convert_pydantic(Message({"card": MARKER}))
-        return None
+        if "quoted" in str(exc):
+            convert_pydantic(Message({"card": MARKER}))
+        return Reject(str(exc))
 
     async def fails(message: Message) -> None:
-        raise ValueError("no")
+        raise ValueError("quoted")
 
     payload = {"card": MARKER}
     backend = fresh_memory_backend()
@@ -271,7 +288,13 @@ async def test_nor_by_one_that_middleware_or_the_policy_raises(caplog: pytest.Lo
         while not (await backend.stats()).dead:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     (by_policy,) = await backend.dead_letters().list()
-    for letter in (by_middleware, by_policy):
+    await backend.dead_letters().purge(by_policy.id)
+    await backend.publish("k", payload)
+    async with running(AsyncLoopConsumer(backend, retry=policy), typed_model):
+        while not (await backend.stats()).dead:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    (by_its_text,) = await backend.dead_letters().list()
+    for letter in (by_middleware, by_policy, by_its_text):
         assert MARKER not in letter.reason + letter.error
     assert MARKER not in caplog.text
     await backend.disconnect()

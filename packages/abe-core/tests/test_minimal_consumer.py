@@ -9,7 +9,7 @@ import pytest
 from consumer_doubles import Collector, running
 
 from abe import AsyncLoopConsumer, RetryPolicy
-from abe.errors import UnsupportedCapabilityError
+from abe.errors import BackendConnectionError, UnsupportedCapabilityError
 from abe_contract_tests import bounds
 
 
@@ -43,6 +43,18 @@ class Minimal:
 
 
 class TestMinimalBackend:
+    async def test_a_provider_whose_own_wait_is_cancelled_ends_it_with_an_error(self) -> None:
+        class Cancelled(Minimal):
+            async def consume(self, *, group: str | None = None) -> AsyncIterator[dict[str, Any]]:
+                yield {"n": 1}
+                reader = asyncio.create_task(asyncio.Event().wait())
+                asyncio.get_running_loop().call_soon(reader.cancel)
+                await reader
+
+        async with bounds.within(5):
+            with pytest.raises(BackendConnectionError, match="cancelled"):
+                await AsyncLoopConsumer(Cancelled(), "billing").run(Collector())
+
     async def test_its_messages_are_handled_one_at_a_time_and_it_says_what_it_cannot_do(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:

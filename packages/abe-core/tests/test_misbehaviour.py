@@ -11,9 +11,9 @@ import pytest
 
 from abe import AsyncLoopConsumer, ConfigurationError, ConstantBackoff, Message, Middleware, Reject, Retry, RetryPolicy
 from abe.backends.message_queue import minimal
-from abe.backends.message_queue.base.middleware import HandleNext
+from abe.backends.message_queue.base.middleware import HandleNext, Publication, PublishNext
 from abe.backends.message_queue.service.memory import MemoryBackend
-from abe.testing import ManualClock
+from abe.testing import ManualClock, RecordingBackend
 from abe_contract_tests import bounds
 from abe_contract_tests.bounds import within
 
@@ -589,3 +589,42 @@ async def test_sys_exit_out_of_a_signal_ends_the_process_and_gives_the_message_b
         )
         output, _ = await process.communicate()
     assert output.decode().split("\n") == ["exit 7", "attempt 1", ""]
+
+
+class Forgetful(Middleware):
+    async def publish(self, publication: Publication, forward: PublishNext) -> Any:
+        return forward(publication)
+
+    async def handle(self, message: Message, forward: HandleNext) -> Any:
+        return forward(message)
+
+
+async def handle_soon(message: Message) -> Any:
+    return asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("where", ["handler", "handler below middleware", "middleware"])
+async def test_work_that_was_not_awaited_was_not_done(memory_backend: MemoryBackend, where: str) -> None:
+    async def bad(message: Message) -> Any:
+        return handle_soon(message) if where != "middleware" else None
+
+    async def handler(message: Message) -> Any:
+        return await bad(message)
+
+    layers = {"handler": [], "handler below middleware": [Middleware()], "middleware": [Forgetful()]}[where]
+    await memory_backend.declare()
+    await memory_backend.publish("k", {"n": 0})
+    async with running(AsyncLoopConsumer(memory_backend, retry=ONCE, middleware=layers), handler):
+        while not (await memory_backend.stats()).dead:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    (letter,) = await memory_backend.dead_letters().list()
+    assert "is an await missing?" in letter.reason
+
+
+async def test_a_publish_that_middleware_did_not_await_is_no_success() -> None:
+    for backend in (MemoryBackend(middleware=[Forgetful()]), RecordingBackend(middleware=[Forgetful()])):
+        await backend.declare("g")
+        with pytest.raises(TypeError, match=r"Forgetful\.publish\(\) returned a coroutine that is never run"):
+            await backend.publish("k", {})
+        assert (await backend.stats("g")).waiting == 0
+        await backend.disconnect()

@@ -389,3 +389,47 @@ def test_what_would_not_come_back_equal_is_refused_in_a_typed_object_too(name: s
     with warnings.catch_warnings(), pytest.raises(PayloadError, match=text.replace("[", r"\[")):
         warnings.simplefilter("error")
         codec.encode(value)
+
+
+@attrs.define
+class Private:
+    _id: int
+    name: str = "x"
+
+
+@dataclass
+class Ware:
+    n: int = 1
+
+
+@dataclass
+class Gift(Ware):
+    to: str = "you"
+
+
+@dataclass
+class Parcel:
+    ware: Ware
+    tags: set[str] = field(default_factory=set)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Counting:
+    n: int
+
+    def __post_init__(self) -> None:
+        self.n += 1
+
+
+@pytest.mark.parametrize(
+    "payload", [Private(1), Ware(n="1"), Parcel(Gift()), Counting(1)],  # type: ignore[arg-type]
+    ids=lambda payload: type(payload).__name__,
+)  # fmt: skip
+def test_what_its_class_does_not_read_back_is_refused(payload: object) -> None:
+    with pytest.raises(PayloadError, match="cannot be published as it is: its class does not decode its JSON"):
+        JSONCodec().encode(payload)
+
+
+def test_sets_and_dates_in_any_field_are_read_back() -> None:
+    JSONCodec().encode(Parcel(Ware(), {"a", "b", "c", "d"}, {"since": datetime.date(2026, 1, 1), "share": 1.0}))

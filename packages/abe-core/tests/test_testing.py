@@ -251,6 +251,13 @@ class TestRecordingBackend:
             recording_backend.assert_not_published("order.#")
         with pytest.raises(AssertionError, match="nothing should"):
             recording_backend.assert_not_published()
+        for wrong in (
+            recording_backend.payloads,
+            recording_backend.assert_published,
+            recording_backend.assert_not_published,
+        ):
+            with pytest.raises(InvalidNameError, match=r"order\.#"):
+                wrong("order*")
         with pytest.raises(ValueError, match="assert_not_published"):
             recording_backend.assert_published("a", times=0)
 
@@ -382,6 +389,18 @@ def test_the_plugin_is_found_by_pytest_and_its_fixtures_work(
     pytester: pytest.Pytester, options: tuple[str, ...]
 ) -> None:
     pytester.makepyfile(textwrap.dedent(APPLICATION_TEST))
+    pytester.runpytest_subprocess(*options).assert_outcomes(passed=1)
+
+
+def test_fixtures_work_where_the_tests_have_a_loop_of_their_own(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        async def test_publishes(recording_backend, patched_load_backend, memory_backend):
+            await recording_backend.publish("k", {})
+            await memory_backend.publish("k", {})
+        """
+    )
+    options = ("-p", "no:xdist", "-o", "asyncio_mode=auto", "-o", "asyncio_default_test_loop_scope=session")
     pytester.runpytest_subprocess(*options).assert_outcomes(passed=1)
 
 

@@ -10,6 +10,7 @@ import enum
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, Final, TypeGuard, cast
 
 import msgspec
@@ -97,12 +98,57 @@ def _encode_tree(payload: Any) -> bytes:
         body = b"" if found else _encoder.encode(payload)
         # Keys that differ in Python and are equal in JSON would be merged when decoded.
         if body and _encoder.encode(_decode(body)) == body:
-            return body
+            return body if not is_typed(payload) else _read_back(payload, body)
     except PayloadError:
         raise
     except Exception as exc:  # noqa: BLE001 - the payload's own methods are called
         failure = exc
     raise PayloadError(f"the payload is not JSON: {found or _reason(failure)}")
+
+
+class _OtherTypeError(Exception):
+    """Another library decodes it."""
+
+
+def _other_type(kind: Any, _: object) -> Any:
+    raise _OtherTypeError(kind)
+
+
+@lru_cache(maxsize=256)
+def _decoder(kind: type[Any]) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind, dec_hook=_other_type)
+
+
+def _read_back(payload: Any, body: bytes) -> bytes:
+    """Return the JSON of a typed object, if its class decodes it to an equal value."""
+    if _reads_back(payload, body):
+        return body
+    raise PayloadError(
+        f"the {_type(payload).__name__} cannot be published as it is: its class does not decode its JSON to an equal value, as a "
+        f"field has a value of another type than declared, or is not encoded"
+    )
+
+
+def _reads_back(payload: Any, body: bytes) -> bool:
+    """Whether the payload's class decodes its JSON to the same, as far as msgspec can tell.
+
+    It does not if a field has a value of another type, or an instance of a subclass, or is left out (as private attributes of attrs are).
+    """
+    try:
+        back = _decoder(_type(payload)).decode(body)
+    except msgspec.ValidationError:
+        return False
+    except Exception:  # noqa: BLE001 - msgspec does not decode this class, or its annotations cannot be resolved
+        return True
+    before, after = _decode(body), _decode(_encoder.encode(back))
+    return bool(before == after) or _unordered(before) == _unordered(after)
+
+
+def _unordered(value: Any) -> Any:
+    """Return decoded JSON with each list sorted: some were sets."""
+    if _is_dict(value):
+        return {key: _unordered(item) for key, item in value.items()}
+    return sorted(map(_unordered, value), key=repr) if isinstance(value, list) else value
 
 
 def _encode_model(model: Any) -> bytes:

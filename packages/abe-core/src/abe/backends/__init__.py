@@ -1,6 +1,7 @@
 """Backends, and the application's shared one."""
 
 import asyncio
+import threading
 from weakref import WeakKeyDictionary
 
 from abe.backends.message_queue.base.protocol import FullBackend
@@ -9,6 +10,7 @@ from abe.backends.message_queue.loader import load_backend
 __all__ = ["get_message_queue_backend"]
 
 _shared: "WeakKeyDictionary[asyncio.AbstractEventLoop, FullBackend]" = WeakKeyDictionary()
+_sharing = threading.Lock()
 
 
 def get_message_queue_backend() -> FullBackend:
@@ -23,8 +25,10 @@ def get_message_queue_backend() -> FullBackend:
     loop = asyncio.get_running_loop()
     backend = _shared.get(loop)
     if backend is None:
-        # A backend refers to its event loop, so weak keys alone would keep every loop that ended without a disconnect.
-        for closed in [other for other in _shared if other.is_closed()]:
-            del _shared[closed]
-        backend = _shared[loop] = load_backend()
+        backend = load_backend()
+        with _sharing:  # other threads have event loops of their own
+            # A backend refers to its event loop, so weak keys alone would keep every loop that ended without a disconnect.
+            for closed in [other for other in list(_shared) if other.is_closed()]:
+                del _shared[closed]
+            _shared[loop] = backend
     return backend

@@ -7,8 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from abe.backends.message_queue.base.clock import Clock
-from abe.backends.message_queue.base.middleware import Middleware, Publication, PublishNext, check_middleware
-from abe.backends.message_queue.base.names import check_seconds, matches
+from abe.backends.message_queue.base.middleware import Middleware, Publication, PublishNext, check_middleware, completed
+from abe.backends.message_queue.base.names import check_patterns, check_seconds, matches
 from abe.backends.message_queue.base.protocol import MessageQueueBackend
 from abe.backends.message_queue.service.memory import MemoryBackend
 from abe.codec import Codec, check_codec
@@ -28,7 +28,7 @@ class _Recorder(Middleware):
     async def publish(self, publication: Publication, forward: PublishNext) -> None:
         send = self.record
         for layer in reversed(self.layers):
-            send = partial(layer.publish, forward=send)
+            send = partial(completed, partial(layer.publish, forward=send), f"{type(layer).__name__}.publish()")
         await send(publication)
 
 
@@ -115,6 +115,7 @@ class RecordingBackend(MemoryBackend):
 
     def payloads(self, key: str = "#") -> list[MessageQueuePayload]:
         """Return the payloads published with `key`, a key or a key pattern; by default all."""
+        check_patterns([key])
         return [publication.payload for publication in self.published if matches(key, publication.key)]
 
     def assert_published(
@@ -136,6 +137,7 @@ class RecordingBackend(MemoryBackend):
         Raises:
             AssertionError: The number is different; the text lists the published messages.
         """
+        check_patterns([key])
         wanted = dict(headers or {})
         expected_payload = None if payload is None else self._copy(payload)
         found = [

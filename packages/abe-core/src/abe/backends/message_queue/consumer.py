@@ -10,7 +10,7 @@ from abe.backends.message_queue.base.backoff import ExponentialBackoff
 from abe.backends.message_queue.base.consumer import EventConsumer
 from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.message import Message
-from abe.backends.message_queue.base.middleware import Middleware, check_middleware
+from abe.backends.message_queue.base.middleware import Middleware, check_middleware, completed
 from abe.backends.message_queue.base.names import (
     DEFAULT_GROUP,
     check_count,
@@ -281,9 +281,13 @@ class AsyncLoopConsumer:
 
     def _wrapped(self, limited: Handle) -> Handle:
         overridden = type(self).handle is not AsyncLoopConsumer.handle
-        call: Handle = partial(self.handle, handler=limited) if overridden else limited
+        if not overridden and not self._middleware:
+            return limited  # the workers check what it returns
+        call: Handle = partial(completed, limited, "the handler")
+        if overridden:
+            call = partial(completed, partial(self.handle, handler=call), f"{type(self).__name__}.handle()")
         for layer in reversed(self._middleware):
-            call = partial(layer.handle, forward=call)
+            call = partial(completed, partial(layer.handle, forward=call), f"{type(layer).__name__}.handle()")
         return call
 
     async def _work(

@@ -127,11 +127,12 @@ def _is_plain(wanted: Any) -> bool:
         return True
     if _is_union(wanted):
         return all(_is_plain(_simplified(member)) for member in typing.get_args(wanted))
-    arguments = typing.get_args(wanted)
-    return (
-        typing.get_origin(wanted) in _PLAIN
-        and arguments[0] in (str, Any, object)
-        and (arguments[1] in (Any, object) or type(arguments[1]) is typing.TypeVar)
+    if typing.get_origin(wanted) not in _PLAIN:
+        return False
+    if not (arguments := typing.get_args(wanted)):  # typing.Mapping
+        return True
+    return arguments[0] in (str, Any, object) and (
+        arguments[1] in (Any, object) or type(arguments[1]) is typing.TypeVar
     )
 
 

@@ -75,7 +75,7 @@ class Failures:
         try:
             judged = self._policy.judge(exc, attempt)
             after = None if isinstance(judged, Reject) else float(cast("float", judged.after))
-            reason = text_of(judged.reason)
+            reason = text_of(judged.reason, exc)
         except KeyboardInterrupt:
             raise
         except BaseException as fault:  # noqa: BLE001 - the policy is application code: its failure must not stop other messages

@@ -24,6 +24,7 @@ from abe.codec import JSONCodec
 from abe.errors import (
     AbeError,
     BackendClosedError,
+    BackendConnectionError,
     ConfigurationError,
     PartialPublishError,
     PublishUnknownError,
@@ -345,6 +346,8 @@ class MinimalSubscription:
         self._asking = None
         self._asked.clear()
         if asking.cancelled():
+            if not self._stopped:
+                raise BackendConnectionError("the provider's own wait for a message was cancelled")
             raise BackendClosedError("the subscription was closed")
         try:
             message = asking.result()

@@ -34,9 +34,14 @@ def reason_of(exc: BaseException) -> str:
         return f"{type(exc).__name__}: (its text cannot be shown: {type(fault).__name__})"
 
 
-def text_of(value: object) -> str:
-    """Return a reason as text: an exception by `reason_of`, anything else by ``str``."""
-    return reason_of(value) if isinstance(value, BaseException) else _text(value)
+def text_of(value: object, exc: BaseException) -> str:
+    """Return a reason as text: an exception by `reason_of`, anything else by ``str``.
+
+    Args:
+        value: The reason.
+        exc: The exception that it was given for. Where the reason quotes a validation error of its chain, that is replaced.
+    """
+    return reason_of(value) if isinstance(value, BaseException) else _without_input(_text(value), _chain(exc))
 
 
 def shown(exc: BaseException) -> tuple[BaseException, str]:
@@ -112,9 +117,12 @@ def _fields_of_models() -> set[str]:
 def _safe_text(exc: BaseException) -> str:
     if is_validation_error(exc):
         return describe_validation(exc)
-    text = _text(exc)
-    for member in _chain(exc):  # its text may quote the validation error that caused it
-        if member is not exc and is_validation_error(member):
+    return _without_input(_text(exc), _chain(exc))  # its text may quote the validation error that caused it
+
+
+def _without_input(text: str, chain: Sequence[BaseException]) -> str:
+    for member in chain:
+        if is_validation_error(member):
             text = text.replace(_text(member), describe_validation(member))
     return text
 
@@ -161,5 +169,5 @@ def _redacted(exc: BaseException, made: dict[int, BaseException]) -> BaseExcepti
     copy.__context__ = exc.__context__ and _redacted(exc.__context__, made)
     copy.__suppress_context__ = exc.__suppress_context__
     for note in getattr(exc, "__notes__", ()):
-        copy.add_note(_text(note))
+        copy.add_note(_without_input(_text(note), _chain(exc)))
     return copy

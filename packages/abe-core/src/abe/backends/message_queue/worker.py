@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from abe.backends.message_queue.base.log import Log
 from abe.backends.message_queue.base.message import Message
+from abe.backends.message_queue.base.middleware import check_completed
 from abe.backends.message_queue.base.subscription import Subscription
 from abe.backends.message_queue.failures import Failures
 from abe.backends.message_queue.handler import Handle
@@ -141,7 +142,9 @@ class Workers:
                     return False
             raised: BaseException | None = None
             try:
-                await call(message)
+                result = await call(message)
+                if result is not None:
+                    check_completed(result, "the handler")
             except BaseException as exc:  # noqa: BLE001 - a failure, or a cancellation: see `_not_handled`
                 raised = exc
             try:

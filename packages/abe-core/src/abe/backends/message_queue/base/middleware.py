@@ -1,8 +1,9 @@
 """Middleware: wraps every publish and every handled message."""
 
+import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from abe.backends.message_queue.base.message import Message
 from abe.errors import ConfigurationError
@@ -37,6 +38,38 @@ class Middleware:
     async def handle(self, message: Message, forward: HandleNext) -> None:
         """Wrap a handler. An exception counts as the handler's failure."""
         await forward(message)
+
+
+_Item = TypeVar("_Item")
+
+
+async def completed(call: Callable[[_Item], Awaitable[object]], what: str, item: _Item) -> None:
+    """Call an async function of the application, and see to it that its work is done.
+
+    Args:
+        call: The function.
+        what: Its name, for the error.
+        item: Its argument.
+
+    Raises:
+        TypeError: As `check_completed`.
+    """
+    result = await call(item)
+    if result is not None:
+        check_completed(result, what)
+
+
+def check_completed(result: object, what: str) -> None:
+    """Check what an async function has returned.
+
+    Raises:
+        TypeError: It is a coroutine or the like, which nobody awaits: its work was not done.
+    """
+    if not (inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result)):
+        return
+    if inspect.iscoroutine(result):
+        result.close()
+    raise TypeError(f"{what} returned a {type(result).__name__} that is never run: is an await missing?")
 
 
 def check_middleware(middleware: Sequence[Middleware]) -> Sequence[Middleware]:

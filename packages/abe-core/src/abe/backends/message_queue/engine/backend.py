@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Self, cast
 from abe.backends.message_queue.base.capabilities import Capabilities
 from abe.backends.message_queue.base.clock import Clock, MonotonicClock
 from abe.backends.message_queue.base.groups import GroupStats
-from abe.backends.message_queue.base.middleware import Middleware, Publication, PublishNext, check_middleware
+from abe.backends.message_queue.base.middleware import Middleware, Publication, PublishNext, check_middleware, completed
 from abe.backends.message_queue.base.names import (
     check_count,
     check_patterns,
@@ -95,7 +95,8 @@ class TransportBackend(ABC, Generic[SettingsT]):
         self._clock = clock or MonotonicClock()
         self._send: PublishNext | None = None
         for layer in reversed(check_middleware(middleware)):
-            self._send = partial(layer.publish, forward=self._send or self._forward)
+            forward = partial(layer.publish, forward=self._send or self._forward)
+            self._send = partial(completed, forward, f"{type(layer).__name__}.publish()")
         self._outgoing = Outgoing(type(self).__name__, self._codec)
         self._calls = Calls(self.make_transport, settings)
 
