@@ -10,8 +10,10 @@ import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
+import attrs
 import msgspec
 import pytest
 from hypothesis import given
@@ -273,3 +275,47 @@ def test_with_types_plain_json_is_what_it_was() -> None:
     for depth in (700, 5_000, 100_000):
         with suppress(PayloadError):
             codec.encode(nested(depth, 1))
+
+
+@attrs.define
+class Private:
+    _id: int
+    name: str = "x"
+
+
+@dataclass
+class Ware:
+    n: int = 1
+
+
+@dataclass
+class Gift(Ware):
+    to: str = "you"
+
+
+@dataclass
+class Parcel:
+    ware: Ware
+    tags: set[str] = field(default_factory=set)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Counting:
+    n: int
+
+    def __post_init__(self) -> None:
+        self.n += 1
+
+
+@pytest.mark.parametrize(
+    "payload", [Private(1), Ware(n="1"), Parcel(Gift()), Counting(1)],  # type: ignore[arg-type]
+    ids=lambda payload: type(payload).__name__,
+)  # fmt: skip
+def test_what_its_class_does_not_read_back_is_refused(payload: object) -> None:
+    with pytest.raises(PayloadError, match="cannot be published as it is: its class does not decode its JSON"):
+        JSONCodec().encode(payload)
+
+
+def test_sets_and_dates_in_any_field_are_read_back() -> None:
+    JSONCodec().encode(Parcel(Ware(), {"a", "b", "c", "d"}, {"since": datetime.date(2026, 1, 1), "share": 1.0}))

@@ -22,14 +22,9 @@ from abe.backends.message_queue.base.names import check_seconds
 from abe.backends.message_queue.base.protocol import DeadLetterBox, FullBackend, MessageQueueBackend
 from abe.codec import JSONCodec
 from abe.errors import (
-    AbeError,
-    BackendClosedError,
-    BackendConnectionError,
-    ConfigurationError,
-    PartialPublishError,
-    PublishUnknownError,
+    AbeError, BackendClosedError, BackendConnectionError, ConfigurationError, PartialPublishError, PublishUnknownError,
     UnsupportedCapabilityError,
-)
+)  # fmt: skip
 from abe.types import Publishable
 
 _log: Final = Log("abe.consumer")
@@ -345,9 +340,9 @@ class MinimalSubscription:
             self._waiting = False
         self._asking = None
         self._asked.clear()
+        if asking.cancelled() and not self._stopped:
+            raise BackendConnectionError("the provider's own wait for a message was cancelled")
         if asking.cancelled():
-            if not self._stopped:
-                raise BackendConnectionError("the provider's own wait for a message was cancelled")
             raise BackendClosedError("the subscription was closed")
         try:
             message = asking.result()
