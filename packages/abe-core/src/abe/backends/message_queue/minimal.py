@@ -22,7 +22,12 @@ from abe.backends.message_queue.base.names import check_seconds
 from abe.backends.message_queue.base.protocol import DeadLetterBox, FullBackend, MessageQueueBackend
 from abe.codec import JSONCodec
 from abe.errors import (
-    AbeError, BackendClosedError, BackendConnectionError, ConfigurationError, PartialPublishError, PublishUnknownError,
+    AbeError,
+    BackendClosedError,
+    BackendConnectionError,
+    ConfigurationError,
+    PartialPublishError,
+    PublishUnknownError,
     UnsupportedCapabilityError,
 )  # fmt: skip
 from abe.types import Publishable
@@ -340,10 +345,9 @@ class MinimalSubscription:
             self._waiting = False
         self._asking = None
         self._asked.clear()
-        if asking.cancelled() and not self._stopped:
-            raise BackendConnectionError("the provider's own wait for a message was cancelled")
         if asking.cancelled():
-            raise BackendClosedError("the subscription was closed")
+            cancelled = BackendConnectionError("the provider's own wait for a message was cancelled")
+            raise BackendClosedError("the subscription was closed") if self._stopped else cancelled
         try:
             message = asking.result()
         except StopAsyncIteration:
@@ -374,8 +378,7 @@ class MinimalSubscription:
         if self._asking is not None and not self._asking.done():
             _log.warning("the provider ignored the cancellation of its wait for a message, and is abandoned")
             return
-        close = getattr(self._iterator, "aclose", None)
-        if close is not None:
+        if (close := getattr(self._iterator, "aclose", None)) is not None:
             try:
                 async with asyncio.timeout(_CLOSING):
                     await close()
@@ -390,8 +393,7 @@ def _cancel_soon(asked: "Sequence[asyncio.Future[Any]]") -> None:
 
 
 def _plain(payload: Publishable) -> dict[str, Any]:
-    codec = JSONCodec()
-    return codec.decode(codec.encode(cast("dict[str, Any]", payload)))
+    return JSONCodec().decode(JSONCodec().encode(cast("dict[str, Any]", payload)))
 
 
 if TYPE_CHECKING:
