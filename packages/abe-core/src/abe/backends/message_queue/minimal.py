@@ -345,9 +345,10 @@ class MinimalSubscription:
             self._waiting = False
         self._asking = None
         self._asked.clear()
+        if asking.cancelled() and not self._stopped:
+            raise BackendConnectionError("the provider's own wait for a message was cancelled")
         if asking.cancelled():
-            cancelled = BackendConnectionError("the provider's own wait for a message was cancelled")
-            raise BackendClosedError("the subscription was closed") if self._stopped else cancelled
+            raise BackendClosedError("the subscription was closed")
         try:
             message = asking.result()
         except StopAsyncIteration:
