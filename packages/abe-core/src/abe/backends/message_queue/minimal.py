@@ -337,8 +337,7 @@ class MinimalSubscription:
         if self._asking is None:
             self._asking = asyncio.ensure_future(anext(self._iterator))
             self._asked[:] = [self._asking]
-        asking = self._asking
-        self._waiting = True
+        asking, self._waiting = self._asking, True
         try:
             await asyncio.wait([asking])
         finally:
@@ -369,9 +368,9 @@ class MinimalSubscription:
     async def stop(self) -> None:
         """End the wait for a message."""
         self._stopped = True
-        if self._asking is not None:
-            self._asking.cancel()
-            await asyncio.wait([self._asking], timeout=_CLOSING)
+        if (asking := self._asking) is not None:
+            asking.cancel()
+            await asyncio.wait([asking], timeout=_CLOSING)
 
     async def aclose(self) -> None:
         """Close the iterator, if it has an `aclose`."""
