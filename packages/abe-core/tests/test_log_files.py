@@ -1,6 +1,7 @@
 """Where a log file may be."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,16 @@ def test_a_path_that_names_no_file_is_refused(log_file: str, tmp_path: Path) -> 
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigurationError, match="the log file"):
         create_log_file_path(str(tmp_path), log_file)
+
+
+def test_a_second_config_leaves_nothing_of_the_first(tmp_path: Path) -> None:
+    first = LoggingConfig(
+        enable_console=False, enable_file=True, log_dir=str(tmp_path), log_file="one.log", propagate=False
+    )
+    setup_logging_from_config(replace(first, logger_levels={"shop": "DEBUG"}))
+    setup_logging_from_config(replace(first, log_file="two.log"))
+    logging.getLogger("shop").debug("too quiet")
+    logging.getLogger("shop").warning("sold out")
+    assert (tmp_path / "one.log").read_text() == ""
+    assert "sold out" in (text := (tmp_path / "two.log").read_text())
+    assert "too quiet" not in text

@@ -362,6 +362,13 @@ def test_a_switch_that_is_neither_on_nor_off_is_named_and_nothing_is_changed(var
     assert levels() == {}
 
 
+def test_a_switch_wins_over_a_later_config_for_a_stranger_s_provider_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESSAGE_QUEUE_BACKEND_DEBUG", "true")
+    apply_debug_switches(provider="kafka", package="abe_kafka.backend")
+    setup_logging_from_config(LoggingConfig(logger_levels={"abe": "INFO", "abe_kafka": "INFO"}))
+    assert [get_logger_level(name) for name in ("abe", "abe.kafka", "abe_kafka")] == ["INFO", "DEBUG", "DEBUG"]
+
+
 def test_a_switch_wins_over_a_config_whichever_comes_first(monkeypatch: pytest.MonkeyPatch, console: Console) -> None:
     monkeypatch.setenv("MESSAGE_QUEUE_BACKEND_DEBUG", "true")
     apply_debug_switches()

@@ -32,11 +32,17 @@ PROVIDER_LOGGERS: Final = ("abe.memory", "abe.rabbitmq", "abe.redis", "abe.sqs")
 
 _JSON_MODULE: Final = "pythonjsonlogger.json"
 
+_configured: Final[set[str]] = set()
+"""The loggers of the config that was applied last."""
+
+_of_loaded: Final[dict[str, None]] = {}
+"""The loggers of the providers that were loaded."""
+
 
 def setup_logging_from_config(config: LoggingConfig | None = None) -> None:
     """Apply a config to the whole process. Call it once, where the application starts.
 
-    It replaces the root logger's handlers, so that a second call does not duplicate the log. Existing loggers keep
+    A second call replaces what the first one set: handlers, so that the log is not duplicated, and levels. Existing loggers keep
     working. The debug switches are applied again afterwards, as they take precedence.
 
     Args:
@@ -56,6 +62,13 @@ def setup_logging_from_config(config: LoggingConfig | None = None) -> None:
             raise ConfigurationError(f"logging setting 'log_file': cannot write {path}: {exc.strerror}") from exc
     levels = _switched_on(None)
     logging.config.dictConfig(settings)
+    for name in _configured - set(config.logger_levels):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
+        logger.handlers.clear()
+    _configured.clear()
+    _configured.update(config.logger_levels)
     if "asyncio" not in config.logger_levels:
         logging.getLogger("asyncio").setLevel(logging.WARNING)
     _set_debug(levels)
@@ -164,23 +177,24 @@ def apply_debug_switches(
     Raises:
         ConfigurationError: A switch is not a boolean; the text names it.
     """
-    _set_debug(_switched_on(environ, provider, package))
+    _of_loaded.update(_loggers_of(provider, package))
+    _set_debug(_switched_on(environ))
 
 
-def _switched_on(
-    environ: Mapping[str, str] | None, provider: str | None = None, package: str | None = None
-) -> list[str]:
+def _switched_on(environ: Mapping[str, str] | None) -> list[str]:
     names = [CORE_LOGGER] if env_flag("ABSTRACT_BACKEND_DEBUG", environ) else []
     if not env_flag("MESSAGE_QUEUE_BACKEND_DEBUG", environ):
         return names
-    names += PROVIDER_LOGGERS
-    if provider:
-        names.append(f"{CORE_LOGGER}.{provider}")
+    return [*names, *PROVIDER_LOGGERS, *_of_loaded]
+
+
+def _loggers_of(provider: str | None, package: str | None) -> dict[str, None]:
+    names = [f"{CORE_LOGGER}.{provider}"] if provider else []
     # The memory backend is in `abe` itself, whose logger is the core's.
     top = (package or "").partition(".")[0]
     if top not in {"", "__main__", CORE_LOGGER}:
         names.append(top)
-    return names
+    return dict.fromkeys(names)
 
 
 def _set_debug(names: list[str]) -> None:
