@@ -148,7 +148,7 @@ def _unordered(value: Any) -> Any:
     """Return decoded JSON with each list sorted: some were sets."""
     if _is_dict(value):
         return {key: _unordered(item) for key, item in value.items()}
-    return sorted(map(_unordered, value), key=repr) if isinstance(value, list) else value
+    return sorted(map(_unordered, cast("list[Any]", value)), key=repr) if isinstance(value, list) else value
 
 
 def _encode_model(model: Any) -> bytes:
