@@ -148,7 +148,7 @@ def _unordered(value: Any) -> Any:
     """Return decoded JSON with each list sorted: some were sets."""
     if _is_dict(value):
         return {key: _unordered(item) for key, item in value.items()}
-    return sorted(map(_unordered, cast("list[Any]", value)), key=repr) if isinstance(value, list) else value
+    return sorted(map(_unordered, value), key=repr) if _is_list(value) else value
 
 
 def _encode_model(model: Any) -> bytes:
@@ -245,6 +245,10 @@ def _type(value: object) -> Any:
 
 def _is_dict(value: object) -> TypeGuard[dict[Any, Any]]:
     return isinstance(value, dict)
+
+
+def _is_list(value: object) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
 
 
 def _is_series(value: object, typed: bool) -> TypeGuard[Iterable[Any]]:
