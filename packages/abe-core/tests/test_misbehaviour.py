@@ -13,7 +13,9 @@ from abe import AsyncLoopConsumer, ConfigurationError, ConstantBackoff, Message,
 from abe.backends.message_queue import minimal
 from abe.backends.message_queue.base.middleware import HandleNext, Publication, PublishNext
 from abe.backends.message_queue.service.memory import MemoryBackend
+from abe.settings import QueueSettings
 from abe.testing import ManualClock, RecordingBackend
+from abe.testing.memory import fresh_namespace
 from abe_contract_tests import bounds
 from abe_contract_tests.bounds import within
 
@@ -622,7 +624,8 @@ async def test_work_that_was_not_awaited_was_not_done(memory_backend: MemoryBack
 
 
 async def test_a_publish_that_middleware_did_not_await_is_no_success() -> None:
-    for backend in (MemoryBackend(middleware=[Forgetful()]), RecordingBackend(middleware=[Forgetful()])):
+    namespace = QueueSettings(namespace=fresh_namespace())
+    for backend in (MemoryBackend(namespace, middleware=[Forgetful()]), RecordingBackend(middleware=[Forgetful()])):
         await backend.declare("g")
         with pytest.raises(TypeError, match=r"Forgetful\.publish\(\) returned a coroutine that is never run"):
             await backend.publish("k", {})
